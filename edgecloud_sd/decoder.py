@@ -1,0 +1,116 @@
+"""The decode loop: edge-only, cloud-only and speculative, as one generator of events.
+
+It holds no clock, no logger and no measurement: whoever iterates it may time the events (`clock.stamp`) or print them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from edgecloud_sd import gate as gates
+from edgecloud_sd.drafter import draft
+from edgecloud_sd.records import (
+    Committed,
+    Drafted,
+    Escalated,
+    Event,
+    Finished,
+    Opened,
+    Origin,
+    Prompt,
+    Verified,
+)
+from edgecloud_sd.session import Model
+from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.verifier import Verifier
+
+MODES = ("edge", "cloud", "speculative")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to decode. Edge mode is drafting one token at a time under a gate that never escalates."""
+
+    mode: str
+    stopping: Stopping
+    k: int = 1
+    gate: gates.Gate = gates.NEVER
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, not {self.k}")
+
+
+def decode(prompt: Prompt, how: Decoding, edge: Model | None = None, cloud: Verifier | None = None) -> Iterator[Event]:
+    """Decode one prompt. `edge` is needed for the modes edge and speculative, `cloud` for cloud and speculative."""
+    if how.mode == "cloud":
+        return _cloud(prompt, how, _needed(cloud, "cloud"))
+    speculative = how.mode == "speculative" and how.gate.escalates
+    return _rounds(prompt, how, _needed(edge, "edge"), _needed(cloud, "cloud") if speculative else None)
+
+
+def _cloud(prompt: Prompt, how: Decoding, cloud: Verifier) -> Iterator[Event]:
+    output: list[int] = []
+    verification = cloud.open(prompt)
+    try:
+        yield Opened("cloud")
+        for token in verification.generate(how.stopping):
+            output.append(token)
+            yield Committed((token,), "cloud")
+        yield _finished(how, output)
+    finally:
+        verification.close()
+
+
+def _rounds(prompt: Prompt, how: Decoding, edge: Model, cloud: Verifier | None) -> Iterator[Event]:
+    context = [prompt.last]  # then everything committed
+    known = 0  # how much of the context the cloud holds
+    session = edge.open(prompt)
+    yield Opened("edge")
+    verification = cloud.open(prompt) if cloud else None
+    try:
+        if verification:
+            yield Opened("cloud")
+        while how.stopping.reason(context[1:]) is None:
+            k = min(how.k, how.stopping.room(len(context) - 1))
+            drafted = draft(session, context, k, how.stopping.eos, how.gate.score)
+            yield Drafted(drafted)
+            if verification and how.gate(drafted):
+                yield Escalated(drafted, len(context) - known)
+                verdict = verification.verify(known, context[known:], drafted.tokens)
+                yield Verified(drafted, verdict)
+                known = len(context) + verdict.accepted
+                whole = verdict.accepted == len(drafted.tokens)
+                parts: list[tuple[tuple[int, ...], Origin]] = [
+                    (drafted.tokens[: verdict.accepted], "accepted"),
+                    ((verdict.token,), "bonus" if whole else "correction"),
+                ]
+            else:
+                parts = [(drafted.tokens, "local")]
+            for tokens, origin in parts:
+                # nothing follows EOS, and a bonus may be one token too many
+                if how.stopping.reason(context[1:]) is None and (kept := how.stopping.cut(tokens, len(context) - 1)):
+                    context.extend(kept)
+                    yield Committed(kept, origin)
+        yield _finished(how, context[1:])
+    finally:
+        if verification:
+            verification.close()
+
+
+def _finished(how: Decoding, output: list[int]) -> Finished:
+    reason = how.stopping.reason(output)
+    if reason is None:
+        raise RuntimeError("the cloud stopped before EOS and before the length limit")
+    return Finished(reason)
+
+
+def _needed(part: T | None, side: str) -> T:
+    if part is None:
+        raise ValueError(f"this mode needs the {side} model, and none was given")
+    return part

@@ -1,0 +1,133 @@
+"""Qwen2.5-Omni thinkers through transformers: the published 3B and 7B and the pocket pair, by the same code.
+
+The session calls the thinker's text model and head directly, with explicit positions and masks. The thinker's own
+forward keeps `rope_deltas` on the model object, where two interleaved streams would corrupt each other; for audio and
+text the positions are a plain range, so nothing is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgecloud_sd import prompts
+from edgecloud_sd.pairs import DTYPES
+from edgecloud_sd.records import Prompt
+from edgecloud_sd.session import check_truncation
+
+
+class HFSession:
+    """One stream on a thinker. `tokens` starts with the prompt's last token once it has been fed."""
+
+    @torch.inference_mode()
+    def __init__(self, model: HFModel, prompt: Prompt) -> None:
+        from transformers import DynamicCache
+
+        self._thinker = model.thinker
+        self._device = model.thinker.device
+        self._cache = DynamicCache(config=model.thinker.config.text_config)
+        self._prefilled = len(prompt.ids) - 1
+        self.tokens: list[int] = []
+        if self._prefilled:
+            self._forward(model.embed_prompt(prompt)[:, :-1])
+
+    @torch.inference_mode()
+    def extend(self, tokens: Sequence[int]) -> Tensor:
+        """[len(tokens), vocab]; row i = logits for what follows tokens[i]."""
+        ids = torch.tensor([tokens], device=self._device)
+        hidden = self._forward(self._thinker.get_input_embeddings()(ids))
+        self.tokens.extend(tokens)
+        return self._thinker.lm_head(hidden[0])
+
+    def truncate(self, length: int) -> None:
+        """Drop what follows the first `length` tokens. ValueError if there are fewer."""
+        check_truncation(length, len(self.tokens))
+        self._cache.crop(length - len(self.tokens))  # takes the negative count of tokens to drop
+        del self.tokens[length:]
+
+    def _forward(self, embeddings: Tensor) -> Tensor:
+        """Text model on [1, n, hidden] after what is cached; returns the hidden states, same shape."""
+        n = embeddings.shape[1]
+        past = self._cache.get_seq_length()
+        positions = torch.arange(past, past + n, device=self._device)
+        mask = None  # a single row sees everything
+        if n > 1:
+            mask = (torch.arange(past + n, device=self._device) <= positions[:, None])[None, None]
+        return self._thinker.model.language_model(
+            inputs_embeds=embeddings,
+            attention_mask={"full_attention": mask},
+            position_ids=positions.expand(3, 1, n),
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A loaded thinker with its tokenizer and feature extractor."""
+
+    name: str
+    thinker: Any
+    tokenizer: Any
+    extractor: Any
+    eos: frozenset[int]
+
+    def open(self, prompt: Prompt) -> HFSession:
+        """Encode the audio once and prefill all but the last prompt token."""
+        return HFSession(self, prompt)
+
+    def embed_prompt(self, prompt: Prompt) -> Tensor:
+        """[1, len(prompt.ids), hidden]: text embeddings with the audio encoder's output at the placeholders."""
+        thinker = self.thinker
+        ids = torch.tensor([prompt.ids], device=thinker.device)
+        embeddings = thinker.get_input_embeddings()(ids)
+        if prompt.features is None:
+            return embeddings
+        places = ids[0] == thinker.config.audio_token_id
+        frames = prompt.features.shape[1]
+        expected = prompts.audio_positions(frames)
+        if int(places.sum()) != expected:
+            raise ValueError(
+                f"the prompt has {int(places.sum())} audio placeholders for {frames} frames, not {expected}"
+            )
+        lengths = torch.tensor([frames], device=thinker.device)
+        audio = thinker.model.audio_tower(prompt.features.to(thinker.device, thinker.dtype), feature_lens=lengths)
+        return embeddings.masked_scatter(places[None, :, None], audio.last_hidden_state.to(embeddings.dtype))
+
+
+def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32") -> HFModel:
+    """Load a Qwen2.5-Omni checkpoint (whole or thinker only) from a folder or the hub.
+
+    Raises ValueError for an unknown dtype or device, OSError where the checkpoint cannot be read.
+    """
+    from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration, WhisperFeatureExtractor
+
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    check_device(device)
+    thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
+    thinker = thinker.to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    configured = thinker.generation_config.eos_token_id
+    eos = {tokenizer.eos_token_id} | set(configured if isinstance(configured, list) else [configured])
+    return HFModel(
+        name=str(checkpoint),
+        thinker=thinker,
+        tokenizer=tokenizer,
+        extractor=WhisperFeatureExtractor.from_pretrained(checkpoint),
+        eos=frozenset(eos - {None}),
+    )
+
+
+def check_device(device: str) -> None:
+    """ValueError for a device that this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here: {reason}") from error

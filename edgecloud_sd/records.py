@@ -1,0 +1,133 @@
+"""The frozen records that pass between rooms. No logic beyond counting what a record already holds.
+
+Words (design, section 1): a *draft* is proposed by the edge; a *verdict* is the cloud's answer to it; the *context* is
+the last prompt token followed by everything committed, so that "feed what is new, read the last rows" needs no special
+case for the first token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Side = Literal["edge", "cloud"]
+Origin = Literal["local", "accepted", "correction", "bonus", "cloud"]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One entry of a manifest, in one language. `references` are the captions to score against."""
+
+    file_id: str
+    audio_path: Path
+    language: str
+    references: tuple[str, ...]
+    transcription: str | None = None  # given to the prompt where the caption type allows it
+    dataset: str = ""
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What both sides are opened on.
+
+    `ids` holds one audio placeholder for each position that the audio encoder emits; `features` is the log-mel
+    spectrogram [mel bins, frames] in float32, or None for a prompt of text alone.
+    """
+
+    ids: tuple[int, ...]
+    features: Tensor | None = None
+
+    @property
+    def last(self) -> int:
+        """The token held back from prefill: the first of every context."""
+        return self.ids[-1]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Up to k tokens from the edge. `scores` has the gate's statistic for each, or is empty where the gate reads none."""
+
+    tokens: tuple[int, ...]
+    scores: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How many draft tokens the cloud keeps, and its own token for the position after them.
+
+    That token is a correction where a draft token was rejected, the bonus where all were accepted.
+    """
+
+    accepted: int
+    token: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Audio read and features computed."""
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One side has encoded the audio and prefilled the prompt."""
+
+    side: Side
+
+
+@dataclass(frozen=True)
+class Drafted:
+    draft: Draft
+
+
+@dataclass(frozen=True)
+class Escalated:
+    """The gate has sent the draft to the cloud, with `sent` committed tokens that the cloud had not seen."""
+
+    draft: Draft
+    sent: int
+
+
+@dataclass(frozen=True)
+class Verified:
+    draft: Draft
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Committed:
+    """Tokens that are output now, all of one origin. Never empty."""
+
+    tokens: tuple[int, ...]
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Finished:
+    reason: Literal["eos", "length"]
+
+
+Event = Prepared | Opened | Drafted | Escalated | Verified | Committed | Finished
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One caption's events with the seconds since its request at which each was seen from outside."""
+
+    events: tuple[tuple[float, Event], ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Every committed id, in order."""
+        return tuple(token for _, event in self.events if isinstance(event, Committed) for token in event.tokens)
+
+    @property
+    def seconds(self) -> float:
+        """Request to last event."""
+        return self.events[-1][0]

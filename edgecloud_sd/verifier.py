@@ -1,0 +1,74 @@
+"""The cloud's part: verify a draft in one forward pass, or generate alone. Nobody above can tell where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgecloud_sd.acceptance import Rank
+from edgecloud_sd.records import Prompt, Verdict
+from edgecloud_sd.session import Model, Session, sync
+from edgecloud_sd.stopping import Stopping
+
+
+class Verification(Protocol):
+    """One prompt, opened on the cloud's side."""
+
+    def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
+        """Judge `draft` after a context whose first `base` tokens the cloud holds already and whose rest is `tokens`.
+
+        `base` is absolute, so a repeated call gives the same verdict. ValueError where the cloud holds fewer.
+        """
+
+    def generate(self, stopping: Stopping) -> Iterator[int]:
+        """The cloud's own greedy tokens from the start, one by one, the last included."""
+
+    def close(self) -> None:
+        """Give back what the prompt occupies."""
+
+
+class Verifier(Protocol):
+    """Opens prompts on the cloud's side."""
+
+    def open(self, prompt: Prompt) -> Verification: ...
+
+
+@dataclass(frozen=True)
+class LocalVerifier:
+    """A model in this process as the cloud, with one acceptance rule."""
+
+    model: Model
+    rule: Rank
+
+    def open(self, prompt: Prompt) -> LocalVerification:
+        return LocalVerification(self.model.open(prompt), prompt.last, self.rule)
+
+
+class LocalVerification:
+    """Verification on a session of this process."""
+
+    def __init__(self, session: Session, last: int, rule: Rank) -> None:
+        self._session = session
+        self._last = last
+        self._rule = rule
+
+    def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
+        """One forward pass over `tokens` and `draft` together."""
+        held = self._session.tokens
+        if not 0 <= base <= len(held):
+            raise ValueError(f"the edge counts on {base} tokens here, and {len(held)} are held")
+        context = [*held[:base], *tokens, *draft]
+        return self._rule(draft, sync(self._session, context, rows=len(draft) + 1))
+
+    def generate(self, stopping: Stopping) -> Iterator[int]:
+        """Greedy decoding by the same session code."""
+        output: list[int] = []
+        while stopping.reason(output) is None:
+            token = int(sync(self._session, [self._last, *output])[-1].argmax())
+            output.append(token)
+            yield token
+
+    def close(self) -> None:
+        """Empty the cache; the memory goes with this object."""
+        self._session.truncate(0)
