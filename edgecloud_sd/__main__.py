@@ -1,0 +1,114 @@
+"""`python -m edgecloud_sd caption FILE`: stream a caption, each token coloured by where it came from."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from edgecloud_sd import acceptance, config, gate, metrics, pairs
+from edgecloud_sd.captioner import Captioner, Cell, Request
+from edgecloud_sd.clock import stream
+from edgecloud_sd.dataset import BadClip, load_audio
+from edgecloud_sd.records import Committed, Event, Trace
+
+COLOURS = {"local": 32, "accepted": 36, "correction": 31, "bonus": 35, "cloud": 34}  # ANSI
+LEGEND = {
+    "local": "the edge's, unasked",
+    "accepted": "the edge's, kept by the cloud",
+    "correction": "the cloud's, instead of the edge's",
+    "bonus": "the cloud's, after an accepted draft",
+    "cloud": "the cloud's, alone",
+}
+# Of the suite's options, those that make sense for one file; a list means its first value.
+SHARED = (
+    "gate", "entropy-threshold", "k", "rule", "rank", "pair", "edge-model", "cloud-model", "edge-device", "edge-dtype",
+    "cloud-device", "cloud-dtype", "language", "prompt-type", "max-new-tokens",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    given = {name: getattr(options, name.replace("-", "_")) for name in SHARED}
+    try:
+        settings = config.resolve(given | {"mode": options.mode})
+        cell = Cell(settings.mode[0])
+        if cell.mode == "speculative":
+            chosen = gate.parse(settings.gate[0], settings.entropy_threshold[0])
+            cell = Cell(cell.mode, chosen, acceptance.parse(settings.rule[0], settings.rank[0]), settings.k[0])
+        captioner = Captioner(
+            pairs.find(settings.pair, settings.edge_model, settings.cloud_model),
+            edge_device=settings.edge_device,
+            edge_dtype=settings.edge_dtype,
+            cloud_device=settings.cloud_device,
+            cloud_dtype=settings.cloud_dtype,
+        )
+        samples = load_audio(options.file)
+        captioner.load(cell.mode)
+        request = Request(samples, settings.language[0], settings.prompt_type, options.transcription)
+        events = captioner.events(request, cell, settings.max_new_tokens)
+        colour = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
+        trace = show(events, captioner.text(cell.mode), colour)
+    except (BadClip, config.ConfigError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(summary(trace), file=sys.stderr)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; options and help texts are the suite's own."""
+    made = argparse.ArgumentParser(prog="python -m edgecloud_sd", description=__doc__)
+    commands = made.add_subparsers(dest="command", required=True)
+    caption = commands.add_parser("caption", help="caption one audio file, streaming")
+    caption.add_argument("file", type=Path, help="wav, FLAC, MP3 or Ogg, any rate, any channels")
+    caption.add_argument(
+        "--mode", default="speculative", help="who decodes: edge, cloud, speculative (default: %(default)s)"
+    )
+    defaults = config.read_file(config.defaults_file())
+    for option in config.OPTIONS:
+        if option.name in SHARED:
+            default = defaults[option.name]
+            caption.add_argument(
+                f"--{option.name}", help=f"{option.help} (default: {'none' if default is None else default})"
+            )
+    caption.add_argument("--transcription", help="what is said, where the prompt may use it")
+    caption.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="(default: %(default)s)")
+    return made
+
+
+def show(events: Iterator[Event], decode: metrics.Text, colour: bool) -> Trace:
+    """Print the caption as it is committed, and return its trace."""
+    seen: list[int] = []
+    printed = ""
+    stamped = []
+    for seconds, event in stream(events):
+        stamped.append((seconds, event))
+        if not isinstance(event, Committed):
+            continue
+        for token in event.tokens:
+            seen.append(token)
+            text = decode(seen)
+            if text.endswith("\ufffd"):
+                continue  # the first bytes of a character whose rest is still to come
+            new, printed = text[len(printed) :], text
+            print(f"\x1b[{COLOURS[event.origin]}m{new}\x1b[0m" if colour else new, end="", flush=True)
+    print()
+    if colour:
+        origins = dict.fromkeys(event.origin for _, event in stamped if isinstance(event, Committed))
+        print(
+            "  ".join(f"\x1b[{COLOURS[origin]}m{origin}\x1b[0m: {LEGEND[origin]}" for origin in origins),
+            file=sys.stderr,
+        )
+    return Trace(tuple(stamped))
+
+
+def summary(trace: Trace) -> str:
+    """One line: tokens by origin, cloud calls, seconds."""
+    counts = metrics.counts(trace)
+    parts = [f"{getattr(counts, origin)} {origin}" for origin in COLOURS if getattr(counts, origin)]
+    calls = f", {counts.cloud_calls} cloud calls in {counts.rounds} rounds" if counts.rounds else ""
+    return f"{counts.tokens} tokens ({', '.join(parts)}){calls}, {trace.seconds:.3f} s"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Every option of the suite, once: its name, its meaning, what it may be; and how files and the command line combine.
+
+Defaults live in `bench/configs/default.yaml`. A file given with `--config` goes over them, the command line over both.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from dataclasses import field as dataclass_field
+from pathlib import Path
+from typing import Any
+
+from edgecloud_sd import acceptance, gate
+from edgecloud_sd.dataset import CAPTION_TYPES, ON_BAD_CLIP
+from edgecloud_sd.decoder import MODES
+from edgecloud_sd.pairs import DTYPES, PAIRS
+from edgecloud_sd.prompts import LANGUAGES, PROMPT_TYPES
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: the message names the option, the bad value and what it may be."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option. `read` turns the text of one value into the value, or raises ValueError saying what it may be."""
+
+    name: str
+    help: str
+    read: Callable[[str], Any]
+    many: bool
+    optional: bool
+
+    def parse(self, value: Any) -> Any:
+        """The value of this option from a command line's text or a YAML file's scalar or list."""
+        if value is None or value == "":
+            if self.optional:
+                return None
+            raise ConfigError(f"--{self.name}: needs a value")
+        if not self.many:
+            return self._one(value)
+        parts = value if isinstance(value, list | tuple) else str(value).split(",")
+        values = tuple(dict.fromkeys(self._one(part) for part in parts))
+        if not values:
+            raise ConfigError(f"--{self.name}: needs at least one value")
+        return values
+
+    def _one(self, value: Any) -> Any:
+        if isinstance(value, list | tuple | dict):
+            raise ConfigError(f"--{self.name}: takes one value, not {value!r}")
+        text = str(value).strip()
+        try:
+            return self.read(text)
+        except ValueError as error:
+            raise ConfigError(f"--{self.name}: {text!r} {error}") from None
+
+
+def _one_of(known: tuple[str, ...]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in known:
+            raise ValueError(f"is not one of {', '.join(known)}")
+        return text
+
+    return read
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise ValueError("is not a whole number of at least 1")
+    return int(text)
+
+
+def _nats(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise ValueError("is not a number of nats (inf and numbers below 0 are allowed)")
+    return value
+
+
+def _rule(text: str) -> str:
+    try:
+        acceptance.parse(text)
+    except ValueError:
+        raise ValueError(f"is not one of {', '.join(acceptance.NAMES)} or rank(r) with r of at least 1") from None
+    return text
+
+
+def _file_name(text: str) -> str:
+    if not re.fullmatch(r"[\w][\w.+-]*", text):
+        raise ValueError("is not a plain file name (letters, digits, and . _ + - after the first)")
+    return text
+
+
+def _option(help: str, read: Callable[[str], Any] = str, *, many: bool = False, optional: bool = False) -> Any:
+    return dataclass_field(metadata={"help": help, "read": read, "many": many, "optional": optional})
+
+
+def _choice(help: str, known: tuple[str, ...], many: bool = False) -> Any:
+    return _option(f"{help}: {', '.join(known)}", _one_of(known), many=many)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run was asked to do. Tuples make a grid."""
+
+    mode: tuple[str, ...] = _choice("who decodes", MODES, many=True)
+    gate: tuple[str, ...] = _choice("which drafts go to the cloud", gate.NAMES, many=True)
+    entropy_threshold: tuple[float, ...] = _option(
+        "nats above which gate entropy escalates a draft; 0 is always, inf is never", _nats, many=True
+    )
+    k: tuple[int, ...] = _option("draft tokens a round, at most", _count, many=True)
+    rule: tuple[str, ...] = _option(
+        "what the cloud keeps of a draft: greedy (its own tokens), rank (see --rank) or rank(r)", _rule, many=True
+    )
+    rank: tuple[int, ...] = _option("rule rank keeps a token among the cloud's r most likely", _count, many=True)
+    pair: str = _choice("the two checkpoints", tuple(PAIRS))
+    edge_model: str | None = _option("edge checkpoint instead of the pair's: a folder or a hub name", optional=True)
+    cloud_model: str | None = _option("cloud checkpoint instead of the pair's: a folder or a hub name", optional=True)
+    edge_device: str = _option("torch device of the edge: cpu, cuda, cuda:1")
+    edge_dtype: str = _choice("number format of the edge", DTYPES)
+    cloud_device: str = _option("torch device of the cloud")
+    cloud_dtype: str = _choice("number format of the cloud", DTYPES)
+    dataset_path: str = _option("pocket, a manifest file, or a folder with manifest.json")
+    max_samples: int | None = _option("caption the first so many clips only", _count, optional=True)
+    on_bad_clip: str = _choice("stop at a clip that cannot be used, or leave it out and list it", ON_BAD_CLIP)
+    caption_type: str = _choice(
+        "score against <language>_caption and give audio alone, or against caption and give the transcription too",
+        CAPTION_TYPES,
+    )
+    language: tuple[str, ...] = _choice("language of the captions", LANGUAGES, many=True)
+    prompt_type: str = _choice("wording of the task", PROMPT_TYPES)
+    max_new_tokens: int = _option("longest caption, in tokens", _count)
+    output_name: str = _option("name of the results file, without .json", _file_name)
+    results_dir: str = _option("folder of the results files")
+
+
+OPTIONS = tuple(Option(field.name.replace("_", "-"), **field.metadata) for field in fields(Settings))
+
+
+def defaults_file() -> Path:
+    """`bench/configs/default.yaml`: in the checkout, or the copy that an installed package carries."""
+    packaged = Path(__file__).with_name("default.yaml")
+    return packaged if packaged.is_file() else Path(__file__).parents[1] / "bench" / "configs" / "default.yaml"
+
+
+def resolve(command_line: Mapping[str, str | None], file: Path | None = None) -> Settings:
+    """Settings from the defaults, then `file`, then `command_line` (option name -> text, None where not given)."""
+    merged = read_file(defaults_file())
+    if file is not None:
+        merged |= read_file(file)
+    merged |= {name: text for name, text in command_line.items() if text is not None}
+    missing = [option.name for option in OPTIONS if option.name not in merged]
+    if missing:
+        raise ConfigError(f"{defaults_file()}: has no default for --{', --'.join(missing)}")
+    return Settings(**{option.name.replace("-", "_"): option.parse(merged[option.name]) for option in OPTIONS})
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The options of a YAML file by hyphenated name. ConfigError for anything that is not a map of known options."""
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: must map options to values, not be a {type(loaded).__name__}")
+    options = {str(name).replace("_", "-"): value for name, value in loaded.items()}
+    known = [option.name for option in OPTIONS]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ConfigError(f"{path}: unknown option {', '.join(unknown)}; known are {', '.join(known)}")
+    for option in OPTIONS:  # so that a bad value is blamed on the file that holds it
+        if option.name in options:
+            try:
+                option.parse(options[option.name])
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from None
+    return options
