@@ -1,0 +1,53 @@
+"""The grid of a run: settings -> cells with stable ids. Meaningless cells are not made: edge has no threshold."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+
+from edgecloud_sd import acceptance, gate, pairs
+from edgecloud_sd.captioner import Cell
+from edgecloud_sd.config import Settings
+
+SETTINGS = pytest.StashKey[Settings]()  # where the root conftest leaves what the run was asked for
+SHORT = {"chinese": "zh", "english": "en"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark: a way to decode, in one language. `id` says what makes two runs comparable."""
+
+    id: str
+    cell: Cell
+    language: str
+
+
+def cells(settings: Settings) -> list[Cell]:
+    """Each different way to decode, once, in the order of the settings."""
+    found: list[Cell] = []
+    for mode in settings.mode:
+        if mode != "speculative":
+            found.append(Cell(mode))
+            continue
+        gates = [
+            gate.parse(name, threshold)
+            for name in settings.gate
+            for threshold in (settings.entropy_threshold if name == "entropy" else (0.0,))
+        ]
+        rules = [acceptance.parse(rule, r) for rule in settings.rule for r in settings.rank]
+        found.extend(Cell(mode, *each) for each in itertools.product(gates, rules, settings.k))
+    return list(dict.fromkeys(found))
+
+
+def cases(settings: Settings) -> list[Case]:
+    """The grid."""
+    pair = pairs.find(settings.pair, settings.edge_model, settings.cloud_model).name
+    made = []
+    for cell, language in itertools.product(cells(settings), settings.language):
+        parts = [cell.mode, pair]
+        if cell.mode == "speculative":
+            parts += [cell.gate.label, f"k{cell.k}", cell.rule.label]
+        made.append(Case("-".join([*parts, SHORT[language]]), cell, language))
+    return made

@@ -1,0 +1,68 @@
+"""How a run is shown: one row a cell, and the words that describe a cell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tabulate import tabulate
+
+from bench.cases import Case
+from edgecloud_sd.pairs import Pair
+from edgecloud_sd.results import Summary
+
+# heading -> field of Summary, format, factor
+COLUMNS: dict[str, tuple[str, str, float]] = {
+    "TTFT ms": ("ttft_s", ".1f", 1e3),
+    "OTPS": ("otps", ".1f", 1),
+    "total ms": ("total_s", ".1f", 1e3),
+    "CPU %": ("cpu_percent", ".0f", 1),
+    "RAM MB": ("ram_mb", ".0f", 1),
+    "GPU %": ("gpu_percent", ".0f", 1),
+    "BLEU-1": ("bleu1", ".3f", 1),
+    "BLEU-4": ("bleu4", ".3f", 1),
+    "CIDEr": ("cider", ".2f", 1),
+    "acceptance": ("acceptance_rate", ".3f", 1),
+    "cloud calls": ("cloud_call_rate", ".3f", 1),
+    "corrections": ("correction_rate", ".3f", 1),
+}
+
+
+def describe(case: Case, pair: Pair) -> dict[str, Any]:
+    """A cell in words, for `extra_info` and the results file."""
+    speculative = case.cell.mode == "speculative"
+    return {
+        "case": case.id,
+        "pair": pair.name,
+        "mode": case.cell.mode,
+        "gate": case.cell.gate.label if speculative else None,
+        "k": case.cell.k if speculative else None,
+        "rule": case.cell.rule.label if speculative else None,
+        "output": "lossy" if speculative and not case.cell.exact else "exact",
+    }
+
+
+def render(rows: dict[str, Summary]) -> str:
+    """One row a cell, then the reason for each dash."""
+    lines = []
+    for name, summary in rows.items():
+        line = [name, str(summary.clips)]
+        for field, form, factor in COLUMNS.values():
+            value = getattr(summary, field)
+            line.append("-" if value is None else format(value * factor, form))
+        lines.append(line)
+    text = tabulate(
+        lines, ["case", "clips", *COLUMNS], disable_numparse=True, colalign=["left"] + ["right"] * (len(COLUMNS) + 1)
+    )
+    return "\n".join([text, *_dashes(rows)])
+
+
+def _dashes(rows: dict[str, Summary]) -> list[str]:
+    headings = {field: heading for heading, (field, _, _) in COLUMNS.items()}
+    reasons: dict[str, list[str]] = {}
+    for summary in rows.values():
+        for field, reason in summary.reasons.items():
+            if field in headings and getattr(summary, field) is None:
+                names = reasons.setdefault(reason, [])
+                if headings[field] not in names:
+                    names.append(headings[field])
+    return [f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()]
