@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -63,10 +64,13 @@ def data(settings: Settings) -> Callable[[str], DataSet]:
 
     def load(language: str) -> DataSet:
         if language not in loaded:
+            problem = ""
             try:
                 loaded[language] = DataSet(settings, language)
             except dataset.BadClip as error:
-                pytest.fail(f"{error}\n(--on-bad-clip skip leaves bad clips out)", pytrace=False)
+                problem = f"{error}\n(--on-bad-clip skip leaves bad clips out)"
+            if problem:
+                pytest.fail(problem, pytrace=False)
         return loaded[language]
 
     return load
@@ -74,19 +78,22 @@ def data(settings: Settings) -> Callable[[str], DataSet]:
 
 @pytest.fixture
 def progress(pytestconfig: pytest.Config) -> Iterator[Callable[[int, str], Callable[[], None]]]:
-    """Makes a bar on the terminal, and nothing where the output is no terminal: call it, then call what it returns."""
+    """Makes a bar on a terminal, and nothing elsewhere: call it with clips and name, then call what it returns."""
+    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
+    if not reporter.isatty:
+        yield lambda total, name: lambda: None
+        return
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
-    bars: list[tqdm[None]] = []
+    bars: list[tqdm[NoReturn]] = []
 
     def start(total: int, name: str) -> Callable[[], None]:
         with capture.global_and_fixture_disabled():
-            bars.append(tqdm(total=total, desc=name, unit="clip", leave=False, disable=None))
-
-        def advance() -> None:
-            with capture.global_and_fixture_disabled():
-                bars[-1].update()
-
+            bars.append(tqdm(total=total, desc=name, unit="clip", leave=False))
         return advance
+
+    def advance() -> None:
+        with capture.global_and_fixture_disabled():
+            bars[-1].update()
 
     yield start
     with capture.global_and_fixture_disabled():
@@ -103,20 +110,13 @@ def report(
     def add(case: cases.Case, done: list[results.ClipResult], data: DataSet) -> results.Summary:
         summary, scores = results.summarise(done, case.language)
         experiment = asdict(settings) | table.describe(case, captioner.pair) | {"language": case.language}
-        file = results_file(settings, case)
+        file = table.results_file(settings, case)
         results.write(file, results.document(experiment, done, summary, scores, data.skipped))
         pytestconfig.stash.setdefault(ROWS, {})[case.id] = summary
         pytestconfig.stash.setdefault(FILES, []).append(file)
         return summary
 
     return add
-
-
-def results_file(settings: Settings, case: cases.Case) -> Path:
-    """`<output_name>.json` for a run of one cell; a grid writes one file a cell, `<output_name>-<id>.json`."""
-    alone = len(cases.cases(settings)) == 1
-    name = settings.output_name if alone else f"{settings.output_name}-{case.id}"
-    return Path(settings.results_dir) / f"{name}.json"
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,12 +1,14 @@
-"""How a run is shown: one row a cell, and the words that describe a cell."""
+"""How a run is shown: one row a cell, the words that describe a cell, and the names of the results files."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from bench.cases import Case
+from bench.cases import Case, cases
+from edgecloud_sd.config import Settings
 from edgecloud_sd.pairs import Pair
 from edgecloud_sd.results import Summary
 
@@ -25,6 +27,13 @@ COLUMNS: dict[str, tuple[str, str, float]] = {
     "cloud calls": ("cloud_call_rate", ".3f", 1),
     "corrections": ("correction_rate", ".3f", 1),
 }
+
+
+def results_file(settings: Settings, case: Case) -> Path:
+    """`<output_name>.json` for a run of one cell; a grid writes one file a cell, `<output_name>-<id>.json`."""
+    alone = len(cases(settings)) == 1
+    name = settings.output_name if alone else f"{settings.output_name}-{case.id}"
+    return Path(settings.results_dir) / f"{name}.json"
 
 
 def describe(case: Case, pair: Pair) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Edge-cloud speculative decoding: decode with a small model on the device and a large one on a server, and measure it."""
+"""Edge-cloud speculative decoding: a small model on the device drafts, a large one on a server verifies."""
 
 from edgecloud_sd.captioner import Captioner, Cell, Request
 

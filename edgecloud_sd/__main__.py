@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edgecloud_sd import acceptance, config, gate, metrics, pairs
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
 def show(events: Iterator[Event], decode: metrics.Text, colour: bool) -> Trace:
     """Print the caption as it is committed, and return its trace."""
     seen: list[int] = []
-    printed = ""
+    printed = text = ""
     stamped = []
     for seconds, event in stream(events):
         stamped.append((seconds, event))
@@ -91,8 +91,9 @@ def show(events: Iterator[Event], decode: metrics.Text, colour: bool) -> Trace:
             if text.endswith("\ufffd"):
                 continue  # the first bytes of a character whose rest is still to come
             new, printed = text[len(printed) :], text
-            print(f"\x1b[{COLOURS[event.origin]}m{new}\x1b[0m" if colour else new, end="", flush=True)
-    print()
+            if new:
+                print(f"\x1b[{COLOURS[event.origin]}m{new}\x1b[0m" if colour else new, end="", flush=True)
+    print(text[len(printed) :])
     if colour:
         origins = dict.fromkeys(event.origin for _, event in stamped if isinstance(event, Committed))
         print(

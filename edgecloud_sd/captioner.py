@@ -1,4 +1,4 @@
-"""From audio to caption: the way of the data in one place. The command line, the suite and the README's example use it."""
+"""From audio to caption: the way of the data in one place, for the command line, the suite and your own code."""
 
 from __future__ import annotations
 

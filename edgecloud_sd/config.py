@@ -36,7 +36,7 @@ class Option:
 
     def parse(self, value: Any) -> Any:
         """The value of this option from a command line's text or a YAML file's scalar or list."""
-        if value is None or value == "":
+        if value is None or (isinstance(value, str) and not value.strip()):
             if self.optional:
                 return None
             raise ConfigError(f"--{self.name}: needs a value")
@@ -169,7 +169,10 @@ def read_file(path: Path) -> dict[str, Any]:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+    ) as error:  # ValueError: a date or number that is none, or bytes that are no text
         raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
     if loaded is None:
         return {}

@@ -28,6 +28,7 @@ from edgecloud_sd.records import Clip
 SAMPLE_RATE = 16_000
 SHORTEST, LONGEST = 0.025, 300.0  # s: one window of the feature extractor, and the most that Qwen2.5-Omni's reads
 CAPTION_TYPES = ("audio_only", "original")
+ADVICE = "choose another --language or --caption-type"
 ON_BAD_CLIP = ("error", "skip")
 POCKET = "pocket"  # the data set that ships with the project
 
@@ -47,23 +48,29 @@ class Skipped:
 def load_audio(path: Path) -> NDArray[np.float32]:
     """Mono samples at `SAMPLE_RATE` in [-1, 1] from any file that libsndfile reads (wav of every kind, FLAC, MP3, Ogg).
 
-    Channels are averaged; other rates are resampled with soxr. Raises BadClip for a missing, corrupt or empty file, or
-    one with samples that are not numbers.
+    Channels are averaged; other rates are resampled with soxr. Raises BadClip for a missing, corrupt or empty file, one
+    longer than `LONGEST`, or one with samples that are not numbers.
     """
     import soundfile
     import soxr
 
-    if not path.is_file():
-        raise BadClip(f"{path}: no such audio file")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        if not path.is_file():
+            raise BadClip(f"{path}: no such audio file")
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            if file.frames > LONGEST * rate:  # before anything is allocated: a corrupt header may promise terabytes
+                raise BadClip(f"{path}: lasts {file.frames / rate:.3f} s, and a clip may last {LONGEST:g} s at most")
+            samples = file.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise BadClip(f"{path}: cannot be read as audio ({error.error_string.strip()})") from error
+    except (OSError, TypeError) as error:  # TypeError: a raw file, which does not say its rate
+        raise BadClip(f"{path}: cannot be read as audio ({error})") from error
     if not len(samples):
         raise BadClip(f"{path}: holds no audio (0 samples)")
-    mono = samples.mean(axis=1)
-    if not np.isfinite(mono).all():
+    if not np.isfinite(samples).all():
         raise BadClip(f"{path}: holds samples that are not finite numbers")
+    mono = samples.mean(axis=1)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
         if not len(mono):
@@ -135,13 +142,17 @@ def load_manifest(
 
 
 def _entries(path: Path) -> list[Any]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadClip(f"{path}: is not JSON ({error})") from error
+    entries = _json(path)
     if not isinstance(entries, list):
         raise BadClip(f"{path}: must be a JSON list of clips, not {type(entries).__name__}")
     return entries
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number without end
+        raise BadClip(f"{path}: is not JSON ({error})") from error
 
 
 def _clip(path: Path, number: int, entry: Any, language: str, caption_type: str) -> Clip:
@@ -162,18 +173,17 @@ def _clip(path: Path, number: int, entry: Any, language: str, caption_type: str)
     references = [value] if isinstance(value, str) else value
     if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
         if value is None:
-            raise BadClip(
-                f"{path}, {file_id}, {field}: there is no {language} caption; choose another --language or --caption-type"
-            )
+            raise BadClip(f"{path}, {file_id}, {field}: there is no {language} caption; {ADVICE}")
         raise BadClip(f"{path}, {file_id}, {field}: must be a text or a list of texts, not {value!r}")
     references = [each.strip() for each in references if each.strip()]
     if not references:
-        raise BadClip(f"{path}, {file_id}, {field}: is empty; choose another --language or --caption-type")
+        raise BadClip(f"{path}, {file_id}, {field}: is empty; {ADVICE}")
     transcription = None
     if caption_type == "original":
-        transcription = text(f"{language}_transcription", False) or text("transcription", False) or None
+        said = (text(f"{language}_transcription", False).strip(), text("transcription", False).strip())
+        transcription = said[0] or said[1] or None
     index = entry.get("index", number)
-    if not isinstance(index, int):
+    if not isinstance(index, int) or isinstance(index, bool):
         raise BadClip(f"{path}, {file_id}, index: must be a whole number, not {index!r}")
     return Clip(
         file_id=file_id,
@@ -199,14 +209,15 @@ def import_secap(folder: Path, manifest: Path) -> int:
     for needed in (captions_file, texts_file):
         if not needed.is_file():
             raise BadClip(f"{needed}: no such file; SECap's layout has fid2captions.json, text.txt and wav/")
-    try:
-        captions = json.loads(captions_file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadClip(f"{captions_file}: is not JSON ({error})") from error
+    captions = _json(captions_file)
     if not isinstance(captions, dict):
         raise BadClip(f"{captions_file}: must map clip ids to captions, not be a {type(captions).__name__}")
+    try:
+        lines = texts_file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadClip(f"{texts_file}: is not UTF-8 ({error})") from error
     texts = {}
-    for line in texts_file.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         if line.strip():
             file_id, _, said = line.strip().partition(" ")
             texts[file_id] = said.strip()

@@ -1,4 +1,4 @@
-"""Gates: whether a draft goes to the cloud. A gate names the statistic it reads of each drafted token, and decides on them."""
+"""Gates: whether a draft goes to the cloud, decided on one statistic of each drafted token."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ NEVER = Gate("never", math.inf)
 
 
 def entropy(threshold: float) -> Gate:
-    """Escalate when the largest entropy (nats) in the draft exceeds `threshold`. At 0 or below it is `ALWAYS`, at inf `NEVER`."""
+    """Escalate when the largest entropy (nats) in the draft exceeds `threshold`.
+
+    At 0 or below it is `ALWAYS`, at inf `NEVER`. ValueError for nan.
+    """
     if math.isnan(threshold):
         raise ValueError("the entropy threshold must be a number of nats, not nan")
     if threshold <= 0:
@@ -51,7 +54,7 @@ def entropy(threshold: float) -> Gate:
 
 
 def parse(name: str, threshold: float) -> Gate:
-    """A gate by name; `threshold` is read by `entropy` alone. ValueError, naming the known gates, for any other name."""
+    """A gate by name; only `entropy` reads `threshold`. ValueError, naming the known gates, for any other name."""
     if name == "entropy":
         return entropy(threshold)
     if name == "always":

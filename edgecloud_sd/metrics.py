@@ -43,7 +43,7 @@ def otps(n: int, first: float | None, last: float | None) -> float | None:
 
 
 def opening(trace: Trace, side: str) -> float | None:
-    """s that the side took for audio encoder and prefill: its `Opened` minus the event before; None where it was not opened."""
+    """s for the side's audio encoder and prefill: its `Opened` minus the event before; None where not opened."""
     before = 0.0
     for seconds, event in trace.events:
         if isinstance(event, Opened) and event.side == side:

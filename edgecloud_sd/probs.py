@@ -16,6 +16,6 @@ def entropy(logits: Tensor) -> float:
 
 
 def rank(logits: Tensor, token: int) -> int:
-    """Place of `token` among the logits [vocab], 1 for the most likely. Of equal logits the lowest id comes first, as in argmax."""
+    """Place of `token` among the logits [vocab], 1 for the most likely; of equal logits the lowest id, as in argmax."""
     own = logits[token]
     return 1 + int((logits > own).sum()) + int((logits[:token] == own).sum())

@@ -49,7 +49,7 @@ def chat(task: str, audio_tokens: int) -> str:
 
 
 def audio_positions(frames: int) -> int:
-    """Positions that Qwen2.5-Omni's audio encoder emits for `frames` mel frames: a stride-2 convolution, then 2:1 pooling."""
+    """Positions that Qwen2.5-Omni's audio encoder emits for `frames`: a stride-2 convolution, then 2:1 pooling."""
     after_convolution = (frames - 1) // 2 + 1
     return (after_convolution - 2) // 2 + 1
 

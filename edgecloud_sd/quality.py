@@ -51,11 +51,13 @@ def score(captions: Sequence[str], references: Sequence[Sequence[str]], language
     want = {i: [" ".join(tokenize(text, language)) for text in texts] for i, texts in enumerate(references)}
     bleu, per_clip = Bleu(4).compute_score(want, got, verbose=0)
     reasons = {}
-    if len(captions) > 1:
-        cider = float(Cider().compute_score(want, got)[0])
-    else:
-        cider = None
+    cider = None
+    if len(captions) == 1:
         reasons["cider"] = "needs at least two clips"
+    elif not any(text for texts in want.values() for text in texts):
+        reasons["cider"] = "no reference has a word"
+    else:
+        cider = float(Cider().compute_score(want, got)[0])
     return Quality(
         bleu1=float(bleu[0]),
         bleu4=float(bleu[3]),

@@ -50,7 +50,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Draft:
-    """Up to k tokens from the edge. `scores` has the gate's statistic for each, or is empty where the gate reads none."""
+    """Up to k tokens from the edge, with the gate's statistic for each, or none where the gate reads none."""
 
     tokens: tuple[int, ...]
     scores: tuple[float, ...] = ()

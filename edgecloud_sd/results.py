@@ -202,7 +202,7 @@ def environment() -> dict[str, Any]:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """Check against the schema, then write whole or not at all. Raises jsonschema.ValidationError, ValueError for nan."""
+    """Check against the schema, then write whole. Raises jsonschema.ValidationError, or ValueError for nan."""
     validate(results)
     write_whole(path, json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 

@@ -19,7 +19,7 @@ class Session(Protocol):
         """Exactly what is in the cache after the prefilled prompt."""
 
     def extend(self, tokens: Sequence[int]) -> Tensor:
-        """Feed `tokens` (at least one) in one forward pass: [len(tokens), vocab], row i = logits for what follows tokens[i]."""
+        """One forward pass over at least one token: [len(tokens), vocab]; row i = logits for what follows tokens[i]."""
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens. ValueError if there are fewer, or if it is negative."""

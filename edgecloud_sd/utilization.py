@@ -16,7 +16,7 @@ GPU_PERIOD = 0.05  # s between two readings; NVML itself averages over 1/6 to 1 
 
 @dataclass(frozen=True)
 class Utilization:
-    """What the process used between entering and leaving the block. None where it could not be measured, with a reason."""
+    """What the process used in the block. What could not be measured is None, and `reasons` says why."""
 
     wall: float  # s
     cpu: float  # s of CPU time, all threads of this process

@@ -7,6 +7,8 @@ text the positions are a plain range, so nothing is lost.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,8 @@ class HFSession:
         ids = torch.tensor([tokens], device=self._device)
         hidden = self._forward(self._thinker.get_input_embeddings()(ids))
         self.tokens.extend(tokens)
-        return self._thinker.lm_head(hidden[0])
+        logits: Tensor = self._thinker.lm_head(hidden[0])
+        return logits
 
     def truncate(self, length: int) -> None:
         """Drop what follows the first `length` tokens. ValueError if there are fewer."""
@@ -58,13 +61,14 @@ class HFSession:
         mask = None  # a single row sees everything
         if n > 1:
             mask = (torch.arange(past + n, device=self._device) <= positions[:, None])[None, None]
-        return self._thinker.model.language_model(
+        hidden: Tensor = self._thinker.model.language_model(
             inputs_embeds=embeddings,
             attention_mask={"full_attention": mask},
             position_ids=positions.expand(3, 1, n),
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
+        return hidden
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class HFModel:
         """[1, len(prompt.ids), hidden]: text embeddings with the audio encoder's output at the placeholders."""
         thinker = self.thinker
         ids = torch.tensor([prompt.ids], device=thinker.device)
-        embeddings = thinker.get_input_embeddings()(ids)
+        embeddings: Tensor = thinker.get_input_embeddings()(ids)
         if prompt.features is None:
             return embeddings
         places = ids[0] == thinker.config.audio_token_id
@@ -103,25 +107,28 @@ class HFModel:
 def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32") -> HFModel:
     """Load a Qwen2.5-Omni checkpoint (whole or thinker only) from a folder or the hub.
 
-    Raises ValueError for an unknown dtype or device, OSError where the checkpoint cannot be read.
+    Raises ValueError for an unknown dtype or device or a folder that is not there, OSError where loading fails.
     """
     from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration, WhisperFeatureExtractor
+    from transformers.utils import logging
 
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     check_device(device)
-    thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
-    thinker = thinker.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    name = str(checkpoint)
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"no checkpoint {name!r}: give a folder that exists, or a name on the hub as owner/name")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        extractor = WhisperFeatureExtractor.from_pretrained(name)
+    except OSError as error:
+        raise OSError(f"checkpoint {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     configured = thinker.generation_config.eos_token_id
-    eos = {tokenizer.eos_token_id} | set(configured if isinstance(configured, list) else [configured])
-    return HFModel(
-        name=str(checkpoint),
-        thinker=thinker,
-        tokenizer=tokenizer,
-        extractor=WhisperFeatureExtractor.from_pretrained(checkpoint),
-        eos=frozenset(eos - {None}),
-    )
+    eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    return HFModel(name, thinker.to(device).eval(), tokenizer, extractor, frozenset(eos))
 
 
 def check_device(device: str) -> None:

@@ -1,4 +1,4 @@
-"""A table language model in float64: instant, exact, and sensitive to every token before, so that no cache error hides."""
+"""A table language model in float64: instant, exact, and so sensitive to the past that no cache error hides."""
 
 from __future__ import annotations
 

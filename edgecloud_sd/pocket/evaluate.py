@@ -80,7 +80,7 @@ def evaluate(captioner: Captioner, which: str = "evaluation", count: int = 2 * c
 
     def emotions(name: str) -> float:
         right = [
-            voices.EMOTIONS[voices.emotion_of(clip.attributes)][0 if language == "english" else 1] in text
+            voices.emotion_of(clip.attributes).word(language) in text
             for clip, text, language in zip(made, captions[name], languages, strict=True)
         ]
         return sum(right) / count

@@ -76,7 +76,8 @@ def _pulses(f0: NDArray[np.float64], tilt: float) -> NDArray[np.float64]:
     spectrum[harmonics] = harmonics**-tilt * np.exp(-0.5j * np.pi)
     table = np.fft.irfft(spectrum, TABLE)
     cycles = np.cumsum(f0) / SAMPLE_RATE
-    return table[((cycles % 1) * TABLE).astype(int)]
+    pulses: NDArray[np.float64] = table[((cycles % 1) * TABLE).astype(int)]
+    return pulses
 
 
 def _formants(n: int, formants: tuple[int, ...]) -> NDArray[np.complex128]:

@@ -30,8 +30,8 @@ def corpus() -> Iterator[str]:
         for language in prompts.LANGUAGES:
             yield voices.caption(voices.Attributes(*combination), language)
     for language in prompts.LANGUAGES:  # emotions that no sampled combination reaches
-        for english, chinese, _ in voices.EMOTIONS.values():
-            yield f" {english}" if language == "english" else chinese
+        for emotion in voices.EMOTIONS:
+            yield f" {emotion.english}" if language == "english" else emotion.chinese
 
 
 def train() -> Any:

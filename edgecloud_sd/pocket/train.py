@@ -128,9 +128,11 @@ def new_thinker(recipe: Recipe, tokens: Any) -> Any:
         audio_token_index=ids[prompts.AUDIO_TOKEN],
         audio_start_token_id=ids["<|audio_bos|>"],
         audio_end_token_id=ids["<|audio_eos|>"],
-        # ids that no prompt contains
+        # ids that no prompt contains, and that the thinker's own generate looks for
         image_token_index=len(tokens),
         video_token_index=len(tokens) + 1,
+        vision_start_token_id=len(tokens) + 2,
+        vision_end_token_id=len(tokens) + 3,
     )
     thinker = Qwen2_5OmniThinkerForConditionalGeneration(config)
     thinker.generation_config = GenerationConfig(eos_token_id=ids[tokenizer.EOS], pad_token_id=ids[tokenizer.PAD])
@@ -169,7 +171,7 @@ def hear(thinker: Any, batch: list[Example]) -> tuple[Tensor, list[int]]:
 
 def attribute_loss(heads: nn.ModuleList, heard: Tensor, positions: list[int], batch: list[Example]) -> Tensor:
     """Mean cross-entropy of the attributes from each clip's mean-pooled audio."""
-    pooled = torch.stack([clip.mean(0) for clip in heard.split(positions)])
+    pooled = torch.stack([clip.mean(0) for clip in torch.split(heard, positions)])
     targets = torch.stack([example.attributes for example in batch])
     losses = [F.cross_entropy(head(pooled), targets[:, i]) for i, head in enumerate(heads)]
     return torch.stack(losses).mean()
@@ -240,7 +242,7 @@ def optimise(parameters: list[nn.Parameter], steps: int, rate: float, name: str)
 
     def step(loss: Tensor) -> None:
         adam.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()
         schedule.step()

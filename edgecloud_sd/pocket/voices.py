@@ -47,16 +47,28 @@ WORDS: dict[Language, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# emotion -> (English word, Chinese word, the voice typical of it)
-EMOTIONS: dict[str, tuple[str, str, Attributes]] = {
-    "happy": ("happy", "开心", Attributes(2, 2, 2, 1, 0, 1)),
-    "sad": ("sad", "悲伤", Attributes(0, 0, 0, 0, 1, 0)),
-    "angry": ("angry", "愤怒", Attributes(1, 2, 2, 2, 0, 2)),
-    "afraid": ("afraid", "害怕", Attributes(2, 1, 2, 0, 1, 0)),
-    "calm": ("calm", "平静", Attributes(1, 1, 1, 1, 0, 1)),
-    "disgusted": ("disgusted", "厌恶", Attributes(0, 1, 0, 1, 0, 2)),
-    "excited": ("excited", "激动", Attributes(2, 2, 1, 2, 1, 1)),
-}
+
+@dataclass(frozen=True)
+class Emotion:
+    """Its word in each language, and the voice typical of it."""
+
+    english: str
+    chinese: str
+    typical: Attributes
+
+    def word(self, language: Language) -> str:
+        return self.english if language == "english" else self.chinese
+
+
+EMOTIONS = (
+    Emotion("happy", "开心", Attributes(2, 2, 2, 1, 0, 1)),
+    Emotion("sad", "悲伤", Attributes(0, 0, 0, 0, 1, 0)),
+    Emotion("angry", "愤怒", Attributes(1, 2, 2, 2, 0, 2)),
+    Emotion("afraid", "害怕", Attributes(2, 1, 2, 0, 1, 0)),
+    Emotion("calm", "平静", Attributes(1, 1, 1, 1, 0, 1)),
+    Emotion("disgusted", "厌恶", Attributes(0, 1, 0, 1, 0, 2)),
+    Emotion("excited", "激动", Attributes(2, 2, 1, 2, 1, 1)),
+)
 
 TYPICAL = 0.65  # how often an attribute takes its emotion's typical class
 TEMPLATES: dict[Language, str] = {
@@ -71,8 +83,8 @@ def classes(name: str) -> int:
 
 
 def draw(rng: np.random.Generator) -> Attributes:
-    """An emotion is drawn, then each attribute: its typical class with probability `TYPICAL`, else one of the others."""
-    typical = list(EMOTIONS.values())[rng.integers(len(EMOTIONS))][2]
+    """Draw an emotion, then each attribute: its typical class with probability `TYPICAL`, else one of the others."""
+    typical = EMOTIONS[rng.integers(len(EMOTIONS))].typical
     drawn = {}
     for name in NAMES:
         usual = getattr(typical, name)
@@ -81,21 +93,19 @@ def draw(rng: np.random.Generator) -> Attributes:
     return Attributes(**drawn)
 
 
-def emotion_of(attributes: Attributes) -> str:
+def emotion_of(attributes: Attributes) -> Emotion:
     """The emotion whose typical voice shares most attributes with this one."""
 
-    def shared(emotion: str) -> int:
-        typical = EMOTIONS[emotion][2]
-        return sum(getattr(typical, name) == getattr(attributes, name) for name in NAMES)
+    def shared(emotion: Emotion) -> int:
+        return sum(getattr(emotion.typical, name) == getattr(attributes, name) for name in NAMES)
 
     return max(EMOTIONS, key=shared)  # max keeps the first of equals
 
 
 def caption(attributes: Attributes, language: Language) -> str:
     """The one sentence that describes these attributes in `language`."""
-    english, chinese, _ = EMOTIONS[emotion_of(attributes)]
     words = {name: WORDS[language][name][getattr(attributes, name)] for name in NAMES}
-    return TEMPLATES[language].format(emotion=english if language == "english" else chinese, **words)
+    return TEMPLATES[language].format(emotion=emotion_of(attributes).word(language), **words)
 
 
 def named(text: str, language: Language) -> dict[str, int | None]:

@@ -1,0 +1,23 @@
+"""Fixtures and hypothesis profiles of the correctness tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+from edgecloud_sd.captioner import Captioner
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may wait for a network
+
+pytest_plugins = ["pytester"]
+
+settings.register_profile("default", deadline=None, max_examples=60)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def captioner() -> Captioner:
+    """The pocket pair, loaded once."""
+    return Captioner()

@@ -1,0 +1,36 @@
+"""The grid and its ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench import cases
+from edgecloud_sd import config
+
+
+def ids(**options: str) -> list[str]:
+    given = {name.replace("_", "-"): value for name, value in options.items()}
+    return [case.id for case in cases.cases(config.resolve(given))]
+
+
+def test_modes_without_a_threshold_appear_once() -> None:
+    assert ids(mode="edge,cloud", entropy_threshold="1,2", k="3,5") == ["edge-pocket-zh", "cloud-pocket-zh"]
+
+
+def test_a_grid_is_every_combination_in_order() -> None:
+    assert ids(mode="speculative", entropy_threshold="1.0,1.5", k="3,5", language="chinese,english", rule="greedy") == [
+        f"speculative-pocket-H{h}-k{k}-greedy-{language}"
+        for h in ("1", "1.5")
+        for k in (3, 5)
+        for language in ("zh", "en")
+    ]
+
+
+def test_what_is_the_same_cell_is_made_once() -> None:
+    found = ids(mode="speculative", gate="always,entropy", entropy_threshold="0,-1", rule="greedy,rank", rank="1,20")
+    assert found == ["speculative-pocket-always-k3-greedy-zh", "speculative-pocket-always-k3-rank20-zh"]
+
+
+def test_own_models_stand_in_the_id_without_their_folders(tmp_path: Path) -> None:
+    found = ids(mode="cloud", edge_model="Qwen/Qwen2.5-Omni-3B", cloud_model=str(tmp_path / "mine"))
+    assert found == ["cloud-Qwen2.5-Omni-3B+mine-zh"]

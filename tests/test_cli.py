@@ -1,0 +1,84 @@
+"""`python -m edgecloud_sd caption`, `python -m edgecloud_sd.pocket`: what a person types and sees."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from edgecloud_sd import gate
+from edgecloud_sd.__main__ import COLOURS, main, show
+from edgecloud_sd.captioner import Captioner, Cell, Request
+from edgecloud_sd.clock import stamp
+from edgecloud_sd.dataset import load_audio
+from edgecloud_sd.pocket import __main__ as pocket
+from edgecloud_sd.pocket import clips
+from edgecloud_sd.records import Committed, Event, Finished
+
+
+@pytest.fixture
+def wav(tmp_path: Path) -> Path:
+    file = tmp_path / "clip.wav"
+    soundfile.write(file, clips.make("evaluation", 2).samples, 16_000)
+    return file
+
+
+def test_the_caption_is_streamed_and_summed_up(
+    wav: Path, captioner: Captioner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["caption", str(wav), "--gate", "always", "--rule", "greedy", "--k", "4"])
+    printed = capsys.readouterr()
+    cell = Cell("speculative", gate.ALWAYS, k=4)
+    trace = stamp(captioner.events(Request(load_audio(wav)), cell, 64))
+    assert printed.out == captioner.text("speculative")(trace.tokens) + "\n"
+    assert re.search(r"^\d+ tokens \(\d+ accepted, .*\), \d+ cloud calls in \d+ rounds, [\d.]+ s$", printed.err, re.M)
+
+
+def test_each_token_has_the_colour_of_its_origin(capsys: pytest.CaptureFixture[str]) -> None:
+    events: list[Event] = [Committed((1, 2), "local"), Committed((3,), "correction"), Finished("eos")]
+    # token 2 is the first half of what token 3 completes
+    text = {(1,): "a", (1, 2): "a\ufffd", (1, 2, 3): "a。"}
+    show(iter(events), lambda ids: text[tuple(ids)], colour=True)
+    printed = capsys.readouterr()
+    assert printed.out == f"\x1b[{COLOURS['local']}ma\x1b[0m\x1b[{COLOURS['correction']}m。\x1b[0m\n"
+    assert "local" in printed.err
+    assert "bonus" not in printed.err
+
+
+def test_text_that_never_becomes_a_character_is_shown_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    show(iter([Committed((1,), "cloud"), Finished("length")]), lambda ids: "a\ufffd", colour=False)
+    assert capsys.readouterr().out == "a\ufffd\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["absent.wav"], "absent.wav: no such audio file"),
+        (["clip.wav", "--k", "none"], "--k: 'none' is not a whole number of at least 1"),
+        (["clip.wav", "--mode", "hybrid"], "--mode: 'hybrid' is not one of edge, cloud, speculative"),
+        (["clip.wav", "--edge-device", "abacus"], "device 'abacus' cannot be used here"),
+        (["clip.wav", "--edge-model", "absent-folder"], "no checkpoint 'absent-folder': give a folder"),
+        (["clip.wav", "--edge-model", "nobody/nothing"], "checkpoint 'nobody/nothing' cannot be loaded"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    wav: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(wav.parent)
+    with pytest.raises(SystemExit, match=re.escape(message)) as stopped:
+        main(["caption", *options])
+    assert str(stopped.value).startswith("error: ")
+
+
+def test_the_clips_command_prints_their_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pocket.main(["clips", "--folder", str(tmp_path / "set")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "set")
+    assert (tmp_path / "set" / "manifest_english.json").is_file()
+
+
+def test_evaluating_too_few_clips_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pocket.main(["evaluate", "--clips", "1"])
+    assert "--clips must be at least 4, not 1" in capsys.readouterr().err

@@ -1,0 +1,267 @@
+"""Options: how defaults, files and the command line combine, and how a bad setting is named."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from edgecloud_sd import config
+from edgecloud_sd.config import OPTIONS, ConfigError, resolve
+
+NAMED = {option.name: option for option in OPTIONS}
+COUNTS = ("k", "rank", "max-samples", "max-new-tokens")
+REQUIRED = [option.name for option in OPTIONS if not option.optional]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "mine.yaml"
+
+
+def test_without_file_or_command_line_the_defaults_hold() -> None:
+    settings = resolve({})
+    assert settings.mode == ("edge", "cloud", "speculative")
+    assert (settings.k, settings.rank, settings.entropy_threshold) == ((3,), (20,), (1.5,))
+    assert (settings.edge_model, settings.max_samples) == (None, None)
+
+
+def test_a_file_goes_over_the_defaults_and_the_command_line_over_both(file: Path) -> None:
+    file.write_text("k: 5\nrank: 7\n")
+    settings = resolve({"rank": "9"}, file)
+    assert (settings.k, settings.rank, settings.max_new_tokens) == ((5,), (9,), 64)
+
+
+def test_what_the_command_line_leaves_out_does_not_count(file: Path) -> None:
+    file.write_text("k: 5")
+    assert resolve(dict.fromkeys(NAMED), file).k == (5,)
+
+
+def test_an_empty_file_changes_nothing(file: Path) -> None:
+    file.write_text("# nothing yet\n")
+    assert resolve({}, file) == resolve({})
+
+
+def test_a_file_may_say_what_the_command_line_would(file: Path) -> None:
+    file.write_text("k: '3,5'\nlanguage: chinese, english\nmax-samples: '2'")
+    assert resolve({}, file) == resolve({"k": "3,5", "language": "chinese,english", "max-samples": "2"})
+
+
+@pytest.mark.parametrize("name", ["entropy-threshold", "entropy_threshold"])
+def test_a_file_may_spell_with_hyphens_or_underscores(file: Path, name: str) -> None:
+    file.write_text(f"{name}: [0.5, .inf]")
+    assert resolve({}, file).entropy_threshold == (0.5, math.inf)
+
+
+def test_lists_become_tuples_without_repeats_in_the_order_given(file: Path) -> None:
+    file.write_text("k: [5, 3, 5]\nlanguage: [english, chinese, english]")
+    settings = resolve({"entropy-threshold": "2, 1.0,1,2.0"}, file)
+    assert settings.k == (5, 3)
+    assert settings.language == ("english", "chinese")
+    assert settings.entropy_threshold == (2.0, 1.0)
+
+
+def test_an_optional_setting_can_be_taken_back(file: Path) -> None:
+    file.write_text("max-samples: 5\nedge-model: a/b")
+    settings = resolve({"max-samples": "", "edge-model": ""}, file)
+    assert (settings.max_samples, settings.edge_model) == (None, None)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        resolve({}).k = (1,)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_option_has_help_and_a_default_that_parses(name: str) -> None:
+    assert NAMED[name].help.strip()
+    defaults = yaml.safe_load(config.defaults_file().read_text(encoding="utf-8"))
+    NAMED[name].parse(defaults[name])
+
+
+def test_the_defaults_hold_no_other_option() -> None:
+    assert set(config.read_file(config.defaults_file())) == set(NAMED)
+
+
+def test_an_option_without_a_default_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = tmp_path / "default.yaml"
+    defaults.write_text(re.sub("^k:.*", "", config.defaults_file().read_text(encoding="utf-8"), flags=re.M))
+    monkeypatch.setattr(config, "defaults_file", lambda: defaults)
+    with pytest.raises(ConfigError) as error:
+        resolve({})
+    assert str(error.value) == f"{defaults}: has no default for --k"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "may_be"),
+    [
+        ("mode", "fast", "edge, cloud, speculative"),
+        ("mode", "edge,fast", "edge, cloud, speculative"),
+        ("gate", "Entropy", "entropy, always, never"),
+        ("entropy-threshold", "high", "a number of nats"),
+        ("entropy-threshold", "nan", "a number of nats"),
+        ("k", "0", "a whole number of at least 1"),
+        ("k", "-1", "a whole number of at least 1"),
+        ("k", "2.5", "a whole number of at least 1"),
+        ("k", "3,many", "a whole number of at least 1"),
+        ("rank", "0", "a whole number of at least 1"),
+        ("max-samples", "all", "a whole number of at least 1"),
+        ("max-new-tokens", "1e3", "a whole number of at least 1"),
+        ("rule", "best", "greedy, rank or rank(r)"),
+        ("rule", "rank(0)", "rank(r) with r of at least 1"),
+        ("rule", "rank(-1)", "rank(r) with r of at least 1"),
+        ("pair", "whisper", "pocket, qwen2.5-omni"),
+        ("edge-dtype", "int8", "float32, float16, bfloat16, float64"),
+        ("cloud-dtype", "float", "float32, float16, bfloat16, float64"),
+        ("on-bad-clip", "ignore", "error, skip"),
+        ("caption-type", "audio", "audio_only, original"),
+        ("language", "zh", "chinese, english"),
+        ("prompt-type", "long", "default, detailed, concise"),
+        ("output-name", "../results", "a plain file name"),
+        ("output-name", ".hidden", "a plain file name"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_option_and_what_it_may_be(file: Path, name: str, text: str, may_be: str) -> None:
+    with pytest.raises(ConfigError) as from_command_line:
+        resolve({name: text})
+    bad = text.split(",")[-1]
+    assert str(from_command_line.value).startswith(f"--{name}: {bad!r} is not ")
+    assert may_be in str(from_command_line.value)
+    file.write_text(yaml.safe_dump({name: text.split(",") if NAMED[name].many else text}))
+    with pytest.raises(ConfigError) as from_file:
+        resolve({}, file)
+    assert str(from_file.value) == f"{file}: {from_command_line.value}"
+
+
+def test_a_bad_value_in_a_file_is_found_even_where_the_command_line_goes_over_it(file: Path) -> None:
+    file.write_text("k: none")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: --k: 'none'"):
+        resolve({"k": "3"}, file)
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("text", ["", " "])
+def test_a_required_option_needs_a_value(name: str, text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve({name: text})
+    assert f"--{name}: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("mode:", "--mode: needs a value"),
+        ("k: []", "--k: needs at least one value"),
+        ("pair: [pocket, pocket]", "--pair: takes one value, not ['pocket', 'pocket']"),
+        ("language: [chinese, [english]]", "--language: takes one value, not ['english']"),
+        ("max-samples: {a: 1}", "--max-samples: takes one value, not {'a': 1}"),
+        ("k: true", "--k: 'True' is not a whole number"),
+        ("k: &a [*a]", "--k: takes one value, not [[...]]"),
+    ],
+)
+def test_a_value_of_the_wrong_shape_is_named(file: Path, content: str, complaint: str) -> None:
+    file.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        resolve({}, file)
+    assert str(error.value).startswith(f"{file}: {complaint}")
+
+
+@pytest.mark.parametrize("name", ["threshold", "K", "mode ", "1"])
+def test_an_unknown_option_is_named_with_those_that_are_known(file: Path, name: str) -> None:
+    file.write_text(yaml.safe_dump({"k": 3, name: 3}))
+    with pytest.raises(ConfigError) as error:
+        resolve({}, file)
+    assert str(error.value).startswith(f"{file}: unknown option {name}; known are ")
+    assert all(known in str(error.value) for known in NAMED)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"k: [", "is not YAML"),
+        (b"k: 3\n\x00", "is not YAML"),
+        (b"k: \xff", "is not YAML"),
+        (b"k: !!python/object:os.system 3", "is not YAML"),
+        (b"output-name: 2024-13-01", "is not YAML"),
+        (b"k: 0b_", "is not YAML"),
+        (b"- k", "must map options to values, not be a list"),
+        (b"k", "must map options to values, not be a str"),
+        (b"3", "must map options to values, not be a int"),
+    ],
+)
+def test_a_file_that_is_no_map_in_yaml_is_named(file: Path, content: bytes, complaint: str) -> None:
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        resolve({}, file)
+    assert str(error.value).startswith(f"{file}: {complaint}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nothing.yaml", "."])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve({}, tmp_path / name)
+    assert str(error.value).startswith(f"{tmp_path / name}: cannot be read (")
+
+
+@given(name=st.sampled_from(COUNTS), number=st.integers(1, 10**30), padding=st.sampled_from(["", " ", "\t"]))
+def test_any_count_comes_back(name: str, number: int, padding: str) -> None:
+    value = NAMED[name].parse(f"{padding}{number}{padding}")
+    assert value == ((number,) if NAMED[name].many else number)
+
+
+@given(name=st.sampled_from(COUNTS), number=st.integers(max_value=0) | st.floats() | st.text(min_size=1))
+def test_anything_else_is_no_count(name: str, number: float | str) -> None:
+    text = str(number)
+    assume(text.strip())
+    assume(not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")))
+    with pytest.raises(ConfigError) as error:
+        NAMED[name].parse(text)
+    assert f"--{name}: " in str(error.value)
+
+
+@given(st.lists(st.floats(allow_nan=False), min_size=1))
+def test_any_thresholds_come_back_once_each(thresholds: list[float]) -> None:
+    assert NAMED["entropy-threshold"].parse(",".join(map(str, thresholds))) == tuple(dict.fromkeys(thresholds))
+
+
+near = st.text(alphabet="acdegklnoprstuvwy(0123) ,-")
+
+
+@pytest.mark.parametrize(
+    ("name", "good"),
+    [
+        ("mode", "edge|cloud|speculative"),
+        ("gate", "entropy|always|never"),
+        ("rule", r"greedy|rank|rank\(0*[1-9]\d*\)"),
+    ],
+)
+@given(text=st.text() | near)
+def test_garbage_raises_config_error_and_nothing_else(name: str, good: str, text: str) -> None:
+    assume(not all(re.fullmatch(good, part.strip()) for part in text.split(",")))
+    with pytest.raises(ConfigError) as error:
+        resolve({name: text})
+    assert str(error.value).startswith(f"--{name}: ")
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*NAMED, "other"]), st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+    )
+)
+def test_any_map_in_a_file_is_read_or_refused_by_name(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, object]
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    try:
+        read = config.read_file(file)
+    except ConfigError as error:
+        assert str(error).startswith(f"{file}: ")  # noqa: PT017
+    else:
+        assert set(read) == set(values)

@@ -1,0 +1,206 @@
+"""The promises of the decode loop, on toy models in float64 where nothing can hide behind rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgecloud_sd import acceptance, gate, metrics, probs
+from edgecloud_sd.acceptance import GREEDY, Rank
+from edgecloud_sd.clock import stamp
+from edgecloud_sd.decoder import Decoding, decode
+from edgecloud_sd.models.toy import ToyModel, random_table
+from edgecloud_sd.records import Committed, Event, Finished, Opened, Prompt, Trace, Verified
+from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.verifier import LocalVerification, LocalVerifier
+from tests.strategies import Scene, gates, ks, ranks, scenes, speculative
+
+
+def run(scene: Scene, how: Decoding, rule: Rank = GREEDY) -> Trace:
+    return stamp(decode(scene.prompt, how, scene.edge, LocalVerifier(scene.cloud, rule)))
+
+
+def greedy(model: ToyModel, prompt: Prompt, stopping: Stopping) -> tuple[int, ...]:
+    """Greedy decoding without any cache: the oracle."""
+    output: list[int] = []
+    while stopping.reason(output) is None:
+        output.append(int(model.logits([*prompt.ids, *output]).argmax()))
+    return tuple(output)
+
+
+def committed(trace: Trace) -> list[Committed]:
+    return [event for _, event in trace.events if isinstance(event, Committed)]
+
+
+@given(scenes(), ks)
+def test_strict_speculative_output_is_the_clouds_own(scene: Scene, k: int) -> None:
+    assert run(scene, speculative(scene, k)).tokens == greedy(scene.cloud, scene.prompt, scene.stopping)
+
+
+@given(scenes())
+def test_cloud_mode_is_greedy(scene: Scene) -> None:
+    assert run(scene, Decoding("cloud", scene.stopping)).tokens == greedy(scene.cloud, scene.prompt, scene.stopping)
+
+
+@given(scenes())
+def test_edge_mode_is_greedy_and_opens_no_cloud(scene: Scene) -> None:
+    trace = stamp(decode(scene.prompt, Decoding("edge", scene.stopping), scene.edge))
+    assert trace.tokens == greedy(scene.edge, scene.prompt, scene.stopping)
+    assert [event.side for _, event in trace.events if isinstance(event, Opened)] == ["edge"]
+
+
+@given(scenes(), ks)
+def test_a_gate_that_never_escalates_is_edge_mode(scene: Scene, k: int) -> None:
+    assert run(scene, speculative(scene, k, gate.NEVER)).tokens == greedy(scene.edge, scene.prompt, scene.stopping)
+
+
+@given(scenes(), ks)
+def test_a_drafter_that_is_the_cloud_has_everything_accepted(scene: Scene, k: int) -> None:
+    same = Scene(scene.cloud, scene.cloud, scene.prompt, scene.stopping)
+    counts = metrics.counts(run(same, speculative(same, k)))
+    assert counts.correction == 0
+    assert counts.accepted == counts.verified == counts.drafted
+
+
+@given(scenes(), ks, gates, ranks)
+def test_tokens_are_conserved(scene: Scene, k: int, chosen: gate.Gate, rule: Rank) -> None:
+    trace = run(scene, speculative(scene, k, chosen), rule)
+    counts = metrics.counts(trace)
+    assert len(trace.tokens) == counts.local + counts.accepted + counts.correction + counts.bonus
+    assert counts.drafted == counts.local + counts.accepted + counts.discarded
+    assert counts.local + counts.verified == counts.drafted
+    assert 0 <= counts.discarded <= counts.verified
+
+
+@given(scenes(), ks, gates, ranks)
+def test_a_caption_ends_where_it_must(scene: Scene, k: int, chosen: gate.Gate, rule: Rank) -> None:
+    trace = run(scene, speculative(scene, k, chosen), rule)
+    assert all(token not in scene.stopping.eos for token in trace.tokens[:-1])
+    assert 1 <= len(trace.tokens) <= scene.stopping.max_new_tokens
+    (finished,) = [event for _, event in trace.events if isinstance(event, Finished)]
+    assert trace.events[-1][1] is finished
+    assert (finished.reason == "eos") == (trace.tokens[-1] in scene.stopping.eos)
+
+
+@given(scenes(), ks, gates, ranks)
+def test_every_verified_token_has_at_most_the_rules_rank(scene: Scene, k: int, chosen: gate.Gate, rule: Rank) -> None:
+    context = list(scene.prompt.ids)
+    for event in committed(run(scene, speculative(scene, k, chosen), rule)):
+        for token in event.tokens:
+            rank = probs.rank(scene.cloud.logits(context), token)
+            if event.origin == "accepted":
+                assert rank <= rule.r
+            elif event.origin in ("correction", "bonus"):
+                assert rank == 1
+            context.append(token)
+
+
+@given(scenes(), ks, gates)
+def test_rank_1_is_the_greedy_rule(scene: Scene, k: int, chosen: gate.Gate) -> None:
+    how = speculative(scene, k, chosen)
+    assert run(scene, how, Rank(1)).tokens == run(scene, how, acceptance.parse("greedy")).tokens
+
+
+@given(scenes(), ks, ranks)
+def test_a_rejected_draft_is_corrected_at_its_first_rejected_token(scene: Scene, k: int, rule: Rank) -> None:
+    context = list(scene.prompt.ids)
+    for _, event in run(scene, speculative(scene, k), rule).events:
+        if isinstance(event, Verified) and event.verdict.accepted < len(event.draft.tokens):
+            before = [*context, *event.draft.tokens[: event.verdict.accepted]]
+            rejected = event.draft.tokens[event.verdict.accepted]
+            assert probs.rank(scene.cloud.logits(before), rejected) > rule.r
+        if isinstance(event, Committed):
+            context.extend(event.tokens)
+
+
+@given(scenes(), ks, st.floats(0.01, 2.0))
+def test_the_entropy_gate_escalates_exactly_the_uncertain_drafts(scene: Scene, k: int, threshold: float) -> None:
+    trace = run(scene, speculative(scene, k, gate.entropy(threshold)))
+    context = list(scene.prompt.ids)
+    for event in committed(trace):
+        for token in event.tokens:
+            if event.origin == "local":
+                assert probs.entropy(scene.edge.logits(context)) <= threshold + 1e-12
+            context.append(token)
+
+
+class CountingModel:
+    """A model that notes how many tokens each forward pass fed."""
+
+    def __init__(self, model: ToyModel) -> None:
+        self._model = model
+        self.eos = model.eos
+        self.passes: list[int] = []
+
+    def open(self, prompt: Prompt) -> object:
+        session = self._model.open(prompt)
+        extend = session.extend
+
+        def counted(tokens: list[int]) -> object:
+            self.passes.append(len(tokens))
+            return extend(tokens)
+
+        session.extend = counted  # type: ignore[method-assign, assignment]
+        return session
+
+
+@given(scenes(), ks, gates)
+def test_one_cloud_pass_a_call_and_nothing_fed_twice(scene: Scene, k: int, chosen: gate.Gate) -> None:
+    cloud = CountingModel(scene.cloud)
+    how = speculative(scene, k, chosen)
+    trace = stamp(decode(scene.prompt, how, scene.edge, LocalVerifier(cloud, GREEDY)))  # type: ignore[arg-type]
+    counts = metrics.counts(trace)
+    assert len(cloud.passes) == counts.cloud_calls
+    # the held-back prompt token and every committed or drafted token at most once
+    assert sum(cloud.passes) <= 1 + len(trace.tokens) + counts.discarded
+
+
+@pytest.mark.parametrize("mode", ["cloud", "speculative"])
+def test_verification_is_closed_when_the_reader_stops_early(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(LocalVerification, "close", lambda self: closed.append(mode))
+    model = ToyModel(random_table(5, 0), frozenset())
+    how = Decoding(mode, Stopping(frozenset(), 9), 2, gate.ALWAYS)
+    events = decode(Prompt((1, 2)), how, model, LocalVerifier(model, GREEDY))
+    assert isinstance(events, Generator)
+    while not isinstance(next(events), Committed):
+        pass
+    events.close()
+    assert closed == [mode]
+
+
+@pytest.mark.parametrize(
+    ("mode", "k", "message"),
+    [
+        ("hybrid", 3, "unknown mode 'hybrid': choose one of edge, cloud, speculative"),
+        ("edge", 0, "k must be at least 1"),
+    ],
+)
+def test_bad_settings_are_named(mode: str, k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Decoding(mode, Stopping(frozenset(), 3), k)
+
+
+@pytest.mark.parametrize("mode", ["edge", "cloud", "speculative"])
+def test_a_missing_model_is_an_error(mode: str) -> None:
+    with pytest.raises(ValueError, match="none was given"):
+        list(decode(Prompt((1,)), Decoding(mode, Stopping(frozenset(), 3), 1, gate.ALWAYS)))
+
+
+def test_a_cloud_that_falls_silent_is_an_error() -> None:
+    class Silent:
+        def open(self, prompt: Prompt) -> Silent:
+            return self
+
+        def generate(self, stopping: Stopping) -> list[int]:
+            return [1]
+
+        def close(self) -> None:
+            pass
+
+    events: list[Event] = []
+    with pytest.raises(RuntimeError, match="stopped before EOS"):
+        events.extend(decode(Prompt((1,)), Decoding("cloud", Stopping(frozenset(), 3)), cloud=Silent()))  # type: ignore[arg-type]

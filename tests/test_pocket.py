@@ -1,0 +1,213 @@
+"""The embedded pair keeps its promises: against transformers' own generate, and on clips it never heard."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgecloud_sd import gate, metrics, prompts
+from edgecloud_sd.captioner import Captioner, Cell, Request
+from edgecloud_sd.clock import stamp
+from edgecloud_sd.dataset import load_audio, load_manifest
+from edgecloud_sd.pocket import clips, tokenizer, train, voices
+from edgecloud_sd.pocket.evaluate import MAX_NEW_TOKENS, Evaluation, evaluate
+from edgecloud_sd.records import Opened
+
+SOME = [(0, "chinese"), (7, "chinese"), (21, "english"), (38, "english")]
+
+
+def request(index: int, language: str) -> Request:
+    return Request(clips.make("evaluation", index).samples, language)
+
+
+def generated(captioner: Captioner, side: str, asked: Request) -> tuple[int, ...]:
+    """Greedy decoding by transformers' own generate."""
+    model = captioner.edge if side == "edge" else captioner.cloud
+    prompt = captioner.prompt(asked, side)
+    assert prompt.features is not None
+    ids = torch.tensor([prompt.ids])
+    output = model.thinker.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        input_features=prompt.features[None],
+        feature_attention_mask=torch.ones(1, prompt.features.shape[1], dtype=torch.long),
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+    )
+    return tuple(output[0, len(prompt.ids) :].tolist())
+
+
+@pytest.mark.parametrize(("index", "language"), SOME)
+@pytest.mark.parametrize("side", ["edge", "cloud"])
+def test_a_side_alone_equals_transformers_generate(captioner: Captioner, side: str, index: int, language: str) -> None:
+    asked = request(index, language)
+    trace = stamp(captioner.events(asked, Cell(side), MAX_NEW_TOKENS))
+    assert trace.tokens == generated(captioner, side, asked)
+
+
+@pytest.mark.parametrize(("k", "index", "language"), [(k, *SOME[k % 4]) for k in (1, 2, 4, 7)])
+def test_strict_speculative_equals_the_cloud(captioner: Captioner, k: int, index: int, language: str) -> None:
+    asked = request(index, language)
+    cloud = stamp(captioner.events(asked, Cell("cloud"), MAX_NEW_TOKENS))
+    both = stamp(captioner.events(asked, Cell("speculative", gate.ALWAYS, k=k), MAX_NEW_TOKENS))
+    assert both.tokens == cloud.tokens
+
+
+def test_an_entropy_gate_mixes_both(captioner: Captioner) -> None:
+    cell = Cell("speculative", gate.entropy(1.0), k=3)
+    counts = metrics.counts(stamp(captioner.events(request(3, "chinese"), cell, MAX_NEW_TOKENS)))
+    assert 0 < counts.cloud_calls < counts.rounds
+
+
+def test_edge_mode_never_loads_the_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = Captioner()
+    monkeypatch.setattr(Captioner, "cloud", property(lambda self: pytest.fail("the cloud was loaded")))
+    trace = stamp(fresh.events(request(0, "chinese"), Cell("edge"), 3))
+    assert [event.side for _, event in trace.events if isinstance(event, Opened)] == ["edge"]
+
+
+def test_audio_is_encoded_once_a_side(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for side in ("edge", "cloud"):
+        tower = getattr(captioner, side).thinker.model.audio_tower
+        forward = tower.forward
+
+        def counted(*given: object, side: str = side, forward: object = forward, **named: object) -> object:
+            calls.append(side)
+            return forward(*given, **named)  # type: ignore[operator]
+
+        monkeypatch.setattr(tower, "forward", counted)
+    list(captioner.events(request(1, "english"), Cell("speculative", gate.ALWAYS, k=3), MAX_NEW_TOKENS))
+    assert calls == ["edge", "cloud"]
+
+
+@pytest.mark.gpu
+def test_strict_speculative_equals_the_cloud_on_a_gpu() -> None:
+    pair = Captioner(cloud_device="cuda")
+    asked = request(0, "chinese")
+    cloud = stamp(pair.events(asked, Cell("cloud"), MAX_NEW_TOKENS))
+    both = stamp(pair.events(asked, Cell("speculative", gate.ALWAYS, k=4), MAX_NEW_TOKENS))
+    assert both.tokens == cloud.tokens
+
+
+@pytest.fixture(scope="module")
+def evaluation(captioner: Captioner) -> Evaluation:
+    return evaluate(captioner)
+
+
+@pytest.mark.parametrize(
+    ("figure", "least", "most"),
+    [
+        ("cloud_attributes", 0.90, 1.0),
+        ("edge_attributes", 0.55, 0.78),
+        ("deaf_attributes", 0.30, 0.50),  # three classes, unevenly drawn: chance is about 0.4
+        ("acceptance", 0.6, 0.9),
+        ("step_ratio", 0.0, 0.2),
+        ("megabytes", 0.0, 12.0),
+    ],
+)
+def test_the_pair_is_as_good_as_it_must_be(evaluation: Evaluation, figure: str, least: float, most: float) -> None:
+    assert least <= getattr(evaluation, figure) <= most
+
+
+def test_the_evaluation_prints_every_figure(evaluation: Evaluation) -> None:
+    assert f"{evaluation.cloud_attributes:.1%}" in str(evaluation)
+    assert f"{evaluation.acceptance:.3f}" in str(evaluation)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return clips.evaluation_set(tmp_path_factory.mktemp("pocket") / "clips")
+
+
+@pytest.mark.parametrize("language", prompts.LANGUAGES)
+def test_the_default_data_set_has_twenty_clips_a_language(folder: Path, language: str) -> None:
+    found, skipped = load_manifest(folder / clips.manifest_name(language), language)
+    assert len(found) == clips.EVALUATION_CLIPS
+    assert not skipped
+    spoken = {voices.caption(clips.make("evaluation", i).attributes, language) for i in range(40)}
+    assert {clip.references[0] for clip in found} <= spoken
+
+
+def test_a_clip_on_disk_is_the_clip_made(folder: Path) -> None:
+    samples = load_audio(folder / "wav" / "pocket_evaluation_0005.wav")
+    torch.testing.assert_close(
+        torch.tensor(samples), torch.tensor(clips.make("evaluation", 5).samples), atol=4e-5, rtol=0
+    )
+
+
+def test_a_stopped_writer_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(clips, "make", stop)
+    with pytest.raises(KeyboardInterrupt):
+        clips.evaluation_set(tmp_path / "set")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_clips_are_the_same_on_every_call_and_sets_do_not_meet() -> None:
+    first, again = clips.make("train", 3), clips.make("train", 3)
+    assert (first.samples == again.samples).all()
+    assert (
+        clips.make("evaluation", 3).samples.shape != first.samples.shape
+        or (clips.make("evaluation", 3).samples != first.samples).any()
+    )
+    assert len(set(clips.SETS.values())) == len(clips.SETS)
+
+
+@pytest.mark.parametrize("language", prompts.LANGUAGES)
+def test_a_caption_says_its_attributes_in_20_to_40_tokens(captioner: Captioner, language: str) -> None:
+    for index in range(60):
+        attributes = clips.make("evaluation", index % 20).attributes if index < 20 else draw(index)
+        text = voices.caption(attributes, language)
+        assert voices.named(text, language) == {name: getattr(attributes, name) for name in voices.NAMES}
+        assert 20 <= len(captioner.edge.tokenizer.encode(text + tokenizer.EOS)) <= 40
+
+
+def draw(seed: int) -> voices.Attributes:
+    import numpy as np
+
+    return voices.draw(np.random.default_rng(seed))
+
+
+def test_a_caption_that_names_two_classes_names_none() -> None:
+    assert voices.named("low pitch and high pitch, slow pace", "english") == dict.fromkeys(voices.NAMES) | {"rate": 0}
+
+
+def test_the_tokenizer_in_the_repository_is_the_one_that_training_makes(captioner: Captioner) -> None:
+    assert tokenizer.train().get_vocab() == captioner.edge.tokenizer.get_vocab()
+    assert captioner.cloud.tokenizer.get_vocab() == captioner.edge.tokenizer.get_vocab()
+
+
+def test_training_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = train.Recipe(1, 32, 32, 1, 16, steps=12, learning_rate=1e-2, tower_steps=2, batch=4, tower_batch=4)
+    monkeypatch.setitem(train.RECIPES, "edge", small)
+    tokens = tokenizer.train()
+    data = train.examples("train", 6, train.new_extractor())
+    torch.manual_seed(0)
+    losses = [
+        loss_of(thinker, tokens, data)
+        for thinker in (train.new_thinker(small, tokens), train.train("edge", data, tokens))
+    ]
+    assert losses[1] < 0.8 * losses[0]
+
+
+@torch.no_grad()
+def loss_of(thinker: torch.nn.Module, tokens: object, data: list[train.Example]) -> float:
+    import numpy as np
+
+    heard, positions = train.hear(thinker, data)
+    return train.caption_loss(thinker, tokens, heard, positions, data, np.random.default_rng(0)).item()
+
+
+def test_making_the_default_data_set_is_quick_against_captioning_it(tmp_path: Path, captioner: Captioner) -> None:
+    start = time.perf_counter()
+    clips.evaluation_set(tmp_path / "set")
+    making = (time.perf_counter() - start) / (2 * clips.EVALUATION_CLIPS)
+    start = time.perf_counter()
+    list(captioner.events(request(0, "english"), Cell("cloud"), MAX_NEW_TOKENS))
+    assert making < time.perf_counter() - start

@@ -1,0 +1,125 @@
+"""Every Session against a stateless oracle under random extend, truncate and sync; and sync itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from edgecloud_sd import prompts
+from edgecloud_sd.captioner import Captioner, Request
+from edgecloud_sd.models.hf import HFModel, HFSession
+from edgecloud_sd.models.toy import ToyModel, ToySession, random_table
+from edgecloud_sd.pocket import clips
+from edgecloud_sd.records import Prompt
+from edgecloud_sd.session import Session, sync
+from tests.conformance import SessionMachine
+
+TOY = ToyModel(random_table(11, seed=3), frozenset())
+TOY_PROMPT = Prompt((3, 1, 4))
+
+
+class ToyMachine(SessionMachine):
+    vocabulary = 11
+    tolerance = 0.0
+
+    def open(self) -> Session:
+        return TOY.open(TOY_PROMPT)
+
+    def oracle(self, tokens: list[int]) -> Tensor:
+        head = TOY_PROMPT.ids[:-1]
+        return torch.stack([TOY.logits([*head, *tokens[: i + 1]]) for i in range(len(tokens))])
+
+
+class PocketMachine(SessionMachine):
+    """The edge: its thinker's own forward, in one piece and without a cache, is the oracle."""
+
+    tolerance = 2e-4  # float32, and another order of summation
+    model: HFModel
+    prompt: Prompt
+
+    @classmethod
+    def prepare(cls) -> None:
+        captioner = Captioner()
+        cls.model = captioner.edge
+        cls.vocabulary = len(cls.model.tokenizer) - 1
+        cls.prompt = captioner.prompt(Request(clips.make("evaluation", 0).samples, "english"), "edge")
+
+    def token(self, number: int) -> int:
+        token = number % self.vocabulary
+        # an audio placeholder among the answer's tokens would ask the oracle for more audio
+        return token + 1 if token == self.model.thinker.config.audio_token_id else token
+
+    def open(self) -> Session:
+        return self.model.open(self.prompt)
+
+    @torch.inference_mode()
+    def oracle(self, tokens: list[int]) -> Tensor:
+        features = self.prompt.features
+        assert features is not None
+        ids = torch.tensor([[*self.prompt.ids[:-1], *tokens]])
+        logits: Tensor = self.model.thinker(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            input_features=features[None],
+            feature_attention_mask=torch.ones(1, features.shape[1], dtype=torch.long),
+            use_cache=False,
+        ).logits
+        return logits[0, len(self.prompt.ids) - 1 :]
+
+
+ToyMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+PocketMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=12, deadline=None)
+
+
+TestToySession = ToyMachine.TestCase
+
+
+class PocketCase(PocketMachine.TestCase):  # type: ignore[valid-type, misc]
+    @classmethod
+    def setUpClass(cls) -> None:
+        PocketMachine.prepare()
+
+
+TestPocketSession = PocketCase
+
+
+def test_sync_feeds_only_what_is_new() -> None:
+    session = TOY.open(TOY_PROMPT)
+    sync(session, [4, 5, 6])
+    fed: list[list[int]] = []
+    extend = session.extend
+    session.extend = lambda tokens: (fed.append(list(tokens)), extend(tokens))[1]  # type: ignore[method-assign, func-returns-value]
+    sync(session, [4, 5, 6, 7, 8])
+    sync(session, [4, 5, 9])
+    sync(session, [4, 5, 9], rows=2)
+    assert fed == [[7, 8], [9], [5, 9]]
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_sync_refuses_rows_that_do_not_exist(rows: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot return {rows} rows of a context of 3"):
+        sync(ToySession(TOY, 0), [1, 2, 3], rows)
+
+
+def test_two_interleaved_streams_of_one_model_do_not_touch(captioner: Captioner) -> None:
+    model = captioner.cloud
+    asked = [captioner.prompt(Request(clips.make("evaluation", i).samples, "chinese"), "cloud") for i in (0, 25)]
+    alone = []
+    for prompt in asked:
+        session = model.open(prompt)
+        alone.append([session.extend([token]) for token in (prompt.last, 300, 301)])
+    both: list[HFSession] = [model.open(prompt) for prompt in asked]
+    for step, token in enumerate((None, 300, 301)):
+        for stream, session in enumerate(both):
+            rows = session.extend([asked[stream].last if token is None else token])
+            torch.testing.assert_close(rows, alone[stream][step])
+
+
+def test_a_prompt_whose_placeholders_do_not_fit_its_audio_is_an_error(captioner: Captioner) -> None:
+    prompt = captioner.prompt(Request(clips.make("evaluation", 0).samples), "edge")
+    audio = captioner.edge.tokenizer.convert_tokens_to_ids(prompts.AUDIO_TOKEN)
+    cut = Prompt(tuple(i for n, i in enumerate(prompt.ids) if i != audio or n % 2), prompt.features)
+    with pytest.raises(ValueError, match="audio placeholders for"):
+        captioner.edge.open(cut)

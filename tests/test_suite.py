@@ -1,0 +1,130 @@
+"""The suite as a user runs it: options, grid, table, saved benchmark, results files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import cases, table
+from edgecloud_sd import config, results
+from edgecloud_sd.pocket import clips
+
+ROOT = Path(__file__).parents[1]
+
+
+def arguments(*options: str) -> list[str]:
+    files = ["-c", str(ROOT / "pytest.ini"), "--rootdir", str(ROOT), "-p", "no:cacheprovider", str(ROOT / "bench")]
+    return ["--benchmark-only", "--benchmark-storage", "saved", *files, *options]
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """Three English clips, the second without its audio."""
+    path = clips.evaluation_set(tmp_path / "clips") / clips.manifest_name("english")
+    entries = json.loads(path.read_text(encoding="utf-8"))[:3]
+    entries[1]["audio_path"] = "wav/absent.wav"
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    return path
+
+
+def test_a_grid_prints_one_table_and_writes_results(pytester: pytest.Pytester, manifest: Path) -> None:
+    done = pytester.runpytest_subprocess(
+        *arguments("--dataset_path", str(manifest), "--on-bad-clip", "skip", "--language", "english"),
+        *("--mode", "edge,cloud,speculative", "--entropy-threshold", "1.5,0", "--k", "4", "--rule", "greedy"),
+        *("--output_name", "grid", "--benchmark-json", "saved.json", "--max-new-tokens", "12"),
+    )
+    done.assert_outcomes(passed=4)
+    done.stdout.fnmatch_lines(
+        [
+            "*benchmark: 4 tests*",
+            "*case*clips*" + "*".join(table.COLUMNS) + "*",
+            "edge-pocket-en*",
+            "cloud-pocket-en*",
+            "speculative-pocket-H1.5-k4-greedy-en*",
+            "speculative-pocket-always-k4-greedy-en*",
+            "wrote *grid-edge-pocket-en.json",
+        ]
+    )
+    saved = json.loads((pytester.path / "saved.json").read_text(encoding="utf-8"))["benchmarks"]
+    extra = {each["extra_info"]["case"]: each["extra_info"] for each in saved}
+    found = {case: results.read(pytester.path / "results" / f"grid-{case}.json") for case in extra}
+    assert [each["stats"]["rounds"] for each in saved] == [2, 2, 2, 2]
+    strict = "speculative-pocket-always-k4-greedy-en"
+    assert extra[strict]["output"] == "exact"
+    assert {field for field, _, _ in table.COLUMNS.values()} <= set(extra[strict])
+    rates = found[strict]["metrics"]["speculative_decoding_metrics"]
+    assert rates["acceptance_rate"] == extra[strict]["acceptance_rate"]
+    assert rates["cloud_call_rate"] == 1.0
+    tokens = {case: [clip["token_ids"] for clip in each["detailed_results"]] for case, each in found.items()}
+    assert tokens[strict] == tokens["cloud-pocket-en"] != tokens["edge-pocket-en"]
+    assert all("absent.wav" in each["skipped_clips"][0]["reason"] for each in found.values())
+
+
+def test_a_bad_clip_fails_the_case_and_writes_nothing(pytester: pytest.Pytester, manifest: Path) -> None:
+    options = ("--mode", "edge", "--language", "english", "--dataset-path", str(manifest))
+    done = pytester.runpytest_subprocess(*arguments(*options))
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(["*absent.wav: no such audio file*", "*--on-bad-clip skip*"])
+    assert not (pytester.path / "results").exists()
+
+
+def test_one_cell_has_the_published_file_name_and_a_grid_one_file_a_cell() -> None:
+    for modes, names in {
+        "edge": ["mine.json"],
+        "edge,cloud": ["mine-edge-pocket-zh.json", "mine-cloud-pocket-zh.json"],
+    }.items():
+        settings = config.resolve({"mode": modes, "output-name": "mine"})
+        assert [table.results_file(settings, case).name for case in cases.cases(settings)] == names
+
+
+def run(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
+    """In this process, for what never loads a model: torch cannot be imported twice."""
+    return pytester.runpytest_inprocess("-s", *arguments(*options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--k", "0"], "--k: '0' is not a whole number of at least 1"),
+        (["--mode", "edge,hybrid"], "--mode: 'hybrid' is not one of edge, cloud, speculative"),
+        (["--config", "absent.yaml"], "absent.yaml: cannot be read"),
+    ],
+)
+def test_a_bad_option_stops_before_anything_runs(pytester: pytest.Pytester, options: list[str], message: str) -> None:
+    done = run(pytester, *options)
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines([f"*{message}*"])
+
+
+def test_a_file_of_options_makes_the_grid_and_the_command_line_overrides_it(pytester: pytest.Pytester) -> None:
+    (pytester.path / "mine.yaml").write_text("mode: [speculative]\nk: [2, 3]\nrule: greedy\n", encoding="utf-8")
+    done = run(pytester, "--config", "mine.yaml", "--rule", "rank(2)", "--collect-only", "-q")
+    names = [line.split("[")[1].rstrip("]") for line in done.outlines if "test_captioning[" in line]
+    assert names == ["speculative-pocket-H1.5-k2-rank2-zh", "speculative-pocket-H1.5-k3-rank2-zh"]
+
+
+def test_the_help_and_the_readme_say_the_same_of_every_option(pytester: pytest.Pytester) -> None:
+    help = " ".join(" ".join(run(pytester, "--help").outlines).split())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    defaults = config.read_file(config.defaults_file())
+    for option in config.OPTIONS:
+        default = defaults[option.name]
+        shown = ",".join(default) if isinstance(default, list) else "" if default is None else default
+        assert f"| `--{option.name}` | {shown} | {option.help} |" in readme
+        assert f"--{option.name}" in help
+        assert f"(default: {shown or 'none'})" in help[help.index(option.help) :][: len(option.help) + 90]
+
+
+def test_every_command_of_the_readme_is_understood(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = re.findall(r"^\| [^|]+ \| `(pytest --benchmark-only [^`]*)` \|$", readme, re.M)
+    assert len(commands) >= 16
+    monkeypatch.syspath_prepend(ROOT)
+    for command in commands:
+        options = (
+            command.replace("$DATA", "pocket").replace("bench/configs", str(ROOT / "bench" / "configs")).split()[2:]
+        )
+        assert run(pytester, *options, "--collect-only", "-q").ret == pytest.ExitCode.OK, command
