@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from edgecloud_sd import acceptance, gate, pairs
-from edgecloud_sd.captioner import Cell
+from edgecloud_sd import pairs
+from edgecloud_sd.captioner import Cell, cells
 from edgecloud_sd.config import Settings
 
 SETTINGS = pytest.StashKey[Settings]()  # where the root conftest leaves what the run was asked for
@@ -22,23 +22,6 @@ class Case:
     id: str
     cell: Cell
     language: str
-
-
-def cells(settings: Settings) -> list[Cell]:
-    """Each different way to decode, once, in the order of the settings."""
-    found: list[Cell] = []
-    for mode in settings.mode:
-        if mode != "speculative":
-            found.append(Cell(mode))
-            continue
-        gates = [
-            gate.parse(name, threshold)
-            for name in settings.gate
-            for threshold in (settings.entropy_threshold if name == "entropy" else (0.0,))
-        ]
-        rules = [acceptance.parse(rule, r) for rule in settings.rule for r in settings.rank]
-        found.extend(Cell(mode, *each) for each in itertools.product(gates, rules, settings.k))
-    return list(dict.fromkeys(found))
 
 
 def cases(settings: Settings) -> list[Case]:

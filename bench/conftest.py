@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from bench import cases, table
-from edgecloud_sd import dataset, pairs, results
+from edgecloud_sd import dataset, results
 from edgecloud_sd.captioner import Captioner, Request
 from edgecloud_sd.config import Settings
 from edgecloud_sd.records import Clip
@@ -48,13 +48,7 @@ class DataSet:
 @pytest.fixture(scope="session")
 def captioner(settings: Settings) -> Captioner:
     """The pair of the run; each side is loaded when a case first needs it."""
-    return Captioner(
-        pairs.find(settings.pair, settings.edge_model, settings.cloud_model),
-        edge_device=settings.edge_device,
-        edge_dtype=settings.edge_dtype,
-        cloud_device=settings.cloud_device,
-        cloud_dtype=settings.cloud_dtype,
-    )
+    return Captioner.of(settings)
 
 
 @pytest.fixture(scope="session")

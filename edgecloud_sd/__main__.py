@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from edgecloud_sd import acceptance, config, gate, metrics, pairs
-from edgecloud_sd.captioner import Captioner, Cell, Request
+from edgecloud_sd import config, metrics
+from edgecloud_sd.captioner import Captioner, Request, cells
 from edgecloud_sd.clock import stream
 from edgecloud_sd.dataset import BadClip, load_audio
 from edgecloud_sd.records import Committed, Event, Trace
@@ -24,7 +24,7 @@ LEGEND = {
 # Of the suite's options, those that make sense for one file; a list means its first value.
 SHARED = (
     "gate", "entropy-threshold", "k", "rule", "rank", "pair", "edge-model", "cloud-model", "edge-device", "edge-dtype",
-    "cloud-device", "cloud-dtype", "language", "prompt-type", "max-new-tokens",
+    "cloud-device", "cloud-dtype", "threads", "language", "prompt-type", "max-new-tokens",
 )  # fmt: skip
 
 
@@ -33,17 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = {name: getattr(options, name.replace("-", "_")) for name in SHARED}
     try:
         settings = config.resolve(given | {"mode": options.mode})
-        cell = Cell(settings.mode[0])
-        if cell.mode == "speculative":
-            chosen = gate.parse(settings.gate[0], settings.entropy_threshold[0])
-            cell = Cell(cell.mode, chosen, acceptance.parse(settings.rule[0], settings.rank[0]), settings.k[0])
-        captioner = Captioner(
-            pairs.find(settings.pair, settings.edge_model, settings.cloud_model),
-            edge_device=settings.edge_device,
-            edge_dtype=settings.edge_dtype,
-            cloud_device=settings.cloud_device,
-            cloud_dtype=settings.cloud_dtype,
-        )
+        cell = cells(settings)[0]
+        captioner = Captioner.of(settings)
         samples = load_audio(options.file)
         captioner.load(cell.mode)
         request = Request(samples, settings.language[0], settings.prompt_type, options.transcription)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import LocalVerifier
 
 if TYPE_CHECKING:
+    from edgecloud_sd.config import Settings
     from edgecloud_sd.models.hf import HFModel
 
 
@@ -45,8 +47,46 @@ class Cell:
         return self.mode == "speculative" and self.gate == gate.ALWAYS and self.rule == acceptance.GREEDY
 
 
+def cells(settings: Settings) -> list[Cell]:
+    """Each different way to decode that a run asks for, once, in the order of its settings."""
+    found: list[Cell] = []
+    for mode in settings.mode:
+        if mode != "speculative":
+            found.append(Cell(mode))
+            continue
+        gates = [
+            gate.parse(name, threshold)
+            for name in settings.gate
+            for threshold in (settings.entropy_threshold if name == "entropy" else (0.0,))
+        ]
+        rules = [acceptance.parse(rule, r) for rule in settings.rule for r in settings.rank]
+        found.extend(Cell(mode, *each) for each in itertools.product(gates, rules, settings.k))
+    return list(dict.fromkeys(found))
+
+
+# Parameters below which a model's matrices are too small to share out: a second thread gains nothing there, and on a
+# busy machine each step waits for the later of the two (seen: captions up to ten times slower).
+SMALL = 50_000_000
+
+
 class Captioner:
-    """A pair, each side loaded when a mode first needs it: edge mode never loads the cloud."""
+    """A pair, each side loaded when a mode first needs it: edge mode never loads the cloud.
+
+    `threads` is how many CPU threads torch may use, for the whole process; None leaves it torch's own choice for a pair
+    with a model of `SMALL` parameters or more, and is one otherwise.
+    """
+
+    @classmethod
+    def of(cls, settings: Settings) -> Captioner:
+        """The captioner that a run asks for."""
+        return cls(
+            pairs.find(settings.pair, settings.edge_model, settings.cloud_model),
+            edge_device=settings.edge_device,
+            edge_dtype=settings.edge_dtype,
+            cloud_device=settings.cloud_device,
+            cloud_dtype=settings.cloud_dtype,
+            threads=settings.threads,
+        )
 
     def __init__(
         self,
@@ -56,10 +96,13 @@ class Captioner:
         edge_dtype: str = "float32",
         cloud_device: str = "cpu",
         cloud_dtype: str = "float32",
+        threads: int | None = None,
     ) -> None:
         self.pair = pair
         self._edge = (pair.edge, edge_device, edge_dtype)
         self._cloud = (pair.cloud, cloud_device, cloud_dtype)
+        self._threads = threads
+        self._loaded: dict[str, HFModel] = {}
 
     @cached_property
     def edge(self) -> HFModel:
@@ -73,11 +116,14 @@ class Captioner:
 
     def load(self, mode: str) -> HFModel:
         """Load what `mode` needs, check that it fits together, and return the side that prepares its prompts."""
-        if mode == "cloud":
-            return self.cloud
-        if mode == "speculative":
-            pairs.check_tokenizers(self.edge, self.cloud)
-        return self.edge
+        if mode in self._loaded:
+            return self._loaded[mode]
+        sides = [self.cloud] if mode == "cloud" else [self.edge] if mode == "edge" else [self.edge, self.cloud]
+        if len(sides) == 2:
+            pairs.check_tokenizers(*sides)
+        self._loaded[mode] = sides[0]
+        _share_out(self._threads, sides)
+        return sides[0]
 
     def prompt(self, request: Request, mode: str) -> Prompt:
         side = self.load(mode)
@@ -110,3 +156,12 @@ def _load(checkpoint: str, device: str, dtype: str) -> HFModel:
     from edgecloud_sd.models import hf  # brings torch and transformers, which no help text should wait for
 
     return hf.load(checkpoint, device, dtype)
+
+
+def _share_out(threads: int | None, sides: list[HFModel]) -> None:
+    """Set torch's threads as `Captioner` says."""
+    import torch
+
+    small = all(side.thinker.num_parameters() < SMALL for side in sides)
+    if threads or small:
+        torch.set_num_threads(threads or 1)

@@ -42,15 +42,15 @@ class Option:
             raise ConfigError(f"--{self.name}: needs a value")
         if not self.many:
             return self._one(value)
-        parts = value if isinstance(value, list | tuple) else str(value).split(",")
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         values = tuple(dict.fromkeys(self._one(part) for part in parts))
         if not values:
             raise ConfigError(f"--{self.name}: needs at least one value")
         return values
 
     def _one(self, value: Any) -> Any:
-        if isinstance(value, list | tuple | dict):
-            raise ConfigError(f"--{self.name}: takes one value, not {value!r}")
+        if isinstance(value, list | tuple | dict | bool):
+            raise ConfigError(f"--{self.name}: takes one value, not {value!r} (quote what YAML reads as true or false)")
         text = str(value).strip()
         try:
             return self.read(text)
@@ -126,6 +126,11 @@ class Settings:
     edge_dtype: str = _choice("number format of the edge", DTYPES)
     cloud_device: str = _option("torch device of the cloud")
     cloud_dtype: str = _choice("number format of the cloud", DTYPES)
+    threads: int | None = _option(
+        "CPU threads of torch; none is one for models under 50 M parameters and torch's own choice for larger",
+        _count,
+        optional=True,
+    )
     dataset_path: str = _option("pocket, a manifest file, or a folder with manifest.json")
     max_samples: int | None = _option("caption the first so many clips only", _count, optional=True)
     on_bad_clip: str = _choice("stop at a clip that cannot be used, or leave it out and list it", ON_BAD_CLIP)
@@ -179,6 +184,8 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: must map options to values, not be a {type(loaded).__name__}")
     options = {str(name).replace("_", "-"): value for name, value in loaded.items()}
+    if len(options) < len(loaded):
+        raise ConfigError(f"{path}: names an option twice, spelt with - and with _")
     known = [option.name for option in OPTIONS]
     unknown = [name for name in options if name not in known]
     if unknown:

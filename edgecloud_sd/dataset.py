@@ -46,7 +46,9 @@ class Skipped:
 
 
 def load_audio(path: Path) -> NDArray[np.float32]:
-    """Mono samples at `SAMPLE_RATE` in [-1, 1] from any file that libsndfile reads (wav of every kind, FLAC, MP3, Ogg).
+    """Mono samples at `SAMPLE_RATE` from any file that libsndfile reads (wav of every kind, FLAC, MP3, Ogg).
+
+    They lie in [-1, 1], but for float files that go beyond it themselves.
 
     Channels are averaged; other rates are resampled with soxr. Raises BadClip for a missing, corrupt or empty file, one
     longer than `LONGEST`, or one with samples that are not numbers.
@@ -57,6 +59,8 @@ def load_audio(path: Path) -> NDArray[np.float32]:
     try:
         if not path.is_file():
             raise BadClip(f"{path}: no such audio file")
+        if _cut_off(path):
+            raise BadClip(f"{path}: cannot be read as audio (the file is shorter than its header says)")
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
             if file.frames > LONGEST * rate:  # before anything is allocated: a corrupt header may promise terabytes
@@ -76,6 +80,15 @@ def load_audio(path: Path) -> NDArray[np.float32]:
         if not len(mono):
             raise BadClip(f"{path}: holds no audio (0 samples at {SAMPLE_RATE} Hz)")
     return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def _cut_off(path: Path) -> bool:
+    """Whether a wav file ends before its header says. libsndfile would read what is left as if it were all."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    size = int.from_bytes(head[4:8], "little")
+    streamed = size in (0, 0xFFFFFFFF)  # written by a program that did not know the length
+    return head[:4] == b"RIFF" and head[8:] == b"WAVE" and not streamed and path.stat().st_size < size + 8
 
 
 def manifest_path(dataset: str | Path, language: str) -> Path:
@@ -212,17 +225,21 @@ def import_secap(folder: Path, manifest: Path) -> int:
     captions = _json(captions_file)
     if not isinstance(captions, dict):
         raise BadClip(f"{captions_file}: must map clip ids to captions, not be a {type(captions).__name__}")
+    if not captions:
+        raise BadClip(f"{captions_file}: holds no caption")
     try:
         lines = texts_file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise BadClip(f"{texts_file}: is not UTF-8 ({error})") from error
-    texts = {}
+    texts: dict[str, str | None] = {}
     for line in lines:
         if line.strip():
-            file_id, _, said = line.strip().partition(" ")
-            texts[file_id] = said.strip()
+            file_id, *said = line.split(maxsplit=1)
+            texts[file_id] = said[0].strip() if said else None
     entries: list[dict[str, Any]] = []
     for index, (file_id, caption) in enumerate(sorted(captions.items())):
+        if not isinstance(caption, str) or not caption.strip():
+            raise BadClip(f"{captions_file}, {file_id}: must have a text that is not empty, not {caption!r}")
         audio = folder / "wav" / f"{file_id}.wav"
         if not audio.is_file():
             raise BadClip(f"{captions_file}, {file_id}: has a caption, but {audio} does not exist")
@@ -249,18 +266,19 @@ def _relative(path: Path, start: Path) -> Path:
     return path.relative_to(start) if path.is_relative_to(start) else path
 
 
-def check(path: Path, languages: Iterable[str] = LANGUAGES) -> list[str]:
-    """One line a language: how many clips are good, then a line a bad one."""
-    lines = []
+def check(path: Path, languages: Iterable[str] = LANGUAGES) -> tuple[bool, list[str]]:
+    """Whether every clip is good in some language, and what to say: how many are, then a line a bad one."""
+    usable, lines = False, []
     for language in languages:
         try:
             clips, skipped = load_manifest(path, language, on_bad_clip="skip")
         except BadClip as error:
             lines.append(f"{language}: {error}")
             continue
+        usable |= not skipped
         lines.append(f"{language}: {len(clips)} clips are good, {len(skipped)} are not")
         lines.extend(f"  {each.file_id}: {each.reason}" for each in skipped)
-    return lines
+    return usable, lines
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -269,7 +287,10 @@ def main(arguments: list[str] | None = None) -> None:
     secap = commands.add_parser("secap", help="turn SECap's published layout into a manifest")
     secap.add_argument("folder", type=Path, help="the folder with fid2captions.json, text.txt and wav/")
     secap.add_argument("--output", type=Path, help="where to write it (default: FOLDER/manifest.json)")
-    checks = commands.add_parser("check", help="read every clip of a manifest and list what is wrong")
+    checks = commands.add_parser(
+        "check",
+        help="read every clip of a manifest and list what is wrong; exit status 1 if some are bad in each language",
+    )
     checks.add_argument("manifest", type=Path)
     options = parser.parse_args(arguments)
     try:
@@ -277,7 +298,10 @@ def main(arguments: list[str] | None = None) -> None:
             target = options.output or options.folder / "manifest.json"
             print(f"{import_secap(options.folder, target)} clips in {target}")
         else:
-            print("\n".join(check(options.manifest)))
+            usable, lines = check(options.manifest)
+            print("\n".join(lines))
+            if not usable:
+                sys.exit(1)
     except (BadClip, OSError) as error:
         sys.exit(f"error: {error}")
 

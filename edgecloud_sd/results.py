@@ -87,7 +87,7 @@ def summarise(results: Sequence[ClipResult], language: str) -> tuple[Summary, qu
     after_first = sum(each.e2e - each.ttft for each in timed if each.e2e is not None and each.ttft is not None)
     otps = sum(each.counts.tokens - 1 for each in timed) / after_first if after_first else None
     if otps is None:
-        reasons["otps"] = "no caption has two tokens"
+        reasons["otps"] = "no caption has a token later than its first with text"
     ttft = _mean(each.ttft for each in results)
     if ttft is None:
         reasons["ttft_s"] = "every caption is empty"
@@ -208,8 +208,12 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A results file, checked against the schema."""
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """A results file, checked against the schema. Raises jsonschema.ValidationError, or ValueError for bad JSON."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{path}: holds {constant}, which is no JSON number")
+
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     validate(results)
     return results
 

@@ -16,7 +16,10 @@ GPU_PERIOD = 0.05  # s between two readings; NVML itself averages over 1/6 to 1 
 
 @dataclass(frozen=True)
 class Utilization:
-    """What the process used in the block. What could not be measured is None, and `reasons` says why."""
+    """What the process used in the block. What could not be measured is None, and `reasons` says why.
+
+    A GPU that stops answering keeps the figures read until then, with a reason too.
+    """
 
     wall: float  # s
     cpu: float  # s of CPU time, all threads of this process

@@ -20,4 +20,6 @@ settings.load_profile("default")
 @pytest.fixture(scope="session")
 def captioner() -> Captioner:
     """The pocket pair, loaded once."""
-    return Captioner()
+    loaded = Captioner()
+    loaded.load("speculative")
+    return loaded

@@ -174,6 +174,23 @@ def test_a_truncated_compressed_file_is_an_error(tmp_path: Path, name: str, part
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("part", [0.5, 0.99])
+@pytest.mark.parametrize("kind", ["WAV", "WAVEX"])
+def test_a_wav_cut_off_is_an_error(tmp_path: Path, kind: str, part: float) -> None:
+    path = truncate(audio(tmp_path / "a.wav", format=kind), part)
+    with pytest.raises(BadClip, match="shorter than its header says"):
+        load_audio(path)
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
+def test_a_streamed_wav_that_does_not_know_its_length_is_read(tmp_path: Path, size: int) -> None:
+    path = audio(tmp_path / "a.wav")
+    content = bytearray(path.read_bytes())
+    content[4:8] = size.to_bytes(4, "little")
+    path.write_bytes(content)
+    assert len(load_audio(path)) == SECONDS * SAMPLE_RATE
+
+
 @pytest.mark.parametrize("part", [0.001, 0.01, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("kind", ["WAV", "WAVEX", "MP3"])
 def test_a_truncated_file_never_gives_more_than_it_held(tmp_path: Path, kind: str, part: float) -> None:
@@ -308,12 +325,13 @@ def test_limit_counts_good_clips_alone(folder: Path) -> None:
         pytest.param(b"[%s]" % (b"1" * 5000), "is not JSON", id="digits"),  # more than int() takes
     ],
 )
-@pytest.mark.parametrize("on_bad_clip", dataset.ON_BAD_CLIP)
-def test_a_file_that_is_no_list_of_clips(tmp_path: Path, content: bytes, complaint: str, on_bad_clip: str) -> None:
+def test_a_file_that_is_no_list_of_clips_is_an_error_even_with_skip(
+    tmp_path: Path, content: bytes, complaint: str
+) -> None:
     path = tmp_path / "manifest.json"
     path.write_bytes(content)
     with pytest.raises(BadClip) as error:
-        load_manifest(path, "chinese", on_bad_clip=on_bad_clip)
+        load_manifest(path, "chinese", on_bad_clip="skip")
     assert str(error.value).startswith(f"{path}: {complaint}")
 
 
@@ -441,7 +459,7 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 anything = st.recursive(scalars, lambda some: st.lists(some) | st.dictionaries(st.text(), some), max_leaves=4)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(changes=st.dictionaries(st.sampled_from(sorted(entry())), anything), more=anything)
 def test_any_json_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, changes: dict[str, object], more: object
@@ -610,11 +628,37 @@ def test_secap_writes_where_it_is_told(secap: Path, capsys: pytest.CaptureFixtur
 
 def test_check_lists_what_is_wrong_in_each_language(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = entry(file_id="two", audio_path="wav/bad.wav")
-    dataset.main(["check", str(manifest(folder, entry(english_caption=None), bad))])
+    with pytest.raises(SystemExit) as stop:
+        dataset.main(["check", str(manifest(folder, entry(english_caption=None), bad))])
+    assert stop.value.code == 1
     chinese, reason, english = capsys.readouterr().out.splitlines()
     assert chinese == "chinese: 1 clips are good, 1 are not"
     assert reason.startswith(f"  two: {folder / 'wav' / 'bad.wav'}: cannot be read as audio")
     assert english.startswith(f"english: {folder / 'manifest.json'}: holds no usable clip")
+
+
+def test_check_is_content_with_clips_that_are_good_in_one_language(folder: Path) -> None:
+    dataset.main(["check", str(manifest(folder, entry(english_caption=None)))])
+
+
+@pytest.mark.parametrize("caption", [5, None, "", " "])
+def test_a_caption_of_secap_that_is_no_text_is_named(secap: Path, caption: object) -> None:
+    (secap / "fid2captions.json").write_text(json.dumps({"tx_01": caption}))
+    with pytest.raises(BadClip, match="tx_01: must have a text that is not empty"):
+        dataset.import_secap(secap, secap / "manifest.json")
+
+
+def test_secap_without_captions_is_refused(secap: Path) -> None:
+    (secap / "fid2captions.json").write_text("{}")
+    with pytest.raises(BadClip, match="holds no caption"):
+        dataset.import_secap(secap, secap / "manifest.json")
+
+
+def test_texts_of_secap_may_be_set_off_by_a_tab(secap: Path) -> None:
+    (secap / "text.txt").write_text("tx_01\t别过来 了\n", encoding="utf-8")
+    dataset.import_secap(secap, secap / "manifest.json")
+    entries = json.loads((secap / "manifest.json").read_text(encoding="utf-8"))
+    assert [each["transcription"] for each in entries] == ["别过来 了", None]
 
 
 @pytest.mark.parametrize("command", ["secap", "check"])
@@ -654,6 +698,15 @@ def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> 
         write_whole(path, "new \ud800")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere an open file cannot be replaced")
+def test_who_is_reading_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with path.open() as reader:
+        write_whole(path, "new")
+        assert reader.read() == "old"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")

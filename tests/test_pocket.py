@@ -84,6 +84,16 @@ def test_audio_is_encoded_once_a_side(captioner: Captioner, monkeypatch: pytest.
     assert calls == ["edge", "cloud"]
 
 
+@pytest.mark.parametrize(("threads", "expected"), [(None, 1), (2, 2)])
+def test_threads_are_as_asked_and_one_for_small_models(threads: int | None, expected: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        Captioner(threads=threads).load("edge")
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.gpu
 def test_strict_speculative_equals_the_cloud_on_a_gpu() -> None:
     pair = Captioner(cloud_device="cuda")

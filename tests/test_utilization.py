@@ -16,13 +16,13 @@ from edgecloud_sd.utilization import GpuSampler, Meter, Utilization
 
 
 class FakeNvml:
-    """A GPU that gives `readings` of (per cent, bytes) again and again, and fails after `until` of them."""
+    """A GPU that gives `readings` of (per cent, bytes), the last again and again, and fails after `until` of them."""
 
     class NVMLError(Exception):
         pass
 
     def __init__(self, *readings: tuple[int, int], until: int | None = None) -> None:
-        self._readings = itertools.islice(itertools.cycle(readings), until)
+        self._readings = itertools.islice(itertools.chain(readings, itertools.repeat(readings[-1])), until)
         self.percent: list[int] = []
         self.used: list[int] = []
         self.enough = threading.Event()
@@ -133,7 +133,7 @@ def test_a_block_that_fails_is_measured_and_its_error_passed_on(monkeypatch: pyt
 
 @pytest.mark.usefixtures("fast")
 def test_the_gpus_mean_per_cent_and_highest_memory_are_given() -> None:
-    nvml = FakeNvml((10, 3_000_000), (20, 9_000_000), (90, 6_000_000))
+    nvml = FakeNvml((10, 3_000_000), (90, 9_000_000), (20, 6_000_000))
     sampler = GpuSampler(nvml, "gpu 0")
     assert nvml.enough.wait(10)
     percent, memory = sampler.stop()
@@ -157,7 +157,7 @@ def test_a_gpu_that_stops_answering_gives_what_it_said_and_a_reason() -> None:
 
 
 def test_a_gpu_that_never_answers_gives_none_and_a_reason() -> None:
-    sampler = GpuSampler(FakeNvml(), "gpu 0")
+    sampler = GpuSampler(FakeNvml((0, 0), until=0), "gpu 0")
     assert sampler.stop() == (None, None)
     assert "GPU is lost" in sampler.reason
 
