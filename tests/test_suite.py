@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench import cases, table
 from edgecloud_sd import config, results
+from edgecloud_sd.path_options import join
 from edgecloud_sd.pocket import clips
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +119,29 @@ def test_the_help_and_the_readme_say_the_same_of_every_option(pytester: pytest.P
         assert f"| `--{option.name}` | {shown} | {option.help} |" in readme
         assert f"--{option.name}" in help
         assert f"(default: {shown or 'none'})" in help[help.index(option.help) :][: len(option.help) + 90]
+
+
+def test_an_option_may_name_a_path_outside_the_checkout(tmp_path: Path) -> None:
+    outside = tmp_path / "manifest.json"
+    outside.write_text("[]", encoding="utf-8")
+    options = ["--benchmark-only", "--dataset_path", str(outside), "--mode", "cloud", "--collect-only", "-q"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[0] == "bench/test_captioning.py::test_captioning[cloud-pocket-zh]"
+    assert done.returncode == 0
+
+
+def test_options_are_joined_with_their_values() -> None:
+    args = ["--k", "3", "-v", "--config=a.yaml", "--mode", "edge", "bench", "--k"]
+    assert join(args, {"--k", "--mode", "--config"}) == [
+        "--k=3",
+        "-v",
+        "--config=a.yaml",
+        "--mode=edge",
+        "bench",
+        "--k",
+    ]
 
 
 def test_every_command_of_the_readme_is_understood(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,37 @@
+"""A pytest plugin, so that options of the suite may name paths anywhere.
+
+pytest settles its root folder before it knows the options of a conftest.py, and takes any existing path among the
+arguments for a place of tests: `--dataset-path /elsewhere/manifest.json` moves the root there, and the suite's own
+conftest.py is never read (pytest-dev/pytest#1471, closed as known). `--dataset-path=/elsewhere/manifest.json` does not.
+Where the first would go wrong, this plugin starts over with the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import pytest
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> Generator[None, None, None]:
+    checkout = early_config.invocation_params.dir
+    if early_config.rootpath != checkout and (checkout / "bench" / "configs" / "default.yaml").is_file():
+        from edgecloud_sd import config
+
+        names = {f"--{spelt}" for o in config.OPTIONS for spelt in (o.name, o.name.replace("-", "_"))} | {"--config"}
+        joined = join(args, names)
+        if joined != args:
+            raise SystemExit(pytest.main(joined))
+    return (yield)
+
+
+def join(args: Sequence[str], names: set[str]) -> list[str]:
+    """The arguments with each of the options `names` and its value in one: `--k 3` becomes `--k=3`."""
+    joined: list[str] = []
+    for arg in args:
+        if joined and joined[-1] in names:
+            joined[-1] += f"={arg}"
+        else:
+            joined.append(arg)
+    return joined
