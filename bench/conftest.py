@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +27,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", grid, ids=[case.id for case in grid])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:  # a library's warning about your models or GPU is no reason to lose a run
+        item.add_marker(pytest.mark.filterwarnings("default"))
+
+
 class DataSet:
     """The clips of a run in one language, read once."""
 
@@ -49,6 +53,12 @@ class DataSet:
 def captioner(settings: Settings) -> Captioner:
     """The pair of the run; each side is loaded when a case first needs it."""
     return Captioner.of(settings)
+
+
+@pytest.fixture(scope="session")
+def cloud_tokens() -> dict[str, tuple[int, ...]]:
+    """Cloud mode's own output by language and clip, for the strict cells that run after it."""
+    return {}
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +113,7 @@ def report(
 
     def add(case: cases.Case, done: list[results.ClipResult], data: DataSet) -> results.Summary:
         summary, scores = results.summarise(done, case.language)
-        experiment = asdict(settings) | table.describe(case, captioner.pair) | {"language": case.language}
+        experiment = table.describe(case, captioner.pair, settings)
         file = table.results_file(settings, case)
         results.write(file, results.document(experiment, done, summary, scores, data.skipped))
         pytestconfig.stash.setdefault(ROWS, {})[case.id] = summary

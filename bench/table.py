@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,34 @@ def results_file(settings: Settings, case: Case) -> Path:
     return Path(settings.results_dir) / f"{name}.json"
 
 
-def describe(case: Case, pair: Pair) -> dict[str, Any]:
-    """A cell in words, for `extra_info` and the results file."""
-    speculative = case.cell.mode == "speculative"
-    return {
+def describe(case: Case, pair: Pair, settings: Settings) -> dict[str, Any]:
+    """What a cell was: for `extra_info` and the results file. The settings that make the grid are the cell's own."""
+    cell = case.cell
+    speculative = cell.mode == "speculative"
+    shared = {name: value for name, value in asdict(settings).items() if not isinstance(value, tuple)}
+    return shared | {
         "case": case.id,
         "pair": pair.name,
-        "mode": case.cell.mode,
-        "gate": case.cell.gate.label if speculative else None,
-        "k": case.cell.k if speculative else None,
-        "rule": case.cell.rule.label if speculative else None,
-        "output": "lossy" if speculative and not case.cell.exact else "exact",
+        "mode": cell.mode,
+        "language": case.language,
+        "gate": cell.gate.label if speculative else None,
+        "entropy_threshold": cell.gate.threshold if cell.gate.score else None,
+        "k": cell.k if speculative else None,
+        "rule": cell.rule.label if speculative else None,
+        "rank": cell.rule.r if speculative else None,
+        "output": promise(case, settings.cloud_dtype),
     }
+
+
+def promise(case: Case, cloud_dtype: str) -> str | None:
+    """How the output relates to the cloud's own: exact, near-exact (half precision) or lossy; None for the edge's."""
+    if case.cell.mode == "edge":
+        return None
+    if case.cell.mode == "cloud":
+        return "exact"
+    if not case.cell.strict:
+        return "lossy"
+    return "exact" if cloud_dtype in ("float32", "float64") else "near-exact"
 
 
 def render(rows: dict[str, Summary]) -> str:

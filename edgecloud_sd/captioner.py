@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,8 +42,8 @@ class Cell:
     k: int = 1
 
     @property
-    def exact(self) -> bool:
-        """Whether the output is promised to equal the cloud's own, token for token."""
+    def strict(self) -> bool:
+        """Whether the output is promised to equal the cloud's own, token for token (in float32 and float64)."""
         return self.mode == "speculative" and self.gate == gate.ALWAYS and self.rule == acceptance.GREEDY
 
 
@@ -102,7 +102,7 @@ class Captioner:
         self._edge = (pair.edge, edge_device, edge_dtype)
         self._cloud = (pair.cloud, cloud_device, cloud_dtype)
         self._threads = threads
-        self._loaded: dict[str, HFModel] = {}
+        self._loaded: dict[str, tuple[HFModel, int]] = {}
 
     @cached_property
     def edge(self) -> HFModel:
@@ -116,14 +116,14 @@ class Captioner:
 
     def load(self, mode: str) -> HFModel:
         """Load what `mode` needs, check that it fits together, and return the side that prepares its prompts."""
-        if mode in self._loaded:
-            return self._loaded[mode]
-        sides = [self.cloud] if mode == "cloud" else [self.edge] if mode == "edge" else [self.edge, self.cloud]
-        if len(sides) == 2:
-            pairs.check_tokenizers(*sides)
-        self._loaded[mode] = sides[0]
-        _share_out(self._threads, sides)
-        return sides[0]
+        if mode not in self._loaded:
+            sides = [self.cloud] if mode == "cloud" else [self.edge] if mode == "edge" else [self.edge, self.cloud]
+            if len(sides) == 2:
+                pairs.check(*sides)
+            self._loaded[mode] = sides[0], _threads(self._threads, sides)
+        side, threads = self._loaded[mode]
+        _use(threads)
+        return side
 
     def prompt(self, request: Request, mode: str) -> Prompt:
         side = self.load(mode)
@@ -158,10 +158,23 @@ def _load(checkpoint: str, device: str, dtype: str) -> HFModel:
     return hf.load(checkpoint, device, dtype)
 
 
-def _share_out(threads: int | None, sides: list[HFModel]) -> None:
-    """Set torch's threads as `Captioner` says."""
+def _threads(asked: int | None, sides: list[HFModel]) -> int:
+    """How many threads these sides are to run on, as `Captioner` says."""
+    small = all(side.thinker.num_parameters() < SMALL for side in sides)
+    return asked or (1 if small else _torch_threads())
+
+
+def _use(threads: int) -> None:
     import torch
 
-    small = all(side.thinker.num_parameters() < SMALL for side in sides)
-    if threads or small:
-        torch.set_num_threads(threads or 1)
+    _torch_threads()  # noted before the first change
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@cache
+def _torch_threads() -> int:
+    """Torch's own choice for this machine."""
+    import torch
+
+    return torch.get_num_threads()

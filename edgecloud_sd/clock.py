@@ -13,8 +13,7 @@ real: Clock = time.perf_counter
 
 def stamp(events: Iterable[Event], clock: Clock = real) -> Trace:
     """Run the generator to its end and note when each event came, in seconds since this call."""
-    start = clock()
-    return Trace(tuple((clock() - start, event) for event in events))
+    return Trace(tuple(stream(events, clock)))
 
 
 def stream(events: Iterable[Event], clock: Clock = real) -> Iterator[tuple[float, Event]]:

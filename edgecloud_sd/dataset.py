@@ -87,7 +87,7 @@ def _cut_off(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(12)
     size = int.from_bytes(head[4:8], "little")
-    streamed = size in (0, 0xFFFFFFFF)  # written by a program that did not know the length
+    streamed = size == 0 or size >= 0x7FFFF000  # written by a program that did not know the length
     return head[:4] == b"RIFF" and head[8:] == b"WAVE" and not streamed and path.stat().st_size < size + 8
 
 
@@ -193,6 +193,9 @@ def _clip(path: Path, number: int, entry: Any, language: str, caption_type: str)
         raise BadClip(f"{path}, {file_id}, {field}: is empty; {ADVICE}")
     transcription = None
     if caption_type == "original":
+        others = [each for each in LANGUAGES if each != language and entry.get(f"{each}_caption") == value]
+        if others and entry.get(f"{language}_caption") != value:
+            raise BadClip(f"{path}, {file_id}, caption: is the {others[0]} one, not {language}; {ADVICE}")
         said = (text(f"{language}_transcription", False).strip(), text("transcription", False).strip())
         transcription = said[0] or said[1] or None
     index = entry.get("index", number)

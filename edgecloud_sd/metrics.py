@@ -53,7 +53,7 @@ def opening(trace: Trace, side: str) -> float | None:
 
 
 def features(trace: Trace) -> float | None:
-    """s for reading the audio and computing its features: the moment of `Prepared`."""
+    """s for computing the features of the samples, which were read before: the moment of `Prepared`."""
     return next((seconds for seconds, event in trace.events if isinstance(event, Prepared)), None)
 
 

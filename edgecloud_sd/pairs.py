@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,13 +34,24 @@ def find(name: str, edge_model: str | None = None, cloud_model: str | None = Non
     if name not in PAIRS:
         raise ValueError(f"unknown pair {name!r}: choose one of {', '.join(PAIRS)}, or give both models")
     pair = PAIRS[name]
-    if edge_model is None and cloud_model is None:
-        return pair
     edge, cloud = edge_model or pair.edge, cloud_model or pair.cloud
+    for known in PAIRS.values():
+        if (edge, cloud) == (known.edge, known.cloud):
+            return known
     return Pair(f"{Path(edge).name}+{Path(cloud).name}", edge, cloud)
 
 
-def check_tokenizers(edge: HFModel, cloud: HFModel) -> None:
-    """ValueError unless both sides mean the same by every id. Row counts may differ: both Qwens pad theirs."""
-    if edge.tokenizer.get_vocab() != cloud.tokenizer.get_vocab():
-        raise ValueError(f"{edge.name} and {cloud.name} have different tokenizers, so they are not a pair")
+def check(edge: HFModel, cloud: HFModel) -> None:
+    """ValueError unless both sides mean the same by every id, end at the same ids, and hear the same features.
+
+    Row counts may differ: both published Qwens pad their vocabularies, each in its own way.
+    """
+    same: dict[str, Callable[[HFModel], object]] = {
+        "tokenizers": lambda side: side.tokenizer.get_vocab(),
+        "end-of-caption ids": lambda side: side.eos,
+        "audio placeholders": lambda side: side.thinker.config.audio_token_id,
+        "mel spectrograms": lambda side: (side.extractor.feature_size, side.extractor.hop_length, side.extractor.n_fft),
+    }
+    for what, of in same.items():
+        if of(edge) != of(cloud):
+            raise ValueError(f"{edge.name} and {cloud.name} have different {what}, so they are not a pair")

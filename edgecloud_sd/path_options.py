@@ -30,7 +30,7 @@ def join(args: Sequence[str], names: set[str]) -> list[str]:
     """The arguments with each of the options `names` and its value in one: `--k 3` becomes `--k=3`."""
     joined: list[str] = []
     for arg in args:
-        if joined and joined[-1] in names:
+        if joined and joined[-1] in names and not arg.startswith("--"):
             joined[-1] += f"={arg}"
         else:
             joined.append(arg)

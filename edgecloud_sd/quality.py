@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-TOKENIZERS = {"chinese": "characters", "english": "lowercase-words"}
+TOKENIZERS = {"chinese": "characters", "english": "lowercase-words-and-punctuation"}
 _CHARACTERS = re.compile(r"[A-Za-z0-9]+|\S")
 _WORDS = re.compile(r"\w+|[^\w\s]")
 

@@ -69,7 +69,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Audio read and features computed."""
+    """Features computed from the samples, and the prompt built."""
 
     prompt_tokens: int
 

@@ -18,7 +18,7 @@ from typing import Any
 from edgecloud_sd import metrics, quality
 from edgecloud_sd.dataset import Skipped
 from edgecloud_sd.files import write_whole
-from edgecloud_sd.records import Clip, Trace
+from edgecloud_sd.records import Clip, Prepared, Trace
 from edgecloud_sd.utilization import Utilization
 
 SCHEMA_VERSION = 1
@@ -166,8 +166,11 @@ def document(
         "detailed_results": [
             {
                 "file_id": each.clip.file_id,
+                "dataset": each.clip.dataset,
+                "index": each.clip.index,
                 "generated_text": each.caption,
                 "reference_captions": list(each.clip.references),
+                "prompt_tokens": next(e.prompt_tokens for _, e in each.trace.events if isinstance(e, Prepared)),
                 "token_ids": list(each.trace.tokens),
                 "finish_reason": each.trace.events[-1][1].reason,  # type: ignore[union-attr]
                 "bleu_score": bleu4,

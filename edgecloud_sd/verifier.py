@@ -52,14 +52,16 @@ class LocalVerification:
         self._session = session
         self._last = last
         self._rule = rule
+        self._agreed = 0  # how much of the cache the edge knows to be committed
 
     def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
         """One forward pass over `tokens` and `draft` together."""
-        held = self._session.tokens
-        if not 0 <= base <= len(held):
-            raise ValueError(f"the edge counts on {base} tokens here, and {len(held)} are held")
-        context = [*held[:base], *tokens, *draft]
-        return self._rule(draft, sync(self._session, context, rows=len(draft) + 1))
+        if not 0 <= base <= self._agreed:
+            raise ValueError(f"the edge counts on {base} committed tokens here, and {self._agreed} are known")
+        context = [*self._session.tokens[:base], *tokens, *draft]
+        verdict = self._rule(draft, sync(self._session, context, rows=len(draft) + 1))
+        self._agreed = base + len(tokens) + verdict.accepted
+        return verdict
 
     def generate(self, stopping: Stopping) -> Iterator[int]:
         """Greedy decoding by the same session code."""

@@ -13,7 +13,17 @@ from edgecloud_sd.acceptance import GREEDY, Rank
 from edgecloud_sd.clock import stamp
 from edgecloud_sd.decoder import Decoding, decode
 from edgecloud_sd.models.toy import ToyModel, random_table
-from edgecloud_sd.records import Committed, Event, Finished, Opened, Prompt, Trace, Verified
+from edgecloud_sd.records import (
+    Committed,
+    Drafted,
+    Escalated,
+    Event,
+    Finished,
+    Opened,
+    Prompt,
+    Trace,
+    Verified,
+)
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import LocalVerification, LocalVerifier
 from tests.strategies import Scene, gates, ks, ranks, scenes, speculative
@@ -70,9 +80,21 @@ def test_tokens_are_conserved(scene: Scene, k: int, chosen: gate.Gate, rule: Ran
     trace = run(scene, speculative(scene, k, chosen), rule)
     counts = metrics.counts(trace)
     assert len(trace.tokens) == counts.local + counts.accepted + counts.correction + counts.bonus
-    assert counts.drafted == counts.local + counts.accepted + counts.discarded
     assert counts.local + counts.verified == counts.drafted
     assert 0 <= counts.discarded <= counts.verified
+    assert counts.correction + counts.bonus <= counts.cloud_calls <= counts.rounds
+
+
+@given(scenes(), ks, ranks)
+def test_the_clouds_token_is_a_correction_after_a_rejection_and_a_bonus_otherwise(
+    scene: Scene, k: int, rule: Rank
+) -> None:
+    rejected = False
+    for _, event in run(scene, speculative(scene, k), rule).events:
+        if isinstance(event, Verified):
+            rejected = event.verdict.accepted < len(event.draft.tokens)
+        elif isinstance(event, Committed) and event.origin != "accepted":
+            assert event.origin == ("correction" if rejected else "bonus")
 
 
 @given(scenes(), ks, gates, ranks)
@@ -118,13 +140,18 @@ def test_a_rejected_draft_is_corrected_at_its_first_rejected_token(scene: Scene,
 
 @given(scenes(), ks, st.floats(0.01, 2.0))
 def test_the_entropy_gate_escalates_exactly_the_uncertain_drafts(scene: Scene, k: int, threshold: float) -> None:
-    trace = run(scene, speculative(scene, k, gate.entropy(threshold)))
     context = list(scene.prompt.ids)
-    for event in committed(trace):
-        for token in event.tokens:
+    drafted: list[float] = []
+    for _, event in run(scene, speculative(scene, k, gate.entropy(threshold))).events:
+        if isinstance(event, Drafted):
+            drafts = [[*context, *event.draft.tokens[:i]] for i in range(len(event.draft.tokens))]
+            drafted = [probs.entropy(scene.edge.logits(before)) for before in drafts]
+        elif isinstance(event, Escalated):
+            assert max(drafted) > threshold
+        elif isinstance(event, Committed):
             if event.origin == "local":
-                assert probs.entropy(scene.edge.logits(context)) <= threshold + 1e-12
-            context.append(token)
+                assert max(drafted) <= threshold
+            context.extend(event.tokens)
 
 
 class CountingModel:

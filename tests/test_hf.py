@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from edgecloud_sd import pairs
 from edgecloud_sd.captioner import Captioner
 from edgecloud_sd.models import hf
+from edgecloud_sd.records import Prompt
 
 
 @pytest.fixture
@@ -60,7 +61,49 @@ def test_sides_with_other_tokenizers_are_no_pair(captioner: Captioner) -> None:
             return {**captioner.edge.tokenizer.get_vocab(), "more": 9999}
 
     with pytest.raises(ValueError, match="have different tokenizers, so they are not a pair"):
-        pairs.check_tokenizers(captioner.edge, replace(captioner.cloud, tokenizer=Other()))
+        pairs.check(captioner.edge, replace(captioner.cloud, tokenizer=Other()))
+
+
+def test_sides_that_end_captions_differently_are_no_pair(captioner: Captioner) -> None:
+    with pytest.raises(ValueError, match="have different end-of-caption ids"):
+        pairs.check(captioner.edge, replace(captioner.cloud, eos=captioner.cloud.eos | {0}))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(pairs.PAIRS["pocket"].edge, folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "layers.1." not in name and "lm_head" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OSError, match=r"cannot be loaded: it lacks \d+ weights"):
+        hf.load(folder)
+
+
+def test_a_cut_off_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(pairs.PAIRS["pocket"].edge, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(OSError, match="cannot be loaded"):
+        hf.load(folder)
+
+
+def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
+    with pytest.raises(OSError, match="it is a qwen2, not one of qwen2_5_omni"):
+        hf.load(tmp_path)
+
+
+def test_logits_that_are_not_finite_raise(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = captioner.edge.open(Prompt((300, 301)))
+    monkeypatch.setattr(captioner.edge.thinker.lm_head, "forward", lambda hidden: hidden * torch.nan)
+    with pytest.raises(FloatingPointError, match=r"not finite in torch\.float32"):
+        session.extend([301])
+
+
+def test_the_two_published_names_are_the_published_pair() -> None:
+    named = pairs.find("pocket", "Qwen/Qwen2.5-Omni-3B", "Qwen/Qwen2.5-Omni-7B")
+    assert named == pairs.find("qwen2.5-omni")
 
 
 def test_an_unknown_pair_names_the_known() -> None:

@@ -113,7 +113,7 @@ def evaluation(captioner: Captioner) -> Evaluation:
     [
         ("cloud_attributes", 0.90, 1.0),
         ("edge_attributes", 0.55, 0.78),
-        ("deaf_attributes", 0.30, 0.50),  # three classes, unevenly drawn: chance is about 0.4
+        ("swapped_attributes", 0.30, 0.50),  # three classes, unevenly drawn: chance is about 0.4
         ("acceptance", 0.6, 0.9),
         ("step_ratio", 0.0, 0.2),
         ("megabytes", 0.0, 12.0),
@@ -147,6 +147,14 @@ def test_a_clip_on_disk_is_the_clip_made(folder: Path) -> None:
     torch.testing.assert_close(
         torch.tensor(samples), torch.tensor(clips.make("evaluation", 5).samples), atol=4e-5, rtol=0
     )
+
+
+def test_a_folder_with_something_else_is_refused_and_an_empty_one_filled(tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="holds something else"):
+        clips.evaluation_set(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert (clips.evaluation_set(tmp_path / "empty") / "manifest_chinese.json").is_file()
 
 
 def test_a_stopped_writer_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pycocoevalcap.cider.cider  # noqa: F401  see `run`
 import pytest
+import soundfile  # noqa: F401
+import soxr  # noqa: F401
 
 from bench import cases, table
-from edgecloud_sd import config, results
+from bench.test_captioning import problems_in_one_line
+from edgecloud_sd import config, pairs, results
+from edgecloud_sd.captioner import Captioner
 from edgecloud_sd.path_options import join
 from edgecloud_sd.pocket import clips
 
@@ -21,6 +26,13 @@ ROOT = Path(__file__).parents[1]
 def arguments(*options: str) -> list[str]:
     files = ["-c", str(ROOT / "pytest.ini"), "--rootdir", str(ROOT), "-p", "no:cacheprovider", str(ROOT / "bench")]
     return ["--benchmark-only", "--benchmark-storage", "saved", *files, *options]
+
+
+def run(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
+    """In this process. Afterwards pytester forgets what was first imported in it, and some libraries of compiled code
+    cannot be imported twice: they are imported above, or by the fixture `captioner`.
+    """
+    return pytester.runpytest_inprocess("-s", *arguments(*options))
 
 
 @pytest.fixture
@@ -33,16 +45,19 @@ def manifest(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_grid_prints_one_table_and_writes_results(pytester: pytest.Pytester, manifest: Path) -> None:
-    done = pytester.runpytest_subprocess(
-        *arguments("--dataset_path", str(manifest), "--on-bad-clip", "skip", "--language", "english"),
-        *("--mode", "edge,cloud,speculative", "--entropy-threshold", "1.5,0", "--k", "4", "--rule", "greedy"),
+def test_a_grid_prints_one_table_and_writes_results(
+    captioner: Captioner, pytester: pytest.Pytester, manifest: Path
+) -> None:
+    done = run(
+        pytester,
+        *("--dataset_path", str(manifest), "--on-bad-clip", "skip", "--language", "english"),
+        *("--mode", "edge,cloud,speculative", "--entropy-threshold", "1.5,0,inf", "--k", "4", "--rule", "greedy"),
         *("--output_name", "grid", "--benchmark-json", "saved.json", "--max-new-tokens", "12"),
     )
-    done.assert_outcomes(passed=4)
+    done.assert_outcomes(passed=5)
     done.stdout.fnmatch_lines(
         [
-            "*benchmark: 4 tests*",
+            "*benchmark: 5 tests*",
             "*case*clips*" + "*".join(table.COLUMNS) + "*",
             "edge-pocket-en*",
             "cloud-pocket-en*",
@@ -54,10 +69,12 @@ def test_a_grid_prints_one_table_and_writes_results(pytester: pytest.Pytester, m
     saved = json.loads((pytester.path / "saved.json").read_text(encoding="utf-8"))["benchmarks"]
     extra = {each["extra_info"]["case"]: each["extra_info"] for each in saved}
     found = {case: results.read(pytester.path / "results" / f"grid-{case}.json") for case in extra}
-    assert [each["stats"]["rounds"] for each in saved] == [2, 2, 2, 2]
+    assert [each["stats"]["rounds"] for each in saved] == [2, 2, 2, 2, 2]
     strict = "speculative-pocket-always-k4-greedy-en"
     assert extra[strict]["output"] == "exact"
     assert {field for field, _, _ in table.COLUMNS.values()} <= set(extra[strict])
+    assert found["speculative-pocket-never-k4-greedy-en"]["experiment_config"]["entropy_threshold"] is None
+    assert found["speculative-pocket-H1.5-k4-greedy-en"]["experiment_config"]["entropy_threshold"] == 1.5
     rates = found[strict]["metrics"]["speculative_decoding_metrics"]
     assert rates["acceptance_rate"] == extra[strict]["acceptance_rate"]
     assert rates["cloud_call_rate"] == 1.0
@@ -68,10 +85,17 @@ def test_a_grid_prints_one_table_and_writes_results(pytester: pytest.Pytester, m
 
 def test_a_bad_clip_fails_the_case_and_writes_nothing(pytester: pytest.Pytester, manifest: Path) -> None:
     options = ("--mode", "edge", "--language", "english", "--dataset-path", str(manifest))
-    done = pytester.runpytest_subprocess(*arguments(*options))
+    done = run(pytester, *options)
     done.assert_outcomes(failed=1)
     done.stdout.fnmatch_lines(["*absent.wav: no such audio file*", "*--on-bad-clip skip*"])
     assert not (pytester.path / "results").exists()
+
+
+def test_a_checkpoint_that_cannot_be_used_is_one_line() -> None:
+    with pytest.raises(pytest.fail.Exception) as failed, problems_in_one_line():
+        Captioner(pairs.find("pocket", edge_model="absent")).load("edge")
+    assert str(failed.value).startswith("no checkpoint 'absent': give a folder that exists")
+    assert not failed.value.pytrace
 
 
 def test_one_cell_has_the_published_file_name_and_a_grid_one_file_a_cell() -> None:
@@ -81,11 +105,6 @@ def test_one_cell_has_the_published_file_name_and_a_grid_one_file_a_cell() -> No
     }.items():
         settings = config.resolve({"mode": modes, "output-name": "mine"})
         assert [table.results_file(settings, case).name for case in cases.cases(settings)] == names
-
-
-def run(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
-    """In this process, for what never loads a model: torch cannot be imported twice."""
-    return pytester.runpytest_inprocess("-s", *arguments(*options))
 
 
 @pytest.mark.parametrize(
@@ -133,15 +152,9 @@ def test_an_option_may_name_a_path_outside_the_checkout(tmp_path: Path) -> None:
 
 
 def test_options_are_joined_with_their_values() -> None:
-    args = ["--k", "3", "-v", "--config=a.yaml", "--mode", "edge", "bench", "--k"]
-    assert join(args, {"--k", "--mode", "--config"}) == [
-        "--k=3",
-        "-v",
-        "--config=a.yaml",
-        "--mode=edge",
-        "bench",
-        "--k",
-    ]
+    args = ["--k", "3", "-v", "--config=a.yaml", "--mode", "edge", "bench", "--k", "--mode"]
+    joined = ["--k=3", "-v", "--config=a.yaml", "--mode=edge", "bench", "--k", "--mode"]
+    assert join(args, {"--k", "--mode", "--config"}) == joined
 
 
 def test_every_command_of_the_readme_is_understood(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ from edgecloud_sd.pairs import DTYPES
 from edgecloud_sd.records import Prompt
 from edgecloud_sd.session import check_truncation
 
+KINDS = ("qwen2_5_omni", "qwen2_5_omni_thinker")  # model types that hold a thinker
+
 
 class HFSession:
     """One stream on a thinker. `tokens` starts with the prompt's last token once it has been fed."""
@@ -37,14 +39,21 @@ class HFSession:
         self.tokens: list[int] = []
         if self._prefilled:
             self._forward(model.embed_prompt(prompt)[:, :-1])
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # or whoever times the opening would time its launch
 
     @torch.inference_mode()
     def extend(self, tokens: Sequence[int]) -> Tensor:
-        """[len(tokens), vocab]; row i = logits for what follows tokens[i]."""
+        """[len(tokens), vocab]; row i = logits for what follows tokens[i].
+
+        FloatingPointError where a logit is not finite, as after an overflow in float16: no argmax of that is a token.
+        """
         ids = torch.tensor([tokens], device=self._device)
         hidden = self._forward(self._thinker.get_input_embeddings()(ids))
         self.tokens.extend(tokens)
         logits: Tensor = self._thinker.lm_head(hidden[0])
+        if not logits.isfinite().all():
+            raise FloatingPointError(f"the model gave logits that are not finite in {logits.dtype}; use a wider dtype")
         return logits
 
     def truncate(self, length: int) -> None:
@@ -107,9 +116,16 @@ class HFModel:
 def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32") -> HFModel:
     """Load a Qwen2.5-Omni checkpoint (whole or thinker only) from a folder or the hub.
 
-    Raises ValueError for an unknown dtype or device or a folder that is not there, OSError where loading fails.
+    Raises ValueError for an unknown dtype or device or a folder that is not there, OSError for a checkpoint of another
+    kind, or one that lacks weights or cannot be read.
     """
-    from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration, WhisperFeatureExtractor
+    from safetensors import SafetensorError
+    from transformers import (
+        AutoConfig,
+        AutoTokenizer,
+        Qwen2_5OmniThinkerForConditionalGeneration,
+        WhisperFeatureExtractor,
+    )
     from transformers.utils import logging
 
     if dtype not in DTYPES:
@@ -121,10 +137,17 @@ def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32") ->
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, dtype))
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind not in KINDS:
+            raise OSError(f"it is a {kind}, not one of {', '.join(KINDS)}")
+        thinker, loading = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+            name, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+        if missing := sorted(loading["missing_keys"]):
+            raise OSError(f"it lacks {len(missing)} weights, {missing[0]} first")
         tokenizer = AutoTokenizer.from_pretrained(name)
         extractor = WhisperFeatureExtractor.from_pretrained(name)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise OSError(f"checkpoint {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     configured = thinker.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}

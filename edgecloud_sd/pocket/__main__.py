@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from edgecloud_sd.pairs import POCKET_WEIGHTS, Pair
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
         "clips", help="make the evaluation clips (wav files and manifests) and print their folder"
     )
     write.add_argument("--folder", type=Path, help="where to write them (default: the user's cache folder)")
-    train = commands.add_parser("train", help="train both models from nothing (about 10 minutes on 2 cores)")
+    train = commands.add_parser("train", help="train both models from nothing (about 15 minutes on 2 slow cores)")
     train.add_argument("--folder", type=Path, default=POCKET_WEIGHTS, help="where to save them (default: %(default)s)")
     evaluate = commands.add_parser("evaluate", help="print what the pair can do on clips it never heard")
     evaluate.add_argument(
@@ -32,7 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     if options.command == "clips":
-        print(clips.evaluation_set(options.folder))
+        try:
+            print(clips.evaluation_set(options.folder))
+        except OSError as error:
+            sys.exit(f"error: {error}")
     elif options.command == "train":
         from edgecloud_sd.pocket.train import train_pair
 

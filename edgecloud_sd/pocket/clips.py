@@ -51,22 +51,29 @@ def cache_folder() -> Path:
 def evaluation_set(folder: Path | None = None) -> Path:
     """The folder of the evaluation clips (20 a language), written on first use.
 
-    It is built beside its place and renamed into it, so that a stopped run leaves no half of it.
+    It is built beside its place and renamed into it, so that a stopped run leaves no half of it. FileExistsError where
+    the folder holds something else.
     """
     folder = folder or cache_folder()
-    if folder.is_dir():
+    if _complete(folder):
         return folder
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something else: name a new or empty folder, or delete it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
         write(building, "evaluation", EVALUATION_CLIPS)
         building.rename(folder)
     except OSError:
-        if not folder.is_dir():  # else another process was first, and its set is the same
+        if not _complete(folder):  # else another process was first, and its set is the same
             raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
+
+
+def _complete(folder: Path) -> bool:
+    return all((folder / manifest_name(language)).is_file() for language in LANGUAGES)
 
 
 def write(folder: Path, which: str, per_language: int) -> None:
