@@ -1,9 +1,9 @@
-"""A pytest plugin, so that options of the suite may name paths anywhere.
+"""A pytest plugin, so that options may name paths anywhere.
 
-pytest settles its root folder before it knows the options of a conftest.py, and takes any existing path among the
-arguments for a place of tests: `--dataset-path /elsewhere/manifest.json` moves the root there, and the suite's own
-conftest.py is never read (pytest-dev/pytest#1471, closed as known). `--dataset-path=/elsewhere/manifest.json` does not.
-Where the first would go wrong, this plugin starts over with the second.
+pytest settles its root folder before it knows the options of plugins and of a conftest.py, and takes any existing path
+among the arguments for a place of tests: `--dataset-path /elsewhere/manifest.json` moves the root there, and the
+suite's own conftest.py is never read (pytest-dev/pytest#1471, closed as known). `--dataset-path=/elsewhere/...` does
+not. Where that happened to a run of a checkout, this plugin starts it over with the second form and the root named.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ import pytest
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> Generator[None, None, None]:
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+) -> Generator[None, None, None]:
     checkout = early_config.invocation_params.dir
     if early_config.rootpath != checkout and (checkout / "bench" / "configs" / "default.yaml").is_file():
         from edgecloud_sd import config
 
         names = {f"--{spelt}" for o in config.OPTIONS for spelt in (o.name, o.name.replace("-", "_"))} | {"--config"}
         joined = join(args, names)
-        if joined != args:
-            raise SystemExit(pytest.main(joined))
+        if not parser.parse_known_args(joined).file_or_dir:  # no place of tests was named: the checkout is meant
+            root = [f"--rootdir={checkout}", f"--config-file={checkout / 'pytest.ini'}"]
+            raise SystemExit(pytest.main([*root, *joined]))
     return (yield)
 
 

@@ -143,9 +143,14 @@ def test_the_help_and_the_readme_say_the_same_of_every_option(pytester: pytest.P
 def test_an_option_may_name_a_path_outside_the_checkout(tmp_path: Path) -> None:
     outside = tmp_path / "manifest.json"
     outside.write_text("[]", encoding="utf-8")
-    options = ["--benchmark-only", "--dataset_path", str(outside), "--mode", "cloud", "--collect-only", "-q"]
+    storage = tmp_path / "saved"
+    storage.mkdir()
+    options = ["--dataset_path", str(outside), "--benchmark-storage", str(storage), "--mode", "cloud"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", "--benchmark-only", "--collect-only", "-q", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.splitlines()[0] == "bench/test_captioning.py::test_captioning[cloud-pocket-zh]"
     assert done.returncode == 0
