@@ -156,6 +156,14 @@ def test_an_option_may_name_a_path_outside_the_checkout(tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
+def test_saved_runs_can_be_compared(pytester: pytest.Pytester) -> None:
+    run(pytester, "--mode", "edge", "--max-samples", "1", "--max-new-tokens", "2", "--benchmark-save", "one")
+    command = [Path(sys.executable).with_name("pytest-benchmark"), "--storage", pytester.path / "saved", "compare"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "test_captioning[edge-pocket-zh]" in done.stdout
+
+
 def test_options_are_joined_with_their_values() -> None:
     args = ["--k", "3", "-v", "--config=a.yaml", "--mode", "edge", "bench", "--k", "--mode"]
     joined = ["--k=3", "-v", "--config=a.yaml", "--mode=edge", "bench", "--k", "--mode"]
