@@ -156,10 +156,11 @@ def test_an_option_may_name_a_path_outside_the_checkout(tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
-def test_saved_runs_can_be_compared(pytester: pytest.Pytester) -> None:
+def test_saved_runs_can_be_compared(captioner: Captioner, pytester: pytest.Pytester) -> None:
     run(pytester, "--mode", "edge", "--max-samples", "1", "--max-new-tokens", "2", "--benchmark-save", "one")
-    command = [Path(sys.executable).with_name("pytest-benchmark"), "--storage", pytester.path / "saved", "compare"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = str(Path(sys.executable).with_name("pytest-benchmark"))
+    options = ["--storage", str(pytester.path / "saved"), "compare"]
+    done = subprocess.run([command, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "test_captioning[edge-pocket-zh]" in done.stdout
 
