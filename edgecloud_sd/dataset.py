@@ -45,7 +45,7 @@ class Skipped:
     reason: str
 
 
-def load_audio(path: Path) -> NDArray[np.float32]:
+def load_audio(file: str | Path) -> NDArray[np.float32]:
     """Mono samples at `SAMPLE_RATE` from any file that libsndfile reads (wav of every kind, FLAC, MP3, Ogg).
 
     They lie in [-1, 1], but for float files that go beyond it themselves.
@@ -56,16 +56,17 @@ def load_audio(path: Path) -> NDArray[np.float32]:
     import soundfile
     import soxr
 
+    path = Path(file)
     try:
         if not path.is_file():
             raise BadClip(f"{path}: no such audio file")
         if _cut_off(path):
             raise BadClip(f"{path}: cannot be read as audio (the file is shorter than its header says)")
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            if file.frames > LONGEST * rate:  # before anything is allocated: a corrupt header may promise terabytes
-                raise BadClip(f"{path}: lasts {file.frames / rate:.3f} s, and a clip may last {LONGEST:g} s at most")
-            samples = file.read(dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as audio:
+            rate = audio.samplerate
+            if audio.frames > LONGEST * rate:  # before anything is allocated: a corrupt header may promise terabytes
+                raise BadClip(f"{path}: lasts {audio.frames / rate:.3f} s, and a clip may last {LONGEST:g} s at most")
+            samples = audio.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise BadClip(f"{path}: cannot be read as audio ({error.error_string.strip()})") from error
     except (OSError, TypeError) as error:  # TypeError: a raw file, which does not say its rate

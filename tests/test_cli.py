@@ -36,6 +36,17 @@ def test_the_caption_is_streamed_and_summed_up(
     assert re.search(r"^\d+ tokens \(\d+ accepted, .*\), \d+ cloud calls in \d+ rounds, [\d.]+ s$", printed.err, re.M)
 
 
+def test_the_readmes_example_runs(
+    wav: Path, captioner: Captioner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    monkeypatch.chdir(wav.parent)
+    wav.rename("speech.wav")
+    exec(example, {})
+    assert capsys.readouterr().out.startswith("The speaker sounds ")
+
+
 def test_each_token_has_the_colour_of_its_origin(capsys: pytest.CaptureFixture[str]) -> None:
     events: list[Event] = [Committed((1, 2), "local"), Committed((3,), "correction"), Finished("eos")]
     # token 2 is the first half of what token 3 completes
