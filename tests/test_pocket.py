@@ -40,7 +40,7 @@ def generated(captioner: Captioner, side: str, asked: Request) -> tuple[int, ...
     return tuple(output[0, len(prompt.ids) :].tolist())
 
 
-@pytest.mark.parametrize(("index", "language"), SOME)
+@pytest.mark.parametrize(("index", "language"), SOME[1:3])
 @pytest.mark.parametrize("side", ["edge", "cloud"])
 def test_a_side_alone_equals_transformers_generate(captioner: Captioner, side: str, index: int, language: str) -> None:
     asked = request(index, language)

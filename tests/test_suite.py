@@ -45,14 +45,23 @@ def manifest(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_grid_prints_one_table_and_writes_results(
+def test_a_grid_prints_one_table_writes_results_and_can_be_compared(
     captioner: Captioner, pytester: pytest.Pytester, manifest: Path
 ) -> None:
     done = run(
         pytester,
         *("--dataset_path", str(manifest), "--on-bad-clip", "skip", "--language", "english"),
         *("--mode", "edge,cloud,speculative", "--entropy-threshold", "1.5,0,inf", "--k", "4", "--rule", "greedy"),
-        *("--output_name", "grid", "--benchmark-json", "saved.json", "--max-new-tokens", "12"),
+        *(
+            "--output_name",
+            "grid",
+            "--benchmark-json",
+            "saved.json",
+            "--benchmark-save",
+            "one",
+            "--max-new-tokens",
+            "12",
+        ),
     )
     done.assert_outcomes(passed=5)
     done.stdout.fnmatch_lines(
@@ -81,6 +90,10 @@ def test_a_grid_prints_one_table_and_writes_results(
     tokens = {case: [clip["token_ids"] for clip in each["detailed_results"]] for case, each in found.items()}
     assert tokens[strict] == tokens["cloud-pocket-en"] != tokens["edge-pocket-en"]
     assert all("absent.wav" in each["skipped_clips"][0]["reason"] for each in found.values())
+    command = str(Path(sys.executable).with_name("pytest-benchmark"))
+    options = ["--storage", str(pytester.path / "saved"), "compare"]
+    compared = subprocess.run([command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert f"test_captioning[{strict}]" in compared.stdout, compared.stderr
 
 
 def test_a_bad_clip_fails_the_case_and_writes_nothing(pytester: pytest.Pytester, manifest: Path) -> None:
@@ -140,29 +153,19 @@ def test_the_help_and_the_readme_say_the_same_of_every_option(pytester: pytest.P
         assert f"(default: {shown or 'none'})" in help[help.index(option.help) :][: len(option.help) + 90]
 
 
-def test_an_option_may_name_a_path_outside_the_checkout(tmp_path: Path) -> None:
+def test_an_option_may_name_a_path_outside_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     outside = tmp_path / "manifest.json"
     outside.write_text("[]", encoding="utf-8")
     storage = tmp_path / "saved"
     storage.mkdir()
+    monkeypatch.chdir(ROOT)
     options = ["--dataset_path", str(outside), "--benchmark-storage", str(storage), "--mode", "cloud"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--benchmark-only", "--collect-only", "-q", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.splitlines()[0] == "bench/test_captioning.py::test_captioning[cloud-pocket-zh]"
-    assert done.returncode == 0
-
-
-def test_saved_runs_can_be_compared(captioner: Captioner, pytester: pytest.Pytester) -> None:
-    run(pytester, "--mode", "edge", "--max-samples", "1", "--max-new-tokens", "2", "--benchmark-save", "one")
-    command = str(Path(sys.executable).with_name("pytest-benchmark"))
-    options = ["--storage", str(pytester.path / "saved"), "compare"]
-    done = subprocess.run([command, *options], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "test_captioning[edge-pocket-zh]" in done.stdout
+    with pytest.raises(SystemExit) as ended:
+        pytest.main(["--benchmark-only", "--collect-only", "-q", "-s", "-p", "no:cacheprovider", *options])
+    assert ended.value.code == pytest.ExitCode.OK
+    assert capsys.readouterr().out.splitlines()[0] == "bench/test_captioning.py::test_captioning[cloud-pocket-zh]"
 
 
 def test_options_are_joined_with_their_values() -> None:
