@@ -19,11 +19,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     defaults = settings_room.read_file(settings_room.defaults_file())
     for option in settings_room.OPTIONS:
-        default = defaults[option.name]
-        shown = ",".join(map(str, default)) if isinstance(default, list) else "none" if default is None else default
+        default = settings_room.shown(defaults[option.name])
         many = "; a comma-separated list makes a grid" if option.many else ""
         names = dict.fromkeys([f"--{option.name}", f"--{option.name.replace('-', '_')}"])
-        help = f"{option.help}{many} (default: {shown})".replace("%", "%%")
+        help = f"{option.help}{many} (default: {default})".replace("%", "%%")
         group.addoption(*names, dest=_dest(option.name), metavar="LIST" if option.many else "VALUE", help=help)
     group.addoption(
         "--require", choices=REQUIREMENTS, action="append", default=[], help="fail, not skip, tests that need this"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,6 +31,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:  # a library's warning about your models or GPU is no reason to lose a run
         item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+@contextmanager
+def problems_in_one_line(hint: str = "") -> Iterator[None]:
+    """What cannot be used, be it clip, checkpoint or device, is said plainly, not as a traceback."""
+    problem = ""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        problem = f"{error}{hint}"
+    if problem:  # outside the except clause, whose traceback pytest would show
+        pytest.fail(problem, pytrace=False)
 
 
 class DataSet:
@@ -68,13 +81,8 @@ def data(settings: Settings) -> Callable[[str], DataSet]:
 
     def load(language: str) -> DataSet:
         if language not in loaded:
-            problem = ""
-            try:
+            with problems_in_one_line("\n(--on-bad-clip skip leaves bad clips out)"):
                 loaded[language] = DataSet(settings, language)
-            except dataset.BadClip as error:
-                problem = f"{error}\n(--on-bad-clip skip leaves bad clips out)"
-            if problem:
-                pytest.fail(problem, pytrace=False)
         return loaded[language]
 
     return load

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 
-import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import table
 from bench.cases import Case
-from bench.conftest import DataSet
+from bench.conftest import DataSet, problems_in_one_line
 from edgecloud_sd import results
 from edgecloud_sd.captioner import Captioner, Cell, Request
 from edgecloud_sd.clock import stamp
@@ -78,15 +76,3 @@ def check(trace: Trace, eos: frozenset[int], limit: int) -> None:
     assert not eos.intersection(trace.tokens[:-1]), "tokens follow the end of the caption"
     assert (trace.tokens[-1] in eos) == (finished.reason == "eos")
     assert len(trace.tokens) == limit or finished.reason == "eos"
-
-
-@contextmanager
-def problems_in_one_line() -> Iterator[None]:
-    """A checkpoint or device that cannot be used is said plainly, not as a traceback."""
-    problem = ""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    if problem:
-        pytest.fail(problem, pytrace=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from edgecloud_sd import config, metrics
 from edgecloud_sd.captioner import Captioner, Request, cells
 from edgecloud_sd.clock import stream
-from edgecloud_sd.dataset import BadClip, load_audio
+from edgecloud_sd.dataset import load_audio
 from edgecloud_sd.records import Committed, Event, Trace
 
 COLOURS = {"local": 32, "accepted": 36, "correction": 31, "bonus": 35, "cloud": 34}  # ANSI
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         events = captioner.events(request, cell, settings.max_new_tokens)
         colour = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
         trace = show(events, captioner.text(cell.mode), colour)
-    except (BadClip, config.ConfigError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(summary(trace), file=sys.stderr)
 
@@ -58,10 +58,8 @@ def parser() -> argparse.ArgumentParser:
     defaults = config.read_file(config.defaults_file())
     for option in config.OPTIONS:
         if option.name in SHARED:
-            default = defaults[option.name]
-            caption.add_argument(
-                f"--{option.name}", help=f"{option.help} (default: {'none' if default is None else default})"
-            )
+            default = config.shown(defaults[option.name])
+            caption.add_argument(f"--{option.name}", help=f"{option.help} (default: {default})")
     caption.add_argument("--transcription", help="what is said, where the prompt may use it")
     caption.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="(default: %(default)s)")
     return made

@@ -154,6 +154,11 @@ def defaults_file() -> Path:
     return packaged if packaged.is_file() else Path(__file__).parents[1] / "bench" / "configs" / "default.yaml"
 
 
+def shown(default: Any) -> str:
+    """A default as help texts write it."""
+    return ",".join(map(str, default)) if isinstance(default, list) else "none" if default is None else str(default)
+
+
 def resolve(command_line: Mapping[str, str | None], file: Path | None = None) -> Settings:
     """Settings from the defaults, then `file`, then `command_line` (option name -> text, None where not given)."""
     merged = read_file(defaults_file())
@@ -174,10 +179,8 @@ def read_file(path: Path) -> dict[str, Any]:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-    ) as error:  # ValueError: a date or number that is none, or bytes that are no text
+    except (yaml.YAMLError, ValueError) as error:
+        # ValueError: a date or number that is none, or bytes that are no text
         raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
     if loaded is None:
         return {}

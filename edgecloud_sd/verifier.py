@@ -18,7 +18,8 @@ class Verification(Protocol):
     def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
         """Judge `draft` after a context whose first `base` tokens the cloud holds already and whose rest is `tokens`.
 
-        `base` is absolute, so a repeated call gives the same verdict. ValueError where the cloud holds fewer.
+        `base` is absolute, so a repeated call gives the same verdict. ValueError for a base beyond
+        what the cloud knows to be committed.
         """
 
     def generate(self, stopping: Stopping) -> Iterator[int]:

@@ -14,7 +14,7 @@ import soundfile  # noqa: F401
 import soxr  # noqa: F401
 
 from bench import cases, table
-from bench.test_captioning import problems_in_one_line
+from bench.conftest import problems_in_one_line
 from edgecloud_sd import config, pairs, results
 from edgecloud_sd.captioner import Captioner
 from edgecloud_sd.path_options import join

@@ -36,9 +36,8 @@ class HFSession:
         self._thinker = model.thinker
         self._device = model.thinker.device
         self._cache = DynamicCache(config=model.thinker.config.text_config)
-        self._prefilled = len(prompt.ids) - 1
         self.tokens: list[int] = []
-        if self._prefilled:
+        if len(prompt.ids) > 1:
             self._forward(model.embed_prompt(prompt)[:, :-1])
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # or whoever times the opening would time its launch
