@@ -12,14 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecloud_sd import acceptance, decoder, gate, pairs, prompts
+from edgecloud_sd import link as links
+from edgecloud_sd.clock import stamp
 from edgecloud_sd.decoder import Decoding
-from edgecloud_sd.records import Event, Prepared, Prompt
+from edgecloud_sd.link import Link
+from edgecloud_sd.records import Event, Prepared, Prompt, Trace
+from edgecloud_sd.stage import Stage
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import LocalVerifier
 
 if TYPE_CHECKING:
     from edgecloud_sd.config import Settings
     from edgecloud_sd.models.hf import HFModel
+    from edgecloud_sd.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Cell:
     gate: gate.Gate = gate.NEVER
     rule: acceptance.Rank = acceptance.GREEDY
     k: int = 1
+    link: Link = links.NONE
 
     @property
     def strict(self) -> bool:
@@ -50,9 +56,13 @@ class Cell:
 def cells(settings: Settings) -> list[Cell]:
     """Each different way to decode that a run asks for, once, in the order of its settings."""
     found: list[Cell] = []
+    crossed = [links.find(name) for name in settings.link]
     for mode in settings.mode:
-        if mode != "speculative":
+        if mode == "edge":
             found.append(Cell(mode))
+            continue
+        if mode == "cloud":
+            found.extend(Cell(mode, link=link) for link in crossed)
             continue
         gates = [
             gate.parse(name, threshold)
@@ -60,7 +70,7 @@ def cells(settings: Settings) -> list[Cell]:
             for threshold in (settings.entropy_threshold if name == "entropy" else (0.0,))
         ]
         rules = [acceptance.parse(rule, r) for rule in settings.rule for r in settings.rank]
-        found.extend(Cell(mode, *each) for each in itertools.product(gates, rules, settings.k))
+        found.extend(Cell(mode, *each) for each in itertools.product(gates, rules, settings.k, crossed))
     return list(dict.fromkeys(found))
 
 
@@ -136,15 +146,23 @@ class Captioner:
             transcription=request.transcription,
         )
 
-    def events(self, request: Request, cell: Cell, max_new_tokens: int) -> Iterator[Event]:
+    def events(self, request: Request, cell: Cell, max_new_tokens: int, stage: Stage | None = None) -> Iterator[Event]:
         """Everything that happens to one request, from its features to its last token."""
+        stage = stage or Stage(link=cell.link)
         side = self.load(cell.mode)
-        how = Decoding(cell.mode, Stopping(side.eos, max_new_tokens), cell.k, cell.gate)
-        prompt = self.prompt(request, cell.mode)
+        how = Decoding(cell.mode, Stopping(side.eos, max_new_tokens), cell.k, stage.gate(cell.gate))
+        prompt = stage.prepared(lambda: self.prompt(request, cell.mode))
         yield Prepared(len(prompt.ids))
-        edge = None if cell.mode == "cloud" else self.edge
-        cloud = None if cell.mode == "edge" else LocalVerifier(self.cloud, cell.rule)
+        edge = None if cell.mode == "cloud" else stage.edge(self.edge)
+        cloud = None if cell.mode == "edge" else stage.linked(LocalVerifier(stage.cloud(self.cloud), cell.rule))
         yield from decoder.decode(prompt, how, edge, cloud)
+
+    def trace(
+        self, request: Request, cell: Cell, max_new_tokens: int, profile: Profile | None = None, seed: str = ""
+    ) -> Trace:
+        """One caption, timed: on the real clock, or under `profile` on a virtual one with the cell's link."""
+        stage = Stage(profile, cell.link, seed)
+        return stamp(self.events(request, cell, max_new_tokens, stage), stage.watch)
 
     def text(self, mode: str) -> Callable[..., str]:
         """The decoding from ids to a caption: special tokens, EOS among them, have no text."""

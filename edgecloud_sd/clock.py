@@ -1,23 +1,61 @@
-"""Time, from outside the decode loop: a clock is any callable that gives seconds."""
+"""Time, from outside the decode loop: real and virtual clocks, and the stamping of events."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
-from edgecloud_sd.records import Event, Trace
+from edgecloud_sd.records import Event, Span, Trace
 
-Clock = Callable[[], float]
+Clock = Callable[[], float]  # gives seconds
 real: Clock = time.perf_counter
+T = TypeVar("T")
 
 
-def stamp(events: Iterable[Event], clock: Clock = real) -> Trace:
-    """Run the generator to its end and note when each event came, in seconds since this call."""
-    return Trace(tuple(stream(events, clock)))
+class VirtualClock:
+    """Stands still until told how long something took: the same numbers on every run and machine."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
 
 
-def stream(events: Iterable[Event], clock: Clock = real) -> Iterator[tuple[float, Event]]:
+class Watch:
+    """Started when a request is made; notes the spans of time that events alone cannot tell apart."""
+
+    def __init__(self, clock: Clock = real) -> None:
+        self.clock = clock
+        self.spans: list[Span] = []
+        self.start = clock()
+
+    def seconds(self) -> float:
+        """Since the request."""
+        return self.clock() - self.start
+
+    def timed(self, part: str, call: Callable[..., T], *arguments: object, size: int = 0) -> T:
+        """`call(*arguments)`, its time noted as a span of `part`."""
+        start = self.seconds()
+        result = call(*arguments)
+        self.spans.append(Span(part, start, self.seconds(), size))
+        return result
+
+
+def stamp(events: Iterable[Event], watch: Watch | None = None) -> Trace:
+    """Run the generator to its end and note when each event came, in seconds since the watch was started (or now)."""
+    watch = watch or Watch()
+    stamped = tuple(stream(events, watch))
+    # what is cleared away after the last event is no part of the caption
+    return Trace(stamped, tuple(span for span in watch.spans if not stamped or span.end <= stamped[-1][0]))
+
+
+def stream(events: Iterable[Event], watch: Watch | None = None) -> Iterator[tuple[float, Event]]:
     """As `stamp`, but handing each event on as it comes."""
-    start = clock()
+    watch = watch or Watch()
     for event in events:
-        yield clock() - start, event
+        yield watch.seconds(), event

@@ -117,10 +117,27 @@ Event = Prepared | Opened | Drafted | Escalated | Verified | Committed | Finishe
 
 
 @dataclass(frozen=True)
+class Span:
+    """Time inside an interval between two events that belongs to a part of the ledger of its own.
+
+    `start` and `end` are seconds since the request; `size` is the payload in bytes, for what crosses a link.
+    """
+
+    part: str
+    start: float
+    end: float
+    size: int = 0
+
+
+@dataclass(frozen=True)
 class Trace:
-    """One caption's events with the seconds since its request at which each was seen from outside."""
+    """One caption's events with the seconds since its request at which each was seen from outside.
+
+    `spans` are in the order of their ends, and do not overlap.
+    """
 
     events: tuple[tuple[float, Event], ...]
+    spans: tuple[Span, ...] = ()
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
 
 from edgecloud_sd import acceptance, gate
-from edgecloud_sd.decoder import Decoding
+from edgecloud_sd import link as links
+from edgecloud_sd.clock import stamp
+from edgecloud_sd.decoder import Decoding, decode
+from edgecloud_sd.link import Link
 from edgecloud_sd.models.toy import ToyModel, random_table
-from edgecloud_sd.records import Prompt
+from edgecloud_sd.profile import Costs, Profile
+from edgecloud_sd.records import Event, Prepared, Prompt, Trace
+from edgecloud_sd.session import Model, check_truncation
+from edgecloud_sd.stage import Stage
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.verifier import LocalVerifier
 
 VOCABULARY = 7  # small, so that drafts are often right, ties are common and EOS turns up anywhere
 
@@ -56,3 +65,104 @@ gates = st.one_of(
 
 def speculative(scene: Scene, k: int, chosen: gate.Gate = gate.ALWAYS) -> Decoding:
     return Decoding("speculative", scene.stopping, k, chosen)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to decode a scene."""
+
+    scene: Scene
+    how: Decoding
+    rule: acceptance.Rank
+
+    def play(self, stage: Stage) -> Trace:
+        return play(self.scene.prompt, self.scene.edge, self.scene.cloud, self.how, stage, self.rule)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    scene = draw(scenes())
+    mode = draw(st.sampled_from(["speculative", "speculative", "cloud", "edge"]))
+    how = speculative(scene, draw(ks), draw(gates)) if mode == "speculative" else Decoding(mode, scene.stopping)
+    return Case(scene, how, draw(ranks))
+
+
+def play(
+    prompt: Prompt,
+    edge: Model,
+    cloud: Model,
+    how: Decoding,
+    stage: Stage,
+    rule: acceptance.Rank = acceptance.GREEDY,
+) -> Trace:
+    """What `Captioner.trace` does, on any two models."""
+
+    def events() -> Iterator[Event]:
+        verifier = stage.linked(LocalVerifier(stage.cloud(cloud), rule))
+        built = stage.prepared(lambda: prompt)
+        yield Prepared(len(built.ids))
+        yield from decode(built, replace(how, gate=stage.gate(how.gate)), stage.edge(edge), verifier)
+
+    return stamp(events(), stage.watch)
+
+
+seconds = st.integers(0, 1000).map(lambda n: n / 997)  # of any size, and rarely a sum of powers of two
+
+
+@st.composite
+def costs(draw: st.DrawFn, points: int = 4) -> Costs:
+    """A table of up to `points` passes, never cheaper for more tokens."""
+    rises = draw(st.lists(st.tuples(st.integers(1, 4), seconds), max_size=points - 1))
+    return Costs(draw(seconds), tuple(_sums([(1, 0.01 + draw(seconds)), *rises])))
+
+
+def _sums(steps: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]:
+    return itertools.accumulate(steps, lambda before, step: (before[0] + step[0], before[1] + step[1]))
+
+
+def profiles(edge_points: int = 4) -> st.SearchStrategy[Profile]:
+    return st.builds(
+        Profile, st.just("drawn"), costs(edge_points), costs(), features=seconds, gate=seconds, queue=seconds
+    )
+
+
+any_link = st.sampled_from(list(links.LINKS.values()))
+
+
+def steady(link: Link) -> Link:
+    """The same link without jitter."""
+    return replace(link, jitter=0.0) if link.jitter else link
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """Says 0 at every place of the output but 1 at those in `wrong`, whatever went before.
+
+    `UNSURE` escalates a draft that holds a place in `unsure`.
+    """
+
+    wrong: frozenset[int] = frozenset()
+    unsure: frozenset[int] = frozenset()
+    eos: frozenset[int] = frozenset()
+
+    def open(self, prompt: Prompt) -> ScriptedSession:
+        return ScriptedSession(self)
+
+
+UNSURE = gate.Gate("scripted", 0.5, lambda row: float(row[2]))
+
+
+class ScriptedSession:
+    def __init__(self, model: Scripted) -> None:
+        self._model = model
+        self.tokens: list[int] = []
+
+    def extend(self, tokens: Sequence[int]) -> torch.Tensor:
+        places = range(len(self.tokens), len(self.tokens) + len(tokens))
+        self.tokens.extend(tokens)
+        wrong, unsure = self._model.wrong, self._model.unsure
+        return torch.tensor([[5.0, 9.0 * (place in wrong), 1.0 * (place in unsure)] for place in places])
+
+    def truncate(self, length: int) -> None:
+        check_truncation(length, len(self.tokens))
+        del self.tokens[length:]

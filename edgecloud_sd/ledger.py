@@ -1,0 +1,112 @@
+"""Where a caption's time went: its trace, cut into named parts that add up to its wall time.
+
+The time before an event belongs to what that event reports; a span inside it belongs to its own part instead, so that
+no second is counted twice and none is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from edgecloud_sd.records import Committed, Drafted, Escalated, Event, Opened, Prepared, Trace, Verified
+
+PARTS = {
+    "features": "computing the log-mel spectrogram and building the prompt",
+    "edge_prefill": "the edge's audio encoder and prefill",
+    "cloud_prefill": "the cloud's audio encoder and prefill",
+    "draft": "the edge's forward passes and argmax",
+    "gate": "the gate's statistic and decision",
+    "uplink": "request on its way to the cloud",
+    "cloud_queue": "request waiting at the cloud",
+    "verify": "the cloud's forward pass over a draft, and its verdict",
+    "cloud_decode": "the cloud's own steps, in cloud mode",
+    "downlink": "answer on its way to the edge",
+    "rollback": "cutting a cache back after a rejection",
+    "other": "the loop's bookkeeping between events",
+}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Seconds by part, every name of `PARTS` present; `discarded` are those of `draft` spent on discarded tokens."""
+
+    parts: dict[str, float]
+    discarded: float
+
+    @property
+    def seconds(self) -> float:
+        """The sum of the parts: the trace's own seconds, but for rounding."""
+        return sum(self.parts.values())
+
+    def closure(self, wall: float) -> float:
+        """Sum of the parts / wall seconds measured by another clock around the caption; 1 is perfect."""
+        return self.seconds / wall
+
+    def unnamed(self, wall: float) -> float:
+        """Share of the wall time that no part but `other` accounts for."""
+        return 1 - (self.seconds - self.parts["other"]) / wall
+
+
+def ledger(trace: Trace) -> Ledger:
+    """The ledger of one caption.
+
+    A round's discarded seconds are its draft seconds x discarded / drafted tokens: each token took one forward pass.
+    """
+    parts = dict.fromkeys(PARTS, 0.0)
+    for span in trace.spans:
+        parts[span.part] += span.end - span.start
+    rounds: list[tuple[float, int]] = []  # seconds and tokens of each draft
+    kept: list[int] = []
+    for event, seconds in intervals(trace):
+        parts[part(event)] += seconds
+        if isinstance(event, Drafted):
+            rounds.append((seconds, len(event.draft.tokens)))
+            kept.append(0)
+        elif isinstance(event, Committed) and event.origin in ("local", "accepted"):
+            kept[-1] += len(event.tokens)
+    discarded = sum(seconds * (n - m) / n for (seconds, n), m in zip(rounds, kept, strict=True))
+    return Ledger(parts, discarded)
+
+
+def intervals(trace: Trace) -> Iterator[tuple[Event, float]]:
+    """Each event with the seconds before it that no span claims."""
+    spans = iter(trace.spans)
+    span = next(spans, None)
+    before = 0.0
+    for seconds, event in trace.events:
+        rest = seconds - before
+        while span is not None and span.end <= seconds:
+            rest -= span.end - span.start
+            span = next(spans, None)
+        yield event, rest
+        before = seconds
+
+
+def part(event: Event) -> str:
+    """The part that the time before `event` belongs to."""
+    if isinstance(event, Prepared):
+        return "features"
+    if isinstance(event, Opened):
+        return f"{event.side}_prefill"
+    if isinstance(event, Drafted):
+        return "draft"
+    if isinstance(event, Escalated):
+        return "gate"
+    if isinstance(event, Verified):
+        return "verify"
+    if isinstance(event, Committed) and event.origin == "cloud":
+        return "cloud_decode"
+    return "other"
+
+
+def mean(ledgers: Iterable[Ledger]) -> Ledger:
+    """Seconds a caption, part by part. ValueError for none."""
+    all_of_them = list(ledgers)
+    if not all_of_them:
+        raise ValueError("no ledger to take the mean of")
+    n = len(all_of_them)
+    return Ledger(
+        {name: sum(each.parts[name] for each in all_of_them) / n for name in PARTS},
+        sum(each.discarded for each in all_of_them) / n,
+    )

@@ -1,0 +1,64 @@
+"""Clocks, watches and stamping, with every tick by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgecloud_sd.clock import VirtualClock, Watch, stamp, stream
+from edgecloud_sd.records import Event, Finished, Opened, Prepared, Span, Trace
+
+EVENTS: list[Event] = [Opened("edge"), Finished("eos")]
+
+
+def ticking(*moments: float) -> Watch:
+    ticks = iter(moments)
+    return Watch(lambda: next(ticks))
+
+
+def test_a_virtual_clock_stands_still_until_it_is_advanced() -> None:
+    clock = VirtualClock()
+    assert clock() == clock() == 0
+    clock.advance(0.25)
+    clock.advance(0.5)
+    assert clock() == clock.now == 0.75
+
+
+def test_a_watch_counts_from_when_it_was_made() -> None:
+    clock = VirtualClock()
+    clock.advance(7)
+    watch = Watch(clock)
+    clock.advance(2)
+    assert watch.seconds() == 2
+
+
+def test_timing_a_call_notes_its_span_and_hands_its_result_on() -> None:
+    watch = ticking(10, 11, 13)
+    assert watch.timed("uplink", max, 3, 4, size=12) == 4
+    assert watch.spans == [Span("uplink", 1, 3, 12)]
+
+
+def test_a_call_that_fails_is_not_noted() -> None:
+    watch = ticking(0, 1, 2)
+    with pytest.raises(ZeroDivisionError):
+        watch.timed("gate", divmod, 1, 0)
+    assert watch.spans == []
+
+
+def test_stamping_notes_when_each_event_came() -> None:
+    assert stamp(EVENTS, ticking(10, 10.5, 12)) == Trace(((0.5, EVENTS[0]), (2, EVENTS[1])))
+
+
+def test_events_are_handed_on_as_they_come() -> None:
+    assert next(stream(EVENTS, ticking(20, 20.25))) == (0.25, EVENTS[0])
+
+
+def test_stamping_counts_what_was_timed_since_the_watch_was_made() -> None:
+    watch = ticking(0, 1, 2, 3)
+    watch.timed("gate", int)
+    assert stamp([Prepared(3)], watch) == Trace(((3, Prepared(3)),), (Span("gate", 1, 2),))
+
+
+def test_stamping_without_a_watch_counts_real_seconds_from_now() -> None:
+    trace = stamp(EVENTS)
+    assert 0 <= trace.events[0][0] <= trace.seconds
+    assert trace.spans == ()

@@ -1,0 +1,143 @@
+"""Cost profiles: those that ship, the way to a file and back, and what is said of a bad one."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgecloud_sd import profile
+from edgecloud_sd.profile import Costs, Profile, ProfileError
+from tests.strategies import costs, profiles
+
+GOOD = """
+source: timed by hand
+features: 0.01
+gate: 0.002
+queue: 0.1
+draft_at_cloud: 0.004
+edge:
+  prefill: 0.5
+  forward: {1: 0.04, 2: 0.05}
+cloud:
+  prefill: 1
+  forward: {8: 0.09, 1: 0.02}
+"""
+
+
+@pytest.mark.parametrize("name", profile.NAMES)
+def test_every_profile_that_ships_can_be_used_and_says_where_it_comes_from(name: str) -> None:
+    loaded = profile.load(name)
+    assert loaded.name == name
+    assert len(loaded.source) > 80
+    assert loaded.edge.step > 0
+    assert loaded.cloud.step > 0
+
+
+def test_the_published_figures() -> None:
+    published = profile.load("published")
+    assert (published.edge.step, published.cloud.step) == (0.380, 0.0387)
+    assert (published.edge.prefill, published.cloud.prefill) == (7.5, 0.35)
+    assert (published.features, published.gate, published.queue, published.draft_at_cloud) == (0, 0, 0, None)
+
+
+def test_a_file_is_read_field_by_field(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(GOOD)
+    assert profile.load(str(path)) == Profile(
+        "mine",
+        Costs(0.5, ((1, 0.04), (2, 0.05))),
+        Costs(1.0, ((1, 0.02), (8, 0.09))),
+        features=0.01,
+        gate=0.002,
+        queue=0.1,
+        draft_at_cloud=0.004,
+        source="timed by hand",
+    )
+
+
+words = st.lists(st.text(st.characters(categories=["L", "N", "P"]), min_size=1), max_size=3).map(" ".join)
+
+
+@settings(max_examples=20)  # YAML is slow
+@given(profiles(), words, st.sampled_from([None, 0.0, 0.25]), st.floats(0, 1e9))
+def test_a_saved_profile_is_loaded_as_it_was(
+    drawn: Profile, source: str, beside: float | None, features: float
+) -> None:
+    before = replace(drawn, source=source, draft_at_cloud=beside, features=features)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "drawn.yaml")
+        profile.save(before, path)
+        assert profile.load(str(path)) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (GOOD, "- 1", ": must map fields to values, not be a list"),
+        (GOOD, "", ": must map fields to values, not be a NoneType"),
+        (GOOD, "a: [", ": is not YAML"),
+        (GOOD, "source: x", ": lacks cloud, edge"),
+        ("queue:", "queues:", ": unknown field queues; known are cloud, draft_at_cloud, edge, features, gate, queue"),
+        ("features: 0.01", "features: -0.01", ", features: must be a number of seconds, 0 or more, not -0.01"),
+        ("gate: 0.002", "gate: fast", ", gate: must be a number of seconds, 0 or more, not 'fast'"),
+        ("queue: 0.1", "queue: .inf", ", queue: must be a number of seconds, 0 or more, not inf"),
+        ("queue: 0.1", "queue: .nan", ", queue: must be a number of seconds, 0 or more, not nan"),
+        ("queue: 0.1", "queue: true", ", queue: must be a number of seconds, 0 or more, not True"),
+        ("draft_at_cloud: 0.004", "draft_at_cloud: []", ", draft_at_cloud: must be a number of seconds"),
+        ("prefill: 0.5", "prefill: -1", ", edge, prefill: must be a number of seconds, 0 or more, not -1"),
+        ("prefill: 1\n", "prefill:\n", ", cloud, prefill: must be a number of seconds, 0 or more, not None"),
+        ("  prefill: 0.5\n", "", ", edge: lacks prefill"),
+        ("  prefill: 1\n", "  prefill: 1\n  step: 2\n", ", cloud: unknown field step; known are forward, prefill"),
+        ("{1: 0.04, 2: 0.05}", "0.04", ", edge, forward: must map numbers of tokens, 1 among them, to seconds: 0.04"),
+        ("{1: 0.04, 2: 0.05}", "{2: 0.05}", ", edge, forward: must map numbers of tokens, 1 among them, to seconds"),
+        ("{8: 0.09, 1: 0.02}", "{0: 0.01, 1: 0.02}", ", cloud, forward: must map numbers of tokens, 1 among them"),
+        ("{8: 0.09, 1: 0.02}", "{x: 0.01, 1: 0.02}", ", cloud, forward: must map numbers of tokens, 1 among them"),
+        ("{8: 0.09, 1: 0.02}", "{8: x, 1: 0.02}", ", cloud, forward, 8: must be a number of seconds, 0 or more"),
+        ("{8: 0.09, 1: 0.02}", "{8: 0.01, 1: 0.02}", ", cloud, forward, 8: 0.01 s is less than fewer tokens take"),
+        ("{1: 0.04, 2: 0.05}", "{1: 0}", ", edge, forward, 1: must be more than 0 s"),
+    ],
+)
+def test_a_bad_profile_is_refused_by_file_and_field(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    assert old in GOOD
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(ProfileError, match=re.escape(f"{path}{message}")):
+        profile.load(str(path))
+
+
+def test_what_is_neither_a_file_nor_a_name_is_refused_with_the_names() -> None:
+    with pytest.raises(ProfileError, match=r"^no profile 'toaster': .* laptop-gpu, phone-npu, published$"):
+        profile.load("toaster")
+
+
+def test_a_file_that_is_not_text_is_refused_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ProfileError, match=r"bad\.yaml: is not YAML"):
+        profile.load(str(path))
+
+
+def test_one_point_is_constant() -> None:
+    assert [Costs(0, ((1, 0.5),)).seconds(n) for n in (1, 2, 99)] == [0.5, 0.5, 0.5]
+
+
+def test_a_table_is_a_line_between_its_points_and_goes_on_beyond_them_with_its_slope_as_a_whole() -> None:
+    table = Costs(0, ((2, 2.0), (4, 3.0), (6, 6.0)))
+    assert [table.seconds(n) for n in (1, 2, 3, 4, 5, 6, 7, 10)] == [1, 2, 2.5, 3, 4.5, 6, 7, 10]
+    assert table.step == 1
+
+
+def test_a_table_that_starts_above_one_token_never_goes_below_0() -> None:
+    assert Costs(0, ((3, 1.0), (4, 2.0))).step == 0
+
+
+@given(costs(), st.integers(1, 20))
+def test_more_tokens_never_take_less(drawn: Costs, n: int) -> None:
+    assert drawn.seconds(n) <= drawn.seconds(n + 1) + 1e-12
+    assert all(drawn.seconds(at) == pytest.approx(each) for at, each in drawn.forward)
