@@ -5,9 +5,13 @@ Over several clips a ratio is a ratio of sums, not a mean of ratios.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgecloud_sd.records import Committed, Drafted, Escalated, Opened, Prepared, Trace, Verified
 
@@ -40,6 +44,38 @@ def otps(n: int, first: float | None, last: float | None) -> float | None:
     """Tokens a second after the first: (N - 1) / (e2e - ttft) for N >= 2, None where undefined."""
     each = tpot(n, first, last)
     return 1 / each if each else None
+
+
+def e2e_tps(n: int, last: float | None) -> float | None:
+    """Tokens a second over the whole request: N / e2e."""
+    return n / last if last else None
+
+
+def chunks(trace: Trace) -> list[tuple[float, int]]:
+    """(s, tokens) of each moment at which tokens became visible: a round's commit, or one token of a stream."""
+    found: list[tuple[float, int]] = []
+    joins = False  # what a round accepted and the cloud's token after it are shown together
+    for seconds, event in trace.events:
+        if isinstance(event, Committed):
+            if joins:
+                found[-1] = (seconds, found[-1][1] + len(event.tokens))
+            else:
+                found.append((seconds, len(event.tokens)))
+            joins = event.origin == "accepted"
+        else:
+            joins = False
+    return found
+
+
+def itl_per_chunk(trace: Trace) -> list[float]:
+    """s between one chunk of visible tokens and the next: t_j - t_(j-1)."""
+    moments = chunks(trace)
+    return [later - earlier for (earlier, _), (later, _) in itertools.pairwise(moments)]
+
+
+def itl_per_token(trace: Trace) -> list[float]:
+    """The same gaps, each divided by the tokens of the chunk that ended it: (t_j - t_(j-1)) / n_j."""
+    return [gap / n for gap, (_, n) in zip(itl_per_chunk(trace), chunks(trace)[1:], strict=True)]
 
 
 def opening(trace: Trace, side: str) -> float | None:
@@ -114,6 +150,11 @@ class Counts:
         return _ratio(self.local, self.tokens)
 
     @property
+    def cloud_token_share(self) -> float | None:
+        """(accepted + correction + bonus + cloud) / N: tokens that the cloud has seen or made."""
+        return _ratio(self.tokens - self.local, self.tokens)
+
+    @property
     def waste(self) -> float | None:
         """discarded / drafted."""
         return _ratio(self.discarded, self.drafted)
@@ -148,6 +189,121 @@ def acceptance_by_position(traces: Sequence[Trace]) -> list[float]:
                 offered.update(range(len(event.draft.tokens)))
                 kept.update(range(event.verdict.accepted))
     return [kept[i] / offered[i] for i in range(len(offered))]
+
+
+def wire_bytes(trace: Trace) -> tuple[int, int] | None:
+    """Payload bytes (up, down) of one caption; None where nothing crossed a link."""
+    sizes: Counter[str] = Counter()
+    for span in trace.spans:
+        sizes[span.part] += span.size
+    return (sizes["uplink"], sizes["downlink"]) if sizes["uplink"] or sizes["downlink"] else None
+
+
+@dataclass(frozen=True)
+class Hindsight:
+    """What the cloud says afterwards, off the clock, of one caption's drafts (`shadow.look_back`).
+
+    `missed`: local tokens that the rule would not have kept. `drafts`: of each round the gate's score (None where the
+    gate reads none), whether it was escalated, and whether the cloud rejects a token of it.
+    """
+
+    missed: int
+    drafts: tuple[tuple[float | None, bool, bool], ...]
+
+
+def useless_escalations(looks: Sequence[Hindsight]) -> float | None:
+    """Escalated drafts in which nothing was corrected / escalated drafts."""
+    escalated = [rejected for look in looks for _, sent, rejected in look.drafts if sent]
+    return _ratio(escalated.count(False), len(escalated))
+
+
+def missed_corrections(looks: Sequence[Hindsight], local: int) -> float | None:
+    """Local tokens that the cloud would have replaced / local tokens; None where it was not asked."""
+    return None if not looks else _ratio(sum(look.missed for look in looks), local)
+
+
+def auroc(looks: Sequence[Hindsight]) -> float | None:
+    """Chance that a draft the cloud rejects has a higher gate score than one it accepts, ties counting half.
+
+    P(s+ > s-) + P(s+ = s-) / 2 over all pairs (Mann-Whitney); None without scores, or without both kinds.
+    """
+    scored = [(score, rejected) for look in looks for score, _, rejected in look.drafts if score is not None]
+    bad = np.array([score for score, rejected in scored if rejected])
+    good = np.array([score for score, rejected in scored if not rejected])
+    if not len(bad) or not len(good):
+        return None
+    return float((bad[:, None] > good).mean() + (bad[:, None] == good).mean() / 2)
+
+
+def gap_closed(ours: float | None, edge: float | None, cloud: float | None, noise: float = 0.0) -> float | None:
+    """(Q_spec - Q_edge) / (Q_cloud - Q_edge) of a quality Q; None where the gap is not larger than its `noise`."""
+    if ours is None or edge is None or cloud is None or abs(cloud - edge) <= noise:
+        return None
+    return (ours - edge) / (cloud - edge)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.intp]], NDArray[np.float64]], n: int, resamples: int = 2000, seed: int = 0
+) -> Interval | None:
+    """A statistic of `n` clips with its percentile bootstrap interval (Efron and Tibshirani 1993, section 13.3).
+
+    `statistic` takes indices of clips [..., n] and returns [...]. Clips are drawn with replacement, so what a clip has
+    under both of two ways to decode stays paired. None where the statistic is undefined on the clips themselves; draws
+    in which it is undefined are left out.
+    """
+    if not n:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(statistic(np.arange(n)))
+        drawn = statistic(np.random.default_rng(seed).integers(0, n, (resamples, n)))
+    if not np.isfinite(value):
+        return None
+    low, high = np.quantile(drawn[np.isfinite(drawn)], (0.025, 0.975))
+    return Interval(value, float(low), float(high))
+
+
+def speedup(baseline: Sequence[float], ours: Sequence[float]) -> Interval | None:
+    """Seconds of the baseline / seconds of ours, summed over the same clips: above 1 is faster. None for no clips."""
+    b, o = _paired(baseline, ours)
+    return bootstrap(lambda at: b[at].sum(-1) / o[at].sum(-1), len(b))
+
+
+def tpot_speedup(baseline: Sequence[tuple[int, float]], ours: Sequence[tuple[int, float]]) -> Interval | None:
+    """The length-matched speed-up, from each clip's (tokens, seconds) after its first token.
+
+    (sum of baseline seconds / sum of its tokens) / (sum of our seconds / sum of our tokens).
+    """
+    b, o = (values.reshape(-1, 2) for values in _paired(baseline, ours))
+
+    def tpots(of: NDArray[np.float64], at: NDArray[np.intp]) -> NDArray[np.float64]:
+        per_token: NDArray[np.float64] = of[at, 1].sum(-1) / of[at, 0].sum(-1)
+        return per_token
+
+    return bootstrap(lambda at: tpots(b, at) / tpots(o, at), len(b))
+
+
+def difference(baseline: Sequence[float], ours: Sequence[float]) -> Interval | None:
+    """Mean over the same clips of ours - baseline: what a per-clip score changed by. None for no clips."""
+    b, o = _paired(baseline, ours)
+    return bootstrap(lambda at: (o[at] - b[at]).mean(-1), len(b))
+
+
+def _paired(a: Sequence[object], b: Sequence[object]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} clips cannot be paired with {len(b)}")
+    return np.asarray(a, dtype=float), np.asarray(b, dtype=float)
 
 
 def _ratio(part: float, whole: float) -> float | None:

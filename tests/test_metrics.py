@@ -1,26 +1,35 @@
-"""Metrics on a trace small enough to count by hand."""
+"""Metrics on a trace small enough to count by hand, and the laws they keep on any."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from edgecloud_sd import metrics
-from edgecloud_sd.clock import stamp, stream
+from edgecloud_sd.link import Link
+from edgecloud_sd.metrics import Hindsight, Interval
+from edgecloud_sd.profile import Profile
 from edgecloud_sd.records import (
     Committed,
     Draft,
     Drafted,
     Escalated,
-    Event,
     Finished,
     Opened,
     Prepared,
+    Span,
     Trace,
     Verdict,
     Verified,
 )
+from edgecloud_sd.stage import Stage
+from tests.strategies import Case, any_link, cases, profiles
 
 FIRST, SECOND, THIRD = Draft((1, 2, 3)), Draft((4, 5)), Draft((6, 7))
 TRACE = Trace(
@@ -66,6 +75,7 @@ def test_counts_by_hand() -> None:
         ("cloud_call_rate", 2 / 3),
         ("cloud_calls_per_token", 2 / 7),
         ("edge_share", 2 / 7),
+        ("cloud_token_share", 5 / 7),
         ("waste", 2 / 7),
     ],
 )
@@ -95,9 +105,15 @@ def test_the_undefined_is_none() -> None:
     assert metrics.otps(2, 0.3, 0.3) is None
     assert metrics.opening(empty, "edge") is None
     assert metrics.e2e(Trace(())) is None
+    assert metrics.features(Trace(())) is None
+    assert metrics.e2e_tps(0, None) is None
+    assert metrics.wire_bytes(empty) is None
+    assert not metrics.chunks(Trace(()))
+    assert metrics.itl_per_chunk(Trace(())) == metrics.itl_per_token(empty) == []
+    assert metrics.acceptance_by_position([empty]) == []
     nothing = metrics.counts(empty)
-    rates = ("acceptance_rate", "correction_rate", "cloud_call_rate", "cloud_calls_per_token", "waste")
-    assert [getattr(nothing, name) for name in rates] == [None] * 5
+    assert [name for name in RATES if getattr(nothing, name) is not None] == ["edge_share", "cloud_token_share"]
+    assert [getattr(metrics.Counts(), name) for name in RATES] == [None] * len(RATES)
 
 
 def test_counts_add_up() -> None:
@@ -106,8 +122,217 @@ def test_counts_add_up() -> None:
     assert total.acceptance_rate == metrics.counts(TRACE).acceptance_rate
 
 
-def test_stamping_notes_when_each_event_came() -> None:
-    ticks = iter([10.0, 10.5, 12.0, 20.0, 20.25])
-    events: list[Event] = [Opened("edge"), Finished("eos")]
-    assert stamp(events, lambda: next(ticks)) == Trace(((0.5, events[0]), (2.0, events[1])))
-    assert next(stream(events, lambda: next(ticks))) == (0.25, events[0])
+SHARES = (
+    "acceptance_rate",
+    "correction_rate",
+    "cloud_call_rate",
+    "cloud_calls_per_token",
+    "edge_share",
+    "cloud_token_share",
+    "waste",
+)
+RATES = (*SHARES, "mean_accepted_length")
+
+
+@given(cases(), profiles(), any_link)
+def test_counts_keep_their_laws_shares_their_range_and_chunks_every_token(
+    case: Case, profile: Profile, link: Link
+) -> None:
+    trace = case.play(Stage(profile, link))
+    counts = metrics.counts(trace)
+    own = counts.correction + counts.bonus
+    assert counts.tokens == len(trace.tokens) == counts.local + counts.accepted + own + counts.cloud
+    assert counts.drafted == counts.local + counts.accepted + counts.discarded
+    assert 0 <= counts.discarded <= counts.verified <= counts.drafted
+    assert own <= counts.cloud_calls <= counts.rounds
+    assert all(0 <= share <= 1 for name in SHARES if (share := getattr(counts, name)) is not None)
+    assert counts.mean_accepted_length is None or counts.mean_accepted_length <= case.how.k + 1
+    assert all(0 <= p <= 1 for p in metrics.acceptance_by_position([trace]))
+    chunks, gaps, last = metrics.chunks(trace), metrics.itl_per_chunk(trace), metrics.e2e(trace)
+    assert last is not None
+    assert sum(n for _, n in chunks) == counts.tokens
+    assert sum(gaps) == pytest.approx(last - chunks[0][0], abs=1e-9)
+    assert all(0 <= each <= gap for each, gap in zip(metrics.itl_per_token(trace), gaps, strict=True))
+    assert len(chunks) == counts.rounds + counts.cloud  # one a round, or a token of the cloud's stream
+
+
+def test_tokens_a_second_over_the_whole_request() -> None:
+    assert metrics.e2e_tps(5, 2.5) == 2
+
+
+def test_chunks_are_the_moments_at_which_tokens_became_visible() -> None:
+    assert metrics.chunks(TRACE) == [(1.5, 2), (2.0, 2), (2.5, 3)]
+    assert metrics.itl_per_chunk(TRACE) == pytest.approx([0.5, 0.5])
+    assert metrics.itl_per_token(TRACE) == pytest.approx([0.5 / 2, 0.5 / 3])
+
+
+def test_a_correction_alone_and_each_token_of_a_stream_are_chunks_and_a_lone_accepted_draft_ends_one() -> None:
+    trace = Trace(
+        (
+            (1.0, Drafted(FIRST)),
+            (2.0, Verified(FIRST, Verdict(0, 8))),
+            (2.25, Committed((8,), "correction")),
+            (3.0, Drafted(SECOND)),
+            (4.0, Verified(SECOND, Verdict(2, 9))),
+            (4.25, Committed((4, 5), "accepted")),  # ends in EOS, say: no bonus
+            (5.0, Drafted(THIRD)),
+            (6.0, Verified(THIRD, Verdict(2, 9))),
+            (6.25, Committed((6, 7), "accepted")),
+            (6.5, Committed((9,), "bonus")),  # seen with what came before it
+            (7.0, Committed((1,), "cloud")),
+            (8.0, Committed((2,), "cloud")),
+        )
+    )
+    assert metrics.chunks(trace) == [(2.25, 1), (4.25, 2), (6.5, 3), (7.0, 1), (8.0, 1)]
+
+
+def test_wire_bytes_are_the_payload_of_each_direction() -> None:
+    spans = (Span("uplink", 0, 1, 100), Span("downlink", 1, 2, 8), Span("gate", 2, 3), Span("uplink", 3, 4, 20))
+    assert metrics.wire_bytes(Trace((), spans)) == (120, 8)
+    assert metrics.wire_bytes(Trace((), spans[:1])) == (100, 0)
+    assert metrics.wire_bytes(Trace((), spans[2:3])) is None
+
+
+LOOKS = [
+    Hindsight(1, ((0.9, True, True), (0.8, True, False), (0.1, False, True))),
+    Hindsight(2, ((0.5, False, False), (None, True, False), (0.8, False, True))),
+]
+
+
+def test_what_hindsight_says_of_the_gate_by_hand() -> None:
+    assert metrics.useless_escalations(LOOKS) == 2 / 3
+    assert metrics.missed_corrections(LOOKS, 12) == 3 / 12
+    # rejected 0.9, 0.1, 0.8 against accepted 0.8, 0.5: three higher, one tie of six
+    assert metrics.auroc(LOOKS) == pytest.approx(3.5 / 6)
+
+
+def test_hindsight_of_nothing_is_none() -> None:
+    assert metrics.useless_escalations([]) is None
+    assert metrics.useless_escalations([Hindsight(0, ((0.5, False, False),))]) is None
+    assert metrics.missed_corrections([Hindsight(0, ())], 0) is None
+    assert metrics.auroc([]) is None
+    assert metrics.auroc([Hindsight(0, ((0.5, True, True), (0.7, False, True)))]) is None
+    assert metrics.auroc([Hindsight(0, ((None, True, True), (None, False, False)))]) is None
+
+
+scored = st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=12)
+
+
+def looks(drafts: list[tuple[float, bool]]) -> list[Hindsight]:
+    return [Hindsight(0, ((score, True, rejected),)) for score, rejected in drafts]
+
+
+@given(scored)
+def test_auroc_is_the_chance_that_a_rejected_draft_scores_higher(drafts: list[tuple[float, bool]]) -> None:
+    pairs = [(bad, good) for bad, rejected in drafts if rejected for good, other in drafts if not other]
+    wins = [1 if bad > good else 0.5 if bad == good else 0 for bad, good in pairs]
+    assert metrics.auroc(looks(drafts)) == (pytest.approx(sum(wins) / len(wins)) if wins else None)
+
+
+@given(scored)
+def test_auroc_depends_on_the_order_of_scores_alone(drafts: list[tuple[float, bool]]) -> None:
+    value = metrics.auroc(looks(drafts))
+    assert metrics.auroc(looks([(math.exp(score) - 9, rejected) for score, rejected in drafts])) == value
+    if value is not None:
+        backwards = metrics.auroc(looks([(-score, rejected) for score, rejected in drafts]))
+        assert backwards == pytest.approx(1 - value)
+        assert metrics.auroc(looks([(7.0, rejected) for _, rejected in drafts])) == 0.5
+
+
+def test_a_gap_is_closed_in_part_wholly_or_not_at_all() -> None:
+    assert [metrics.gap_closed(ours, 0.25, 0.75) for ours in (0.25, 0.5, 0.75, 1.0, 0.0)] == [0, 0.5, 1, 1.5, -0.5]
+    assert metrics.gap_closed(3.0, 4.0, 2.0) == 0.5  # less is better
+
+
+def test_a_gap_that_is_unknown_or_not_larger_than_its_noise_is_not_closed() -> None:
+    assert metrics.gap_closed(0.5, 0.5, 0.5) is None
+    assert metrics.gap_closed(0.5, 0.25, 0.75, noise=0.5) is None
+    assert metrics.gap_closed(0.5, 0.75, 0.25, noise=0.5) is None
+    assert metrics.gap_closed(0.5, 0.25, 0.75, noise=0.49) == 0.5
+    assert [metrics.gap_closed(*known) for known in ((None, 1, 2), (1, None, 2), (1, 2, None))] == [None] * 3
+
+
+clips = st.lists(st.tuples(st.floats(0.1, 9), st.floats(0.1, 9)), min_size=1, max_size=8)
+
+
+def columns(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def check(found: Interval | None, value: float) -> None:
+    assert found is not None
+    assert found.value == pytest.approx(value, abs=1e-9)
+    assert found.low - 1e-9 <= found.value <= found.high + 1e-9
+
+
+@given(clips)
+def test_a_speed_up_is_the_ratio_of_the_sums_inside_its_interval(pairs: list[tuple[float, float]]) -> None:
+    baseline, ours = columns(pairs)
+    found = metrics.speedup(baseline, ours)
+    check(found, sum(baseline) / sum(ours))
+    assert metrics.speedup(baseline, ours) == found
+    assert metrics.speedup(baseline, baseline) == Interval(1, 1, 1)  # paired: what all clips share has no spread
+
+
+@given(clips, st.sampled_from([0.25, 2.0, 8.0]))
+def test_scaling_one_side_scales_the_speed_up_and_its_interval(pairs: list[tuple[float, float]], by: float) -> None:
+    baseline, ours = columns(pairs)
+    found = metrics.speedup(baseline, ours)
+    assert found is not None
+    assert metrics.speedup([by * each for each in baseline], ours) == Interval(
+        by * found.value, by * found.low, by * found.high
+    )
+
+
+@given(clips)
+def test_a_difference_is_the_mean_of_the_pairs_inside_its_interval(pairs: list[tuple[float, float]]) -> None:
+    baseline, ours = columns(pairs)
+    check(metrics.difference(baseline, ours), (sum(ours) - sum(baseline)) / len(pairs))
+    assert metrics.difference(ours, ours) == Interval(0, 0, 0)
+
+
+def test_the_length_matched_speed_up_divides_each_sides_seconds_by_its_own_tokens() -> None:
+    baseline, ours = [(10, 4.0), (30, 4.0)], [(5, 1.0), (15, 1.0)]
+    check(metrics.tpot_speedup(baseline, ours), (8 / 40) / (2 / 20))
+    assert metrics.tpot_speedup(baseline, baseline) == Interval(1, 1, 1)
+
+
+def test_the_bootstrap_draws_clips_with_replacement_and_takes_percentiles() -> None:
+    found = metrics.bootstrap(lambda at: (at == 0).mean(-1), 2)  # 0, 1 or 2 of 2 draws: 1/4, 1/2, 1/4
+    assert found == Interval(0.5, 0, 1)
+    many = metrics.bootstrap(lambda at: (at < 50).mean(-1), 100)
+    assert many is not None
+    assert many.value == 0.5
+    assert many.high - many.low == pytest.approx(2 * 1.96 * 0.05, rel=0.1)  # the binomial's own interval
+
+
+def test_draws_in_which_a_statistic_is_undefined_are_left_out() -> None:
+    def ratio(at: NDArray[np.intp]) -> NDArray[np.float64]:
+        chosen: NDArray[np.float64] = np.array([0.0, 2.0])[at].sum(-1)
+        return 2 / chosen
+
+    assert metrics.bootstrap(ratio, 2) == Interval(1, 0.5, 1)
+
+
+@pytest.mark.parametrize("compare", [metrics.speedup, metrics.tpot_speedup, metrics.difference])
+def test_no_clips_have_no_interval(compare: object) -> None:
+    assert callable(compare)
+    assert compare([], []) is None
+
+
+@pytest.mark.parametrize("compare", [metrics.speedup, metrics.difference])
+def test_clips_that_are_not_the_same_cannot_be_paired(compare: object) -> None:
+    assert callable(compare)
+    with pytest.raises(ValueError, match="2 clips cannot be paired with 1"):
+        compare([1.0, 2.0], [1.0])
+    with pytest.raises(ValueError, match="1 clips cannot be paired with 2"):
+        metrics.tpot_speedup([(1, 2.0)], [(1, 2.0), (3, 4.0)])
+
+
+def test_an_undefined_speed_up_is_none() -> None:
+    assert metrics.speedup([1.0], [0.0]) is None
+    assert metrics.tpot_speedup([(0, 0.0)], [(1, 1.0)]) is None
+
+
+def test_an_interval_reads_as_a_figure_and_its_bounds() -> None:
+    assert str(Interval(1.234, 0.999, 2)) == "1.23 [1.00, 2.00]"

@@ -1,0 +1,40 @@
+"""The profile of the machine at hand: the pair decodes a few clips, and their traces are taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from edgecloud_sd import gate, oracle
+from edgecloud_sd.captioner import Captioner, Cell, Request
+from edgecloud_sd.profile import Profile
+
+LONGEST_DRAFT = 8  # whose verify pass is timed; longer ones are continued from there
+MAX_NEW_TOKENS = 64
+
+
+def measure(captioner: Captioner, requests: Sequence[Request]) -> Profile:
+    """Seconds a call of this pair on this machine, by edge, cloud and speculative captions of at least one request.
+
+    The cells take turns on each request, so that a busy moment of the machine does not fall on one of them alone.
+    """
+    cells = [Cell("edge"), Cell("cloud"), Cell("speculative", gate.entropy(1e-9), k=2)]
+    cells += [Cell("speculative", gate.ALWAYS, k=k) for k in range(1, LONGEST_DRAFT + 1)]
+    for cell in cells[:3]:  # the first calls allocate
+        captioner.trace(requests[0], cell, MAX_NEW_TOKENS)
+    traces = [
+        captioner.trace(request, cell, MAX_NEW_TOKENS)
+        for request in tqdm(requests, desc="measuring", unit="clip", disable=None, leave=False)
+        for cell in cells
+    ]
+    seen = oracle.observed(traces, "measure")
+    if seen is None:
+        raise ValueError("nothing was decoded, so nothing was measured")
+    together = captioner.edge.thinker.device == captioner.cloud.thinker.device
+    return replace(
+        seen,
+        draft_at_cloud=seen.edge.step if together else None,
+        source=f"measured on {len(requests)} clips with the pair {captioner.pair.name}",
+    )

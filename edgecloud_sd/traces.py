@@ -1,0 +1,80 @@
+"""Traces as JSON and back, without loss: so that a stopped run can go on, and every figure can be computed again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgecloud_sd.records import (
+    Committed,
+    Draft,
+    Drafted,
+    Escalated,
+    Event,
+    Finished,
+    Opened,
+    Prepared,
+    Span,
+    Trace,
+    Verdict,
+    Verified,
+)
+
+
+def to_json(trace: Trace) -> dict[str, Any]:
+    """`{"events": [[seconds, name, what it holds...], ...], "spans": [[part, start, end, bytes], ...]}`.
+
+    Escalated and verified events do not repeat their draft: it is the drafted event's before them.
+    """
+    return {
+        "events": [[seconds, type(event).__name__.lower(), *_holds(event)] for seconds, event in trace.events],
+        "spans": [[span.part, span.start, span.end, span.size] for span in trace.spans],
+    }
+
+
+def from_json(saved: dict[str, Any]) -> Trace:
+    """The trace that `to_json` made this of. ValueError for anything else."""
+    events: list[tuple[float, Event]] = []
+    draft = Draft(())
+    try:
+        for seconds, name, *holds in saved["events"]:
+            event = _event(name, holds, draft)
+            if isinstance(event, Drafted):
+                draft = event.draft
+            events.append((seconds, event))
+        return Trace(tuple(events), tuple(Span(*span) for span in saved["spans"]))
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"not a saved trace: {error!r}") from error
+
+
+def _holds(event: Event) -> list[Any]:
+    if isinstance(event, Prepared):
+        return [event.prompt_tokens]
+    if isinstance(event, Opened):
+        return [event.side]
+    if isinstance(event, Drafted):
+        return [list(event.draft.tokens), list(event.draft.scores)]
+    if isinstance(event, Escalated):
+        return [event.sent]
+    if isinstance(event, Verified):
+        return [event.verdict.accepted, event.verdict.token]
+    if isinstance(event, Committed):
+        return [list(event.tokens), event.origin]
+    return [event.reason]
+
+
+def _event(name: str, holds: list[Any], draft: Draft) -> Event:
+    if name == "prepared":
+        return Prepared(*holds)
+    if name == "opened":
+        return Opened(*holds)
+    if name == "drafted":
+        return Drafted(Draft(tuple(holds[0]), tuple(holds[1])))
+    if name == "escalated":
+        return Escalated(draft, *holds)
+    if name == "verified":
+        return Verified(draft, Verdict(*holds))
+    if name == "committed":
+        return Committed(tuple(holds[0]), holds[1])
+    if name == "finished":
+        return Finished(*holds)
+    raise ValueError(f"not a saved trace: unknown event {name!r}")

@@ -1,0 +1,84 @@
+"""Looking back: what the cloud would have said, against asking it token by token."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from hypothesis import given
+
+from edgecloud_sd import metrics, probs, shadow
+from edgecloud_sd.acceptance import Rank
+from edgecloud_sd.decoder import Decoding
+from edgecloud_sd.metrics import Hindsight
+from edgecloud_sd.records import Committed, Draft, Drafted, Escalated, Finished, Prompt, Trace, Verdict, Verified
+from edgecloud_sd.stage import Stage
+from edgecloud_sd.stopping import Stopping
+from tests.strategies import UNSURE, Case, Scripted, cases, play
+
+
+class Silent:
+    """A cloud that must not be asked."""
+
+    eos: frozenset[int] = frozenset()
+
+    def open(self, prompt: Prompt) -> NoReturn:
+        raise AssertionError("the cloud was asked")
+
+
+def asked(case: Case, trace: Trace) -> Hindsight:
+    """The cloud without any cache, one token at a time."""
+    context = list(case.scene.prompt.ids)
+    missed = 0
+    drafts: list[tuple[float | None, bool, bool]] = []
+    draft = Draft(())
+    for _, event in trace.events:
+        if isinstance(event, Drafted):
+            draft = event.draft
+        score = max(draft.scores) if draft.scores else None
+        if isinstance(event, Verified):
+            drafts.append((score, True, event.verdict.accepted != len(event.draft.tokens)))
+        if isinstance(event, Committed):
+            replaced = 0
+            for token in event.tokens:
+                replaced += probs.rank(case.scene.cloud.logits(context), token) > case.rule.r
+                context.append(token)
+            if event.origin == "local":
+                missed += replaced
+                drafts.append((score, False, replaced > 0))
+    return Hindsight(missed, tuple(drafts))
+
+
+@given(cases())
+def test_looking_back_is_asking_token_by_token_and_not_at_all_where_no_token_was_local(case: Case) -> None:
+    trace = case.play(Stage())
+    counts = metrics.counts(trace)
+    cloud = case.scene.cloud if counts.local else Silent()
+    found = shadow.look_back(trace, case.scene.prompt, cloud, case.rule)
+    assert found == asked(case, trace)
+    assert [sent for _, sent, _ in found.drafts].count(True) == counts.cloud_calls
+    assert len(found.drafts) == counts.rounds
+    assert 0 <= found.missed <= counts.local
+
+
+def test_each_round_by_hand() -> None:
+    edge = Scripted(wrong=frozenset({1, 3, 4, 7}), unsure=frozenset({4, 7}))
+    how = Decoding("speculative", Stopping(frozenset(), 9), 2, UNSURE)
+    trace = play(Prompt((5,)), edge, Scripted(), how, Stage())
+    # local 0 and 1, local 2 and 3, 4 rejected, local 5 and 6, 7 rejected, local 8
+    found = shadow.look_back(trace, Prompt((5,)), Scripted(), Rank(1))
+    wrong, right = (0.0, False, True), (0.0, False, False)
+    assert found == Hindsight(2, (wrong, wrong, (1.0, True, True), right, (1.0, True, True), right))
+
+
+def test_a_whole_draft_that_was_escalated_counts_as_accepted() -> None:
+    draft = Draft((1, 2), (0.5, 0.25))
+    trace = Trace(
+        (
+            (0.0, Drafted(draft)),
+            (0.0, Escalated(draft, 1)),
+            (0.0, Verified(draft, Verdict(2, 3))),
+            (0.0, Committed((1, 2), "accepted")),
+            (0.0, Finished("eos")),
+        )
+    )
+    assert shadow.look_back(trace, Prompt((5,)), Silent(), Rank(1)) == Hindsight(0, ((0.5, True, False),))

@@ -1,0 +1,84 @@
+"""Traces as JSON and back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from edgecloud_sd import traces
+from edgecloud_sd.link import Link
+from edgecloud_sd.profile import Profile
+from edgecloud_sd.records import Draft, Drafted, Escalated, Finished, Prepared, Span, Trace, Verdict, Verified
+from edgecloud_sd.stage import Stage
+from tests.strategies import Case, any_link, cases, profiles
+
+DRAFT = Draft((4, 5), (0.1, 0.7))
+TRACE = Trace(
+    (
+        (0.5, Prepared(9)),
+        (1.0, Drafted(DRAFT)),
+        (1.0, Escalated(DRAFT, 1)),
+        (1.5, Verified(DRAFT, Verdict(1, 8))),
+        (2.0, Finished("eos")),
+    ),
+    (Span("uplink", 1.0, 1.25, 16),),
+)
+SAVED: dict[str, Any] = {
+    "events": [
+        [0.5, "prepared", 9],
+        [1.0, "drafted", [4, 5], [0.1, 0.7]],
+        [1.0, "escalated", 1],
+        [1.5, "verified", 1, 8],
+        [2.0, "finished", "eos"],
+    ],
+    "spans": [["uplink", 1.0, 1.25, 16]],
+}
+
+
+def test_a_trace_is_lists_of_events_and_spans() -> None:
+    assert traces.to_json(TRACE) == SAVED
+    assert traces.from_json(SAVED) == TRACE
+
+
+@given(cases(), profiles(), any_link)
+def test_a_trace_comes_back_from_json_as_it_was(case: Case, profile: Profile, link: Link) -> None:
+    trace = case.play(Stage(profile, link))
+    assert traces.from_json(json.loads(json.dumps(traces.to_json(trace)))) == trace
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        None,
+        [],
+        "trace",
+        {},
+        {"events": []},
+        {"spans": []},
+        {"events": 3, "spans": []},
+        {"events": [3], "spans": []},
+        {"events": [[]], "spans": []},
+        {"events": [[0.5]], "spans": []},
+        {"events": [[0.5, "prepared"]], "spans": []},
+        {"events": [[0.5, "prepared", 9, 9]], "spans": []},
+        {"events": [[0.5, "drafted", [4]]], "spans": []},
+        {"events": [[0.5, "drafted", 4, []]], "spans": []},
+        {"events": [[0.5, "verified", 1]], "spans": []},
+        {"events": [[0.5, "committed", [4]]], "spans": []},
+        {"events": [[0.5, "committed", 4, "local"]], "spans": []},
+        {"events": [[0.5, "guessed", 4]], "spans": []},
+        {"events": [], "spans": [["uplink", 1.0]]},
+        {"events": [], "spans": [3]},
+    ],
+)
+def test_anything_else_is_an_error(saved: Any) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        traces.from_json(saved)
+
+
+def test_an_unknown_event_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown event 'guessed'"):
+        traces.from_json({"events": [[0.5, "guessed", 4]], "spans": []})
