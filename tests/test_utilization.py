@@ -1,18 +1,25 @@
-"""What a block of code used: shares of its own wall time, never absolute seconds, so that a slow machine passes too."""
+"""What a block of code used. CPU is bounded in CPU seconds, nothing in wall time: a slow machine passes."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
 
 from edgecloud_sd import utilization
-from edgecloud_sd.utilization import GpuSampler, Meter, Utilization
+from edgecloud_sd.utilization import HighWaterMark, Meter, Sampler, Utilization, mean_over_time, unmeasured
+
+needs_peak = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel's peak cannot be reset here"
+)
+MB = 1_000_000
 
 
 class FakeNvml:
@@ -25,10 +32,12 @@ class FakeNvml:
         self._readings = itertools.islice(itertools.chain(readings, itertools.repeat(readings[-1])), until)
         self.percent: list[int] = []
         self.used: list[int] = []
+        self.threads: set[threading.Thread] = set()
         self.enough = threading.Event()
 
     def nvmlDeviceGetUtilizationRates(self, device: object) -> SimpleNamespace:  # noqa: N802
         assert device == "gpu 0"
+        self.threads.add(threading.current_thread())
         try:
             percent, self._next_used = next(self._readings)
         except StopIteration:
@@ -45,84 +54,151 @@ class FakeNvml:
         return SimpleNamespace(used=self._next_used)
 
 
+class FakeProcess:
+    """A process with `first` bytes of resident memory in its first reading and `rest` in all others.
+
+    A reading on another thread than the main one is slow, so that a block mostly ends in the middle of one.
+    """
+
+    def __init__(self, first: int, rest: int) -> None:
+        self._readings = itertools.chain([first], itertools.repeat(rest))
+        self.threads: list[threading.Thread] = []
+        self.enough = threading.Event()
+
+    def memory_info(self) -> SimpleNamespace:
+        self.threads.append(threading.current_thread())
+        if len(self.threads) == 5:
+            self.enough.set()
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.02)
+        return SimpleNamespace(rss=next(self._readings))
+
+
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utilization, "GPU_PERIOD", 0.001)
+    monkeypatch.setattr(utilization, "PERIOD", 0.001)
+
+
+@pytest.fixture
+def ends_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No reading but those at the start and the end."""
+    monkeypatch.setattr(utilization, "PERIOD", 3600)
 
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utilization, "first_gpu", lambda: (None, None, "no GPU here"))
+    monkeypatch.setattr(utilization, "gpu", lambda device: (None, None, "no GPU here"))
 
 
-def burn(seconds: float) -> None:
-    """Keep one thread busy for so much CPU time."""
-    until = time.thread_time() + seconds
-    while time.thread_time() < until:
-        pass
+def with_gpu(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml) -> None:
+    monkeypatch.setattr(utilization, "gpu", lambda device: (nvml, "gpu 0", ""))
 
 
-@pytest.mark.usefixtures("no_gpu")
-def test_a_busy_thread_uses_about_one_core() -> None:
-    with Meter() as meter:
-        burn(0.1)
-    # the lower bound allows for a machine that is busy with something else
-    assert 10 <= meter.used.cpu_percent <= 130
+class Burner(threading.Thread):
+    """A known load: a thread that uses so much CPU time, and notes in `burnt` how much it was."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    def run(self) -> None:
+        while time.thread_time() < self._seconds:
+            pass
+        self.burnt = time.thread_time()
 
 
-@pytest.mark.usefixtures("no_gpu")
-def test_the_cpu_time_of_every_thread_counts() -> None:
-    threads = [threading.Thread(target=burn, args=(0.05,)) for _ in range(2)]
-    before = time.process_time()
+@pytest.mark.usefixtures("no_gpu", "ends_only")
+@pytest.mark.parametrize("burners", [0, 1, 2])
+def test_the_cpu_seconds_are_those_that_were_burnt_on_whatever_thread(burners: int) -> None:
+    threads = [Burner(0.05) for _ in range(burners)]
+    before, own = time.process_time(), time.thread_time()
     with Meter() as meter:
         for thread in threads:
             thread.start()
+        time.sleep(0.2)  # longer than the burning: wall time is no answer
         for thread in threads:
             thread.join()
-    assert 0.09 <= meter.used.cpu <= time.process_time() - before
-
-
-@pytest.mark.usefixtures("no_gpu")
-def test_a_sleeping_block_uses_next_to_no_cpu() -> None:
-    with Meter() as meter:
-        time.sleep(0.1)
-    assert 0 <= meter.used.cpu_percent < 30
+    own = time.thread_time() - own  # next to nothing, but for a garbage collection or a stall
+    burnt = sum(thread.burnt for thread in threads)
+    assert meter.used.cpu is not None
+    assert burnt <= meter.used.cpu <= burnt + own + 0.05
+    assert meter.used.cpu <= time.process_time() - before
+    assert meter.used.wall >= 0.2
+    assert meter.used.cpu_percent == 100 * meter.used.cpu / meter.used.wall
 
 
 def test_cpu_percent_is_cpu_seconds_over_wall_seconds() -> None:
-    assert Utilization(wall=2.0, cpu=3.0, rss_mb=1.0).cpu_percent == 150
+    assert Utilization(wall=2.0, cpu=3.0, rss_mean_mb=1.0, rss_peak_mb=1.0).cpu_percent == 150
 
 
-@pytest.mark.usefixtures("no_gpu")
+def test_what_is_not_measured_is_none_with_the_reason() -> None:
+    used = unmeasured(3.0, "a simulated clock")
+    figures = ["cpu_percent", "rss_mean_mb", "rss_peak_mb", "gpu_percent", "gpu_memory_mb"]
+    assert used.wall == 3
+    assert used.cpu is None
+    assert [getattr(used, figure) for figure in figures] == [None] * 5
+    assert used.reasons == dict.fromkeys(figures, "a simulated clock")
+
+
+@needs_peak
+@pytest.mark.usefixtures("no_gpu", "ends_only")
+def test_the_peak_sees_memory_that_was_freed_in_the_block_and_none_that_was_freed_before() -> None:
+    def measure(size: int) -> tuple[float, float]:
+        with Meter() as meter:
+            held = b"x" * size
+            del held
+        assert meter.used.rss_mean_mb is not None
+        assert meter.used.rss_peak_mb is not None
+        return meter.used.rss_mean_mb, meter.used.rss_peak_mb
+
+    mean, peak = measure(80 * MB)
+    later_mean, later_peak = measure(0)
+    assert 70 < peak - mean < 120
+    assert later_mean <= later_peak < peak - 50
+
+
+@pytest.mark.usefixtures("no_gpu", "ends_only")
 def test_memory_that_is_held_is_seen_in_mb() -> None:
-    with Meter() as before:
-        pass
-    with Meter() as after:
-        held = bytearray(b"x" * 50_000_000)
-    assert len(held) == 50_000_000
-    assert 30 < after.used.rss_mb - before.used.rss_mb < 150
-
-
-@pytest.mark.usefixtures("no_gpu")
-def test_without_a_gpu_its_figures_are_none_with_a_reason() -> None:
     with Meter() as meter:
+        held = b"x" * (80 * MB)
+    with Meter() as later:
         pass
-    assert (meter.used.gpu_percent, meter.used.gpu_memory_mb) == (None, None)
-    assert meter.used.reasons == {"gpu_percent": "no GPU here", "gpu_memory_mb": "no GPU here"}
+    assert len(held) == 80 * MB
+    assert meter.used.rss_mean_mb is not None
+    assert later.used.rss_mean_mb is not None
+    assert 20 < later.used.rss_mean_mb - meter.used.rss_mean_mb < 60  # held for one of the two readings: half
+
+
+def test_the_mean_weighs_each_reading_by_its_time() -> None:
+    assert mean_over_time([(0, 10), (10, 10), (20, 30), (40, 30)]) == 22.5
+
+
+def test_the_mean_of_one_amount_is_that_amount_to_the_last_bit() -> None:
+    assert mean_over_time([(0, 123_456_789), (3, 123_456_789), (10, 123_456_789)]) == 123_456_789
 
 
 @pytest.mark.usefixtures("fast")
-def test_a_meter_reads_the_first_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    nvml = FakeNvml((50, 2_000_000))
-    monkeypatch.setattr(utilization, "first_gpu", lambda: (nvml, "gpu 0", ""))
+@pytest.mark.parametrize("gpu", [False, True])
+def test_one_thread_reads_all_there_is_and_stops_with_the_block(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    process, nvml = FakeProcess(first=10 * MB, rest=30 * MB), FakeNvml((50, 2 * MB))
+    monkeypatch.setattr("edgecloud_sd.utilization.psutil.Process", lambda: process)
+    monkeypatch.setattr(utilization, "gpu", lambda device: (nvml, "gpu 0", "" if gpu else "no GPU here"))
+    before = set(threading.enumerate())
     with Meter() as meter:
-        assert nvml.enough.wait(10)
-    assert (meter.used.gpu_percent, meter.used.gpu_memory_mb, meter.used.reasons) == (50, 2, {})
+        (thread,) = set(threading.enumerate()) - before
+        assert process.enough.wait(10)
+        assert not gpu or nvml.enough.wait(10)
+    assert not thread.is_alive()
+    assert set(process.threads) == {thread, threading.current_thread()}
+    assert process.threads[0] == process.threads[-1] == threading.current_thread()  # the start and the end
+    assert nvml.threads == ({thread, threading.current_thread()} if gpu else set())
+    assert meter.used.rss_mean_mb is not None
+    assert 20 < meter.used.rss_mean_mb < 30  # 20 by the two ends alone
 
 
 @pytest.mark.usefixtures("fast")
 def test_a_block_that_fails_is_measured_and_its_error_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utilization, "first_gpu", lambda: (FakeNvml((50, 2_000_000)), "gpu 0", ""))
+    with_gpu(monkeypatch, FakeNvml((50, 2 * MB)))
     before = set(threading.enumerate())
     meter = Meter()
     with pytest.raises(KeyError), meter:
@@ -131,75 +207,188 @@ def test_a_block_that_fails_is_measured_and_its_error_passed_on(monkeypatch: pyt
     assert set(threading.enumerate()) <= before
 
 
+@needs_peak
+@pytest.mark.usefixtures("no_gpu")
+def test_of_two_blocks_at_once_only_the_first_has_a_peak_and_it_is_whole() -> None:
+    with Meter() as outer:
+        held = b"x" * (80 * MB)
+        del held
+        with Meter() as inner:
+            pass
+    assert outer.used.rss_peak_mb is not None
+    assert inner.used.rss_mean_mb is not None
+    assert outer.used.rss_peak_mb > inner.used.rss_mean_mb + 50
+    assert inner.used.rss_peak_mb is None
+    assert inner.used.reasons["rss_peak_mb"] == "another block is being measured, and a process has one peak"
+
+
+@needs_peak
+def test_a_block_that_fails_leaves_the_peak_to_the_next() -> None:
+    with pytest.raises(KeyError), Meter():
+        raise KeyError("in the block")
+    with Meter() as meter:
+        pass
+    assert meter.used.rss_peak_mb is not None
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (None, "the kernel's peak cannot be reset ([Errno 2] No such file or directory"),
+        (b"VmRSS:\t  2232 kB\n", "the kernel's peak cannot be read (no VmHWM)"),
+    ],
+)
+def test_a_peak_that_the_kernel_does_not_give_is_none_and_not_the_largest_reading(
+    status: bytes | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proc = tmp_path / "proc"
+    monkeypatch.setattr(utilization, "PROC", proc)
+    if status:
+        proc.mkdir()
+        (proc / "status").write_bytes(status)
+    for _ in range(2):  # the second shows that the first gave the mark back
+        with Meter() as meter:
+            pass
+        assert meter.used.rss_mean_mb is not None
+        assert meter.used.rss_peak_mb is None
+        assert meter.used.reasons["rss_peak_mb"].startswith(reason)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_mark_that_lags_the_readings_never_puts_the_peak_below_the_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgecloud_sd.utilization.psutil.Process", lambda: FakeProcess(first=30 * MB, rest=30 * MB))
+    (tmp_path / "status").write_bytes(b"VmHWM:\t       3 kB\n")
+    monkeypatch.setattr(utilization, "PROC", tmp_path)
+    assert HighWaterMark().read() == 3072
+    assert (tmp_path / "clear_refs").read_bytes() == b"5"
+    with Meter() as meter:
+        pass
+    assert (meter.used.rss_mean_mb, meter.used.rss_peak_mb) == (30, 30)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_a_gpu_its_figures_are_none_with_a_reason() -> None:
+    with Meter() as meter:
+        pass
+    assert (meter.used.gpu_percent, meter.used.gpu_memory_mb) == (None, None)
+    assert meter.used.reasons["gpu_percent"] == meter.used.reasons["gpu_memory_mb"] == "no GPU here"
+
+
+@pytest.mark.usefixtures("ends_only")
+def test_even_the_shortest_block_is_read_and_a_gpu_only_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml((30, 4 * MB))
+    with_gpu(monkeypatch, nvml)
+    with Meter() as meter:
+        assert nvml.used == []
+    assert meter.used.rss_mean_mb is not None
+    assert (meter.used.gpu_percent, meter.used.gpu_memory_mb) == (30, 4)
+    assert not {"gpu_percent", "gpu_memory_mb"} & set(meter.used.reasons)
+
+
 @pytest.mark.usefixtures("fast")
-def test_the_gpus_mean_per_cent_and_highest_memory_are_given() -> None:
-    nvml = FakeNvml((10, 3_000_000), (90, 9_000_000), (20, 6_000_000))
-    sampler = GpuSampler(nvml, "gpu 0")
-    assert nvml.enough.wait(10)
-    percent, memory = sampler.stop()
-    assert percent == pytest.approx(sum(nvml.percent) / len(nvml.percent))
-    assert memory == max(nvml.used) / 1e6 == 9
-    assert sampler.reason == ""
-
-
-def test_even_the_shortest_block_is_read_once() -> None:
-    sampler = GpuSampler(FakeNvml((30, 4_000_000)), "gpu 0")
-    assert sampler.stop() == (30, 4)
+def test_the_gpus_mean_per_cent_and_highest_memory_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml((10, 3 * MB), (90, 9 * MB), (20, 6 * MB))
+    with_gpu(monkeypatch, nvml)
+    with Meter() as meter:
+        assert nvml.enough.wait(10)
+    assert meter.used.gpu_percent == pytest.approx(sum(nvml.percent) / len(nvml.percent))
+    assert meter.used.gpu_memory_mb == max(nvml.used) / MB == 9
 
 
 @pytest.mark.usefixtures("fast")
-def test_a_gpu_that_stops_answering_gives_what_it_said_and_a_reason() -> None:
-    nvml = FakeNvml((10, 1_000_000), (30, 2_000_000), until=2)
-    sampler = GpuSampler(nvml, "gpu 0")
+def test_a_gpu_that_stops_answering_gives_what_it_said_and_a_reason_and_memory_is_read_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nvml = FakeNvml((10, 1 * MB), (30, 2 * MB), until=2)
+    sampler = Sampler(nvml, "gpu 0")
     assert nvml.enough.wait(10)
-    assert sampler.stop() == (20, 2)
+    process = FakeProcess(first=1, rest=1)
+    monkeypatch.setattr(sampler, "_process", process)
+    assert process.enough.wait(10)
+    sampler.stop()
+    assert (sampler.gpu_percent, sampler.gpu_memory) == ([10, 30], [1 * MB, 2 * MB])
     assert sampler.reason == "the GPU stopped answering (GPU is lost)"
 
 
-def test_a_gpu_that_never_answers_gives_none_and_a_reason() -> None:
-    sampler = GpuSampler(FakeNvml((0, 0), until=0), "gpu 0")
-    assert sampler.stop() == (None, None)
-    assert "GPU is lost" in sampler.reason
+def test_a_gpu_that_never_answers_gives_none_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpu(monkeypatch, FakeNvml((0, 0), until=0))
+    with Meter() as meter:
+        pass
+    assert (meter.used.gpu_percent, meter.used.gpu_memory_mb) == (None, None)
+    assert meter.used.reasons["gpu_percent"] == "the GPU stopped answering (GPU is lost)"
+    assert meter.used.reasons["gpu_memory_mb"] == "the GPU stopped answering (GPU is lost)"
 
 
-@pytest.mark.usefixtures("fast")
-@pytest.mark.parametrize("until", [None, 2])
-def test_the_thread_ends_whether_the_gpu_answers_or_not(until: int | None) -> None:
-    before = set(threading.enumerate())
-    nvml = FakeNvml((10, 1), until=until)
-    sampler = GpuSampler(nvml, "gpu 0")
-    assert nvml.enough.wait(10)
-    sampler.stop()
-    assert set(threading.enumerate()) <= before
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """NVML with a handle for any index or UUID."""
+    nvml = SimpleNamespace(
+        NVMLError=FakeNvml.NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: f"index {index}",
+        nvmlDeviceGetHandleByUUID=lambda uuid: f"UUID {uuid}",
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    return nvml
 
 
-def test_without_a_gpu_no_thread_is_started() -> None:
-    before = set(threading.enumerate())
-    sampler = GpuSampler(None, None, "no GPU here")
-    assert set(threading.enumerate()) <= before
-    assert sampler.stop() == (None, None)
-    assert sampler.reason == "no GPU here"
+def torch_sees(monkeypatch: pytest.MonkeyPatch, uuids: dict[str, str]) -> None:
+    """A torch with these GPUs: their UUIDs by the names of their devices."""
+
+    def properties(device: str) -> SimpleNamespace:
+        if device not in uuids:
+            raise AssertionError("Invalid device id")
+        return SimpleNamespace(uuid=uuids[device])
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(get_device_properties=properties)))
 
 
 def test_without_nvidia_ml_py_the_reason_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert utilization.first_gpu.__wrapped__() == (None, None, "nvidia-ml-py is not installed")
+    assert utilization.gpu.__wrapped__("cuda") == (None, None, "nvidia-ml-py is not installed")
 
 
-def test_without_a_driver_the_reason_is_nvmls_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_driver_the_reason_is_nvmls_own(monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace) -> None:
     def fail() -> NoReturn:
         raise FakeNvml.NVMLError("NVML Shared Library Not Found")
 
-    nvml = SimpleNamespace(NVMLError=FakeNvml.NVMLError, nvmlInit=fail)
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    _, device, reason = utilization.first_gpu.__wrapped__()
-    assert device is None
-    assert reason == "no NVIDIA GPU can be read (NVML Shared Library Not Found)"
+    monkeypatch.setattr(driver, "nvmlInit", fail)
+    reason = "no NVIDIA GPU can be read (NVML Shared Library Not Found)"
+    assert utilization.gpu.__wrapped__("cpu") == (driver, None, reason)
 
 
-def test_with_a_driver_the_first_gpu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    nvml = SimpleNamespace(
-        NVMLError=FakeNvml.NVMLError, nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda index: f"gpu {index}"
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    assert utilization.first_gpu.__wrapped__() == (nvml, "gpu 0", "")
+def test_for_a_device_that_is_no_gpu_the_first_is_taken(
+    monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace
+) -> None:
+    torch_sees(monkeypatch, {})
+    assert utilization.gpu.__wrapped__("cpu") == (driver, "index 0", "")
+
+
+def test_for_a_gpu_the_one_that_torch_means_is_taken_and_not_the_one_of_that_index(
+    monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace
+) -> None:
+    torch_sees(monkeypatch, {"cuda": "8932f937", "cuda:0": "8932f937", "cuda:1": "04a7c0de"})
+    assert utilization.gpu.__wrapped__("cuda") == (driver, "UUID GPU-8932f937", "")
+    assert utilization.gpu.__wrapped__("cuda:1") == (driver, "UUID GPU-04a7c0de", "")
+
+
+def test_a_gpu_that_torch_does_not_see_is_not_read(monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace) -> None:
+    torch_sees(monkeypatch, {"cuda:0": "8932f937"})
+    assert utilization.gpu.__wrapped__("cuda:7") == (driver, None, "no NVIDIA GPU can be read (Invalid device id)")
+
+
+def test_a_meter_asks_for_the_gpu_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def gpu(device: str) -> tuple[None, None, str]:
+        asked.append(device)
+        return None, None, "no GPU here"
+
+    monkeypatch.setattr(utilization, "gpu", gpu)
+    for meter in (Meter("cuda:1"), Meter()):
+        with meter:
+            pass
+    assert asked == ["cuda:1", "cpu"]
