@@ -1,19 +1,87 @@
-"""Caption scores, against examples small enough to count by hand."""
+"""Caption scores, against examples small enough to count by hand and against sacrebleu and bert-score themselves."""
 
 from __future__ import annotations
 
+import gzip
 import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
+from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecloud_sd import quality
+from edgecloud_sd import bertscore, meteor, quality
+from edgecloud_sd.meteor import Meteor, NoMeteor
 from edgecloud_sd.prompts import LANGUAGES
-from edgecloud_sd.quality import score, tokenize
+from edgecloud_sd.quality import BERTSCORE, BLEU, METRICS, Quality, check_bertscore_model, in_language, score, tokenize
 
-CLOSE = 1e-6  # pycocoevalcap adds a billionth to its denominators
+CLOSE = 1e-6
+NO_MODEL = "no BERTScore model was given (--bertscore-model)"
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_paraphrases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """English METEOR with two paraphrases: to read its own 16 million lines takes longer than all these tests."""
+    table = tmp_path_factory.mktemp("meteor") / "paraphrases.gz"
+    table.write_bytes(gzip.compress(b"0.5\njoyful\nin high spirits\n0.3\nvery sad\nin tears\n"))
+    meteor.scorer("english").close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meteor, "PARAPHRASES", table)
+        yield
+    meteor.scorer("english").close()
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of three layers with random weights that knows a few characters, and no longest text."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"他她很高兴悲伤abcdefgh"]
+    config = BertConfig(
+        vocab_size=len(known),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=1.0,  # or every token would come out alike
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(known), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    return folder
+
+
+@pytest.fixture
+def fake_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Put a shell script in Java's place."""
+
+    def install(script: str) -> None:
+        (tmp_path / "java").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "java").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    return install
+
+
+def texts_of(scores: Quality) -> dict[str, float | None]:
+    """The metrics that need neither Java nor a model."""
+    return {name: value for name, value in scores.corpus.items() if name not in ("meteor", *BERTSCORE)}
+
+
+# tokens and languages
 
 
 def test_chinese_is_cut_into_characters_and_latin_runs_stay_whole() -> None:
@@ -25,138 +93,470 @@ def test_english_is_cut_into_lower_cased_words_and_punctuation() -> None:
 
 
 def test_every_language_has_a_tokenizer_that_the_scores_name() -> None:
-    assert set(quality.TOKENIZERS) == set(LANGUAGES)
+    assert set(quality.TOKENIZERS) == set(quality.SCRIPTS) == set(meteor.OPTIONS) == set(LANGUAGES)
     assert {language: score(["x"], [["x"]], language).tokenizer for language in LANGUAGES} == quality.TOKENIZERS
 
 
-@settings(max_examples=20)
+def test_the_tokens_decide_and_not_the_spelling() -> None:
+    assert score(["He is GLAD ."], [["he is glad."]], "english").corpus["bleu4"] == 1
+    assert score(["他 很高 兴"], [["他很高兴"]], "chinese").corpus["bleu4"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "languages"),
+    [
+        ("他说话很慢。", ["chinese"]),
+        ("He speaks slowly, très lentement.", ["english"]),
+        ("他很OK，很高兴", ["chinese"]),
+        ("他很 happy", ["english"]),
+        ("他……！", ["chinese"]),
+        ("他很ok", []),
+        ("かなしい声", []),
+        ("Он говорит", []),
+        ("12, 3!", []),
+        ("", []),
+    ],
+)
+def test_a_text_is_in_the_language_whose_script_most_letters_have(text: str, languages: list[str]) -> None:
+    assert [each for each in LANGUAGES if in_language(text, each)] == languages
+
+
+def test_language_match_is_a_share_of_the_clips() -> None:
+    scores = score(["他很高兴", "he is glad", "", "她很悲伤"], [["他很高兴"]] * 4, "chinese")
+    assert list(scores.per_clip["language_match"]) == [1, 0, 0, 1]
+    assert scores.corpus["language_match"] == 0.5
+
+
+# the metrics
+
+
+def test_every_metric_has_a_value_or_a_reason_and_a_value_a_clip(bert: Path) -> None:
+    for model in (None, str(bert)):
+        scores = score(["他很高兴", "", "a"], [["他很高兴"], ["她很悲伤"], ["a", "b"]], "chinese", model)
+        assert list(scores.corpus) == list(scores.per_clip) == list(METRICS)
+        assert scores.reasons.keys() == {name for name, value in scores.corpus.items() if value is None}
+        for name, values in scores.per_clip.items():
+            assert [each is None for each in values] == [scores.corpus[name] is None] * 3
+
+
+@needs_java
+@settings(max_examples=10)
 @given(
     st.lists(
         st.text("她他很高兴悲伤，ab", min_size=4).filter(lambda text: len(tokenize(text, "chinese")) >= 4), min_size=1
-    )
+    ),
+    st.sampled_from(LANGUAGES),
 )
-def test_identical_text_scores_1(captions: list[str]) -> None:
-    scores = score(captions, [[text] for text in captions], "chinese")
-    assert (scores.bleu1, scores.bleu4) == pytest.approx((1, 1), abs=CLOSE)
-    assert scores.per_clip_bleu4 == pytest.approx([1] * len(captions), abs=CLOSE)
+def test_identical_text_scores_1(captions: list[str], language: str) -> None:
+    scores = score(captions, [["高。", text] for text in captions], language)
+    for name in {*METRICS} - {*BERTSCORE, "cider", "language_match"}:
+        assert scores.per_clip[name] == pytest.approx([1] * len(captions), abs=CLOSE)
+        if name not in BLEU or language == "chinese":  # in English such captions may have fewer than 4 tokens
+            assert scores.corpus[name] == pytest.approx(1, abs=CLOSE)
+
+
+def test_identical_text_has_bertscore_1(bert: Path) -> None:
+    texts = ["他很高兴", "a b c", "很"]
+    scores = score(texts, [[text] for text in texts], "chinese", str(bert))
+    assert scores.bertscore_model == "tiny-bert"
+    for name in BERTSCORE:
+        assert scores.per_clip[name] == pytest.approx([1, 1, 1], abs=CLOSE)
+        assert scores.corpus[name] == pytest.approx(1, abs=CLOSE)
 
 
 def test_two_clips_that_are_right_and_share_nothing_have_the_highest_cider() -> None:
     texts = ["the man sounds very angry", "a woman speaks with joy"]
-    assert score(texts, [[text] for text in texts], "english").cider == pytest.approx(10)
+    scores = score(texts, [[text] for text in texts], "english")
+    assert scores.corpus["cider"] == pytest.approx(10)
+    assert scores.per_clip["cider"] == pytest.approx([10, 10])
 
 
 def test_captions_for_the_wrong_clip_have_cider_0() -> None:
     texts = ["the man sounds very angry", "a woman speaks with joy"]
-    assert score(texts[::-1], [[text] for text in texts], "english").cider == pytest.approx(0)
+    assert score(texts[::-1], [[text] for text in texts], "english").corpus["cider"] == pytest.approx(0)
 
 
-def test_bleu_counted_by_hand() -> None:
-    scores = score(["a b c d e"], [["a b c d f"]], "english")
+@pytest.mark.parametrize(
+    ("caption", "reference", "language"),
+    [("a b c d e", "a b c d f", "english"), ("他说话很慢", "他说话很快", "chinese")],
+)
+def test_bleu_and_rouge_counted_by_hand(caption: str, reference: str, language: str) -> None:
+    scores = score([caption], [[reference]], language)
     # n-grams found: 4 of 5, 3 of 4, 2 of 3, 1 of 2; the lengths are equal
-    assert scores.bleu1 == pytest.approx(4 / 5, abs=CLOSE)
-    assert scores.bleu4 == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4), abs=CLOSE)
+    found = [4 / 5, 3 / 4, 2 / 3, 1 / 2]
+    assert [scores.corpus[name] for name in BLEU] == pytest.approx(
+        [math.prod(found[:n]) ** (1 / n) for n in range(1, 5)]
+    )
+    assert scores.corpus["rouge_l"] == pytest.approx(4 / 5)
 
 
-def test_bleu_counted_by_hand_in_chinese() -> None:
-    scores = score(["他说话很慢"], [["他说话很快"]], "chinese")
-    assert scores.bleu1 == pytest.approx(4 / 5, abs=CLOSE)
-    assert scores.bleu4 == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4), abs=CLOSE)
+@needs_java
+def test_meteor_counted_by_hand() -> None:
+    # 4 of 6 tokens match, in two chunks: F-mean 4/6, less a penalty of 0.7 (2/4)^1.4
+    right = 4 / 6 * (1 - 0.7 * (2 / 4) ** 1.4)
+    scores = score(["高伤，乐音低", "她很悲伤"], [["悲伤，声音低"], ["男声"]], "chinese")
+    assert scores.per_clip["meteor"] == pytest.approx((right, 0))
+    # summed: 4 of 10 tokens for 4 of 8, alpha 0.75
+    precision, recall = 4 / 10, 4 / 8
+    mean = precision * recall / (0.75 * precision + 0.25 * recall)
+    assert scores.corpus["meteor"] == pytest.approx(mean * (1 - 0.7 * (2 / 4) ** 1.4))
+
+
+@needs_java
+def test_english_meteor_knows_stems_synonyms_and_paraphrases_and_chinese_meteor_none() -> None:
+    references = [["he sounds"], ["a big dog"], ["she is very sad"]]
+    captions = ["he sounded", "a large dog", "she is in tears"]
+    for language, alike in {"english": True, "chinese": False}.items():
+        values = score(captions, references, language).per_clip["meteor"]
+        others = score(["he walked", "a cold dog", "she is in town"], references, language).per_clip["meteor"]
+        assert [a > b for a, b in zip(values, others, strict=True)] == [alike] * 3  # type: ignore[operator]
+
+
+def test_bertscore_is_that_of_bert_score(bert: Path) -> None:
+    from bert_score import BERTScorer
+
+    theirs = BERTScorer(model_type=str(bert), num_layers=3, device="cpu")
+    theirs._tokenizer.model_max_length = 62
+    captions = ["他很高兴", "a b c d", "悲", "她很悲伤"]
+    references = [["她很高兴", "悲伤"], ["a b"], ["高", "他很悲", "伤"], ["他很高兴"]]
+    wanted = [each.tolist() for each in theirs.score(captions, references)]
+    scores = score(captions, references, "chinese", str(bert))
+    for name, values in zip(BERTSCORE, wanted, strict=True):
+        assert scores.per_clip[name] == pytest.approx(values, abs=CLOSE)
+        assert scores.corpus[name] == pytest.approx(sum(values) / 4, abs=CLOSE)
+    assert max(wanted[2]) < 0.99
 
 
 def test_a_short_caption_pays_the_brevity_penalty() -> None:
     scores = score(["a b c d"], [["a b c d e"]], "english")
-    assert (scores.bleu1, scores.bleu4) == pytest.approx((math.exp(1 - 5 / 4),) * 2, abs=CLOSE)
+    assert [scores.corpus[name] for name in BLEU] == pytest.approx([math.exp(1 - 5 / 4)] * 4)
 
 
 def test_a_repeated_word_counts_as_often_as_one_reference_has_it() -> None:
     # the example of Papineni et al. 2002, section 2.1
     references = ["the cat is on the mat", "there is a cat on the mat"]
-    assert score(["the the the the the the the"], [references], "english").bleu1 == pytest.approx(2 / 7, abs=CLOSE)
+    assert score(["the the the the the the the"], [references], "english").corpus["bleu1"] == pytest.approx(2 / 7)
 
 
 def test_corpus_bleu_pools_counts_and_is_no_mean_of_clips() -> None:
     scores = score(["a b c d", "e f g h i j k l"], [["a b c d"], ["m n o p q r s t"]], "english")
-    assert scores.bleu1 == pytest.approx(4 / 12, abs=CLOSE)
-    assert scores.bleu4 == pytest.approx((4 / 12 * 3 / 10 * 2 / 8 * 1 / 6) ** (1 / 4), abs=CLOSE)
-    assert scores.per_clip_bleu4 == pytest.approx((1, 0), abs=1e-3)
+    assert scores.corpus["bleu1"] == pytest.approx(4 / 12)
+    assert scores.corpus["bleu4"] == pytest.approx((4 / 12 * 3 / 10 * 2 / 8 * 1 / 6) ** (1 / 4))
+    assert scores.per_clip["bleu4"] == pytest.approx((1, 0))
 
 
-def test_the_best_of_several_references_counts() -> None:
+def test_a_caption_too_short_for_a_4_gram_is_judged_by_shorter_ones_alone_and_not_in_a_corpus() -> None:
+    alone = score(["他很慢"], [["他很慢"]], "chinese")
+    assert (alone.per_clip["bleu4"], alone.corpus["bleu4"]) == ((1,), 0)
+    among = score(["他很慢", "她说话很慢"], [["他很慢"], ["她说话很慢"]], "chinese")
+    assert (among.per_clip["bleu4"], among.corpus["bleu4"]) == ((1, 1), 1)
+
+
+words = st.text("aab ", max_size=12).map(lambda text: " ".join(text.replace(" ", "")))
+some_words = words.filter(bool)
+corpora = st.lists(st.tuples(words, st.lists(some_words, min_size=1, max_size=3)), min_size=1, max_size=6)
+
+
+@settings(max_examples=20)
+@given(corpora)
+def test_bleu_is_that_of_sacrebleu(pairs: list[tuple[str, list[str]]]) -> None:
+    import sacrebleu
+
+    captions, references = [text for text, _ in pairs], [texts for _, texts in pairs]
+    scores = score(captions, references, "english")
+    streams: list[Any] = [[texts[i] if i < len(texts) else None for texts in references] for i in range(3)]
+    for n, name in enumerate(BLEU, 1):
+        of_corpus = sacrebleu.BLEU(tokenize="none", smooth_method="none", max_ngram_order=n, force=True)
+        of_clip = sacrebleu.BLEU(tokenize="none", smooth_method="none", max_ngram_order=n, effective_order=True)
+        theirs = [of_clip.sentence_score(text, texts).score / 100 for text, texts in pairs]
+        assert scores.corpus[name] == pytest.approx(of_corpus.corpus_score(captions, streams).score / 100, abs=CLOSE)
+        assert scores.per_clip[name] == pytest.approx(theirs, abs=CLOSE)
+
+
+@needs_java
+def test_the_best_of_several_references_counts(bert: Path) -> None:
     captions, good, bad = ["他的声音很高兴"], "他的声音很高兴", "一位女士在哭"
-    alone, among = score(captions, [[good]], "chinese"), score(captions, [[bad, good, bad]], "chinese")
-    assert among.bleu4 == pytest.approx(alone.bleu4)
-    assert among.bleu4 == pytest.approx(1, abs=CLOSE)
+    alone = score(captions, [[good]], "chinese", str(bert))
+    among = score(captions, [[bad, good, bad]], "chinese", str(bert))
+    for name in {*METRICS} - {"cider"}:
+        assert among.corpus[name] == pytest.approx(alone.corpus[name])
+        assert among.corpus[name] == pytest.approx(1, abs=CLOSE)
 
 
 def test_clips_may_have_different_numbers_of_references() -> None:
     scores = score(["a b c d", "e f g h"], [["a b c d"], ["x", "e f g h", "y z"]], "english")
-    assert scores.per_clip_bleu4 == pytest.approx((1, 1), abs=CLOSE)
+    assert scores.per_clip["bleu4"] == scores.per_clip["rouge_l"] == (1, 1)
 
 
-def test_an_empty_caption_scores_0_and_is_counted() -> None:
-    scores = score(["", "a b c d", " \n"], [["a b c d"]] * 3, "english")
+@needs_java
+def test_an_empty_caption_scores_0_and_is_counted(bert: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    scores = score(["", "a b c d", " \n"], [["a b c d"]] * 3, "english", str(bert))
     assert scores.empty == 2
-    assert scores.per_clip_bleu4 == pytest.approx((0, 1, 0), abs=CLOSE)
+    for name in {*METRICS} - {"cider"}:
+        assert scores.per_clip[name] == pytest.approx((0, 1, 0), abs=CLOSE)
+    assert list(scores.per_clip["cider"]) == [0, 0, 0]  # what every clip has weighs nothing
     # all that was said is right, and a third of what should have been: the brevity penalty of 4 words for 12
-    assert scores.bleu1 == pytest.approx(math.exp(1 - 12 / 4), abs=CLOSE)
+    assert scores.corpus["bleu1"] == pytest.approx(math.exp(1 - 12 / 4))
+    # and a recall of a third, alpha 0.85; a clip that is right as a whole is not scattered
+    assert scores.corpus["meteor"] == pytest.approx(4 / 12 / (0.85 + 0.15 * 4 / 12))
+    assert capfd.readouterr().err == ""
 
 
-def test_nothing_but_empty_captions_scores_0() -> None:
-    scores = score(["", ""], [["a b c d"], ["e f g h"]], "english")
-    assert (scores.bleu1, scores.bleu4, scores.cider) == pytest.approx((0, 0, 0), abs=CLOSE)
-    assert scores.empty == 2
+@needs_java
+def test_nothing_but_empty_captions_scores_0(bert: Path) -> None:
+    scores = score(["", ""], [["a b c d"], ["e f g h"]], "english", str(bert))
+    assert scores.corpus == dict.fromkeys(METRICS, 0)
+    assert (scores.empty, scores.reasons) == (2, {})
+
+
+def test_means_over_clips_are_what_they_are_said_to_be(bert: Path) -> None:
+    scores = score(["他很高兴", "她伤", "a"], [["她很高兴"], ["她很悲伤"], ["a b", "高"]], "chinese", str(bert))
+    for name in ("rouge_l", "cider", "language_match", *BERTSCORE):
+        assert scores.corpus[name] == pytest.approx(sum(scores.per_clip[name]) / 3)  # type: ignore[arg-type]
+
+
+@settings(max_examples=10)
+@given(corpora.filter(lambda pairs: len(pairs) > 1), st.randoms(use_true_random=False))
+def test_the_order_of_clips_changes_nothing(pairs: list[tuple[str, list[str]]], random: Random) -> None:
+    shuffled_like(pairs, random, None)
+
+
+def test_the_order_of_clips_changes_no_bertscore(bert: Path) -> None:
+    texts = ["他很高兴", "", "她很悲伤", "a b c", "悲"]
+    pairs = [(text, [other, "很高"]) for text, other in zip(texts, ["她高兴", "他", "悲伤", "a c", "伤"], strict=True)]
+    shuffled_like(pairs, Random(0), str(bert))
+
+
+def shuffled_like(pairs: list[tuple[str, list[str]]], random: Random, model: str | None) -> None:
+    order = list(range(len(pairs)))
+    random.shuffle(order)
+    before = score([text for text, _ in pairs], [texts for _, texts in pairs], "chinese", model)
+    after = score([pairs[i][0] for i in order], [pairs[i][1] for i in order], "chinese", model)
+    for name in METRICS:
+        assert after.corpus[name] == pytest.approx(before.corpus[name], abs=CLOSE)
+        assert after.per_clip[name] == pytest.approx([before.per_clip[name][i] for i in order], abs=CLOSE)
+    assert (after.empty, after.reasons) == (before.empty, before.reasons)
+
+
+@settings(max_examples=10)
+@given(corpora)
+def test_scores_stay_in_their_ranges(pairs: list[tuple[str, list[str]]]) -> None:
+    scores = score([text for text, _ in pairs], [texts for _, texts in pairs], "english")
+    for name in METRICS:
+        for value in (scores.corpus[name], *scores.per_clip[name]):
+            assert value is None or 0 <= value <= (10 if name == "cider" else 1) + CLOSE
+
+
+# what is not measured
 
 
 def test_one_clip_alone_has_no_cider_and_the_reason_says_so() -> None:
     scores = score(["a b c d"], [["a b c d"]], "english")
-    assert scores.cider is None
-    assert scores.reasons == {"cider": "needs at least two clips"}
+    assert (scores.corpus["cider"], scores.per_clip["cider"]) == (None, (None,))
+    assert scores.reasons["cider"] == "needs at least two clips"
 
 
-def test_references_without_a_word_have_no_cider_and_the_reason_says_so() -> None:
-    scores = score(["a", ""], [[" "], [" "]], "english")
-    assert scores.cider is None
-    assert scores.reasons == {"cider": "no reference has a word"}
-
-
-def test_two_clips_need_no_reason() -> None:
-    assert score(["a", "b"], [["a"], ["b"]], "english").reasons == {}
+@needs_java
+def test_two_clips_need_no_reason_but_for_a_model() -> None:
+    assert score(["a", "b"], [["a"], ["b"]], "english").reasons == dict.fromkeys(BERTSCORE, NO_MODEL)
 
 
 def test_no_clip_at_all_has_no_scores_and_says_why() -> None:
     scores = score([], [], "english")
-    assert (scores.bleu1, scores.bleu4, scores.cider) == (None, None, None)
-    assert scores.per_clip_bleu4 == ()
-    assert set(scores.reasons) == {"bleu1", "bleu4", "cider"}
+    assert scores.corpus == dict.fromkeys(METRICS)
+    assert scores.per_clip == dict.fromkeys(METRICS, ())
+    assert scores.reasons == dict.fromkeys(METRICS, "no clip was captioned")
 
 
-references = st.text("aabc ", min_size=1, max_size=12).filter(str.strip)
-captions_and_references = st.lists(
-    st.tuples(st.text("aab c", max_size=12), st.lists(references, min_size=1, max_size=3)), min_size=2, max_size=6
+@pytest.mark.parametrize("references", [[["a"]], [["a"], []], [["a"], ["b", " "]]])
+def test_every_caption_needs_references_with_text(references: list[list[str]]) -> None:
+    with pytest.raises(ValueError, match="every caption needs references, and every reference text"):
+        score(["a", "b"], references, "english")
+
+
+def test_without_java_meteor_alone_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(meteor, "scorer", Meteor)
+    scores = score(["a b", "c"], [["a"], ["c"]], "english")
+    assert (scores.corpus["meteor"], scores.per_clip["meteor"]) == (None, (None, None))
+    assert scores.reasons["meteor"] == "Java is not installed"
+    assert None not in texts_of(scores).values()
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'Error: no heap' >&2; printf '\\tat edu.cmu\\n' >&2; exit 1", "METEOR failed: Error: no heap"),
+        ("echo 'Could not reserve memory'; exit 1", "METEOR failed: Could not reserve memory"),
+        ("while read -r line; do echo; done", "METEOR failed: Java ended"),
+        ("read -r line; echo 1.0; read -r line; echo 1.0", "METEOR failed: Java ended"),
+    ],
 )
+def test_a_java_that_fails_is_a_reason(
+    script: str, reason: str, fake_java: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_java(script)
+    monkeypatch.setattr(meteor, "START_SECONDS", 10)
+    with pytest.raises(NoMeteor) as failed:
+        # more than a pipe holds: Java is gone, and has had its say, before it could be told everything
+        Meteor("chinese").score(["a " * 50_000], [["a"]])
+    assert str(failed.value).startswith(reason)
+    assert "edu.cmu" not in str(failed.value)
 
 
-@settings(max_examples=20)
-@given(captions_and_references, st.randoms(use_true_random=False))
-def test_the_order_of_clips_changes_nothing(pairs: list[tuple[str, list[str]]], random: Random) -> None:
-    order = list(range(len(pairs)))
-    random.shuffle(order)
-    before = score([text for text, _ in pairs], [texts for _, texts in pairs], "chinese")
-    after = score([pairs[i][0] for i in order], [pairs[i][1] for i in order], "chinese")
-    assert after.per_clip_bleu4 == tuple(before.per_clip_bleu4[i] for i in order)
-    assert (after.bleu1, after.bleu4, after.cider) == pytest.approx((before.bleu1, before.bleu4, before.cider))
-    assert (after.empty, after.reasons) == (before.empty, before.reasons)
+def test_a_java_that_hangs_is_ended_in_time(fake_java: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_java("sleep 60; echo 'too late'")  # the script's child holds the pipe
+    monkeypatch.setattr(meteor, "START_SECONDS", 0.1)
+    monkeypatch.setattr(meteor, "CLIP_SECONDS", 0.1)
+    start = time.monotonic()
+    with pytest.raises(NoMeteor, match=r"METEOR took longer than 0.2 s"):
+        Meteor("chinese").score(["a"], [["a"]])
+    assert time.monotonic() - start < 30
 
 
-@settings(max_examples=20)
-@given(captions_and_references)
-def test_scores_stay_in_their_ranges(pairs: list[tuple[str, list[str]]]) -> None:
-    scores = score([text for text, _ in pairs], [texts for _, texts in pairs], "english")
-    assert scores.bleu1 is not None
-    assert scores.bleu4 is not None
-    assert scores.cider is not None
-    assert 0 <= scores.bleu1 <= 1 + CLOSE
-    assert 0 <= scores.bleu4 <= 1 + CLOSE
-    assert 0 <= scores.cider <= 10 + CLOSE
-    assert all(0 <= each <= 1 + CLOSE for each in scores.per_clip_bleu4)
+def test_a_java_that_complains_much_does_not_block(fake_java: Callable[[str], None]) -> None:
+    fake_java("head -c 300000 /dev/zero >&2; read -r line; echo 1.0; read -r line; echo 0.5; echo 0.25")
+    mine = Meteor("chinese")
+    assert mine.score(["a"], [["a"]]) == (0.25, [0.5])
+    mine.close()
+
+
+def test_a_java_that_cannot_run_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "java").write_bytes(b"\x7fELF")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NoMeteor, match="Java cannot be started"):
+        Meteor("chinese").score(["a"], [["a"]])
+
+
+@needs_java
+def test_java_starts_once_again_after_it_was_killed_and_ends_with_its_owner() -> None:
+    def children() -> list[psutil.Process]:
+        return [each for each in psutil.Process().children() if each.name() == "java"]
+
+    before = children()
+    mine = Meteor("chinese")
+    assert mine.score(["a b"], [["a b"]]) == mine.score(["a b"], [["a b"]]) == (1, [1])
+    (java,) = set(children()) - set(before)
+    java.kill()
+    java.wait()
+    assert mine.score(["a b"], [["a b"]]) == (1, [1])
+    mine.close()
+    assert children() == before
+
+
+@needs_java
+def test_no_text_breaks_the_lines_that_meteor_speaks() -> None:
+    odd = [
+        "a ||| b",
+        "|||",
+        "EVAL ||| a",
+        "a\nb",
+        "a\rb\u2028c\x85d",
+        "\ud800 a",
+        "a\x00b",
+        "".join(map(chr, range(0x4E00, 0x5000))),
+        "\ufeff",
+        "你",
+    ]
+    scores = score([*odd, "a b c"], [[text] for text in [*odd, "a b d"]], "chinese")
+    alone = score(["a b c"], [["a b d"]], "chinese")
+    assert scores.per_clip["meteor"] == pytest.approx((*[1] * len(odd), alone.corpus["meteor"]))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (lambda folder: shutil.rmtree(folder), "no such folder"),
+        (lambda folder: (folder / "config.json").unlink(), "tiny-bert"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "a t5 is not an encoder of text"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"no weights"), "deserializing"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "tiny-bert"),
+        (lambda folder: (folder / "vocab.txt").unlink(), "its tokenizer knows no words"),
+        (
+            lambda folder: (folder / "config.json").write_text(
+                (folder / "config.json").read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4')
+            ),
+            "it lacks 16 weights",
+        ),
+    ],
+)
+def test_a_model_that_cannot_score_is_a_reason_and_found_early(
+    break_it: Callable[[Path], object], reason: str, bert: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / bert.name
+    shutil.copytree(bert, folder)
+    break_it(folder)
+    with pytest.raises(ValueError, match=f"^BERTScore model 'tiny-bert' cannot be loaded: .*{reason}") as failed:
+        check_bertscore_model(str(folder))
+    assert str(tmp_path) not in str(failed.value)
+    scores = score(["a"], [["a"]], "english", str(folder))
+    assert scores.bertscore_model is None
+    assert {scores.reasons[name] for name in BERTSCORE} == {str(failed.value)}
+    assert [scores.corpus[name] for name in BERTSCORE] == [None] * 3
+
+
+def test_a_name_that_is_not_on_this_machine_is_a_reason() -> None:
+    with pytest.raises(ValueError, match=r"BERTScore model 'nobody/no-such-model' cannot be loaded: .*encoder's name"):
+        check_bertscore_model("nobody/no-such-model")
+
+
+def test_without_bert_score_the_reason_says_so(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bertscore.load.cache_clear()
+    monkeypatch.setitem(sys.modules, "bert_score.utils", None)
+    scores = score(["a"], [["a"]], "english", str(bert))
+    assert scores.reasons["bertscore_f1"].startswith("BERTScore model 'tiny-bert': bert-score is not installed")
+
+
+def test_the_model_is_loaded_once_silently_and_leaves_nothing_set(
+    bert: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils import logging
+
+    for bar in (True, False):
+        monkeypatch.setattr(logging, "_tqdm_active", bar)
+        bertscore.load.cache_clear()
+        state = (logging.get_verbosity(), logging.is_progress_bar_enabled())
+        check_bertscore_model(str(bert))
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == state
+    assert capfd.readouterr() == ("", "")
+    assert bertscore.load(str(bert)) is bertscore.load(str(bert))
+
+
+def test_a_published_model_has_its_published_layer_and_another_its_last(bert: Path, tmp_path: Path) -> None:
+    from bert_score.utils import model2layers
+
+    assert bertscore.load(str(bert)).model.config.num_hidden_layers == 3
+    known, layer = next((name, layer) for name, layer in model2layers.items() if "/" not in name)
+    shutil.copytree(bert, tmp_path / known)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model2layers, known, 1)
+        assert bertscore.load(str(tmp_path / known)).model.config.num_hidden_layers == 1
+    assert layer > 3  # more than the copy has
+    bertscore.load.cache_clear()
+    assert bertscore.load(str(tmp_path / known)).model.config.num_hidden_layers == 3
+
+
+def test_a_text_longer_than_the_model_is_cut(bert: Path) -> None:
+    assert bertscore.load(str(bert)).score(["他很" * 40], [["他很" * 50]])[2] == pytest.approx([1])
+
+
+def test_a_text_of_which_the_tokenizer_leaves_nothing_scores_0_in_silence(
+    bert: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    scores = score(["\x01", "a"], [["a"], ["a"]], "english", str(bert))
+    assert scores.per_clip["bertscore_f1"] == pytest.approx((0, 1), abs=CLOSE)
+    assert scores.empty == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_roberta_gets_the_space_before_its_first_word(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, RobertaConfig, RobertaModel, RobertaTokenizer
+
+    known = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "Ġ", "a"])}
+    RobertaTokenizer(vocab=known, merges=[]).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    RobertaModel(RobertaConfig(vocab_size=len(known), max_position_embeddings=20, **sizes)).save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("a") == [0, 6, 2]
+    assert bertscore.load(str(tmp_path)).tokenizer.encode("a") == [0, 5, 6, 2]
+    assert bertscore.load(str(tmp_path)).score(["a" * 50], [["a" * 60]])[2] == pytest.approx([1])
