@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pytest_benchmark import plugin as pytest_benchmark
 
 from bench.cases import SETTINGS
+from bench.rows import metric
 from edgecloud_sd import config as settings_room
 
 REQUIREMENTS = ("gpu",)  # markers whose skip --require turns into a failure
@@ -25,6 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help = f"{option.help}{many} (default: {default})".replace("%", "%%")
         group.addoption(*names, dest=_dest(option.name), metavar="LIST" if option.many else "VALUE", help=help)
     group.addoption(
+        "--resume", action="store_true", help="go on with a run that was stopped: clips it finished are not done again"
+    )
+    group.addoption(
         "--require", choices=REQUIREMENTS, action="append", default=[], help="fail, not skip, tests that need this"
     )
 
@@ -39,6 +45,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         folder = "bench" if config.getoption("--benchmark-only") else "tests"
         config.args = [str(config.rootpath / folder)]
+
+
+def pytest_benchmark_scale_unit(
+    config: Any, unit: str, benchmarks: list[dict[str, Any]], best: Any, worst: Any, sort: str
+) -> tuple[str, float]:
+    """Rows of metrics are shown as they are; the rest as pytest-benchmark does. Its own command calls this too."""
+    if any(metric(each["name"]) for each in benchmarks):
+        return "", 1.0
+    scale: tuple[str, float] = pytest_benchmark.pytest_benchmark_scale_unit(config, unit, benchmarks, best, worst, sort)
+    return scale
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

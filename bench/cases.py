@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from edgecloud_sd import pairs
+from edgecloud_sd import link, pairs
 from edgecloud_sd.captioner import Cell, cells
 from edgecloud_sd.config import Settings
 
@@ -32,5 +32,9 @@ def cases(settings: Settings) -> list[Case]:
         parts = [cell.mode, pair]
         if cell.mode == "speculative":
             parts += [cell.gate.label, f"k{cell.k}", cell.rule.label]
+        if cell.link != link.NONE:
+            parts.append(cell.link.name)
+        if settings.clock == "virtual":
+            parts += ["virtual", settings.profile_name]
         made.append(Case("-".join([*parts, SHORT[language]]), cell, language))
     return made

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from bench import cases, table
-from edgecloud_sd import dataset, results
+from bench import cases, rows, table, verdict
+from bench.unfinished import Unfinished
+from edgecloud_sd import dataset, metrics, oracle, quality, results
+from edgecloud_sd import profile as profiles
+from edgecloud_sd.calibrate import measure
 from edgecloud_sd.captioner import Captioner, Request
-from edgecloud_sd.config import Settings
+from edgecloud_sd.config import MEASURE, Settings
+from edgecloud_sd.profile import Profile
 from edgecloud_sd.records import Clip
+from edgecloud_sd.summary import ClipResult, Summary, summarise
 
-ROWS = pytest.StashKey[dict[str, results.Summary]]()
-FILES = pytest.StashKey[list[Path]]()
+
+class Done:
+    """What a run has to show at its end, by case id."""
+
+    def __init__(self) -> None:
+        self.captions: dict[str, tuple[cases.Case, list[ClipResult]]] = {}
+        self.summaries: dict[str, Summary] = {}
+        self.files: list[Path] = []
+
+
+DONE = pytest.StashKey[Done]()
+MEASURED_CLIPS = 3  # that --profile measure decodes
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -65,6 +80,9 @@ class DataSet:
 @pytest.fixture(scope="session")
 def captioner(settings: Settings) -> Captioner:
     """The pair of the run; each side is loaded when a case first needs it."""
+    if settings.bertscore_model:  # before anything is captioned: it is needed last
+        with problems_in_one_line():
+            quality.check_bertscore_model(settings.bertscore_model)
     return Captioner.of(settings)
 
 
@@ -88,54 +106,165 @@ def data(settings: Settings) -> Callable[[str], DataSet]:
     return load
 
 
+@pytest.fixture(scope="session")
+def profile(
+    settings: Settings, captioner: Captioner, data: Callable[[str], DataSet], pytestconfig: pytest.Config
+) -> Profile | None:
+    """The costs of the virtual clock, or None on the real one. `measure` writes this machine's first."""
+    if settings.profile == MEASURE:
+        chosen = data(settings.language[0])
+        measured = measure(captioner, [chosen.request(clip) for clip in chosen.clips[:MEASURED_CLIPS]])
+        file = Path(settings.results_dir) / f"{settings.output_name}-profile.yaml"
+        profiles.save(measured, file)
+        pytestconfig.stash.setdefault(DONE, Done()).files.append(file)
+        return measured if settings.clock == "virtual" else None
+    return profiles.load(settings.profile) if settings.profile else None
+
+
+class RunClock:
+    """The timer of pytest-benchmark: goes on by what each caption took, on whatever clock and in whatever run.
+
+    So a row shows virtual seconds for a virtual clock, and the seconds that were saved for a clip that a resumed run
+    does not decode again.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def __call__(self) -> float:
+        return self._seconds
+
+    def add(self, seconds: float) -> None:
+        self._seconds += seconds
+
+
 @pytest.fixture
-def progress(pytestconfig: pytest.Config) -> Iterator[Callable[[int, str], Callable[[], None]]]:
-    """Makes a bar on a terminal, and nothing elsewhere: call it with clips and name, then call what it returns."""
-    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    if not reporter.isatty:
-        yield lambda total, name: lambda: None
-        return
-    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
-    bars: list[tqdm[NoReturn]] = []
+def run_clock(request: pytest.FixtureRequest) -> RunClock:
+    clock = RunClock()
+    request.node.add_marker(pytest.mark.benchmark(timer=clock))
+    return clock
 
-    def start(total: int, name: str) -> Callable[[], None]:
-        with capture.global_and_fixture_disabled():
-            bars.append(tqdm(total=total, desc=name, unit="clip", leave=False))
-        return advance
 
-    def advance() -> None:
-        with capture.global_and_fixture_disabled():
-            bars[-1].update()
+@pytest.fixture
+def unfinished(
+    settings: Settings, captioner: Captioner, pytestconfig: pytest.Config
+) -> Callable[[cases.Case], Unfinished]:
+    """What a case has finished before, and where to note what it finishes now."""
+
+    def find(case: cases.Case) -> Unfinished:
+        header = {
+            "experiment": table.describe(case, captioner.pair, settings),
+            "environment": results.environment(),
+        }
+        return Unfinished(table.results_file(settings, case), header, pytestconfig.getoption("--resume"))
+
+    return find
+
+
+class Progress:
+    """A bar with clips and the running OTPS on a terminal; nothing elsewhere."""
+
+    def __init__(self, total: int, name: str, capture: Any) -> None:
+        self._capture = capture
+        self._tokens, self._seconds = 0, 0.0
+        with self._quiet():
+            self._bar = tqdm(total=total, desc=name, unit="clip", leave=False, disable=capture is None)
+
+    def advance(self, caption: ClipResult) -> None:
+        if caption.after_first:
+            tokens, seconds = caption.after_first
+            self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
+        otps = metrics.otps(self._tokens + 1, 0.0, self._seconds)
+        with self._quiet():
+            self._bar.set_postfix_str("" if otps is None else f"OTPS {otps:.1f}", refresh=False)
+            self._bar.update()
+
+    def close(self) -> None:
+        with self._quiet():
+            self._bar.close()
+
+    def _quiet(self) -> AbstractContextManager[None]:
+        return self._capture.global_and_fixture_disabled() if self._capture else nullcontext()
+
+
+@pytest.fixture
+def progress(pytestconfig: pytest.Config) -> Iterator[Callable[[int, str], Progress]]:
+    """Starts a bar for so many clips under a name."""
+    terminal = pytestconfig.pluginmanager.getplugin("terminalreporter").isatty
+    bars: list[Progress] = []
+
+    def start(total: int, name: str) -> Progress:
+        bars.append(Progress(total, name, pytestconfig.pluginmanager.getplugin("capturemanager") if terminal else None))
+        return bars[-1]
 
     yield start
-    with capture.global_and_fixture_disabled():
-        for bar in bars:
-            bar.close()
+    for bar in bars:
+        bar.close()
 
 
 @pytest.fixture
 def report(
     pytestconfig: pytest.Config, settings: Settings, captioner: Captioner
-) -> Callable[[cases.Case, list[results.ClipResult], DataSet], results.Summary]:
-    """Sums up a case for the table, and writes its results file."""
+) -> Callable[[cases.Case, list[ClipResult], DataSet], dict[str, object]]:
+    """Sums up a case for the tables, writes its results file, and returns what the file holds."""
 
-    def add(case: cases.Case, done: list[results.ClipResult], data: DataSet) -> results.Summary:
-        summary, scores = results.summarise(done, case.language)
+    def add(case: cases.Case, captions: list[ClipResult], data: DataSet) -> dict[str, object]:
+        summary, scores = summarise(captions, case.language, settings.bertscore_model)
         experiment = table.describe(case, captioner.pair, settings)
+        document = results.document(experiment, captions, summary, scores, data.skipped)
         file = table.results_file(settings, case)
-        results.write(file, results.document(experiment, done, summary, scores, data.skipped))
-        pytestconfig.stash.setdefault(ROWS, {})[case.id] = summary
-        pytestconfig.stash.setdefault(FILES, []).append(file)
-        return summary
+        results.write(file, document)
+        done = pytestconfig.stash.setdefault(DONE, Done())
+        done.captions[case.id] = (case, captions)
+        done.summaries[case.id] = summary
+        done.files.append(file)
+        # the traces stay in the results file: in pytest-benchmark's they would make a hundred megabytes of a large run
+        for clip in document["detailed_results"]:
+            del clip["trace"]
+        return document
 
     return add
 
 
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """A row a metric beside each captioning row, and the oracle's answers."""
+    output_json["benchmarks"] += [row for each in output_json["benchmarks"] for row in rows.metric_rows(each)]
+    found = answers(config.stash.get(DONE, Done()), config.stash[cases.SETTINGS])
+    output_json["verdicts"] = {name: verdict.as_json(each) for name, each in found.items()}
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash.get(ROWS, {})
-    if rows:
+    done = config.stash.get(DONE, None)
+    if done is None:
+        return
+    if done.summaries:
         terminalreporter.section("captions")
-        terminalreporter.write_line(table.render(rows))
-        for file in config.stash[FILES]:
-            terminalreporter.write_line(f"wrote {file}")
+        terminalreporter.write_line(table.render(done.summaries))
+        terminalreporter.section("where the time goes")
+        terminalreporter.write_line(table.render_ledgers(done.summaries))
+        speedups = table.render_speedups(done.captions)
+        if speedups:
+            terminalreporter.section("does it pay?")
+            terminalreporter.write_line(speedups)
+        settings = config.stash[cases.SETTINGS]
+        for name, answer in answers(done, settings).items():
+            terminalreporter.write_line(f"{name}: {verdict.sentence(answer)}")
+    for file in done.files:
+        terminalreporter.write_line(f"wrote {file}")
+
+
+def answers(done: Done, settings: Settings) -> dict[str, oracle.Forecast | str]:
+    """What the oracle says of each speculative cell."""
+    cells = {
+        name: verdict.Decoded(
+            case.cell.mode,
+            case.cell.k,
+            case.cell.gate.score is not None,
+            case.cell.link.name,
+            [each.trace for each in captions],
+        )
+        for name, (case, captions) in done.captions.items()
+    }
+    together = settings.edge_device == settings.cloud_device and settings.clock == "real"
+    return verdict.verdicts(cells, together)

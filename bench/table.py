@@ -1,7 +1,8 @@
-"""How a run is shown: one row a cell, the words that describe a cell, and the names of the results files."""
+"""How a run is shown: the tables of a terminal, the words that describe a cell, and the names of the results files."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,24 +10,28 @@ from typing import Any
 from tabulate import tabulate
 
 from bench.cases import Case, cases
+from edgecloud_sd import metrics
 from edgecloud_sd.config import Settings
+from edgecloud_sd.ledger import PARTS
 from edgecloud_sd.pairs import Pair
-from edgecloud_sd.results import Summary
+from edgecloud_sd.summary import ClipResult, Summary
 
-# heading -> field of Summary, format, factor
+# heading -> name in summary.FIGURES, format, factor
 COLUMNS: dict[str, tuple[str, str, float]] = {
-    "TTFT ms": ("ttft_s", ".1f", 1e3),
+    "TTFT ms": ("ttft", ".1f", 1e3),
     "OTPS": ("otps", ".1f", 1),
-    "total ms": ("total_s", ".1f", 1e3),
+    "total ms": ("total", ".1f", 1e3),
     "CPU %": ("cpu_percent", ".0f", 1),
-    "RAM MB": ("ram_mb", ".0f", 1),
+    "RAM MB": ("rss_peak", ".0f", 1),
     "GPU %": ("gpu_percent", ".0f", 1),
     "BLEU-1": ("bleu1", ".3f", 1),
     "BLEU-4": ("bleu4", ".3f", 1),
+    "METEOR": ("meteor", ".3f", 1),
     "CIDEr": ("cider", ".2f", 1),
     "acceptance": ("acceptance_rate", ".3f", 1),
     "cloud calls": ("cloud_call_rate", ".3f", 1),
     "corrections": ("correction_rate", ".3f", 1),
+    "missed": ("missed_corrections", ".3f", 1),
 }
 
 
@@ -42,6 +47,7 @@ def describe(case: Case, pair: Pair, settings: Settings) -> dict[str, Any]:
     cell = case.cell
     speculative = cell.mode == "speculative"
     shared = {name: value for name, value in asdict(settings).items() if not isinstance(value, tuple)}
+    del shared["results_dir"]  # where it is written is no part of what it is
     return shared | {
         "case": case.id,
         "pair": pair.name,
@@ -52,6 +58,8 @@ def describe(case: Case, pair: Pair, settings: Settings) -> dict[str, Any]:
         "k": cell.k if speculative else None,
         "rule": cell.rule.label if speculative else None,
         "rank": cell.rule.r if speculative else None,
+        "link": cell.link.name if cell.mode != "edge" else None,
+        "profile": settings.profile_name or None,
         "output": promise(case, settings.cloud_dtype),
     }
 
@@ -67,28 +75,89 @@ def promise(case: Case, cloud_dtype: str) -> str | None:
     return "exact" if cloud_dtype in ("float32", "float64") else "near-exact"
 
 
-def render(rows: dict[str, Summary]) -> str:
+def render(rows: Mapping[str, Summary]) -> str:
     """One row a cell, then the reason for each dash."""
     lines = []
     for name, summary in rows.items():
         line = [name, str(summary.clips)]
-        for field, form, factor in COLUMNS.values():
-            value = getattr(summary, field)
+        for figure, form, factor in COLUMNS.values():
+            value = summary.figures[figure]
             line.append("-" if value is None else format(value * factor, form))
         lines.append(line)
-    text = tabulate(
-        lines, ["case", "clips", *COLUMNS], disable_numparse=True, colalign=["left"] + ["right"] * (len(COLUMNS) + 1)
-    )
-    return "\n".join([text, *_dashes(rows)])
+    return "\n".join([_grid(lines, ["case", "clips", *COLUMNS]), *_dashes(rows)])
 
 
-def _dashes(rows: dict[str, Summary]) -> list[str]:
-    headings = {field: heading for heading, (field, _, _) in COLUMNS.items()}
+def render_ledgers(rows: Mapping[str, Summary]) -> str:
+    """Where the time of a caption goes, ms by part, and how near the parts come to the wall time."""
+    used = [part for part in PARTS if any(summary.ledger.parts[part] for summary in rows.values())]
+    lines = [
+        [name]
+        + [format(1e3 * summary.ledger.parts[part], ".1f") for part in used]
+        + [
+            format(1e3 * summary.ledger.discarded, ".1f"),
+            f"{summary.closure_median:.2%}",
+            f"{summary.closure_worst:.2%}",
+        ]
+        for name, summary in rows.items()
+    ]
+    headings = [part.replace("_", " ") for part in used]
+    return _grid(lines, ["ms a caption", *headings, "discarded draft", "sum / wall", "worst clip"])
+
+
+def render_speedups(done: Mapping[str, tuple[Case, Sequence[ClipResult]]]) -> str:
+    """Each speculative cell against the edge and the cloud alone, with 95 % intervals; empty where neither ran."""
+    lines = []
+    for name, (case, ours) in done.items():
+        if case.cell.mode != "speculative":
+            continue
+        cells = []
+        for mode in ("edge", "cloud"):
+            base = baseline(case, mode, done)
+            cells += ["-", "-"] if base is None else [_shown(speedup(base, ours)), _shown(length_matched(base, ours))]
+        if set(cells) != {"-"}:
+            lines.append([name, *cells])
+    headings = ["speed-up", "over edge", "per token", "over cloud", "per token"]
+    return _grid(lines, headings) if lines else ""
+
+
+def baseline(
+    case: Case, mode: str, done: Mapping[str, tuple[Case, Sequence[ClipResult]]]
+) -> Sequence[ClipResult] | None:
+    """The captions by `mode` alone in the language of `case`, over its link."""
+    for other, results in done.values():
+        alike = other.language == case.language and (mode == "edge" or other.cell.link == case.cell.link)
+        if other.cell.mode == mode and alike:
+            return results
+    return None
+
+
+def speedup(base: Sequence[ClipResult], ours: Sequence[ClipResult]) -> metrics.Interval | None:
+    """By seconds a caption."""
+    return metrics.speedup([each.trace.seconds for each in base], [each.trace.seconds for each in ours])
+
+
+def length_matched(base: Sequence[ClipResult], ours: Sequence[ClipResult]) -> metrics.Interval | None:
+    """By seconds a token after the first, over the clips in which both have such tokens."""
+    pairs = [(b.after_first, o.after_first) for b, o in zip(base, ours, strict=True)]
+    both = [(b, o) for b, o in pairs if b is not None and o is not None]
+    return metrics.tpot_speedup([b for b, _ in both], [o for _, o in both])
+
+
+def _shown(value: object | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _grid(lines: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
+    return tabulate(lines, headings, disable_numparse=True, colalign=["left"] + ["right"] * (len(headings) - 1))
+
+
+def _dashes(rows: Mapping[str, Summary]) -> list[str]:
+    headings = {figure: heading for heading, (figure, _, _) in COLUMNS.items()}
     reasons: dict[str, list[str]] = {}
     for summary in rows.values():
-        for field, reason in summary.reasons.items():
-            if field in headings and getattr(summary, field) is None:
+        for figure, reason in summary.reasons.items():
+            if figure in headings and summary.figures[figure] is None:
                 names = reasons.setdefault(reason, [])
-                if headings[field] not in names:
-                    names.append(headings[field])
+                if headings[figure] not in names:
+                    names.append(headings[figure])
     return [f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()]

@@ -3,70 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import table
 from bench.cases import Case
-from bench.conftest import DataSet, problems_in_one_line
-from edgecloud_sd import results
-from edgecloud_sd.captioner import Captioner, Cell, Request
-from edgecloud_sd.clock import stamp
+from bench.conftest import DataSet, Progress, RunClock, problems_in_one_line
+from bench.unfinished import Unfinished
+from edgecloud_sd import results, shadow
+from edgecloud_sd.captioner import Captioner, Cell
 from edgecloud_sd.config import Settings
+from edgecloud_sd.profile import Profile
 from edgecloud_sd.records import Clip, Finished, Trace
-from edgecloud_sd.utilization import Meter, Utilization
+from edgecloud_sd.summary import ClipResult, clip_result
+from edgecloud_sd.utilization import Meter, Utilization, unmeasured
 
 
 def test_captioning(
     case: Case,
+    run_clock: RunClock,  # before `benchmark`, which takes it for its timer
     benchmark: BenchmarkFixture,
     captioner: Captioner,
     data: Callable[[str], DataSet],
     settings: Settings,
-    report: Callable[[Case, list[results.ClipResult], DataSet], results.Summary],
-    progress: Callable[[int, str], Callable[[], None]],
+    profile: Profile | None,
+    unfinished: Callable[[Case], Unfinished],
+    report: Callable[[Case, list[ClipResult], DataSet], dict[str, object]],
+    progress: Callable[[int, str], Progress],
     cloud_tokens: dict[str, tuple[int, ...]],
 ) -> None:
     chosen = data(case.language)
     with problems_in_one_line():
         captioner.load(case.cell.mode)
-    advance = progress(len(chosen.clips), case.id)
+        saved = unfinished(case)
+    bar = progress(len(chosen.clips), case.id)
     exact = table.promise(case, settings.cloud_dtype) == "exact"
+    text = captioner.text(case.cell.mode)
 
-    def decode(request: Request, cell: Cell = case.cell) -> Trace:
-        return stamp(captioner.events(request, cell, settings.max_new_tokens))
+    def decode(clip: Clip, cell: Cell = case.cell) -> Trace:
+        return captioner.trace(chosen.request(clip), cell, settings.max_new_tokens, profile, seed=clip.file_id)
 
     # the warm-up proves the promise on the first clip before anything is timed
-    first = chosen.request(chosen.clips[0])
-    warm = decode(first)
+    warm = decode(chosen.clips[0])
     if exact:
-        assert warm.tokens == decode(first, Cell("cloud")).tokens, "the output differs from the cloud's own"
+        own = decode(chosen.clips[0], Cell("cloud", link=case.cell.link))
+        assert warm.tokens == own.tokens, "the output differs from the cloud's own"
 
-    waiting = iter([(clip, chosen.request(clip)) for clip in chosen.clips])
-    done: list[tuple[Clip, Trace, Utilization]] = []
+    taken: list[tuple[Trace, Utilization]] = []
+    captions: list[ClipResult] = []
+    clips = iter(chosen.clips)
 
-    def one(clip: Clip, request: Request) -> None:
-        with Meter() as meter:
-            trace = decode(request)
-        done.append((clip, trace, meter.used))
+    def one(clip: Clip) -> None:
+        if clip.file_id in saved.done:
+            trace, used, _ = results.measurements(saved.done[clip.file_id])
+        elif profile:
+            trace = decode(clip)
+            used = unmeasured(trace.seconds, "the clock was virtual")
+        else:
+            with Meter(settings.cloud_device) as meter:
+                trace = decode(clip)
+            used = meter.used
+        run_clock.add(used.wall)
+        taken.append((trace, used))
 
-    def take() -> tuple[tuple[Clip, Request], dict[str, object]]:
-        if done:
-            advance()
-        return next(waiting), {}
+    def keep(clip: Clip) -> None:
+        """Off the clock: what the cloud says afterwards, and the record on the disk."""
+        trace, used = taken[-1]
+        if clip.file_id in saved.done:
+            hindsight = results.measurements(saved.done[clip.file_id])[2]
+        else:
+            hindsight = None
+            if settings.shadow == "yes" and case.cell.mode == "speculative":
+                prompt = captioner.prompt(chosen.request(clip), case.cell.mode)
+                hindsight = shadow.look_back(trace, prompt, captioner.cloud, case.cell.rule)
+            saved.add(results.measured(clip.file_id, trace, used, hindsight))
+        captions.append(clip_result(clip, trace, used, text, hindsight))
+        bar.advance(captions[-1])
 
-    benchmark.pedantic(one, setup=take, rounds=len(chosen.clips), iterations=1)
-    text = captioner.text(case.cell.mode)
-    captions = [results.clip_result(clip, trace, used, text) for clip, trace, used in done]
+    benchmark.pedantic(one, setup=lambda: ((next(clips),), {}), teardown=keep, rounds=len(chosen.clips), iterations=1)
     eos = captioner.load(case.cell.mode).eos
     for each in captions:
         check(each.trace, eos, settings.max_new_tokens)
         if exact:  # and where cloud mode ran before, on every clip
-            own = cloud_tokens.setdefault(f"{case.language} {each.clip.file_id}", each.trace.tokens)
-            assert each.trace.tokens == own, f"{each.clip.file_id}: the output differs from the cloud's own"
-    summary = report(case, captions, chosen)
-    benchmark.extra_info.update(table.describe(case, captioner.pair, settings) | asdict(summary))
+            own_tokens = cloud_tokens.setdefault(f"{case.language} {each.clip.file_id}", each.trace.tokens)
+            assert each.trace.tokens == own_tokens, f"{each.clip.file_id}: the output differs from the cloud's own"
+    benchmark.extra_info["results"] = report(case, captions, chosen)
+    saved.finish()
 
 
 def check(trace: Trace, eos: frozenset[int], limit: int) -> None:

@@ -13,11 +13,16 @@ from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
-from edgecloud_sd import acceptance, gate
+from edgecloud_sd import acceptance, gate, profile
 from edgecloud_sd.dataset import CAPTION_TYPES, ON_BAD_CLIP
 from edgecloud_sd.decoder import MODES
+from edgecloud_sd.link import LINKS
 from edgecloud_sd.pairs import DTYPES, PAIRS
 from edgecloud_sd.prompts import LANGUAGES, PROMPT_TYPES
+
+CLOCKS = ("real", "virtual")
+YES_NO = ("yes", "no")
+MEASURE = "measure"  # the profile of this machine
 
 
 class ConfigError(ValueError):
@@ -131,6 +136,21 @@ class Settings:
         _count,
         optional=True,
     )
+    clock: str = _choice(
+        "time captions for real, or let the same tokens take the time that a profile gives to each call", CLOCKS
+    )
+    profile: str | None = _option(
+        f"costs for the virtual clock: {', '.join(profile.NAMES)}, a YAML file, or measure, which first writes the "
+        "one of this machine to the results folder",
+        optional=True,
+    )
+    link: tuple[str, ...] = _choice("between edge and cloud, on the virtual clock", tuple(LINKS), many=True)
+    shadow: str = _choice(
+        "ask the cloud afterwards, off the clock, about the tokens it was not asked: tells what the gate missed", YES_NO
+    )
+    bertscore_model: str | None = _option(
+        "model of BERTScore: a name on the hub or a folder; none leaves BERTScore out", optional=True
+    )
     dataset_path: str = _option("pocket, a manifest file, or a folder with manifest.json")
     max_samples: int | None = _option("caption the first so many clips only", _count, optional=True)
     on_bad_clip: str = _choice("stop at a clip that cannot be used, or leave it out and list it", ON_BAD_CLIP)
@@ -143,6 +163,11 @@ class Settings:
     max_new_tokens: int = _option("longest caption, in tokens", _count)
     output_name: str = _option("name of the results file, without .json", _file_name)
     results_dir: str = _option("folder of the results files")
+
+    @property
+    def profile_name(self) -> str:
+        """How ids name the profile: its own name, or its file's without folder and ending."""
+        return Path(self.profile or "").stem
 
 
 OPTIONS = tuple(Option(field.name.replace("_", "-"), **field.metadata) for field in fields(Settings))
@@ -168,7 +193,25 @@ def resolve(command_line: Mapping[str, str | None], file: Path | None = None) ->
     missing = [option.name for option in OPTIONS if option.name not in merged]
     if missing:
         raise ConfigError(f"{defaults_file()}: has no default for --{', --'.join(missing)}")
-    return Settings(**{option.name.replace("-", "_"): option.parse(merged[option.name]) for option in OPTIONS})
+    settings = Settings(**{option.name.replace("-", "_"): option.parse(merged[option.name]) for option in OPTIONS})
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    """ConfigError for values that are good each but make no sense together."""
+    known = ", ".join((*profile.NAMES, MEASURE))
+    if settings.clock == "virtual" and settings.profile is None:
+        raise ConfigError(f"--clock: virtual needs --profile: {known} or a YAML file")
+    if settings.clock == "real" and settings.profile not in (None, MEASURE):
+        raise ConfigError(f"--profile: {settings.profile!r} is for the virtual clock; add --clock virtual")
+    if settings.clock == "real" and settings.link != ("none",):
+        raise ConfigError(f"--link: {','.join(settings.link)} can only be simulated; add --clock virtual --profile ...")
+    if settings.profile not in (None, MEASURE):
+        try:
+            profile.load(settings.profile)
+        except profile.ProfileError as error:
+            raise ConfigError(f"--profile: {error}") from None
 
 
 def read_file(path: Path) -> dict[str, Any]:

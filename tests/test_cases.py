@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench import cases
-from edgecloud_sd import config
+from edgecloud_sd import config, profile
 
 
 def ids(**options: str) -> list[str]:
@@ -34,3 +34,19 @@ def test_what_is_the_same_cell_is_made_once() -> None:
 def test_own_models_stand_in_the_id_without_their_folders(tmp_path: Path) -> None:
     found = ids(mode="cloud", edge_model="Qwen/Qwen2.5-Omni-3B", cloud_model=str(tmp_path / "mine"))
     assert found == ["cloud-Qwen2.5-Omni-3B+mine-zh"]
+
+
+def test_links_and_the_virtual_clock_stand_in_the_id_and_edge_mode_has_no_link() -> None:
+    assert ids(mode="edge,cloud,speculative", clock="virtual", profile="phone-npu", link="none,4g", gate="always") == [
+        "edge-pocket-virtual-phone-npu-zh",
+        "cloud-pocket-virtual-phone-npu-zh",
+        "cloud-pocket-4g-virtual-phone-npu-zh",
+        "speculative-pocket-always-k3-rank20-virtual-phone-npu-zh",
+        "speculative-pocket-always-k3-rank20-4g-virtual-phone-npu-zh",
+    ]
+
+
+def test_an_own_profile_stands_in_the_id_without_its_folder(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    profile.save(profile.load("published"), file)
+    assert ids(mode="edge", clock="virtual", profile=str(file)) == ["edge-pocket-virtual-mine-zh"]

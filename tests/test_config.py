@@ -272,3 +272,24 @@ def test_any_map_in_a_file_is_read_or_refused_by_name(
         assert str(error).startswith(f"{file}: ")  # noqa: PT017
     else:
         assert set(read) == set(values)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clock": "virtual"}, "--clock: virtual needs --profile: laptop-gpu, phone-npu, published, measure or a YAML"),
+        ({"profile": "published"}, "--profile: 'published' is for the virtual clock; add --clock virtual"),
+        ({"link": "none,4g"}, "--link: none,4g can only be simulated; add --clock virtual"),
+        ({"link": "5G"}, "--link: '5G' is not one of none, lan, wifi, 5g, 4g, sat"),
+        ({"clock": "virtual", "profile": "absent"}, "--profile: no profile 'absent': give a YAML file that exists, or"),
+    ],
+)
+def test_what_the_virtual_clock_needs_is_said(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(options)
+    assert message in str(error.value)
+
+
+def test_a_profile_may_be_measured_on_either_clock() -> None:
+    assert resolve({"profile": "measure"}).clock == "real"
+    assert resolve({"profile": "measure", "clock": "virtual", "link": "sat"}).link == ("sat",)

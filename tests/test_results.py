@@ -16,6 +16,7 @@ import pytest
 
 from edgecloud_sd import metrics, quality, results
 from edgecloud_sd.dataset import Skipped
+from edgecloud_sd.ledger import PARTS
 from edgecloud_sd.records import (
     Clip,
     Committed,
@@ -29,7 +30,8 @@ from edgecloud_sd.records import (
     Verdict,
     Verified,
 )
-from edgecloud_sd.results import ClipResult, Summary, clip_result, document, summarise
+from edgecloud_sd.results import document
+from edgecloud_sd.summary import FIGURES, ClipResult, Summary, clip_result, summarise
 from edgecloud_sd.utilization import Utilization
 
 Spoil = Callable[[dict[str, Any]], None]
@@ -95,8 +97,9 @@ EDGE = Trace(
 )
 CLOUD = Trace(((0.1, Prepared(5)), (0.2, Opened("cloud")), (0.4, Committed((2,), "cloud")), (0.4, Finished("length"))))
 
-USED = Utilization(wall=2.0, cpu=1.0, rss_mb=400.0, reasons={"gpu_percent": "no GPU", "gpu_memory_mb": "no GPU"})
-BUSY = Utilization(wall=1.0, cpu=2.0, rss_mb=300.0, gpu_percent=40.0, gpu_memory_mb=900.0)
+NO_GPU = {"gpu_percent": "no GPU", "gpu_memory_mb": "no GPU"}
+USED = Utilization(wall=2.0, cpu=1.0, rss_mean_mb=350.0, rss_peak_mb=400.0, reasons=NO_GPU)
+BUSY = Utilization(wall=1.0, cpu=2.0, rss_mean_mb=250.0, rss_peak_mb=300.0, gpu_percent=40.0, gpu_memory_mb=900.0)
 EXPERIMENT = {
     "case": "speculative-pocket-H1.5-k2-rank20-zh",
     "pair": "pocket",
@@ -104,12 +107,20 @@ EXPERIMENT = {
     "gate": "entropy",
     "k": 2,
     "rule": "rank20",
+    "link": "none",
+    "clock": "real",
+    "profile": None,
     "output": "lossy",
     "language": "chinese",
     "caption_type": "audio_only",
     "prompt_type": "default",
     "max_new_tokens": 6,
 }
+
+
+ENVIRONMENT = (
+    "python", "torch", "transformers", "edgecloud_sd", "system", "machine", "cpu", "cores", "torch_threads", "gpu",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -121,9 +132,7 @@ def both() -> list[ClipResult]:
 @pytest.fixture
 def made(both: list[ClipResult], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The whole document, without waiting for torch to say which version it is."""
-    monkeypatch.setattr(
-        results, "environment", lambda: dict.fromkeys(("python", "torch", "transformers", "edgecloud_sd"), "1.0")
-    )
+    monkeypatch.setattr(results, "environment", lambda: dict.fromkeys(ENVIRONMENT, "1.0"))
     return document(dict(EXPERIMENT), both, *summarise(both, "chinese"), [Skipped("bad", "bad.wav: holds no audio")])
 
 
@@ -142,43 +151,53 @@ def test_a_clips_result_says_all_of_its_trace(both: list[ClipResult]) -> None:
 def test_times_are_means_over_clips(both: list[ClipResult]) -> None:
     summary, _ = summarise(both, "chinese")
     assert summary.clips == 2
-    assert summary.ttft_s == pytest.approx((0.8 + 1.0) / 2)
-    assert summary.total_s == pytest.approx((1.6 + 1.2) / 2)
+    assert summary.figures["ttft"] == pytest.approx((0.8 + 1.0) / 2)
+    assert summary.figures["total"] == pytest.approx((1.6 + 1.2) / 2)
 
 
-def test_otps_is_a_ratio_of_sums(both: list[ClipResult]) -> None:
-    assert summarise(both, "chinese")[0].otps == pytest.approx((5 + 2) / (0.7 + 0.2))
+def test_throughput_is_a_ratio_of_sums(both: list[ClipResult]) -> None:
+    figures = summarise(both, "chinese")[0].figures
+    assert figures["otps"] == pytest.approx((5 + 2) / (0.7 + 0.2))
+    assert figures["tpot"] == pytest.approx((0.7 + 0.2) / (5 + 2))
+    assert figures["e2e_tps"] == pytest.approx((6 + 3) / (1.5 + 1.2))
+
+
+def test_gaps_between_visible_tokens_are_means_over_all_gaps(both: list[ClipResult]) -> None:
+    figures = summarise(both, "chinese")[0].figures
+    assert figures["itl_per_chunk"] == pytest.approx((0.1 + 0.6 + 0.2) / 3)
+    assert figures["itl_per_token"] == pytest.approx((0.1 / 2 + 0.6 / 1 + 0.2 / 1) / 3)
 
 
 def test_rates_are_ratios_of_sums(both: list[ClipResult]) -> None:
     summary, _ = summarise(both, "chinese")
-    assert summary.acceptance_rate == pytest.approx((2 + 1) / (4 + 1))
-    assert summary.cloud_call_rate == pytest.approx((2 + 1) / (3 + 2))
-    assert summary.correction_rate == pytest.approx((1 + 0) / (2 + 1))
+    assert summary.figures["acceptance_rate"] == pytest.approx((2 + 1) / (4 + 1))
+    assert summary.figures["cloud_call_rate"] == pytest.approx((2 + 1) / (3 + 2))
+    assert summary.figures["correction_rate"] == pytest.approx((1 + 0) / (2 + 1))
     assert summary.acceptance_by_position == pytest.approx((2 / 3, 1 / 2))
 
 
 def test_cpu_is_a_ratio_of_sums_and_memory_the_highest(both: list[ClipResult]) -> None:
     summary, _ = summarise(both, "chinese")
-    assert summary.cpu_percent == pytest.approx(100 * (1.0 + 2.0) / (2.0 + 1.0))
-    assert summary.ram_mb == 400
+    assert summary.figures["cpu_percent"] == pytest.approx(100 * (1.0 + 2.0) / (2.0 + 1.0))
+    assert summary.figures["rss_peak"] == 400
+    assert summary.figures["rss_mean"] == 300
 
 
 def test_gpu_is_the_mean_of_what_was_measured(both: list[ClipResult]) -> None:
-    assert summarise(both, "chinese")[0].gpu_percent == 40
+    assert summarise(both, "chinese")[0].figures["gpu_percent"] == 40
 
 
 def test_quality_is_that_of_the_captions(both: list[ClipResult]) -> None:
     summary, scores = summarise(both, "chinese")
     assert scores == quality.score(["他很高兴又。", "她很伤"], [["他很高兴又。"], ["她很悲伤", "她很伤"]], "chinese")
-    assert (summary.bleu1, summary.bleu4, summary.cider) == (scores.bleu1, scores.bleu4, scores.cider)
+    assert {name: summary.figures[name] for name in quality.METRICS} == scores.corpus
     assert (summary.tokenizer, summary.empty_captions) == ("characters", 0)
 
 
 def test_edge_mode_verifies_nothing_and_says_so() -> None:
     summary = summary_of(EDGE, EDGE)
-    assert (summary.acceptance_rate, summary.correction_rate) == (None, None)
-    assert summary.cloud_call_rate == 0
+    assert (summary.figures["acceptance_rate"], summary.figures["correction_rate"]) == (None, None)
+    assert summary.figures["cloud_call_rate"] == 0
     assert summary.acceptance_by_position == ()
     assert summary.reasons["acceptance_rate"] == summary.reasons["correction_rate"] == "nothing was verified"
 
@@ -186,47 +205,55 @@ def test_edge_mode_verifies_nothing_and_says_so() -> None:
 def test_cloud_mode_has_no_rounds_and_says_so() -> None:
     summary = summary_of(CLOUD, CLOUD)
     rates = ("acceptance_rate", "correction_rate", "cloud_call_rate")
-    assert [getattr(summary, rate) for rate in rates] == [None] * 3
+    assert [summary.figures[rate] for rate in rates] == [None] * 3
     assert [summary.reasons[rate] for rate in rates] == ["this mode has no rounds"] * 3
 
 
 def test_captions_of_one_token_have_no_otps() -> None:
     summary = summary_of(EDGE, CLOUD)
-    assert summary.otps is None
+    assert summary.figures["otps"] is None
     assert summary.reasons["otps"] == "no caption has a token later than its first with text"
 
 
 def test_captions_of_one_token_do_not_count_in_otps() -> None:
-    assert summary_of(EDGE, SHORT, CLOUD).otps == pytest.approx(2 / 0.2)
+    assert summary_of(EDGE, SHORT, CLOUD).figures["otps"] == pytest.approx(2 / 0.2)
 
 
-AT_ONCE = Trace(((0.5, Prepared(5)), (1.0, Committed((2, 3), "local")), (1.0, Finished("length"))))
+AT_ONCE = Trace(
+    (
+        (0.5, Prepared(5)),
+        (1.0, Drafted(Draft((2, 3)))),
+        (1.0, Committed((2, 3), "local")),
+        (1.0, Finished("length")),
+    )
+)
 
 
 @pytest.mark.parametrize(("trace", "text"), [(AT_ONCE, decode), (LONG, nothing)], ids=["at once", "without text"])
 def test_two_tokens_without_otps_have_a_reason_that_is_true(trace: Trace, text: metrics.Text) -> None:
     summary = summary_of(trace, text=text)
-    assert summary.otps is None
+    assert summary.figures["otps"] is None
     assert summary.reasons["otps"] == "no caption has a token later than its first with text"
 
 
 def test_empty_captions_are_counted_and_have_no_ttft() -> None:
     summary = summary_of(LONG, SHORT, text=nothing)
-    assert (summary.ttft_s, summary.otps, summary.empty_captions) == (None, None, 2)
-    assert summary.reasons["ttft_s"] == "every caption is empty"
-    assert (summary.bleu1, summary.bleu4) == pytest.approx((0, 0), abs=1e-6)
+    assert (summary.figures["ttft"], summary.figures["otps"], summary.empty_captions) == (None, None, 2)
+    assert summary.reasons["ttft"] == "every caption is empty"
+    assert (summary.figures["bleu1"], summary.figures["bleu4"]) == (0, 0)
 
 
 def test_what_the_machine_cannot_tell_has_its_reason() -> None:
     summary = summary_of(LONG, SHORT)
-    assert summary.gpu_percent is None
+    assert summary.figures["gpu_percent"] is None
     assert summary.reasons["gpu_percent"] == "no GPU"
 
 
 def test_every_figure_that_is_none_has_a_reason() -> None:
     for summary in (summary_of(EDGE), summary_of(CLOUD), summary_of(LONG), summary_of(LONG, text=nothing)):
-        missing = {name for name in Summary.__dataclass_fields__ if getattr(summary, name) is None}
-        assert missing <= set(summary.reasons)
+        assert list(summary.figures) == list(FIGURES)
+        missing = {name for name, value in summary.figures.items() if value is None}
+        assert missing == set(summary.reasons) & missing
 
 
 def test_the_document_satisfies_the_schema(made: dict[str, Any]) -> None:
@@ -244,16 +271,28 @@ def test_every_mode_and_an_empty_caption_satisfy_the_schema(
 
 def test_the_document_holds_the_summary(made: dict[str, Any], both: list[ClipResult]) -> None:
     summary, _ = summarise(both, "chinese")
-    figures = made["metrics"]
-    assert (figures["avg_bleu"], figures["avg_bleu1"]) == (summary.bleu4, summary.bleu1)
-    assert (figures["avg_cider"], figures["otps_of_sums"]) == (summary.cider, summary.otps)
+    metrics = made["metrics"]
+    assert metrics["figures"] == summary.figures
+    assert (metrics["avg_bleu"], metrics["avg_cider"]) == (summary.figures["bleu4"], summary.figures["cider"])
+    assert [metrics[f"avg_bertscore_{part}"] for part in ("precision", "recall", "f1")] == [None] * 3
+    assert metrics["reasons"]["bertscore_f1"]
     assert made["experiment_config"] == EXPERIMENT
     assert made["skipped_clips"] == [{"file_id": "bad", "reason": "bad.wav: holds no audio"}]
 
 
-def test_bertscore_is_null_with_a_reason(made: dict[str, Any]) -> None:
-    assert [made["metrics"][f"avg_bertscore_{part}"] for part in ("precision", "recall", "f1")] == [None] * 3
-    assert made["metrics"]["reasons"]["avg_bertscore"]
+def test_the_ledger_of_a_cell_is_the_mean_of_its_clips(made: dict[str, Any], both: list[ClipResult]) -> None:
+    assert list(made["metrics"]["ledger"]) == list(PARTS)
+    assert sum(made["metrics"]["ledger"].values()) == pytest.approx((1.6 + 1.2) / 2)
+    assert made["metrics"]["ledger"]["verify"] == pytest.approx((0.2 + 0.5 + 0.4) / 2)
+    assert made["metrics"]["figures"]["discarded_draft"] == pytest.approx((0.1 + 0.0) / 2)
+    closure = {"median": (1.6 / 2 + 1.2 / 1) / 2, "worst": 1.6 / 2, "unnamed_median": (1 - 1.5 / 2 + 1 - 1.1 / 1) / 2}
+    assert made["metrics"]["ledger_closure"] == pytest.approx(closure)
+
+
+def test_what_was_measured_of_a_clip_can_be_read_back(made: dict[str, Any], both: list[ClipResult]) -> None:
+    saved = json.loads(json.dumps(made["detailed_results"]))
+    for each, clip in zip(both, saved, strict=True):
+        assert results.measurements(clip) == (each.trace, each.used, each.hindsight)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +302,8 @@ def test_bertscore_is_null_with_a_reason(made: dict[str, Any]) -> None:
         ("otps", (5 / 0.7 + 10) / 2, 5 / 0.7, 10),
         ("total_time", 1.4, 1.2, 1.6),
         ("cpu_percent", 125, 50, 200),
-        ("ram_mb", 350, 300, 400),
+        ("ram_mb", 300, 250, 350),
+        ("ram_peak_mb", 350, 300, 400),
         ("gpu_util", 40, 40, 40),
         ("gpu_memory_mb", 900, 900, 900),
         ("output_tokens", 4.5, 3, 6),
@@ -295,13 +335,6 @@ def test_the_speculative_metrics_add_up(made: dict[str, Any]) -> None:
             "drafted": 8,
             "verified": 5,
             "discarded": 2,
-            "acceptance_rate": 3 / 5,
-            "mean_accepted_length": (3 + 1 + 2) / 3,
-            "correction_rate": 1 / 3,
-            "cloud_call_rate": 3 / 5,
-            "cloud_calls_per_token": 3 / 9,
-            "edge_share": 3 / 9,
-            "waste": 2 / 8,
         }
     )
 
@@ -314,13 +347,12 @@ def test_each_clip_stands_in_the_document(made: dict[str, Any], both: list[ClipR
     assert (long["ttft"], long["otps"], long["total_time"]) == pytest.approx((0.8, 5 / 0.7, 1.6))
     assert (long["cpu_percent"], long["gpu_util"], short["gpu_util"]) == (50, None, 40)
     _, scores = summarise(both, "chinese")
-    assert [long["bleu_score"], short["bleu_score"]] == list(scores.per_clip_bleu4)
+    assert [long["bleu_score"], short["bleu_score"]] == list(scores.per_clip["bleu4"])
 
 
 def test_the_environment_names_versions_and_no_host_or_path() -> None:
     environment = results.environment()
-    versions = {"python", "torch", "transformers", "edgecloud_sd"}
-    assert set(environment) == versions | {"system", "machine", "torch_threads", "gpu"}
+    assert set(environment) == set(ENVIRONMENT)
     assert environment["python"] == platform.python_version()
     assert not any(str(value).startswith(os.sep) for value in environment.values())
 
@@ -337,7 +369,7 @@ def without_its_metrics(document: dict[str, Any]) -> None:
 
 
 def with_a_field_of_another_version(document: dict[str, Any]) -> None:
-    document["schema_version"] = 2
+    document["schema_version"] = 1
 
 
 def with_an_unknown_field(document: dict[str, Any]) -> None:
@@ -349,7 +381,7 @@ def with_an_unknown_mode(document: dict[str, Any]) -> None:
 
 
 def with_a_rate_above_one(document: dict[str, Any]) -> None:
-    document["metrics"]["speculative_decoding_metrics"]["acceptance_rate"] = 1.5
+    document["metrics"]["figures"]["acceptance_rate"] = 1.5
 
 
 def with_a_time_below_zero(document: dict[str, Any]) -> None:
@@ -429,7 +461,10 @@ def test_a_file_that_holds_nan_is_not_read(made: dict[str, Any], tmp_path: Path)
         results.read(path)
 
 
-def test_the_schema_is_itself_valid() -> None:
+def test_the_schema_is_itself_valid_and_names_every_figure_and_part() -> None:
     schema = json.loads(results.SCHEMA_FILE.read_text(encoding="utf-8"))
+    figures = schema["properties"]["metrics"]["properties"]["figures"]
+    assert list(figures["properties"]) == figures["required"] == list(FIGURES)
+    assert schema["$defs"]["ledger"]["required"] == list(PARTS)
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["properties"]["schema_version"]["const"] == results.SCHEMA_VERSION

@@ -15,10 +15,12 @@ import soxr  # noqa: F401
 
 from bench import cases, table
 from bench.conftest import problems_in_one_line
-from edgecloud_sd import config, pairs, results
+from edgecloud_sd import config, link, pairs, profile, results
 from edgecloud_sd.captioner import Captioner
+from edgecloud_sd.ledger import PARTS
 from edgecloud_sd.path_options import join
 from edgecloud_sd.pocket import clips
+from edgecloud_sd.summary import FIGURES
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,8 +39,8 @@ def run(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
-    """Three English clips, the second without its audio."""
-    path = clips.evaluation_set(tmp_path / "clips") / clips.manifest_name("english")
+    """Three Chinese clips, the second without its audio."""
+    path = clips.evaluation_set(tmp_path / "clips") / clips.manifest_name("chinese")
     entries = json.loads(path.read_text(encoding="utf-8"))[:3]
     entries[1]["audio_path"] = "wav/absent.wav"
     path.write_text(json.dumps(entries), encoding="utf-8")
@@ -50,7 +52,7 @@ def test_a_grid_prints_one_table_writes_results_and_can_be_compared(
 ) -> None:
     done = run(
         pytester,
-        *("--dataset_path", str(manifest), "--on-bad-clip", "skip", "--language", "english"),
+        *("--dataset_path", str(manifest), "--on-bad-clip", "skip"),
         *("--mode", "edge,cloud,speculative", "--entropy-threshold", "1.5,0,inf", "--k", "4", "--rule", "greedy"),
         *(
             "--output_name",
@@ -68,36 +70,46 @@ def test_a_grid_prints_one_table_writes_results_and_can_be_compared(
         [
             "*benchmark: 5 tests*",
             "*case*clips*" + "*".join(table.COLUMNS) + "*",
-            "edge-pocket-en*",
-            "cloud-pocket-en*",
-            "speculative-pocket-H1.5-k4-greedy-en*",
-            "speculative-pocket-always-k4-greedy-en*",
-            "wrote *grid-edge-pocket-en.json",
+            "edge-pocket-zh*",
+            "cloud-pocket-zh*",
+            "speculative-pocket-H1.5-k4-greedy-zh*",
+            "speculative-pocket-always-k4-greedy-zh*",
+            "*where the time goes*",
+            "*does it pay?*",
+            "speculative-pocket-always-k4-greedy-zh*[[]*, *[]]*",
+            "speculative-pocket-always-k4-greedy-zh: * as fast as the cloud alone *",
+            "wrote *grid-edge-pocket-zh.json",
         ]
     )
     saved = json.loads((pytester.path / "saved.json").read_text(encoding="utf-8"))["benchmarks"]
-    extra = {each["extra_info"]["case"]: each["extra_info"] for each in saved}
+    own = [each for each in saved if "results" in each["extra_info"]]
+    extra = {each["param"]: each["extra_info"]["results"] for each in own}
     found = {case: results.read(pytester.path / "results" / f"grid-{case}.json") for case in extra}
-    assert [each["stats"]["rounds"] for each in saved] == [2, 2, 2, 2, 2]
-    strict = "speculative-pocket-always-k4-greedy-en"
-    assert extra[strict]["output"] == "exact"
-    assert {field for field, _, _ in table.COLUMNS.values()} <= set(extra[strict])
-    assert found["speculative-pocket-never-k4-greedy-en"]["experiment_config"]["entropy_threshold"] is None
-    assert found["speculative-pocket-H1.5-k4-greedy-en"]["experiment_config"]["entropy_threshold"] == 1.5
-    rates = found[strict]["metrics"]["speculative_decoding_metrics"]
-    assert rates["acceptance_rate"] == extra[strict]["acceptance_rate"]
-    assert rates["cloud_call_rate"] == 1.0
+    assert [each["stats"]["rounds"] for each in own] == [2, 2, 2, 2, 2]
+    strict = "speculative-pocket-always-k4-greedy-zh"
+    assert found[strict]["experiment_config"]["output"] == "exact"
+    assert extra[strict]["metrics"] == found[strict]["metrics"]
+    assert not list((pytester.path / "results").glob("*.unfinished"))
+    rows = {each["name"]: each for each in saved}
+    bleu = rows[f"test_captioning[{strict}]:bleu4"]
+    assert bleu["group"] == "bleu4 (0 to 1, higher is better)"
+    assert bleu["stats"]["mean"] == bleu["stats"]["ops"] == found[strict]["metrics"]["figures"]["bleu4"]
+    assert rows[f"test_captioning[{strict}]:ttft"]["stats"]["rounds"] == 2
+    assert f"test_captioning[{strict}]:gpu_percent" not in rows
+    assert found["speculative-pocket-never-k4-greedy-zh"]["experiment_config"]["entropy_threshold"] is None
+    assert found["speculative-pocket-H1.5-k4-greedy-zh"]["experiment_config"]["entropy_threshold"] == 1.5
+    assert found[strict]["metrics"]["figures"]["cloud_call_rate"] == 1.0
     tokens = {case: [clip["token_ids"] for clip in each["detailed_results"]] for case, each in found.items()}
-    assert tokens[strict] == tokens["cloud-pocket-en"] != tokens["edge-pocket-en"]
+    assert tokens[strict] == tokens["cloud-pocket-zh"] != tokens["edge-pocket-zh"]
     assert all("absent.wav" in each["skipped_clips"][0]["reason"] for each in found.values())
     command = str(Path(sys.executable).with_name("pytest-benchmark"))
     options = ["--storage", str(pytester.path / "saved"), "compare"]
     compared = subprocess.run([command, *options], cwd=ROOT, capture_output=True, text=True)
-    assert f"test_captioning[{strict}]" in compared.stdout, compared.stderr
+    assert f"test_captioning[{strict}]:otps" in compared.stdout, compared.stderr
 
 
 def test_a_bad_clip_fails_the_case_and_writes_nothing(pytester: pytest.Pytester, manifest: Path) -> None:
-    options = ("--mode", "edge", "--language", "english", "--dataset-path", str(manifest))
+    options = ("--mode", "edge", "--dataset-path", str(manifest))
     done = run(pytester, *options)
     done.assert_outcomes(failed=1)
     done.stdout.fnmatch_lines(["*absent.wav: no such audio file*", "*--on-bad-clip skip*"])
@@ -184,3 +196,62 @@ def test_every_command_of_the_readme_is_understood(pytester: pytest.Pytester, mo
             command.replace("$DATA", "pocket").replace("bench/configs", str(ROOT / "bench" / "configs")).split()[2:]
         )
         assert run(pytester, *options, "--collect-only", "-q").ret == pytest.ExitCode.OK, command
+
+
+def test_two_runs_on_the_virtual_clock_write_the_same_bytes(captioner: Captioner, pytester: pytest.Pytester) -> None:
+    for folder in ("a", "b"):
+        done = run(
+            pytester,
+            *("--clock", "virtual", "--profile", "published", "--mode", "speculative", "--link", "4g"),
+            *("--max-samples", "2", "--max-new-tokens", "8", "--results-dir", folder),
+        )
+        done.assert_outcomes(passed=1)
+    first, second = [(pytester.path / folder / "captioning.json").read_bytes() for folder in ("a", "b")]
+    assert first == second
+    found = json.loads(first)
+    assert found["experiment_config"]["case"] == "speculative-pocket-H1.5-k3-rank20-4g-virtual-published-zh"
+    assert found["metrics"]["figures"]["cpu_percent"] is None
+    assert found["metrics"]["reasons"]["cpu_percent"] == "the clock was virtual"
+    assert found["metrics"]["ledger"]["edge_prefill"] == 7.5
+    assert found["metrics"]["figures"]["wire_up_per_token"] > 0
+
+
+def test_a_stopped_run_goes_on_where_it_was(captioner: Captioner, pytester: pytest.Pytester) -> None:
+    file = pytester.path / "results" / "captioning.json"
+    options = ("--mode", "edge", "--max-samples", "2", "--max-new-tokens", "8")
+    run(pytester, *options).assert_outcomes(passed=1)
+    complete = results.read(file)
+    run(pytester, *options, "--resume").assert_outcomes(passed=1)
+    assert results.read(file) == complete  # on the real clock, so nothing was decoded again
+    # as it is left by a run that was stopped while it wrote its second clip
+    header = {"experiment": complete["experiment_config"], "environment": complete["environment"]}
+    lines = [json.dumps(each) for each in (header, *complete["detailed_results"])]
+    file.with_name("captioning.json.unfinished").write_text("\n".join(lines)[:-50], encoding="utf-8")
+    file.unlink()
+    run(pytester, *options, "--resume").assert_outcomes(passed=1)
+    first, second = results.read(file)["detailed_results"]
+    assert first == complete["detailed_results"][0]
+    assert second["trace"] != complete["detailed_results"][1]["trace"]
+    assert [each.name for each in file.parent.iterdir()] == [file.name]
+
+
+def test_another_experiment_is_not_resumed(captioner: Captioner, pytester: pytest.Pytester) -> None:
+    options = ("--mode", "edge", "--max-samples", "1", "--max-new-tokens")
+    run(pytester, *options, "2").assert_outcomes(passed=1)
+    before = (pytester.path / "results" / "captioning.json").read_bytes()
+    done = run(pytester, *options, "3", "--resume")
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(["*captioning.json: holds another experiment (max_new_tokens was 2 and is 3)*"])
+    assert (pytester.path / "results" / "captioning.json").read_bytes() == before
+
+
+def test_the_readme_says_what_each_figure_part_and_link_is() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, figure in FIGURES.items():
+        assert f"| `{name}` | {figure.unit} | {figure.better or ''} | {figure.meaning} |" in readme
+    for part, meaning in PARTS.items():
+        assert f"| {part.replace('_', ' ')} | {meaning} |" in readme
+    for each in list(link.LINKS.values())[1:]:
+        row = [f"{1e3 * each.rtt:g} ms", f"{each.up / 1e6:g}", f"{each.down / 1e6:g}", f"{1e3 * each.jitter:g} ms"]
+        assert f"| `{each.name}` | {' | '.join(row)} |" in readme
+    assert all(f"| `{name}` |" in readme for name in profile.NAMES)

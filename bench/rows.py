@@ -1,0 +1,61 @@
+"""A row a metric in pytest-benchmark's JSON, so that `pytest-benchmark compare` shows them like any other.
+
+A row is called `<benchmark>:<figure>`, and its group says unit and direction: `ttft (s, lower is better)`. Its min, max
+and mean are in that unit. pytest-benchmark marks the lowest as the best everywhere but in its OPS column, so where
+higher is better that column repeats the value: compare such rows with `--columns ops` or `--between ops`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pytest_benchmark.stats import Stats
+
+from edgecloud_sd.summary import FIGURES
+
+SERIES = {"ttft": "ttft", "e2e": "e2e"}  # figures that are means over clips -> what the results file calls a clip's
+
+
+def metric_rows(benchmark: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows beside one benchmark of the JSON; none for a benchmark that is not of captions, or whose figure is null.
+
+    `total` has none: it is the benchmark's own row.
+    """
+    found = benchmark["extra_info"].get("results")
+    if found is None:
+        return []
+    figures = found["metrics"]["figures"]
+    return [
+        _row(benchmark, name, figures[name], found["detailed_results"])
+        for name in FIGURES
+        if name != "total" and figures[name] is not None
+    ]
+
+
+def metric(name: str) -> str | None:
+    """The figure that a row of this name is about, as written or as shown; None for a benchmark's own row."""
+    found = re.search(r"\]:(\w+)( \(|$)", name)
+    return found[1] if found else None
+
+
+def _row(benchmark: dict[str, Any], name: str, value: float, clips: list[dict[str, Any]]) -> dict[str, Any]:
+    figure = FIGURES[name]
+    values = [clip[SERIES[name]] for clip in clips if clip[SERIES[name]] is not None] if name in SERIES else [value]
+    stats = Stats()
+    for each in values:
+        stats.update(each)
+    direction = f"{figure.better} is better" if figure.better else "neither direction is better"
+    shown = stats.as_dict() | {"iterations": 1}
+    if figure.better == "higher":
+        shown["ops"] = value
+    return {
+        "group": f"{name} ({figure.unit}, {direction})",
+        "name": f"{benchmark['name']}:{name}",
+        "fullname": f"{benchmark['fullname']}:{name}",
+        "params": benchmark["params"],
+        "param": benchmark["param"],
+        "extra_info": {"meaning": figure.meaning},
+        "options": benchmark["options"],
+        "stats": shown,
+    }

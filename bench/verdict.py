@@ -1,0 +1,51 @@
+"""The oracle's answer for each speculative cell of a run, from the costs that the run itself shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from edgecloud_sd import link, oracle
+from edgecloud_sd.records import Trace
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One cell's captions, and what the oracle must know of the cell."""
+
+    mode: str
+    k: int
+    gated: bool
+    link: str
+    traces: Sequence[Trace]
+
+
+def verdicts(cells: Mapping[str, Decoded], same_machine: bool) -> dict[str, oracle.Forecast | str]:
+    """By id, the forecast of each speculative cell, or why there is none.
+
+    `same_machine`: both sides run on one device, so that the drafter's step beside the cloud is its own.
+    """
+    seen = oracle.observed(trace for cell in cells.values() for trace in cell.traces)
+    if seen is not None and same_machine:
+        seen = replace(seen, draft_at_cloud=seen.edge.step)
+    found: dict[str, oracle.Forecast | str] = {}
+    for name, cell in cells.items():
+        if cell.mode != "speculative":
+            continue
+        work = oracle.workload(cell.traces, cell.k, cell.gated)
+        if seen is None or work is None:
+            found[name] = "no answer: nothing was verified"
+        else:
+            found[name] = oracle.forecast(seen, link.find(cell.link), work)
+    return found
+
+
+def sentence(answer: oracle.Forecast | str) -> str:
+    """What to say of a cell."""
+    return answer if isinstance(answer, str) else answer.sentence
+
+
+def as_json(answer: oracle.Forecast | str) -> dict[str, Any]:
+    """`sentence`, and `forecast` with its fields or None."""
+    return {"sentence": sentence(answer), "forecast": None if isinstance(answer, str) else asdict(answer)}
