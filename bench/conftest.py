@@ -113,10 +113,13 @@ def profile(
     """The costs of the virtual clock, or None on the real one. `measure` writes this machine's first."""
     if settings.profile == MEASURE:
         chosen = data(settings.language[0])
-        measured = measure(captioner, [chosen.request(clip) for clip in chosen.clips[:MEASURED_CLIPS]])
         file = Path(settings.results_dir) / f"{settings.output_name}-profile.yaml"
-        profiles.save(measured, file)
-        pytestconfig.stash.setdefault(DONE, Done()).files.append(file)
+        if pytestconfig.getoption("--resume") and file.exists():
+            measured = profiles.load(str(file))
+        else:
+            measured = measure(captioner, [chosen.request(clip) for clip in chosen.clips[:MEASURED_CLIPS]])
+            profiles.save(measured, file)
+            pytestconfig.stash.setdefault(DONE, Done()).files.append(file)
         return measured if settings.clock == "virtual" else None
     return profiles.load(settings.profile) if settings.profile else None
 
@@ -147,13 +150,13 @@ def run_clock(request: pytest.FixtureRequest) -> RunClock:
 
 @pytest.fixture
 def unfinished(
-    settings: Settings, captioner: Captioner, pytestconfig: pytest.Config
+    settings: Settings, captioner: Captioner, profile: Profile | None, pytestconfig: pytest.Config
 ) -> Callable[[cases.Case], Unfinished]:
     """What a case has finished before, and where to note what it finishes now."""
 
     def find(case: cases.Case) -> Unfinished:
         header = {
-            "experiment": table.describe(case, captioner.pair, settings),
+            "experiment": table.describe(case, captioner.pair, settings, profile),
             "environment": results.environment(),
         }
         return Unfinished(table.results_file(settings, case), header, pytestconfig.getoption("--resume"))
@@ -204,13 +207,13 @@ def progress(pytestconfig: pytest.Config) -> Iterator[Callable[[int, str], Progr
 
 @pytest.fixture
 def report(
-    pytestconfig: pytest.Config, settings: Settings, captioner: Captioner
+    pytestconfig: pytest.Config, settings: Settings, captioner: Captioner, profile: Profile | None
 ) -> Callable[[cases.Case, list[ClipResult], DataSet], dict[str, object]]:
     """Sums up a case for the tables, writes its results file, and returns what the file holds."""
 
     def add(case: cases.Case, captions: list[ClipResult], data: DataSet) -> dict[str, object]:
         summary, scores = summarise(captions, case.language, settings.bertscore_model)
-        experiment = table.describe(case, captioner.pair, settings)
+        experiment = table.describe(case, captioner.pair, settings, profile)
         document = results.document(experiment, captions, summary, scores, data.skipped)
         file = table.results_file(settings, case)
         results.write(file, document)

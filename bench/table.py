@@ -14,6 +14,7 @@ from edgecloud_sd import metrics
 from edgecloud_sd.config import Settings
 from edgecloud_sd.ledger import PARTS
 from edgecloud_sd.pairs import Pair
+from edgecloud_sd.profile import Profile
 from edgecloud_sd.summary import ClipResult, Summary
 
 # heading -> name in summary.FIGURES, format, factor
@@ -42,7 +43,7 @@ def results_file(settings: Settings, case: Case) -> Path:
     return Path(settings.results_dir) / f"{name}.json"
 
 
-def describe(case: Case, pair: Pair, settings: Settings) -> dict[str, Any]:
+def describe(case: Case, pair: Pair, settings: Settings, profile: Profile | None) -> dict[str, Any]:
     """What a cell was: for `extra_info` and the results file. The settings that make the grid are the cell's own."""
     cell = case.cell
     speculative = cell.mode == "speculative"
@@ -60,6 +61,7 @@ def describe(case: Case, pair: Pair, settings: Settings) -> dict[str, Any]:
         "rank": cell.rule.r if speculative else None,
         "link": cell.link.name if cell.mode != "edge" else None,
         "profile": settings.profile_name or None,
+        "profile_costs": asdict(profile) if profile else None,
         "output": promise(case, settings.cloud_dtype),
     }
 

@@ -292,8 +292,8 @@ def test_a_difference_is_the_mean_of_the_pairs_inside_its_interval(pairs: list[t
 
 
 def test_the_length_matched_speed_up_divides_each_sides_seconds_by_its_own_tokens() -> None:
-    baseline, ours = [(10, 4.0), (30, 4.0)], [(5, 1.0), (15, 1.0)]
-    check(metrics.tpot_speedup(baseline, ours), (8 / 40) / (2 / 20))
+    baseline, ours = [(10, 4.0), (30, 4.0)], [(5, 1.0), (20, 1.5)]
+    check(metrics.tpot_speedup(baseline, ours), (8 / 40) / (2.5 / 25))
     assert metrics.tpot_speedup(baseline, baseline) == Interval(1, 1, 1)
 
 

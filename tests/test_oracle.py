@@ -369,6 +369,12 @@ def test_the_ceilings_are_those_of_a_draft_always_accepted_over_no_link(a: float
     assert found.ceiling_over_cloud == exactly(found.cloud / (took / 6))
 
 
+def test_the_ceilings_hold_what_the_gate_and_the_queue_take() -> None:
+    machines = replace(profile.load("published"), gate=0.01, queue=0.3)
+    found = oracle.forecast(machines, links.NONE, replace(geometric(5, 0.7), gated=True))
+    assert found.ceiling_over_edge == exactly(0.380 / ((5 * 0.390 + 0.3 + 0.0387) / 6))
+
+
 QUICK = Profile("quick", Costs(0, ((1, 0.002),)), Costs(0, ((1, 0.040),)))
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import NoReturn
 
 from hypothesis import given
+from hypothesis import strategies as st
 
-from edgecloud_sd import metrics, probs, shadow
+from edgecloud_sd import gate, metrics, probs, shadow
 from edgecloud_sd.acceptance import Rank
 from edgecloud_sd.decoder import Decoding
 from edgecloud_sd.metrics import Hindsight
 from edgecloud_sd.records import Committed, Draft, Drafted, Escalated, Finished, Prompt, Trace, Verdict, Verified
 from edgecloud_sd.stage import Stage
 from edgecloud_sd.stopping import Stopping
-from tests.strategies import UNSURE, Case, Scripted, cases, play
+from tests.strategies import UNSURE, Case, Scripted, cases, play, ranks, scenes, speculative
 
 
 class Silent:
@@ -48,7 +49,15 @@ def asked(case: Case, trace: Trace) -> Hindsight:
     return Hindsight(missed, tuple(drafts))
 
 
-@given(cases())
+@st.composite
+def lenient(draw: st.DrawFn) -> Case:
+    """A case in which many rounds of several tokens are local."""
+    scene = draw(scenes())
+    chosen = draw(st.sampled_from([gate.NEVER, gate.entropy(1.2), gate.entropy(1.7)]))
+    return Case(scene, speculative(scene, draw(st.integers(2, 5)), chosen), draw(ranks))
+
+
+@given(lenient() | cases())
 def test_looking_back_is_asking_token_by_token_and_not_at_all_where_no_token_was_local(case: Case) -> None:
     trace = case.play(Stage())
     counts = metrics.counts(trace)
@@ -61,13 +70,14 @@ def test_looking_back_is_asking_token_by_token_and_not_at_all_where_no_token_was
 
 
 def test_each_round_by_hand() -> None:
-    edge = Scripted(wrong=frozenset({1, 3, 4, 7}), unsure=frozenset({4, 7}))
+    edge = Scripted(wrong=frozenset({1, 2, 3, 4, 6, 7}), unsure=frozenset({4, 7}))
+    cloud = Scripted(wrong=frozenset({1, 6}))
     how = Decoding("speculative", Stopping(frozenset(), 9), 2, UNSURE)
-    trace = play(Prompt((5,)), edge, Scripted(), how, Stage())
-    # local 0 and 1, local 2 and 3, 4 rejected, local 5 and 6, 7 rejected, local 8
-    found = shadow.look_back(trace, Prompt((5,)), Scripted(), Rank(1))
-    wrong, right = (0.0, False, True), (0.0, False, False)
-    assert found == Hindsight(2, (wrong, wrong, (1.0, True, True), right, (1.0, True, True), right))
+    trace = play(Prompt((5,)), edge, cloud, how, Stage())
+    # local 0 and 1, local 2 and 3 that the cloud would both replace, 4 rejected, local 5 and 6, 7 rejected, local 8
+    found = shadow.look_back(trace, Prompt((5,)), cloud, Rank(1))
+    right, wrong, sent = (0.0, False, False), (0.0, False, True), (1.0, True, True)
+    assert found == Hindsight(2, (right, wrong, sent, right, sent, right))
 
 
 def test_a_whole_draft_that_was_escalated_counts_as_accepted() -> None:

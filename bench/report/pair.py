@@ -1,0 +1,247 @@
+"""The report of two files, A before and B after: cells are paired by id, and their clips by file_id."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from bench.cases import SHORT
+from bench.report import numbers, pictures
+from bench.report.cells import MAIN, Options, caveat, facts, interval, labelled, languages, said
+from bench.report.differences import Part, distance, marked
+from bench.report.page import (
+    DASH,
+    Block,
+    Caption,
+    Captions,
+    Heading,
+    Page,
+    Picture,
+    Points,
+    Section,
+    Table,
+    Text,
+    change,
+    heading,
+    name,
+)
+from bench.report.runs import Document, Run, Unusable
+from bench.report.single import ledgers
+
+MACHINE = ("system", "machine", "cpu", "cores", "gpu")  # of the environment: what makes two runs comparable in time
+PARTS = ("environment", "experiment_config")
+ASIDE = ("output_name",)  # of what a cell was: says nothing of what it did
+CPU_APART = 0.1  # CPU % that differ by more than this share are pointed out
+
+Pairs = Mapping[str, tuple[Document, Document]]  # by id, the cell in A and in B
+
+
+def shared(a: Run, b: Run) -> dict[str, tuple[Document, Document]]:
+    """The cells that both files hold, by id. Raises Unusable where there is none."""
+    found = {case: (document, b.cells[case]) for case, document in a.cells.items() if case in b.cells}
+    if not found:
+        raise Unusable(
+            f"A ({a.name}) has {_some(a.cells)}, B ({b.name}) has {_some(b.cells)}: they have no cell in common; give "
+            "two runs with the same options"
+        )
+    return found
+
+
+def check_machines(a: Run, b: Run) -> None:
+    """Unusable where a cell that both files hold was timed on different machines."""
+    found = _machines(shared(a, b))
+    if found:
+        raise Unusable(
+            f"A ({a.name}) and B ({b.name}) are of different machines ({'; '.join(found)}), so their times do not "
+            "compare; --different-machines compares them all the same"
+        )
+
+
+def _machines(pairs: Pairs) -> list[str]:
+    """How the machines of cells differ, but for cells that a virtual clock timed by the same profile in both files."""
+
+    def virtual(a: Document, b: Document) -> bool:
+        return {said(a)["clock"], said(b)["clock"]} == {"virtual"} and said(a)["profile"] == said(b)["profile"]
+
+    return _differences([pair for pair in pairs.values() if not virtual(*pair)], "environment", MACHINE)
+
+
+def _differences(pairs: Sequence[tuple[Document, Document]], part: str, keys: Sequence[str]) -> list[str]:
+    """`key: value in A and value in B` for each of the keys of a part that differs in a pair."""
+    found: dict[str, None] = {}
+    for a, b in pairs:
+        for key in keys:
+            before, after = a[part].get(key), b[part].get(key)
+            if before != after:
+                text = f"{key}: {'none' if before is None else before} and {'none' if after is None else after}"
+                found[text] = None
+    return list(found)
+
+
+def _some(names: Collection[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join([*names][:most]) + more
+
+
+def page(a: Run, b: Run, options: Options) -> Page:
+    """The whole comparison. A section a language, where there are two."""
+    pairs = shared(a, b)
+    sections = [Section("What is compared", what_is_compared(a, b, pairs))]
+    before = [document for document, _ in pairs.values()]
+    for language, suffix in languages(before):
+        chosen = {text: pairs[said(each)["case"]] for text, each in labelled(before, language).items()}
+        sections += [
+            Section(f"{title}{suffix}", blocks)
+            for title, blocks in (
+                ("Is B faster, and as good?", verdicts(f"{language}-speedup", chosen, options.quality)),
+                ("Figures", figures(chosen)),
+                ("Where the time goes", [_ledgers(f"{language}-ledger", chosen)]),
+                ("Captions that differ", captions(chosen, options)),
+            )
+        ]
+    return Page(f"edgecloud_sd: {a.name} (A) and {b.name} (B)", sections)
+
+
+def what_is_compared(a: Run, b: Run, pairs: Pairs) -> list[Block]:
+    """Both runs side by side, what differs between them, and what only one of them holds."""
+    alike = [facts(replace(run, cells={case: run.cells[case] for case in pairs})) for run in (a, b)]
+    rows = [["file", a.name, b.name, ""]]
+    for (what, ours), (_, theirs) in zip(*alike, strict=True):
+        if (ours, theirs) != (DASH, DASH):
+            rows.append([what, ours, theirs, "differs" if ours != theirs and what != "saved" else ""])
+    headings = [Heading("what"), *(Heading(text, words=True) for text in ("A (before)", "B (after)", ""))]
+    blocks: list[Block] = [Table(headings, rows)]
+    cells = list(pairs.values())
+    environment, settings = ({key: None for pair in cells for each in pair for key in each[part]} for part in PARTS)
+    clips = [found for pair in cells for found in numbers.paired(*pair)]
+    references = {x["file_id"]: None for x, y in clips if x["reference_captions"] != y["reference_captions"]}
+    for warning, found in (
+        ("Different machines: no time on the real clock compares.", _machines(pairs)),
+        (
+            "Different settings in the same cell:",
+            _differences(cells, "experiment_config", [key for key in settings if key not in ASIDE]),
+        ),
+        ("Clips with other references in A than in B, so that their scores do not compare:", [*references]),
+    ):
+        if found:
+            blocks += [Text(warning, warning=True), Points([("", each) for each in found])]
+    software = _differences(cells, "environment", [key for key in environment if key not in MACHINE])
+    if software:
+        note = "Different software, which may be why figures differ:"
+        blocks += [Text(note), Points([("", each) for each in software])]
+    blocks += _clips_apart(pairs)
+    blocks.append(Text(f"{_cells(len(pairs))} in both files."))
+    for own, other, letter in ((a, b, "A"), (b, a, "B")):
+        alone = [("", case) for case in own.cells if case not in other.cells]
+        if alone:
+            blocks.append(Points(alone, folded=f"{_cells(len(alone))} in {letter} ({own.name}) only"))
+    return blocks
+
+
+def _cells(n: int) -> str:
+    return f"{n} cell is" if n == 1 else f"{n} cells are"
+
+
+def _clips_apart(pairs: Pairs, most: int = 10) -> list[Block]:
+    """The clips that a cell has in one file only, cells with the same ones together."""
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for case, (a, b) in pairs.items():
+        ours, theirs = numbers.clips(a), numbers.clips(b)
+        for letter, own, other in (("A", ours, theirs), ("B", theirs, ours)):
+            alone = tuple(clip for clip in own if clip not in other)
+            if alone:
+                found.setdefault((letter, alone), []).append(case)
+    items = [
+        (f"in {letter} only, {len(alone)}", f"{_some(alone, most)} (in {_some(cells)})")
+        for (letter, alone), cells in found.items()
+    ]
+    return [Text("Clips in one file only, left out of what is paired:", warning=True), Points(items)] if items else []
+
+
+def verdicts(picture: str, pairs: Pairs, quality: str) -> list[Block]:
+    """For each cell how many times as fast B is, what its quality changed by, and whether it writes the same."""
+    rows, intervals, counts = [], [], []  # counts: of the clips in both
+    for text, (a, b) in pairs.items():
+        both = numbers.paired(a, b)
+        whole, token = numbers.speedup(a, b), numbers.length_matched(a, b)
+        differ = sum(x["generated_text"] != y["generated_text"] for x, y in both)
+        scores = numbers.score_difference(a, b, quality)
+        by_score = DASH if scores is None else f"{scores.value:+.3f} [{scores.low:+.3f}, {scores.high:+.3f}]"
+        same = "all the same" if both and not differ else f"{differ} of {len(both)} differ" if both else DASH
+        rows.append([text, str(len(both)), interval(whole), interval(token), by_score, same])
+        intervals.append((text, [("B over A", whole), ("B over A, per token", token)]))
+        counts.append(len(both))
+    headings = [
+        Heading("cell"),
+        Heading("clips in both"),
+        Heading("B, times as fast", "A's seconds a caption / B's, summed over the clips in both"),
+        Heading("per token", "the same by seconds a token after the first: not better for shorter captions"),
+        Heading(f"{name(quality)} B - A", "mean over the clips in both of the clip's own score, with 95% interval"),
+        Heading("captions", words=True),
+    ]
+    table = Table(headings, rows)
+    blocks: list[Block] = [table]
+    if any(counts):
+        says = (
+            "How many times as fast B is as A: above 1, B is faster. 95% intervals are paired bootstraps over clips. "
+            f"{caveat(min(filter(None, counts)))}"
+        )
+        blocks = [Picture(pictures.speedups(picture, intervals), says, table)]
+    busy = [
+        f"{text} {a:.0f}% and {b:.0f}%"
+        for text, pair in pairs.items()
+        for a, b in [[numbers.figure(document, "cpu_percent") for document in pair]]
+        if a is not None and b is not None and abs(a - b) > CPU_APART * max(a, b)
+    ]
+    if busy:
+        text = "The process had another share of the CPU in A than in B, which may be why times differ:"
+        blocks.append(Text(f"{text} {', '.join(busy)}.", warning=True))
+    return blocks
+
+
+def figures(pairs: Pairs) -> list[Block]:
+    """The main figures, A to B."""
+
+    def known(figure: str) -> bool:
+        return any(numbers.figure(document, figure) is not None for pair in pairs.values() for document in pair)
+
+    used = [figure for figure in MAIN if known(figure)]
+    rows = [
+        [text, *(change(figure, numbers.figure(a, figure), numbers.figure(b, figure)) for figure in used)]
+        for text, (a, b) in pairs.items()
+    ]
+    says = "A → B, each over all the clips that its own file has: where these differ, it is not of the same clips."
+    return [Text(says), Table([Heading("cell"), *map(heading, used)], rows)]
+
+
+def _ledgers(picture: str, pairs: Pairs) -> Picture:
+    return ledgers(
+        picture,
+        {f"{text} {letter}": each for text, pair in pairs.items() for letter, each in zip("AB", pair, strict=True)},
+    )
+
+
+def captions(pairs: Pairs, options: Options) -> list[Block]:
+    """The captions of B that are not A's, with their differences; the most different first."""
+    found: dict[tuple[str, str, str], list[str]] = {}  # clip, A's, B's -> cells
+    clips: dict[str, Document] = {}
+    for text, (a, b) in pairs.items():
+        for x, y in numbers.paired(a, b):
+            if x["generated_text"] != y["generated_text"]:
+                found.setdefault((x["file_id"], x["generated_text"], y["generated_text"]), []).append(text)
+                clips[x["file_id"]] = x
+    if not found:
+        return [Text("None: in every cell that both files hold, every clip that both hold has the same caption.")]
+    language = said(next(iter(pairs.values()))[0])["language"]
+    order = sorted(found, key=lambda key: distance(key[1], key[2], language), reverse=True)[: options.clips]
+    which = "All" if len(order) == len(found) else f"The first {len(order)} of"
+    intro = (
+        f"{which} {len(found)} pairs of captions, the most different first. In B's, underlined: not in A's; "
+        "struck out: only in A's."
+    )
+    blocks: list[Block] = [Text(intro)]
+    for clip, before, after in order:
+        rows = [Caption("reference", [Part("same", each)]) for each in clips[clip]["reference_captions"]]
+        rows += [Caption("A", [Part("same", before)]), Caption("B", marked(before, after, language))]
+        blocks.append(Captions(f"{clip} ({', '.join(found[clip, before, after])})", rows, SHORT[language]))
+    return blocks

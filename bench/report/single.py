@@ -1,0 +1,319 @@
+"""The report of one file: what was run, what it took, how good it is, and what every clip became."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+
+from bench.cases import SHORT
+from bench.report import numbers, pictures
+from bench.report.cells import MAIN, OUTPUT, Cells, Options, caveat, facts, interval, labelled, languages, said
+from bench.report.differences import Part, distance, marked
+from bench.report.page import (
+    DASH,
+    Block,
+    Caption,
+    Captions,
+    Heading,
+    Page,
+    Picture,
+    Points,
+    Section,
+    Table,
+    Text,
+    heading,
+    missing,
+    name,
+    shown,
+)
+from bench.report.runs import Document, Run
+from edgecloud_sd.ledger import PARTS
+from edgecloud_sd.summary import FIGURES
+
+
+def page(run: Run, options: Options) -> Page:
+    """The whole report. A section a language, where there are two."""
+    sections = [Section("What was run", what_was_run(run))]
+    for language, suffix in languages(run.cells.values()):
+        cells = labelled(run.cells.values(), language)
+        sections += [
+            Section(f"{title}{suffix}", blocks)
+            for title, blocks in (
+                ("Summary", summary(cells)),
+                ("Where the time goes", [ledgers(f"{language}-ledger", cells)]),
+                ("Latency against quality", latency_quality(f"{language}-front", cells, options.quality)),
+                ("Acceptance by position", acceptance(f"{language}-acceptance", cells)),
+                ("Does it pay?", pays(f"{language}-speedup", cells, run.answers, options.quality)),
+                ("Captions side by side", captions(cells, options)),
+            )
+            if blocks
+        ]
+    return Page(f"edgecloud_sd: {run.name}", sections)
+
+
+def what_was_run(run: Run) -> list[Block]:
+    """The run as a whole, and the ids of its cells."""
+    documents = run.cells.values()
+    rows = []
+    for language, _ in languages(documents):
+        for text, document in labelled(documents, language).items():
+            rows.append([text, said(document)["case"], language, str(len(document["detailed_results"]))])
+    headings = [Heading("cell"), Heading("id", words=True), Heading("language", words=True), Heading("clips")]
+    blocks: list[Block] = [
+        Table(
+            [Heading("what"), Heading("value", words=True)],
+            [[what, value] for what, value in facts(run) if value != DASH],
+        ),
+        Table(headings, rows, folded="The cells and their ids"),
+    ]
+    skipped = {clip["file_id"]: clip["reason"] for document in documents for clip in document["skipped_clips"]}
+    if skipped:
+        blocks += [Text("Clips left out, as they cannot be used:", warning=True), Points([*skipped.items()])]
+    return blocks
+
+
+def summary(cells: Cells) -> list[Block]:
+    """The main figures, a row a cell; then all of them, a row a figure."""
+    main = [figure for figure in MAIN if any(numbers.figure(each, figure) is not None for each in cells.values())]
+    table = Table(
+        [Heading("cell"), Heading("output", OUTPUT, words=True), *map(heading, main)],
+        [
+            [text, said(each)["output"] or DASH, *(shown(figure, numbers.figure(each, figure)) for figure in main)]
+            for text, each in cells.items()
+        ],
+    )
+    everything = Table(
+        [Heading("figure"), Heading("better", words=True), *map(Heading, cells)],
+        [
+            [
+                heading(figure).text,
+                about.better or DASH,
+                *(shown(figure, numbers.figure(each, figure)) for each in cells.values()),
+            ]
+            for figure, about in FIGURES.items()
+        ],
+        folded="Every figure",
+    )
+    blocks: list[Block] = [table]
+    dashes = missing(MAIN, cells.values())
+    if dashes:
+        blocks += [Text("Why there is a dash, or no column:"), Points(dashes)]
+    blocks.append(everything)
+    others = missing([figure for figure in FIGURES if figure not in MAIN], cells.values())
+    if others:
+        blocks.append(Points(others, folded="Why there are dashes in it"))
+    meanings = [(name(figure), about.meaning) for figure, about in FIGURES.items()]
+    return [*blocks, Points(meanings, folded="What each figure means")]
+
+
+def ledgers(picture: str, cells: Cells) -> Picture:
+    """Where a caption's time goes in each cell."""
+    used = [part for part in PARTS if any(each["metrics"]["ledger"][part] for each in cells.values())]
+    rows, bars = [], []
+    for text, document in cells.items():
+        parts, closure = document["metrics"]["ledger"], document["metrics"]["ledger_closure"]
+        discarded = numbers.figure(document, "discarded_draft") or 0.0
+        bars.append(pictures.Bar(text, parts, discarded))
+        rows.append(
+            [
+                text,
+                *(f"{1e3 * parts[part]:.1f}" for part in used),
+                f"{1e3 * discarded:.1f}",
+                f"{closure['median']:.2%}",
+                f"{closure['worst']:.2%}",
+            ]
+        )
+    median, worst = (
+        max((each["metrics"]["ledger_closure"][kind] for each in cells.values()), key=lambda closure: abs(closure - 1))
+        for kind in ("median", "worst")
+    )
+    says = (
+        "Mean ms a caption by part, a bar a cell. Hatched: draft tokens that were thrown away. Sum of the parts / wall "
+        f"time: {median:.2%} in the median clip of the worst cell, {worst:.2%} in the worst clip."
+    )
+    headings = [
+        Heading("ms a caption"),
+        *(Heading(part.replace("_", " "), PARTS[part]) for part in used),
+        Heading("discarded draft", FIGURES["discarded_draft"].meaning),
+        Heading("sum / wall", "sum of the parts / wall time by another clock, median over clips"),
+        Heading("worst clip", "the same, of the clip that is furthest from 100%"),
+    ]
+    return Picture(pictures.ledger_bars(picture, bars), says, Table(headings, rows, folded="The numbers"))
+
+
+def latency_quality(picture: str, cells: Cells, quality: str) -> list[Block]:
+    """Seconds a caption against one figure of quality, with the Pareto front."""
+    points = [
+        pictures.Point(text, said(each)["mode"], each["metrics"]["figures"]["total"], value, _calls(each))
+        for text, each in cells.items()
+        if (value := numbers.figure(each, quality)) is not None
+    ]
+    if not points:
+        reasons = missing([quality], cells.values())
+        return [Text(f"No cell has {name(quality)} (--quality chooses another):"), Points(reasons)]
+    front = numbers.front([(point.seconds, point.quality) for point in points])
+    others = "Every other cell is neither faster nor better than one of these. " if len(front) < len(points) else ""
+    says = (
+        f"{name(quality)} against seconds a caption. On the Pareto front, from fast to good: "
+        f"{', '.join(points[i].label for i in front)}. {others}The larger a circle, the more of its rounds went to the "
+        "cloud."
+    )
+    rows = [
+        [
+            str(i + 1),
+            point.label,
+            f"{point.seconds:.3f}",
+            shown(quality, point.quality),
+            shown("cloud_call_rate", point.calls),
+            "yes" if i in front else "no",
+        ]
+        for i, point in enumerate(points)
+    ]
+    headings = [
+        Heading("no."),
+        Heading("cell", words=True),
+        Heading("s a caption", FIGURES["total"].meaning),
+        Heading(name(quality), FIGURES[quality].meaning),
+        Heading("cloud calls", FIGURES["cloud_call_rate"].meaning),
+        Heading("on the front", words=True),
+    ]
+    table = Table(headings, rows, folded="The numbers")
+    return [Picture(pictures.latency_quality(picture, points, front, name(quality)), says, table)]
+
+
+def _calls(document: Document) -> float | None:
+    """The share of its rounds that went to the cloud, for a cell in which any could."""
+    return numbers.figure(document, "cloud_call_rate") if said(document)["mode"] == "speculative" else None
+
+
+def acceptance(picture: str, cells: Cells) -> list[Block]:
+    """The share of draft tokens that the cloud accepted, by their place in the draft; nothing without a draft."""
+    found = {
+        text: each["metrics"]["speculative_decoding_metrics"]["acceptance_by_position"] for text, each in cells.items()
+    }
+    found = {text: values for text, values in found.items() if values}
+    if not found:
+        return []
+    lines = []
+    for text, values in found.items():
+        cell = said(cells[text])
+        lines.append(pictures.Line(text, values, str(cell["gate"]), str(cell["rule"]), str(cell["k"])))
+    longest = max(map(len, found.values()))
+    rows = [
+        [text, *(f"{value:.3f}" for value in values), *[DASH] * (longest - len(values))]
+        for text, values in found.items()
+    ]
+    table = Table([Heading("cell"), *(Heading(str(i + 1)) for i in range(longest))], rows, folded="The numbers")
+    says = (
+        "Of the drafts sent for verification that had a token at a position, the share in which the cloud accepted it "
+        "(and so all before it). Colour: gate; dashes: rule; marker: k."
+    )
+    return [Picture(pictures.acceptance(picture, lines), says, table)]
+
+
+def pays(picture: str, cells: Cells, answers: Mapping[str, str], quality: str) -> list[Block]:
+    """Each speculative cell against the edge and the cloud alone, and the oracle's sentence for each."""
+    ours = {text: each for text, each in cells.items() if said(each)["mode"] == "speculative"}
+    if not ours:
+        return []
+    rows, intervals, fewest = [], [], []
+    for text, document in ours.items():
+        edge, cloud = (numbers.baseline(document, mode, cells.values()) for mode in ("edge", "cloud"))
+        row, found = [text], []
+        for mode, base in (("edge", edge), ("cloud", cloud)):
+            whole = numbers.speedup(base, document) if base else None
+            token = numbers.length_matched(base, document) if base else None
+            row += [interval(whole), interval(token)]
+            found.append((f"over {mode}", whole))
+            if base and (pairs := numbers.paired(base, document)):
+                fewest.append(len(pairs))
+        closed = numbers.gap_closed(document, edge, cloud, quality)
+        rows.append([*row, DASH if closed is None else f"{closed:.2f}", said(document)["output"] or DASH])
+        intervals.append((text, found))
+    blocks: list[Block] = []
+    if fewest:
+        each = "seconds a token after the first: not better for shorter captions"
+        table = Table(
+            [
+                Heading("times as fast as"),
+                Heading("edge", "seconds a caption, summed over the clips that both have"),
+                Heading("edge, per token", each),
+                Heading("cloud", "the same, over the same link"),
+                Heading("cloud, per token", each),
+                Heading(f"{name(quality)} gap closed", "(ours - edge) / (cloud - edge)"),
+                Heading("output", OUTPUT, words=True),
+            ],
+            rows,
+            folded="The numbers",
+        )
+        says = (
+            "How many times as fast as the edge alone and as the cloud alone, by seconds a caption over the same "
+            f"clips, with 95% intervals (paired bootstrap over clips). {caveat(min(fewest))}"
+        )
+        blocks.append(Picture(pictures.speedups(picture, intervals), says, table))
+        if any(row[5] == DASH for row in rows):
+            gap = f"No {name(quality)} gap closed: edge or cloud is missing, or their gap is not larger than its noise."
+            blocks.append(Text(gap))
+    else:
+        blocks.append(
+            Text("Neither the edge nor the cloud alone captioned these clips: there is nothing to compare with.")
+        )
+    sentences = [
+        (text, answers.get(said(each)["case"], "the file holds no answer of the oracle")) for text, each in ours.items()
+    ]
+    oracle = (
+        "The oracle's answers, from the costs that this run shows. They are of a token, once both sides are open: "
+        "hold them against the speed-ups per token."
+    )
+    return [*blocks, Text(oracle), Points(sentences)]
+
+
+def captions(cells: Cells, options: Options) -> list[Block]:
+    """Clip by clip what each cell wrote, its differences from the cloud's caption marked; most different first."""
+    cloud = next((each for each in cells.values() if said(each)["mode"] == "cloud"), None)
+    whose = "the cloud's" if cloud else "the first reference, as no cell is the cloud alone"
+    language = said(next(iter(cells.values())))["language"]
+    wrote = {text: numbers.clips(each) for text, each in cells.items()}
+    own = numbers.clips(cloud) if cloud else {}
+    base: dict[str, str] = {}  # by clip, what its captions are compared with
+    for clip, found in ((clip, found) for each in wrote.values() for clip, found in each.items()):
+        base.setdefault(clip, own[clip]["generated_text"] if clip in own else found["reference_captions"][0])
+
+    def apart(clip: str) -> float:
+        texts = [each[clip]["generated_text"] for each in wrote.values() if clip in each]
+        return fmean(distance(base[clip], text, language) for text in texts)
+
+    chosen = sorted(base, key=apart, reverse=True)[: options.clips]
+    which = "All" if len(chosen) == len(base) else f"The first {len(chosen)} of"
+    intro = (
+        f"{which} {len(base)} clips, those first whose captions differ most from {whose}, on average. Underlined: not "
+        f"in that one; struck out: only there. In brackets: the clip's {name(options.quality)}, if it has one."
+    )
+    return [
+        Text(intro),
+        *(
+            _clip(
+                clip,
+                {text: each[clip] for text, each in wrote.items() if clip in each},
+                base[clip],
+                language,
+                options.quality,
+            )
+            for clip in chosen
+        ),
+    ]
+
+
+def _clip(clip: str, found: Mapping[str, Document], base: str, language: str, quality: str) -> Captions:
+    """References, then each text once, with all the cells that wrote it; first the one that is compared with."""
+    texts: dict[str, list[str]] = {}
+    for text, each in found.items():
+        texts.setdefault(each["generated_text"], []).append(text)
+    references = next(iter(found.values()))["reference_captions"]
+    rows = [Caption("reference", [Part("same", reference)]) for reference in references]
+    for own in sorted(texts, key=lambda own: own != base):
+        who, *same = texts[own] if len(texts) > 1 or len(found) == 1 else ["every cell"]
+        score = found[texts[own][0]]["scores"].get(quality)
+        note = "" if score is None else f"[{shown(quality, score)}]"
+        rows.append(Caption(who, marked(base, own, language), note, same))
+    return Captions(clip, rows, SHORT[language])
