@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from bench import cases, rows, table, verdict
+from bench.comparison import Document
 from bench.unfinished import Unfinished
 from edgecloud_sd import dataset, metrics, oracle, quality, results
 from edgecloud_sd import profile as profiles
@@ -30,6 +31,7 @@ class Done:
     def __init__(self) -> None:
         self.captions: dict[str, tuple[cases.Case, list[ClipResult]]] = {}
         self.summaries: dict[str, Summary] = {}
+        self.documents: dict[str, Document] = {}
         self.files: list[Path] = []
 
 
@@ -220,6 +222,7 @@ def report(
         done = pytestconfig.stash.setdefault(DONE, Done())
         done.captions[case.id] = (case, captions)
         done.summaries[case.id] = summary
+        done.documents[case.id] = document
         done.files.append(file)
         # the traces stay in the results file: in pytest-benchmark's they would make a hundred megabytes of a large run
         for clip in document["detailed_results"]:
@@ -246,7 +249,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(table.render(done.summaries))
         terminalreporter.section("where the time goes")
         terminalreporter.write_line(table.render_ledgers(done.summaries))
-        speedups = table.render_speedups(done.captions)
+        speedups = table.render_speedups(done.documents)
         if speedups:
             terminalreporter.section("does it pay?")
             terminalreporter.write_line(speedups)

@@ -9,13 +9,14 @@ from typing import Any
 
 from tabulate import tabulate
 
+from bench import comparison
 from bench.cases import Case, cases
-from edgecloud_sd import metrics
+from bench.comparison import Document
 from edgecloud_sd.config import Settings
 from edgecloud_sd.ledger import PARTS
 from edgecloud_sd.pairs import Pair
 from edgecloud_sd.profile import Profile
-from edgecloud_sd.summary import ClipResult, Summary
+from edgecloud_sd.summary import Summary
 
 # heading -> name in summary.FIGURES, format, factor
 COLUMNS: dict[str, tuple[str, str, float]] = {
@@ -106,43 +107,21 @@ def render_ledgers(rows: Mapping[str, Summary]) -> str:
     return _grid(lines, ["ms a caption", *headings, "discarded draft", "sum / wall", "worst clip"])
 
 
-def render_speedups(done: Mapping[str, tuple[Case, Sequence[ClipResult]]]) -> str:
+def render_speedups(cells: Mapping[str, Document]) -> str:
     """Each speculative cell against the edge and the cloud alone, with 95 % intervals; empty where neither ran."""
     lines = []
-    for name, (case, ours) in done.items():
-        if case.cell.mode != "speculative":
+    for name, ours in cells.items():
+        if ours["experiment_config"]["mode"] != "speculative":
             continue
-        cells = []
+        columns = []
         for mode in ("edge", "cloud"):
-            base = baseline(case, mode, done)
-            cells += ["-", "-"] if base is None else [_shown(speedup(base, ours)), _shown(length_matched(base, ours))]
-        if set(cells) != {"-"}:
-            lines.append([name, *cells])
+            base = comparison.baseline(ours, mode, cells.values())
+            for by in (comparison.speedup, comparison.length_matched):
+                columns.append(_shown(by(base, ours) if base else None))
+        if set(columns) != {"-"}:
+            lines.append([name, *columns])
     headings = ["speed-up", "over edge", "per token", "over cloud", "per token"]
     return _grid(lines, headings) if lines else ""
-
-
-def baseline(
-    case: Case, mode: str, done: Mapping[str, tuple[Case, Sequence[ClipResult]]]
-) -> Sequence[ClipResult] | None:
-    """The captions by `mode` alone in the language of `case`, over its link."""
-    for other, results in done.values():
-        alike = other.language == case.language and (mode == "edge" or other.cell.link == case.cell.link)
-        if other.cell.mode == mode and alike:
-            return results
-    return None
-
-
-def speedup(base: Sequence[ClipResult], ours: Sequence[ClipResult]) -> metrics.Interval | None:
-    """By seconds a caption."""
-    return metrics.speedup([each.trace.seconds for each in base], [each.trace.seconds for each in ours])
-
-
-def length_matched(base: Sequence[ClipResult], ours: Sequence[ClipResult]) -> metrics.Interval | None:
-    """By seconds a token after the first, over the clips in which both have such tokens."""
-    pairs = [(b.after_first, o.after_first) for b, o in zip(base, ours, strict=True)]
-    both = [(b, o) for b, o in pairs if b is not None and o is not None]
-    return metrics.tpot_speedup([b for b, _ in both], [o for _, o in both])
 
 
 def _shown(value: object | None) -> str:

@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench import comparison
+from bench.comparison import Document
 from bench.report import __main__ as report
-from bench.report import labels, numbers, pictures, render
+from bench.report import labels, pictures, render
 from bench.report.differences import distance, marked
 from bench.report.page import Points, Text, change
-from bench.report.runs import Document
 from edgecloud_sd.ledger import PARTS
 from edgecloud_sd.metrics import Interval
 from edgecloud_sd.results import SCHEMA_VERSION
@@ -582,7 +583,7 @@ def test_an_option_that_makes_no_sense_is_an_error(options: list[str], capsys: p
     ],
 )
 def test_the_pareto_front(points: list[tuple[float, float]], front: list[int]) -> None:
-    assert numbers.front(points) == front
+    assert comparison.front(points) == front
 
 
 coordinates = st.integers(0, 4).map(float)
@@ -590,7 +591,7 @@ coordinates = st.integers(0, 4).map(float)
 
 @given(st.lists(st.tuples(coordinates, coordinates), max_size=8))
 def test_every_point_off_the_front_is_beaten_by_one_on_it_and_none_on_it_is(points: list[tuple[float, float]]) -> None:
-    front = numbers.front(points)
+    front = comparison.front(points)
 
     def beats(i: int, j: int) -> bool:
         (a, b), (x, y) = points[i], points[j]
@@ -605,20 +606,20 @@ def test_the_gap_closed_needs_a_gap_above_its_noise() -> None:
         cell(mode, [clip(str(i), "", 1.0, scores={"bleu4": score}) for i, score in enumerate(scores)])
         for mode, scores in {"edge": (0.0, 1.0), "cloud": (1.0, 0.0), "speculative": (0.5, 0.5)}.items()
     )
-    assert numbers.gap_closed(ours, edge, cloud, "bleu4") is None  # 0.4, and from -1 to 1 by the clips
+    assert comparison.gap_closed(ours, edge, cloud, "bleu4") is None  # 0.4, and from -1 to 1 by the clips
     for each in cloud["detailed_results"]:
         each["scores"] = {"bleu4": None}
-    assert numbers.gap_closed(ours, edge, cloud, "bleu4") == pytest.approx(0.75)
-    assert numbers.gap_closed(ours, edge, None, "bleu4") is None
+    assert comparison.gap_closed(ours, edge, cloud, "bleu4") == pytest.approx(0.75)
+    assert comparison.gap_closed(ours, edge, None, "bleu4") is None
 
 
 def test_the_baseline_of_a_cell_has_its_language_clock_and_link() -> None:
     ours = cell("speculative", link="4g")
     edge, near, far = cell("edge"), cell("cloud"), cell("cloud", link="4g")
     others = [cell("edge", language="english"), cell("cloud", link="4g", clock="virtual"), edge, near, ours, far]
-    assert numbers.baseline(ours, "edge", others) is edge
-    assert numbers.baseline(ours, "cloud", others) is far
-    assert numbers.baseline(ours, "cloud", [edge, near]) is None
+    assert comparison.baseline(ours, "edge", others) is edge
+    assert comparison.baseline(ours, "cloud", others) is far
+    assert comparison.baseline(ours, "cloud", [edge, near]) is None
 
 
 texts = st.text("ab ,。他", max_size=12)

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bench.comparison import Document
 from bench.report.page import DASH
-from bench.report.runs import Document, Run
+from bench.report.runs import Run
 from edgecloud_sd.metrics import Interval
 
 MAIN = (

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from bench.comparison import Document
 from bench.report.differences import Part
-from bench.report.runs import Document
 from edgecloud_sd.summary import FIGURES
 
 DASH = "-"

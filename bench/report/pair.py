@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from bench import comparison
 from bench.cases import SHORT
-from bench.report import numbers, pictures
+from bench.comparison import Document
+from bench.report import pictures
 from bench.report.cells import MAIN, Options, caveat, facts, interval, labelled, languages, said
 from bench.report.differences import Part, distance, marked
 from bench.report.page import (
@@ -25,7 +27,7 @@ from bench.report.page import (
     heading,
     name,
 )
-from bench.report.runs import Document, Run, Unusable
+from bench.report.runs import Run, Unusable
 from bench.report.single import ledgers
 
 MACHINE = ("system", "machine", "cpu", "cores", "gpu")  # of the environment: what makes two runs comparable in time
@@ -113,7 +115,7 @@ def what_is_compared(a: Run, b: Run, pairs: Pairs) -> list[Block]:
     blocks: list[Block] = [Table(headings, rows)]
     cells = list(pairs.values())
     environment, settings = ({key: None for pair in cells for each in pair for key in each[part]} for part in PARTS)
-    clips = [found for pair in cells for found in numbers.paired(*pair)]
+    clips = [found for pair in cells for found in comparison.paired(*pair)]
     references = {x["file_id"]: None for x, y in clips if x["reference_captions"] != y["reference_captions"]}
     for warning, found in (
         ("Different machines: no time on the real clock compares.", _machines(pairs)),
@@ -146,7 +148,7 @@ def _clips_apart(pairs: Pairs, most: int = 10) -> list[Block]:
     """The clips that a cell has in one file only, cells with the same ones together."""
     found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for case, (a, b) in pairs.items():
-        ours, theirs = numbers.clips(a), numbers.clips(b)
+        ours, theirs = comparison.clips(a), comparison.clips(b)
         for letter, own, other in (("A", ours, theirs), ("B", theirs, ours)):
             alone = tuple(clip for clip in own if clip not in other)
             if alone:
@@ -162,10 +164,10 @@ def verdicts(picture: str, pairs: Pairs, quality: str) -> list[Block]:
     """For each cell how many times as fast B is, what its quality changed by, and whether it writes the same."""
     rows, intervals, counts = [], [], []  # counts: of the clips in both
     for text, (a, b) in pairs.items():
-        both = numbers.paired(a, b)
-        whole, token = numbers.speedup(a, b), numbers.length_matched(a, b)
+        both = comparison.paired(a, b)
+        whole, token = comparison.speedup(a, b), comparison.length_matched(a, b)
         differ = sum(x["generated_text"] != y["generated_text"] for x, y in both)
-        scores = numbers.score_difference(a, b, quality)
+        scores = comparison.score_difference(a, b, quality)
         by_score = DASH if scores is None else f"{scores.value:+.3f} [{scores.low:+.3f}, {scores.high:+.3f}]"
         same = "all the same" if both and not differ else f"{differ} of {len(both)} differ" if both else DASH
         rows.append([text, str(len(both)), interval(whole), interval(token), by_score, same])
@@ -190,7 +192,7 @@ def verdicts(picture: str, pairs: Pairs, quality: str) -> list[Block]:
     busy = [
         f"{text} {a:.0f}% and {b:.0f}%"
         for text, pair in pairs.items()
-        for a, b in [[numbers.figure(document, "cpu_percent") for document in pair]]
+        for a, b in [[comparison.figure(document, "cpu_percent") for document in pair]]
         if a is not None and b is not None and abs(a - b) > CPU_APART * max(a, b)
     ]
     if busy:
@@ -203,11 +205,11 @@ def figures(pairs: Pairs) -> list[Block]:
     """The main figures, A to B."""
 
     def known(figure: str) -> bool:
-        return any(numbers.figure(document, figure) is not None for pair in pairs.values() for document in pair)
+        return any(comparison.figure(document, figure) is not None for pair in pairs.values() for document in pair)
 
     used = [figure for figure in MAIN if known(figure)]
     rows = [
-        [text, *(change(figure, numbers.figure(a, figure), numbers.figure(b, figure)) for figure in used)]
+        [text, *(change(figure, comparison.figure(a, figure), comparison.figure(b, figure)) for figure in used)]
         for text, (a, b) in pairs.items()
     ]
     says = "A → B, each over all the clips that its own file has: where these differ, it is not of the same clips."
@@ -226,7 +228,7 @@ def captions(pairs: Pairs, options: Options) -> list[Block]:
     found: dict[tuple[str, str, str], list[str]] = {}  # clip, A's, B's -> cells
     clips: dict[str, Document] = {}
     for text, (a, b) in pairs.items():
-        for x, y in numbers.paired(a, b):
+        for x, y in comparison.paired(a, b):
             if x["generated_text"] != y["generated_text"]:
                 found.setdefault((x["file_id"], x["generated_text"], y["generated_text"]), []).append(text)
                 clips[x["file_id"]] = x

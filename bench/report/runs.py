@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import verdict
+from bench.comparison import Document
 from edgecloud_sd import results, traces
-
-Document = dict[str, Any]  # a cell's results, as edgecloud_sd/results.schema.json has them; the traces may be absent
 
 GIVE = (
     "give a file that pytest-benchmark saved (.benchmarks/*/0001_name.json, or that of --benchmark-json), or the "

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
+from bench import comparison
 from bench.cases import SHORT
-from bench.report import numbers, pictures
+from bench.comparison import Document
+from bench.report import pictures
 from bench.report.cells import MAIN, OUTPUT, Cells, Options, caveat, facts, interval, labelled, languages, said
 from bench.report.differences import Part, distance, marked
 from bench.report.page import (
@@ -26,7 +28,7 @@ from bench.report.page import (
     name,
     shown,
 )
-from bench.report.runs import Document, Run
+from bench.report.runs import Run
 from edgecloud_sd.ledger import PARTS
 from edgecloud_sd.summary import FIGURES
 
@@ -74,11 +76,11 @@ def what_was_run(run: Run) -> list[Block]:
 
 def summary(cells: Cells) -> list[Block]:
     """The main figures, a row a cell; then all of them, a row a figure."""
-    main = [figure for figure in MAIN if any(numbers.figure(each, figure) is not None for each in cells.values())]
+    main = [figure for figure in MAIN if any(comparison.figure(each, figure) is not None for each in cells.values())]
     table = Table(
         [Heading("cell"), Heading("output", OUTPUT, words=True), *map(heading, main)],
         [
-            [text, said(each)["output"] or DASH, *(shown(figure, numbers.figure(each, figure)) for figure in main)]
+            [text, said(each)["output"] or DASH, *(shown(figure, comparison.figure(each, figure)) for figure in main)]
             for text, each in cells.items()
         ],
     )
@@ -88,7 +90,7 @@ def summary(cells: Cells) -> list[Block]:
             [
                 heading(figure).text,
                 about.better or DASH,
-                *(shown(figure, numbers.figure(each, figure)) for each in cells.values()),
+                *(shown(figure, comparison.figure(each, figure)) for each in cells.values()),
             ]
             for figure, about in FIGURES.items()
         ],
@@ -112,7 +114,7 @@ def ledgers(picture: str, cells: Cells) -> Picture:
     rows, bars = [], []
     for text, document in cells.items():
         parts, closure = document["metrics"]["ledger"], document["metrics"]["ledger_closure"]
-        discarded = numbers.figure(document, "discarded_draft") or 0.0
+        discarded = comparison.figure(document, "discarded_draft") or 0.0
         bars.append(pictures.Bar(text, parts, discarded))
         rows.append(
             [
@@ -146,12 +148,12 @@ def latency_quality(picture: str, cells: Cells, quality: str) -> list[Block]:
     points = [
         pictures.Point(text, said(each)["mode"], each["metrics"]["figures"]["total"], value, _calls(each))
         for text, each in cells.items()
-        if (value := numbers.figure(each, quality)) is not None
+        if (value := comparison.figure(each, quality)) is not None
     ]
     if not points:
         reasons = missing([quality], cells.values())
         return [Text(f"No cell has {name(quality)} (--quality chooses another):"), Points(reasons)]
-    front = numbers.front([(point.seconds, point.quality) for point in points])
+    front = comparison.front([(point.seconds, point.quality) for point in points])
     others = "Every other cell is neither faster nor better than one of these. " if len(front) < len(points) else ""
     says = (
         f"{name(quality)} against seconds a caption. On the Pareto front, from fast to good: "
@@ -183,7 +185,7 @@ def latency_quality(picture: str, cells: Cells, quality: str) -> list[Block]:
 
 def _calls(document: Document) -> float | None:
     """The share of its rounds that went to the cloud, for a cell in which any could."""
-    return numbers.figure(document, "cloud_call_rate") if said(document)["mode"] == "speculative" else None
+    return comparison.figure(document, "cloud_call_rate") if said(document)["mode"] == "speculative" else None
 
 
 def acceptance(picture: str, cells: Cells) -> list[Block]:
@@ -218,16 +220,16 @@ def pays(picture: str, cells: Cells, answers: Mapping[str, str], quality: str) -
         return []
     rows, intervals, fewest = [], [], []
     for text, document in ours.items():
-        edge, cloud = (numbers.baseline(document, mode, cells.values()) for mode in ("edge", "cloud"))
+        edge, cloud = (comparison.baseline(document, mode, cells.values()) for mode in ("edge", "cloud"))
         row, found = [text], []
         for mode, base in (("edge", edge), ("cloud", cloud)):
-            whole = numbers.speedup(base, document) if base else None
-            token = numbers.length_matched(base, document) if base else None
+            whole = comparison.speedup(base, document) if base else None
+            token = comparison.length_matched(base, document) if base else None
             row += [interval(whole), interval(token)]
             found.append((f"over {mode}", whole))
-            if base and (pairs := numbers.paired(base, document)):
+            if base and (pairs := comparison.paired(base, document)):
                 fewest.append(len(pairs))
-        closed = numbers.gap_closed(document, edge, cloud, quality)
+        closed = comparison.gap_closed(document, edge, cloud, quality)
         rows.append([*row, DASH if closed is None else f"{closed:.2f}", said(document)["output"] or DASH])
         intervals.append((text, found))
     blocks: list[Block] = []
@@ -273,8 +275,8 @@ def captions(cells: Cells, options: Options) -> list[Block]:
     cloud = next((each for each in cells.values() if said(each)["mode"] == "cloud"), None)
     whose = "the cloud's" if cloud else "the first reference, as no cell is the cloud alone"
     language = said(next(iter(cells.values())))["language"]
-    wrote = {text: numbers.clips(each) for text, each in cells.items()}
-    own = numbers.clips(cloud) if cloud else {}
+    wrote = {text: comparison.clips(each) for text, each in cells.items()}
+    own = comparison.clips(cloud) if cloud else {}
     base: dict[str, str] = {}  # by clip, what its captions are compared with
     for clip, found in ((clip, found) for each in wrote.values() for clip, found in each.items()):
         base.setdefault(clip, own[clip]["generated_text"] if clip in own else found["reference_captions"][0])

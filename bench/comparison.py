@@ -1,14 +1,14 @@
-"""What a report computes from the clips of two cells. Clips are paired by their file_id, never by their place."""
+"""How two cells compare, from what their results files hold. Clips are paired by file_id, never by their place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.report.runs import Document
 from edgecloud_sd import metrics
 from edgecloud_sd.metrics import Interval
 
+Document = dict[str, Any]  # a cell's results, as edgecloud_sd/results.schema.json has them; the traces may be absent
 Clip = dict[str, Any]
 
 
