@@ -33,6 +33,7 @@ class Done:
         self.summaries: dict[str, Summary] = {}
         self.documents: dict[str, Document] = {}
         self.files: list[Path] = []
+        self.profile: Profile | None = None  # of the virtual clock
 
 
 DONE = pytest.StashKey[Done]()
@@ -223,6 +224,7 @@ def report(
         done.captions[case.id] = (case, captions)
         done.summaries[case.id] = summary
         done.documents[case.id] = document
+        done.profile = profile
         done.files.append(file)
         # the traces stay in the results file: in pytest-benchmark's they would make a hundred megabytes of a large run
         for clip in document["detailed_results"]:
@@ -273,4 +275,4 @@ def answers(done: Done, settings: Settings) -> dict[str, oracle.Forecast | str]:
         for name, (case, captions) in done.captions.items()
     }
     together = settings.edge_device == settings.cloud_device and settings.clock == "real"
-    return verdict.verdicts(cells, together)
+    return verdict.verdicts(cells, done.profile, together)

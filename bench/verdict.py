@@ -1,4 +1,4 @@
-"""The oracle's answer for each speculative cell of a run, from the costs that the run itself shows."""
+"""The oracle's answer for each speculative cell of a run, from its profile or the costs that the run itself shows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from edgecloud_sd import link, oracle
+from edgecloud_sd.profile import Profile
 from edgecloud_sd.records import Trace
 
 
@@ -21,13 +22,16 @@ class Decoded:
     traces: Sequence[Trace]
 
 
-def verdicts(cells: Mapping[str, Decoded], same_machine: bool) -> dict[str, oracle.Forecast | str]:
+def verdicts(
+    cells: Mapping[str, Decoded], profile: Profile | None = None, together: bool = False
+) -> dict[str, oracle.Forecast | str]:
     """By id, the forecast of each speculative cell, or why there is none.
 
-    `same_machine`: both sides run on one device, so that the drafter's step beside the cloud is its own.
+    `profile`: the virtual clock's. `together`: both sides run on one device, so that the drafter's step beside the
+    cloud is its own.
     """
-    seen = oracle.observed(trace for cell in cells.values() for trace in cell.traces)
-    if seen is not None and same_machine:
+    seen = profile or oracle.observed(trace for cell in cells.values() for trace in cell.traces)
+    if seen is not None and together:
         seen = replace(seen, draft_at_cloud=seen.edge.step)
     found: dict[str, oracle.Forecast | str] = {}
     for name, cell in cells.items():

@@ -164,6 +164,8 @@ class Forecast:
         """The answer, in one plain sentence."""
         took = f"at k={self.k} a token takes {_ms(self.token)}, the cloud alone {_ms(self.cloud)}"
         edge = f"{self.over_edge:.2f}x as fast as the edge alone"
+        if self.over_colocated is not None and self.rtt:
+            edge += f" and {self.over_colocated:.2f}x as fast as the same loop all at the cloud"
         guessed = " if acceptance goes on as seen" if self.best_k > self.seen_k else ""
         best = f"k={self.best_k} ({self.best_over_cloud:.2f}x{guessed})"
         if self.pays:
@@ -190,7 +192,7 @@ class Forecast:
             else "neither a better link alone nor a faster drafter alone would change that"
         )
         return (
-            f"Does not pay: {self.over_cloud:.2f}x as fast as the cloud alone ({took}) and {edge}; even with every "
+            f"Does not pay: {self.over_cloud:.2f}x as fast as the cloud alone ({took}), {edge}; even with every "
             f"draft accepted and no round trip it cannot exceed {self.ceiling_over_edge:.2f}x the edge alone "
             f"({self.ceiling_over_edge_without_bonus:.2f}x without the bonus token) and {self.ceiling_over_cloud:.2f}x "
             f"the cloud alone; {change}."

@@ -122,7 +122,7 @@ def _answer(case: str, document: Document) -> dict[str, str]:
     try:
         decoded = [traces.from_json(clip["trace"]) for clip in document["detailed_results"]]
         cell = verdict.Decoded(said["mode"], said["k"] or 0, gated, said["link"] or "none", decoded)
-        found = verdict.verdicts({case: cell}, together)
+        found = verdict.verdicts({case: cell}, together=together)
     except ValueError as error:  # a trace or a link that this version does not know
         return {case: f"no answer: {error}"}
     return {name: verdict.sentence(each) for name, each in found.items()}
