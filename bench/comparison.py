@@ -30,17 +30,10 @@ def speedup(base: Document, ours: Document) -> Interval | None:
 
 
 def length_matched(base: Document, ours: Document) -> Interval | None:
-    """By seconds a token after the first, over the clips in which both have such tokens."""
-    pairs = [(_after_first(b), _after_first(o)) for b, o in paired(base, ours)]
+    """By seconds a token after the first chunk, over the clips in which both have such tokens."""
+    pairs = [(b["after_first_chunk"], o["after_first_chunk"]) for b, o in paired(base, ours)]
     both = [(b, o) for b, o in pairs if b is not None and o is not None]
-    return metrics.tpot_speedup([b for b, _ in both], [o for _, o in both])
-
-
-def _after_first(clip: Clip) -> tuple[int, float] | None:
-    """(tokens, s) after the first token with text; None for a caption that came at one moment."""
-    if clip["otps"] is None or clip["ttft"] is None or clip["e2e"] is None:
-        return None
-    return len(clip["token_ids"]) - 1, clip["e2e"] - clip["ttft"]
+    return metrics.pace_speedup([b for b, _ in both], [o for _, o in both])
 
 
 def score_difference(base: Document, ours: Document, quality: str) -> Interval | None:
@@ -51,15 +44,22 @@ def score_difference(base: Document, ours: Document, quality: str) -> Interval |
 
 
 def gap_closed(ours: Document, edge: Document | None, cloud: Document | None, quality: str) -> float | None:
-    """`metrics.gap_closed` of the cells' figures.
+    """`metrics.gap_closed` of the mean score over the clips that all three have; None where clips have no such score.
 
-    The noise is half the width of the interval of the clips' differences between edge and cloud.
+    The noise is half the width of the interval of that mean's difference between edge and cloud.
     """
     if edge is None or cloud is None:
         return None
-    spread = score_difference(edge, cloud, quality)
-    noise = (spread.high - spread.low) / 2 if spread else 0.0
-    return metrics.gap_closed(figure(ours, quality), figure(edge, quality), figure(cloud, quality), noise)
+    all_three = [clips(each) for each in (ours, edge, cloud)]
+    names = [name for name in all_three[0] if all(name in each for each in all_three)]
+    scores = [[each[name]["scores"].get(quality) for name in names] for each in all_three]
+    if not names or any(score is None for each in scores for score in each):
+        return None
+    spread = metrics.difference(scores[1], scores[2])
+    if spread is None or spread.low is None or spread.high is None:
+        return None
+    own, low, high = (sum(each) / len(each) for each in scores)
+    return metrics.gap_closed(own, low, high, (spread.high - spread.low) / 2)
 
 
 def figure(document: Document, name: str) -> float | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,7 @@ def profile(
         chosen = data(settings.language[0])
         file = Path(settings.results_dir) / f"{settings.output_name}-profile.yaml"
         if pytestconfig.getoption("--resume") and file.exists():
-            measured = profiles.load(str(file))
+            measured = replace(profiles.load(str(file)), name=MEASURE)
         else:
             measured = measure(captioner, [chosen.request(clip) for clip in chosen.clips[:MEASURED_CLIPS]])
             profiles.save(measured, file)
@@ -151,18 +153,28 @@ def run_clock(request: pytest.FixtureRequest) -> RunClock:
     return clock
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def unfinished(
-    settings: Settings, captioner: Captioner, profile: Profile | None, pytestconfig: pytest.Config
+    settings: Settings, captioner: Captioner, profile: Profile | None, request: pytest.FixtureRequest
 ) -> Callable[[cases.Case], Unfinished]:
-    """What a case has finished before, and where to note what it finishes now."""
+    """What a case has finished before, and where to note what it finishes now.
+
+    A run that does not resume begins every case's file at once: were it stopped in its first case, a resumed run would
+    take the others from what an older run had left.
+    """
+    environment = results.environment()
+    resume = request.config.getoption("--resume")
+    to_begin = [] if resume else [item.callspec.params["case"] for item in request.session.items]  # type: ignore[attr-defined]
+
+    def saved(case: cases.Case) -> Unfinished:
+        experiment = table.describe(case, captioner.pair, settings, profile)
+        header = {"experiment": experiment, "environment": environment}
+        return Unfinished(table.results_file(settings, case), header, resume)
 
     def find(case: cases.Case) -> Unfinished:
-        header = {
-            "experiment": table.describe(case, captioner.pair, settings, profile),
-            "environment": results.environment(),
-        }
-        return Unfinished(table.results_file(settings, case), header, pytestconfig.getoption("--resume"))
+        while to_begin:
+            saved(to_begin.pop()).begin()
+        return saved(case)
 
     return find
 
@@ -196,7 +208,8 @@ class Progress:
 @pytest.fixture
 def progress(pytestconfig: pytest.Config) -> Iterator[Callable[[int, str], Progress]]:
     """Starts a bar for so many clips under a name."""
-    terminal = pytestconfig.pluginmanager.getplugin("terminalreporter").isatty
+    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
+    terminal = reporter is not None and reporter.isatty and sys.__stderr__ is not None and sys.__stderr__.isatty()
     bars: list[Progress] = []
 
     def start(total: int, name: str) -> Progress:

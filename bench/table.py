@@ -98,8 +98,8 @@ def render_ledgers(rows: Mapping[str, Summary]) -> str:
         + [format(1e3 * summary.ledger.parts[part], ".1f") for part in used]
         + [
             format(1e3 * summary.ledger.discarded, ".1f"),
-            f"{summary.closure_median:.2%}",
-            f"{summary.closure_worst:.2%}",
+            "-" if summary.closure_median is None else f"{summary.closure_median:.2%}",
+            "-" if summary.closure_worst is None else f"{summary.closure_worst:.2%}",
         ]
         for name, summary in rows.items()
     ]

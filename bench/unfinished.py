@@ -19,8 +19,7 @@ class CannotResume(ValueError):
 class Unfinished:
     """`<results file>.unfinished`: a header that says what the experiment is, then a record a clip.
 
-    With `resume`, `done` holds what that file, or a complete results file of the same experiment, has by clip. Without,
-    both are left alone until the first clip is added, which starts the file anew.
+    With `resume`, `done` holds what that file, or else a complete results file of the same experiment, has by clip.
     """
 
     def __init__(self, results_file: Path, header: Record, resume: bool) -> None:
@@ -32,13 +31,21 @@ class Unfinished:
         elif resume and results_file.exists():
             self._read_results(results_file)
 
+    def begin(self) -> None:
+        """Start the file with its header alone, so that `resume` takes nothing from an older results file.
+
+        What an earlier run left unfinished is kept beside it as `.unfinished.old`.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and self.path.read_bytes().count(b"\n") > 1:
+            self.path.replace(self.path.with_name(f"{self.path.name}.old"))
+        self._write([self._header], "w")
+
     def add(self, record: Record) -> None:
         """Write one clip's record to the disk."""
-        if not self.done:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write([self._header], "w")
-        elif not self.path.exists():
-            self._write([self._header, *self.done.values()], "w")
+        if not self.path.exists():
+            self.begin()
+            self._write([*self.done.values()], "a")
         self.done[record["file_id"]] = record
         self._write([record], "a")
 
@@ -58,12 +65,12 @@ class Unfinished:
         try:
             header, *records = [json.loads(line) for line in lines]
             self._check(self.path, header)
-            self.done = {record["file_id"]: record for record in records}
+            self.done = {record["file_id"]: record for record in records if results.measurements(record)}
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, CannotResume):
                 raise
             raise CannotResume(f"{self.path}: is damaged ({error}); remove it to start over") from error
-        self._write([header, *records], "w")
+        os.truncate(self.path, saved.rfind(b"\n") + 1)
 
     def _read_results(self, file: Path) -> None:
         import jsonschema
@@ -80,7 +87,7 @@ class Unfinished:
         differences = [
             f"{key} was {header[part].get(key)!r} and is {ours.get(key)!r}"
             for part, ours in self._header.items()
-            for key in dict.fromkeys([*ours, *header[part]])
+            for key in dict.fromkeys([*ours, *(header[part] if part == "experiment" else ())])
             if header[part].get(key) != ours.get(key)
         ]
         if differences:

@@ -38,7 +38,9 @@ def verdicts(
         if cell.mode != "speculative":
             continue
         work = oracle.workload(cell.traces, cell.k, cell.gated)
-        if seen is None or work is None:
+        if seen is None:
+            found[name] = "no answer: a step of the cloud alone was not timed (--mode edge,cloud,speculative)"
+        elif work is None:
             found[name] = "no answer: nothing was verified"
         else:
             found[name] = oracle.forecast(seen, link.find(cell.link), work)

@@ -19,13 +19,15 @@ Text = Callable[[Sequence[int]], str]  # the tokenizer's decoding
 
 
 def ttft(trace: Trace, decode: Text) -> float | None:
-    """s, request -> first committed token whose text is not empty; None where the caption is empty."""
-    seen: list[int] = []
-    for seconds, event in trace.events:
-        if isinstance(event, Committed):
-            seen.extend(event.tokens)
-            if decode(seen).strip():
-                return seconds
+    """s, request -> the first moment at which text is visible; None where the caption is empty.
+
+    A character of which some bytes are still to come is no text.
+    """
+    seen = 0
+    for seconds, n in chunks(trace):
+        seen += n
+        if decode(trace.tokens[:seen]).replace("\ufffd", "").strip():
+            return seconds
     return None
 
 
@@ -36,8 +38,8 @@ def e2e(trace: Trace) -> float | None:
 
 
 def tpot(n: int, first: float | None, last: float | None) -> float | None:
-    """s a token after the first: (e2e - ttft) / (N - 1) for N >= 2, else None."""
-    return (last - first) / (n - 1) if first is not None and last is not None and n >= 2 else None
+    """s a token after the first: (e2e - ttft) / (N - 1) for N >= 2 that came at more than one moment, else None."""
+    return (last - first) / (n - 1) if first is not None and last is not None and n >= 2 and last > first else None
 
 
 def otps(n: int, first: float | None, last: float | None) -> float | None:
@@ -65,6 +67,15 @@ def chunks(trace: Trace) -> list[tuple[float, int]]:
         else:
             joins = False
     return found
+
+
+def after_first_chunk(trace: Trace) -> tuple[int, float] | None:
+    """(tokens, s) after the first chunk: the pace of decoding, which tpot flatters by what came with the first token.
+
+    None where there is one chunk or none.
+    """
+    moments = chunks(trace)
+    return (sum(n for _, n in moments[1:]), moments[-1][0] - moments[0][0]) if len(moments) > 1 else None
 
 
 def itl_per_chunk(trace: Trace) -> list[float]:
@@ -211,10 +222,10 @@ class Hindsight:
     drafts: tuple[tuple[float | None, bool, bool], ...]
 
 
-def useless_escalations(looks: Sequence[Hindsight]) -> float | None:
+def useless_escalations(traces: Sequence[Trace]) -> float | None:
     """Escalated drafts in which nothing was corrected / escalated drafts."""
-    escalated = [rejected for look in looks for _, sent, rejected in look.drafts if sent]
-    return _ratio(escalated.count(False), len(escalated))
+    verified = [event for trace in traces for _, event in trace.events if isinstance(event, Verified)]
+    return _ratio(sum(event.verdict.accepted == len(event.draft.tokens) for event in verified), len(verified))
 
 
 def missed_corrections(looks: Sequence[Hindsight], local: int) -> float | None:
@@ -244,14 +255,19 @@ def gap_closed(ours: float | None, edge: float | None, cloud: float | None, nois
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its 95 % interval."""
+    """A figure with its 95 % interval; one clip alone has none."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return self.shown(".2f")
+
+    def shown(self, form: str) -> str:
+        """The figure and its bounds, each in a format."""
+        known = self.low is not None and self.high is not None
+        return f"{self.value:{form}} [" + (f"{self.low:{form}}, {self.high:{form}}]" if known else "one clip]")
 
 
 def bootstrap(
@@ -270,6 +286,8 @@ def bootstrap(
         drawn = statistic(np.random.default_rng(seed).integers(0, n, (resamples, n)))
     if not np.isfinite(value):
         return None
+    if n == 1:
+        return Interval(value, None, None)
     low, high = np.quantile(drawn[np.isfinite(drawn)], (0.025, 0.975))
     return Interval(value, float(low), float(high))
 
@@ -280,18 +298,18 @@ def speedup(baseline: Sequence[float], ours: Sequence[float]) -> Interval | None
     return bootstrap(lambda at: b[at].sum(-1) / o[at].sum(-1), len(b))
 
 
-def tpot_speedup(baseline: Sequence[tuple[int, float]], ours: Sequence[tuple[int, float]]) -> Interval | None:
-    """The length-matched speed-up, from each clip's (tokens, seconds) after its first token.
+def pace_speedup(baseline: Sequence[tuple[int, float]], ours: Sequence[tuple[int, float]]) -> Interval | None:
+    """The length-matched speed-up, from each clip's (tokens, seconds) as `after_first_chunk` gives them.
 
     (sum of baseline seconds / sum of its tokens) / (sum of our seconds / sum of our tokens).
     """
     b, o = (values.reshape(-1, 2) for values in _paired(baseline, ours))
 
-    def tpots(of: NDArray[np.float64], at: NDArray[np.intp]) -> NDArray[np.float64]:
+    def pace(of: NDArray[np.float64], at: NDArray[np.intp]) -> NDArray[np.float64]:
         per_token: NDArray[np.float64] = of[at, 1].sum(-1) / of[at, 0].sum(-1)
         return per_token
 
-    return bootstrap(lambda at: tpots(b, at) / tpots(o, at), len(b))
+    return bootstrap(lambda at: pace(b, at) / pace(o, at), len(b))
 
 
 def difference(baseline: Sequence[float], ours: Sequence[float]) -> Interval | None:

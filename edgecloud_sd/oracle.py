@@ -46,6 +46,8 @@ class Workload:
     gate_rate: float = 1.0  # share of rounds escalated
     gated: bool = False  # whether the gate reads a statistic of each drafted token
     bonus: bool = True  # whether a draft accepted whole earns the cloud's next token
+    tokens: float | None = None  # N of a caption, where whole captions are to be forecast
+    open_bytes: int = 0  # that open a prompt at the cloud, over a link
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -63,11 +65,6 @@ class Workload:
     def at(self, k: int) -> Workload:
         """The same with drafts of `k`: if each drafted token exceeds the gate's threshold independently."""
         return replace(self, k=k, gate_rate=1 - (1 - self.gate_rate) ** (k / self.k))
-
-
-def geometric(k: int, acceptance: float, gate_rate: float = 1.0, bonus: bool = True) -> Workload:
-    """The workload in which each token is accepted with the same chance: p_i = acceptance^i."""
-    return Workload(k, tuple(acceptance**i for i in range(1, k + 1)), gate_rate, bonus=bonus)
 
 
 def tokens_per_round(work: Workload) -> float:
@@ -138,7 +135,7 @@ class Forecast:
 
     k: int
     rtt: float
-    token: float  # s a token of the loop
+    token: float  # s a token of the loop, once both sides are open
     edge: float  # s a token of the edge alone
     cloud: float  # s a token of the cloud alone, streamed
     over_edge: float
@@ -149,58 +146,63 @@ class Forecast:
     seen_k: int  # beyond which acceptance was not seen, but continued
     largest_rtt: float | None  # s at which it breaks even with the cloud alone; None: at no RTT
     slowest_drafter: float | None  # s a step at which it does; None: with no drafter, however fast
-    edge_step: float
-    ceiling_over_edge: float  # every draft accepted, no link, this k
+    ceiling_over_edge: float  # every draft accepted, no link, this k and gate rate
     ceiling_over_edge_without_bonus: float
     ceiling_over_cloud: float
+    tokens: float | None  # of a caption; None where the workload does not say
+    caption: float | None  # s, openings included
+    caption_edge: float | None  # s of the edge alone
+    caption_cloud: float | None  # s of the cloud alone
 
     @property
     def pays(self) -> bool:
-        """Whether the loop is faster than the cloud alone, which writes captions at least as good."""
+        """Whether a token comes faster than from the cloud alone, which writes captions at least as good."""
         return self.over_cloud > 1
 
     @property
     def sentence(self) -> str:
         """The answer, in one plain sentence."""
         took = f"at k={self.k} a token takes {_ms(self.token)}, the cloud alone {_ms(self.cloud)}"
-        edge = f"{self.over_edge:.2f}x as fast as the edge alone"
+        others = f"{self.over_edge:.2f}x as fast as the edge alone"
         if self.over_colocated is not None and self.rtt:
-            edge += f" and {self.over_colocated:.2f}x as fast as the same loop all at the cloud"
+            others += f", {self.over_colocated:.2f}x as fast as the same loop all at the cloud"
         guessed = " if acceptance goes on as seen" if self.best_k > self.seen_k else ""
         best = f"k={self.best_k} ({self.best_over_cloud:.2f}x{guessed})"
+        rtt = None if self.largest_rtt is None else f"{_ms(self.largest_rtt)} (now {_ms(self.rtt)})"
+        drafter = None if self.slowest_drafter is None else f"{_ms(self.slowest_drafter)} a step (now {_ms(self.edge)})"
+        verdict = f"{self.over_cloud:.2f}x as fast as the cloud alone ({took}{self._caption})"
         if self.pays:
-            limits = []
-            if self.largest_rtt is not None:
-                limits.append(f"a round trip of {_ms(self.largest_rtt)} (now {_ms(self.rtt)})")
-            if self.slowest_drafter is not None:
-                limits.append(f"a drafter of {_ms(self.slowest_drafter)} a step (now {_ms(self.edge_step)})")
-            better = ", and no other k is better" if self.best_k == self.k else f", at its best {best}"
+            better = "no other k is better" if self.best_k == self.k else f"at its best {best}"
             return (
-                f"Pays: {self.over_cloud:.2f}x as fast as the cloud alone ({took}){better}; {edge}; it pays up to "
-                f"{' or '.join(limits)}."
+                f"{self._head}: {verdict}, {better}; {others}; it pays up to a round trip of {rtt} or a drafter of "
+                f"{drafter}."
             )
-        wants = []
-        if self.best_over_cloud > 1:
-            wants.append(best)
-        if self.largest_rtt is not None:
-            wants.append(f"a round trip below {_ms(self.largest_rtt)} (now {_ms(self.rtt)})")
-        if self.slowest_drafter is not None:
-            wants.append(f"a drafter below {_ms(self.slowest_drafter)} a step (now {_ms(self.edge_step)})")
-        change = (
-            f"to pay it needs {' or '.join(wants)}"
-            if wants
-            else "neither a better link alone nor a faster drafter alone would change that"
-        )
+        wants = [best] if self.best_over_cloud > 1 else []
+        wants += [f"a round trip below {rtt}"] if rtt else []
+        wants += [f"a drafter below {drafter}"] if drafter else []
+        change = f"needs {' or '.join(wants)}" if wants else "would take more than a better link or drafter alone"
         return (
-            f"Does not pay: {self.over_cloud:.2f}x as fast as the cloud alone ({took}), {edge}; even with every "
-            f"draft accepted and no round trip it cannot exceed {self.ceiling_over_edge:.2f}x the edge alone "
-            f"({self.ceiling_over_edge_without_bonus:.2f}x without the bonus token) and {self.ceiling_over_cloud:.2f}x "
-            f"the cloud alone; {change}."
+            f"{self._head}: {verdict}, {others}; even with every draft accepted and no round trip it cannot exceed "
+            f"{self.ceiling_over_edge:.2f}x the edge alone ({self.ceiling_over_edge_without_bonus:.2f}x without the "
+            f"bonus token) and {self.ceiling_over_cloud:.2f}x the cloud alone at this k; to pay it {change}."
         )
+
+    @property
+    def _head(self) -> str:
+        if not self.pays:
+            return "Does not pay"
+        slower = self.caption is not None and self.caption_cloud is not None and self.caption > self.caption_cloud
+        return "Pays once both sides are open, but not for captions this short" if slower else "Pays"
+
+    @property
+    def _caption(self) -> str:
+        if self.caption is None or self.caption_cloud is None:
+            return ""
+        return f"; with its opening a caption of {self.tokens:.0f} takes {_ms(self.caption)}, {_ms(self.caption_cloud)}"
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
@@ -216,8 +218,14 @@ def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
     if profile.draft_at_cloud is not None:
         beside = replace(profile, edge=Costs(0.0, ((1, profile.draft_at_cloud),)))
         colocated = seconds_per_token(beside, links.NONE, work) / token
-    perfect = Workload(work.k, (1.0,), gated=work.gated)
+    perfect = replace(work, accepted=(1.0,))
     ceiling = seconds_per_token(profile, links.NONE, perfect)
+
+    def caption(mode: str, each: float) -> float | None:
+        if work.tokens is None:
+            return None
+        return opening_seconds(profile, link, mode, work.open_bytes) + work.tokens * each
+
     return Forecast(
         k=work.k,
         rtt=link.rtt,
@@ -232,25 +240,39 @@ def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
         seen_k=len(work.accepted),
         largest_rtt=rtt if rtt > 0 else None,
         slowest_drafter=drafter if drafter > 0 else None,
-        edge_step=edge,
         ceiling_over_edge=edge / ceiling,
         ceiling_over_edge_without_bonus=edge / seconds_per_token(profile, links.NONE, replace(perfect, bonus=False)),
         ceiling_over_cloud=cloud / ceiling,
+        tokens=work.tokens,
+        caption=caption("speculative", token),
+        caption_edge=caption("edge", edge),
+        caption_cloud=caption("cloud", cloud),
     )
 
 
 def workload(traces: Sequence[Trace], k: int, gated: bool = False) -> Workload | None:
     """What speculative captions with drafts of up to `k` were; None where nothing was verified."""
     accepted = metrics.acceptance_by_position(traces)
-    rate = sum((metrics.counts(trace) for trace in traces), metrics.Counts()).cloud_call_rate
-    return Workload(k, tuple(accepted), rate, gated) if accepted and rate else None
+    total = sum((metrics.counts(trace) for trace in traces), metrics.Counts())
+    if not accepted or not total.cloud_call_rate:
+        return None
+    opened = [next((span.size for span in trace.spans if span.part == "uplink"), 0) for trace in traces]
+    return Workload(
+        k,
+        tuple(accepted),
+        total.cloud_call_rate,
+        gated,
+        tokens=total.tokens / len(traces),
+        open_bytes=round(sum(opened) / len(opened)),
+    )
 
 
 def observed(traces: Iterable[Trace], name: str = "observed") -> Profile | None:
-    """The profile that captions of one run show, whatever clock timed them; None unless both sides decoded in it.
+    """The profile that captions of one run show, whatever clock timed them.
 
-    A draft's seconds are shared among its tokens. Where no caption was the cloud's alone, its step is continued from
-    the verify passes. A pass over more tokens is taken to cost no less than one over fewer.
+    None unless the edge drafted and the cloud wrote captions alone, for nothing else shows what its step takes. A
+    draft's seconds are shared among its tokens. A pass over more tokens is taken to cost no less than one over fewer:
+    means are pooled, weighted by how many passes they are of, until they rise (isotonic regression).
     """
     spent: dict[tuple[str, int], float] = defaultdict(float)  # s by part, and by tokens of a cloud's pass
     calls: dict[tuple[str, int], int] = defaultdict(int)
@@ -279,14 +301,19 @@ def observed(traces: Iterable[Trace], name: str = "observed") -> Profile | None:
     def each(part: str, n: int = 1) -> float:
         return spent[part, n] / calls[part, n] if calls[part, n] else 0.0
 
-    passes = sorted(n for part, n in calls if part == "forward")
-    if not calls["draft", 1] or not passes:
+    if not calls["draft", 1] or not calls["forward", 1]:
         return None
-    heights = itertools.accumulate((each("forward", n) for n in passes), max)
+    passes = sorted(n for part, n in calls if part == "forward" and calls[part, n])
+    pools: list[tuple[float, int, list[int]]] = []  # s and passes in all, and of how many tokens
+    for n in passes:
+        pools.append((spent["forward", n], calls["forward", n], [n]))
+        while len(pools) > 1 and pools[-1][0] / pools[-1][1] < pools[-2][0] / pools[-2][1]:
+            (s1, c1, n1), (s0, c0, n0) = pools.pop(), pools.pop()
+            pools.append((s0 + s1, c0 + c1, n0 + n1))
     return Profile(
         name,
         edge=Costs(each("edge_prefill"), ((1, each("draft")),)),
-        cloud=Costs(each("cloud_prefill"), tuple(zip(passes, heights, strict=True))),
+        cloud=Costs(each("cloud_prefill"), tuple((n, s / c) for s, c, pooled in pools for n in pooled)),
         features=each("features"),
         gate=each("gate"),
         queue=each("cloud_queue"),

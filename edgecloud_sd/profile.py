@@ -88,6 +88,15 @@ def load(name: str) -> Profile:
     )
 
 
+def from_json(saved: Mapping[str, Any]) -> Profile:
+    """The profile that `dataclasses.asdict` and JSON made this of, as results files hold it."""
+
+    def side(costs: Mapping[str, Any]) -> Costs:
+        return Costs(costs["prefill"], tuple((n, s) for n, s in costs["forward"]))
+
+    return Profile(**{**saved, "edge": side(saved["edge"]), "cloud": side(saved["cloud"])})
+
+
 def save(profile: Profile, path: Path) -> None:
     """Write a profile as the YAML file that `load` reads. Its name will be the file's."""
     import yaml

@@ -44,7 +44,7 @@ def document(
     return {
         "schema_version": SCHEMA_VERSION,
         "experiment_config": experiment,
-        "environment": environment(),
+        "environment": environment() | {"torch_threads": torch_threads()},
         "metrics": {
             "avg_bleu": figures["bleu4"],
             "avg_cider": figures["cider"],
@@ -74,7 +74,7 @@ def document(
 # Fields of a clip that `latency_metrics` sums up
 SERIES = (
     "ttft", "otps", "total_time", "cpu_percent", "ram_mb", "ram_peak_mb", "gpu_util", "gpu_memory_mb", "output_tokens",
-    "features", "edge_prefill", "cloud_prefill",
+    "features", "edge_opening", "cloud_opening",
 )  # fmt: skip
 
 
@@ -122,6 +122,7 @@ def _clip(each: ClipResult, scores: quality.Quality, index: int) -> dict[str, An
         "reference_captions": list(each.clip.references),
         "prompt_tokens": next(e.prompt_tokens for _, e in each.trace.events if isinstance(e, Prepared)),
         "output_tokens": each.counts.tokens,
+        "after_first_chunk": list(metrics.after_first_chunk(each.trace) or ()) or None,
         "token_ids": list(each.trace.tokens),
         "finish_reason": each.trace.events[-1][1].reason,  # type: ignore[union-attr]
         "bleu_score": scores.per_clip["bleu4"][index],
@@ -131,8 +132,8 @@ def _clip(each: ClipResult, scores: quality.Quality, index: int) -> dict[str, An
         "otps": each.otps,
         "total_time": each.trace.seconds,
         "features": metrics.features(each.trace),
-        "edge_prefill": metrics.opening(each.trace, "edge"),
-        "cloud_prefill": metrics.opening(each.trace, "cloud"),
+        "edge_opening": metrics.opening(each.trace, "edge"),
+        "cloud_opening": metrics.opening(each.trace, "cloud"),
         "cpu_percent": each.used.cpu_percent,
         "wire_bytes_up": wire[0] if wire else None,
         "wire_bytes_down": wire[1] if wire else None,
@@ -155,11 +156,17 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
         "transformers": metadata.version("transformers"),
         "edgecloud_sd": metadata.version("edgecloud_sd"),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
+
+
+def torch_threads() -> int:
+    """CPU threads that the mode at hand runs on."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _cpu() -> str | None:

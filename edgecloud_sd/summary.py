@@ -34,14 +34,16 @@ FIGURES = {
         "tokens/s",
         "higher",
         "after the first token: sum of (N - 1) / sum of (last - first), over clips whose tokens came at more than one "
-        "moment",
+        "moment. What comes together with the first token counts as if it took no time",
     ),
     "e2e_tps": Figure("tokens/s", "higher", "over the whole request: sum of N / sum of e2e"),
     "itl_per_chunk": Figure("s", "lower", "between one moment at which tokens became visible and the next; mean"),
     "itl_per_token": Figure("s", "lower", "the same, each gap divided by the tokens that came at its end; mean"),
     "features": Figure("s", "lower", "log-mel spectrogram and prompt; mean over clips"),
-    "edge_prefill": Figure("s", "lower", "the edge's audio encoder and prefill; mean over clips"),
-    "cloud_prefill": Figure("s", "lower", "the cloud's, with what crosses the link to open it; mean over clips"),
+    "edge_opening": Figure("s", "lower", "the edge's audio encoder and prefill; mean over clips"),
+    "cloud_opening": Figure(
+        "s", "lower", "the cloud's, with its queue and the link on the way there; mean over clips"
+    ),
     "discarded_draft": Figure("s", "lower", "spent on draft tokens that were thrown away; mean over clips"),
     "cpu_percent": Figure("%", None, "CPU seconds of the process / wall seconds: above 100 on several cores"),
     "rss_peak": Figure("MB", "lower", "highest resident memory of the process while captioning; largest over clips"),
@@ -96,7 +98,7 @@ class ClipResult:
 
     @property
     def after_first(self) -> tuple[int, float] | None:
-        """(tokens, s) after the first token with text; None for a caption that came at one moment."""
+        """(tokens, s) that OTPS is of: after the first token with text; None for a caption that came at one moment."""
         if self.otps is None or self.ttft is None or self.e2e is None:
             return None
         return self.counts.tokens - 1, self.e2e - self.ttft
@@ -136,9 +138,10 @@ class Summary:
     counts: metrics.Counts
     acceptance_by_position: tuple[float, ...]
     ledger: ledger.Ledger  # mean over clips
-    closure_median: float  # sum of a ledger / wall seconds by another clock
-    closure_worst: float  # the clip's that is furthest from 1
-    unnamed_median: float  # share of the wall seconds in no part but `other`
+    # sum of a ledger / wall seconds by another clock, None where the clock was virtual: median, and furthest from 1
+    closure_median: float | None
+    closure_worst: float | None
+    unnamed_median: float | None  # share of the wall seconds in no part but `other`
     tokenizer: str
     bertscore_model: str | None
     empty_captions: int
@@ -169,8 +172,8 @@ def summarise(
         "itl_per_chunk": mean(gap for trace in traces for gap in metrics.itl_per_chunk(trace)),
         "itl_per_token": mean(gap for trace in traces for gap in metrics.itl_per_token(trace)),
         "features": mean(map(metrics.features, traces)),
-        "edge_prefill": mean(metrics.opening(trace, "edge") for trace in traces),
-        "cloud_prefill": mean(metrics.opening(trace, "cloud") for trace in traces),
+        "edge_opening": mean(metrics.opening(trace, "edge") for trace in traces),
+        "cloud_opening": mean(metrics.opening(trace, "cloud") for trace in traces),
         "discarded_draft": fmean(each.ledger.discarded for each in results) if total.rounds else None,
         "cpu_percent": 100 * sum(cpu) / sum(each.wall for each in used) if len(cpu) == len(used) else None,
         "rss_peak": most(each.rss_peak_mb for each in used),
@@ -181,11 +184,12 @@ def summarise(
         **{name: getattr(total, name) for name in RATES},
         "wire_up_per_token": sum(up for up, _ in wire) / total.tokens if wire else None,
         "wire_down_per_token": sum(down for _, down in wire) / total.tokens if wire else None,
-        "useless_escalations": metrics.useless_escalations(looks),
+        "useless_escalations": metrics.useless_escalations(traces),
         "missed_corrections": metrics.missed_corrections(looks, total.local),
         "gate_auroc": metrics.auroc(looks),
     }
-    closures = [each.ledger.closure(each.used.wall) for each in results]
+    timed = [each for each in results if each.used.cpu is not None]  # the others' wall time is their trace's own
+    closures = [each.ledger.closure(each.used.wall) for each in timed]
     summary = Summary(
         clips=len(results),
         figures={name: figures[name] for name in FIGURES},
@@ -193,9 +197,9 @@ def summarise(
         counts=total,
         acceptance_by_position=tuple(metrics.acceptance_by_position(traces)),
         ledger=ledger.mean(each.ledger for each in results),
-        closure_median=median(closures),
-        closure_worst=max(closures, key=lambda closure: abs(closure - 1)),
-        unnamed_median=median(each.ledger.unnamed(each.used.wall) for each in results),
+        closure_median=median(closures) if closures else None,
+        closure_worst=max(closures, key=lambda closure: abs(closure - 1), default=None),
+        unnamed_median=median(each.ledger.unnamed(each.used.wall) for each in timed) if timed else None,
         tokenizer=scores.tokenizer,
         bertscore_model=scores.bertscore_model,
         empty_captions=scores.empty,
@@ -223,7 +227,7 @@ def _reasons(
     one_moment = "no caption has a token later than its first with text"
     verified = "nothing was verified" if total.rounds else "this mode has no rounds"
     looked = "" if any(each.hindsight for each in results) else "the cloud was not asked afterwards (see --shadow)"
-    if not total.rounds or figures["cloud_prefill"] is None:
+    if not total.rounds or figures["cloud_opening"] is None:
         looked = "this mode has no draft that goes to the cloud"
     guesses = {
         "ttft": "every caption is empty",
@@ -231,8 +235,8 @@ def _reasons(
         "otps": one_moment,
         "itl_per_chunk": "no caption came at more than one moment",
         "itl_per_token": "no caption came at more than one moment",
-        "edge_prefill": "this mode does not open the edge",
-        "cloud_prefill": "this mode does not open the cloud",
+        "edge_opening": "this mode does not open the edge",
+        "cloud_opening": "this mode does not open the cloud",
         "discarded_draft": "this mode has no rounds",
         "waste": "this mode has no rounds",
         "cloud_call_rate": verified,
@@ -242,7 +246,7 @@ def _reasons(
         "correction_rate": verified,
         "wire_up_per_token": "nothing crossed a link",
         "wire_down_per_token": "nothing crossed a link",
-        "useless_escalations": looked or "nothing was escalated",
+        "useless_escalations": verified,
         "missed_corrections": looked or "no token was local",
         "gate_auroc": looked or "the gate scored no drafts of both kinds, rejected and accepted",
     }

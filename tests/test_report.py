@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bench.report import __main__ as report
 from bench.report import labels, pictures, render
 from bench.report.differences import distance, marked
 from bench.report.page import Points, Text, change
+from edgecloud_sd import profile
 from edgecloud_sd.ledger import PARTS
 from edgecloud_sd.metrics import Interval
 from edgecloud_sd.results import SCHEMA_VERSION
@@ -51,6 +53,7 @@ def clip(name: str, text: str, seconds: float, **other: Any) -> Document:
         "ttft": seconds / 5,
         "e2e": seconds,
         "otps": 5 / seconds,
+        "after_first_chunk": [4, 0.8 * seconds],
         "total_time": seconds,
         "wall_time": seconds,
         **dict.fromkeys(("cpu_seconds", "ram_mb", "ram_peak_mb", "gpu_util", "gpu_memory_mb")),
@@ -63,16 +66,23 @@ def clip(name: str, text: str, seconds: float, **other: Any) -> Document:
     }
 
 
+SCORES = {"edge": 0.5, "cloud": 0.9, "speculative": 0.8}
+
+
 def cell(mode: str, clips: Sequence[Document] | None = None, machine: Document | None = None, **said: Any) -> Document:
     """One cell's results with round numbers; `figures` among `said` replaces some of them."""
     speculative = mode == "speculative"
     seconds = {"edge": 1.0, "cloud": 4.0, "speculative": 2.0}[mode]
-    clips = clips if clips is not None else [clip(f"clip{i}", TEXTS[mode], seconds * (i + 1)) for i in range(3)]
+    clips = (
+        clips
+        if clips is not None
+        else [clip(f"clip{i}", TEXTS[mode], seconds * (i + 1), scores={"bleu4": SCORES[mode]}) for i in range(3)]
+    )
     figures = dict.fromkeys(FIGURES) | {
         "total": sum(each["total_time"] for each in clips) / len(clips),
         "ttft": 0.25,
         "otps": 10.0,
-        "bleu4": {"edge": 0.5, "cloud": 0.9, "speculative": 0.8}[mode],
+        "bleu4": SCORES[mode],
         "cpu_percent": 100.0,
         "cloud_call_rate": 0.4 if speculative else None,
         "discarded_draft": 0.25 if speculative else None,
@@ -91,6 +101,7 @@ def cell(mode: str, clips: Sequence[Document] | None = None, machine: Document |
             "link": None if mode == "edge" else "none",
             "clock": "real",
             "profile": None,
+            "profile_costs": None,
             "output": {"edge": None, "cloud": "exact", "speculative": "lossy"}[mode],
             "language": language,
             "caption_type": "audio_only",
@@ -371,11 +382,13 @@ def test_the_results_file_of_one_cell_has_its_answer_computed(tmp_path: Path) ->
         [0.5, "committed", [3], "correction"],
         [0.5, "finished", "eos"],
     ]
-    one = cell("speculative", [clip("one", "他", 0.5, trace={"events": events, "spans": []})])
+    costs = json.loads(json.dumps(asdict(profile.load("published"))))
+    clips = [clip("one", "他", 0.5, trace={"events": events, "spans": []})]
+    one = cell("speculative", clips, clock="virtual", profile="published", profile_costs=costs)
     file = tmp_path / "one.json"
     file.write_text(json.dumps(one))
     _, markdown = made(tmp_path, str(file))
-    assert re.search(r"^- \*\*H1 k2 greedy\*\*: (Pays|Does not pay): .*x as fast as the cloud alone", markdown, re.M)
+    assert re.search(r"^- \*\*H1 k2 greedy\*\*: Does not pay: .*the cloud alone 38\.7 ms", markdown, re.M)
     assert "Neither the edge nor the cloud alone captioned these clips" in markdown
 
 
@@ -463,11 +476,13 @@ def test_under_a_virtual_clock_the_machine_does_not_matter(tmp_path: Path) -> No
     assert "no time on the real clock compares" not in markdown
 
 
-@pytest.mark.parametrize("said", [{"clock": "real"}, {"clock": "virtual", "profile": "laptop"}])
+@pytest.mark.parametrize(
+    "said", [{"clock": "real"}, {"clock": "virtual", "profile": "mine", "profile_costs": {"gate": 1}}]
+)
 def test_one_cell_that_does_not_share_the_virtual_clock_is_enough_to_refuse(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], said: Document
 ) -> None:
-    virtual: Document = {"clock": "virtual", "profile": "phone"}
+    virtual: Document = {"clock": "virtual", "profile": "mine", "profile_costs": {"gate": 0}}
     a = saved(tmp_path / "a.json", [cell("edge", **virtual), cell("cloud", **virtual)])
     b = saved(tmp_path / "b.json", [cell("edge", machine=OTHER, **virtual), cell("cloud", machine=OTHER, **said)])
     assert "different machines" in refused(capsys, a, b)
@@ -608,9 +623,14 @@ def test_the_gap_closed_needs_a_gap_above_its_noise() -> None:
     )
     assert comparison.gap_closed(ours, edge, cloud, "bleu4") is None  # 0.4, and from -1 to 1 by the clips
     for each in cloud["detailed_results"]:
-        each["scores"] = {"bleu4": None}
-    assert comparison.gap_closed(ours, edge, cloud, "bleu4") == pytest.approx(0.75)
+        each["scores"] = {"bleu4": 1.0}
+    for each in edge["detailed_results"]:
+        each["scores"] = {"bleu4": 0.2}
+    assert comparison.gap_closed(ours, edge, cloud, "bleu4") == pytest.approx((0.5 - 0.2) / (1.0 - 0.2))
     assert comparison.gap_closed(ours, edge, None, "bleu4") is None
+    for each in cloud["detailed_results"]:
+        each["scores"] = {"bleu4": None}
+    assert comparison.gap_closed(ours, edge, cloud, "bleu4") is None
 
 
 def test_the_baseline_of_a_cell_has_its_language_clock_and_link() -> None:

@@ -186,6 +186,14 @@ def test_options_are_joined_with_their_values() -> None:
     assert join(args, {"--k", "--mode", "--config"}) == joined
 
 
+def test_the_readme_shows_the_table_that_is_printed() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    headings = [line for line in readme.splitlines() if line.startswith("case ")]
+    assert [[each.strip() for each in line.split("  ") if each.strip()] for line in headings] == [
+        ["case", "clips", *table.COLUMNS]
+    ]
+
+
 def test_every_command_of_the_readme_is_understood(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
     commands = re.findall(r"^\| [^|]+ \| `(pytest --benchmark-only [^`]*)` \|$", readme, re.M)
@@ -203,7 +211,7 @@ def test_two_runs_on_the_virtual_clock_write_the_same_bytes(captioner: Captioner
         done = run(
             pytester,
             *("--clock", "virtual", "--profile", "published", "--mode", "speculative", "--link", "4g"),
-            *("--max-samples", "2", "--max-new-tokens", "8", "--results-dir", folder),
+            *("--max-samples", "2", "--max-new-tokens", "8", "--results-dir", folder, "--shadow", "no"),
         )
         done.assert_outcomes(passed=1)
     first, second = [(pytester.path / folder / "captioning.json").read_bytes() for folder in ("a", "b")]
@@ -214,6 +222,20 @@ def test_two_runs_on_the_virtual_clock_write_the_same_bytes(captioner: Captioner
     assert found["metrics"]["reasons"]["cpu_percent"] == "the clock was virtual"
     assert found["metrics"]["ledger"]["edge_prefill"] == 7.5
     assert found["metrics"]["figures"]["wire_up_per_token"] > 0
+    assert found["metrics"]["ledger_closure"]["median"] is None
+    assert found["metrics"]["reasons"]["missed_corrections"] == "the cloud was not asked afterwards (see --shadow)"
+
+
+def test_a_run_under_this_machines_profile_can_be_resumed(captioner: Captioner, pytester: pytest.Pytester) -> None:
+    options = ("--clock", "virtual", "--profile", "measure", "--mode", "edge", "--max-samples", "1")
+    run(pytester, *options, "--max-new-tokens", "8").assert_outcomes(passed=1)
+    measured = profile.load(str(pytester.path / "results" / "captioning-profile.yaml"))
+    assert 0 < measured.edge.step < measured.cloud.step
+    assert measured.draft_at_cloud == measured.edge.step
+    first = results.read(pytester.path / "results" / "captioning.json")
+    assert first["metrics"]["ledger"]["edge_prefill"] == pytest.approx(measured.edge.prefill)
+    run(pytester, *options, "--max-new-tokens", "8", "--resume").assert_outcomes(passed=1)
+    assert results.read(pytester.path / "results" / "captioning.json") == first
 
 
 def test_a_stopped_run_goes_on_where_it_was(captioner: Captioner, pytester: pytest.Pytester) -> None:

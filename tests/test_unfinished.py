@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 from bench.unfinished import CannotResume, Unfinished
+from edgecloud_sd import results
+from edgecloud_sd.records import Prepared, Trace
+from edgecloud_sd.utilization import unmeasured
 
 HEADER = {"experiment": {"k": 3}, "environment": {"python": "3.11"}}
 
 
 def record(name: str) -> dict[str, Any]:
-    return {"file_id": name, "trace": [0.1, "高兴"]}
+    return results.measured(name, Trace(((0.1, Prepared(3)),)), unmeasured(0.2, "测试"), None)
 
 
 def started(folder: Path, *names: str, header: dict[str, Any] = HEADER, resume: bool = False) -> Unfinished:
@@ -34,13 +37,22 @@ def test_a_resumed_run_adds_to_what_is_there(tmp_path: Path) -> None:
     assert list(started(tmp_path, resume=True).done) == ["one", "two"]
 
 
-def test_without_resume_the_first_clip_starts_anew_and_nothing_is_lost_before(tmp_path: Path) -> None:
-    started(tmp_path, "one", "two")
+def test_a_run_that_begins_takes_nothing_from_an_older_one_and_keeps_what_it_left(tmp_path: Path) -> None:
+    left = started(tmp_path, "one", "two").path.read_bytes()
+    (tmp_path / "a.json").write_text("the results of an older run", encoding="utf-8")
     again = started(tmp_path)
-    assert again.done == {}
-    assert list(started(tmp_path, resume=True).done) == ["one", "two"]
+    again.begin()
+    assert started(tmp_path, resume=True).done == {}
+    assert (tmp_path / "a.json.unfinished.old").read_bytes() == left
     again.add(record("three"))
     assert list(started(tmp_path, resume=True).done) == ["three"]
+
+
+def test_beginning_twice_keeps_what_was_kept(tmp_path: Path) -> None:
+    left = started(tmp_path, "one").path.read_bytes()
+    for _ in range(2):
+        started(tmp_path).begin()
+    assert (tmp_path / "a.json.unfinished.old").read_bytes() == left
 
 
 @pytest.mark.parametrize("cut", range(1, 12))
@@ -72,7 +84,10 @@ def test_another_experiment_is_refused_and_kept(tmp_path: Path, header: dict[str
     assert (tmp_path / "a.json.unfinished").read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["", "\n", "no json\n", "[]\n", '{"experiment": {}}\n'])
+HEAD = '{"experiment": {"k": 3}, "environment": {"python": "3.11"}}\n'
+
+
+@pytest.mark.parametrize("text", ["", "\n", "no json\n", "[]\n", '{"experiment": {}}\n', HEAD + '{"file_id": "one"}\n'])
 def test_a_damaged_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json.unfinished").write_text(text, encoding="utf-8")
     with pytest.raises(CannotResume, match="is damaged"):

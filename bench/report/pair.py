@@ -63,7 +63,9 @@ def _machines(pairs: Pairs) -> list[str]:
     """How the machines of cells differ, but for cells that a virtual clock timed by the same profile in both files."""
 
     def virtual(a: Document, b: Document) -> bool:
-        return {said(a)["clock"], said(b)["clock"]} == {"virtual"} and said(a)["profile"] == said(b)["profile"]
+        return {said(a)["clock"], said(b)["clock"]} == {"virtual"} and said(a)["profile_costs"] == said(b)[
+            "profile_costs"
+        ]
 
     return _differences([pair for pair in pairs.values() if not virtual(*pair)], "environment", MACHINE)
 
@@ -168,7 +170,7 @@ def verdicts(picture: str, pairs: Pairs, quality: str) -> list[Block]:
         whole, token = comparison.speedup(a, b), comparison.length_matched(a, b)
         differ = sum(x["generated_text"] != y["generated_text"] for x, y in both)
         scores = comparison.score_difference(a, b, quality)
-        by_score = DASH if scores is None else f"{scores.value:+.3f} [{scores.low:+.3f}, {scores.high:+.3f}]"
+        by_score = DASH if scores is None else scores.shown("+.3f")
         same = "all the same" if both and not differ else f"{differ} of {len(both)} differ" if both else DASH
         rows.append([text, str(len(both)), interval(whole), interval(token), by_score, same])
         intervals.append((text, [("B over A", whole), ("B over A, per token", token)]))

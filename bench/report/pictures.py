@@ -278,10 +278,12 @@ def speedups(name: str, rows: Sequence[tuple[str, Sequence[tuple[str, Interval |
                 if interval is None:
                     continue
                 i = kinds.index(kind)
+                low = interval.value if interval.low is None else interval.low
+                high = interval.value if interval.high is None else interval.high
                 axes.errorbar(
                     interval.value,
                     y + (i - (len(kinds) - 1) / 2) * 0.55 / len(kinds),
-                    xerr=[[interval.value - interval.low], [interval.high - interval.value]],
+                    xerr=[[interval.value - low], [high - interval.value]],
                     color=SERIES[i % len(SERIES)],
                     marker=MARKERS[i % len(MARKERS)],
                     markersize=6,

@@ -11,6 +11,7 @@ from typing import Any
 
 from bench import verdict
 from bench.comparison import Document
+from edgecloud_sd import profile as profiles
 from edgecloud_sd import results, traces
 
 GIVE = (
@@ -40,7 +41,7 @@ def read(path: Path) -> Run:
         json.dumps(found, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no character
     except OSError as error:
         raise Unusable(f"{path}: {error.strerror or error}; {GIVE}") from error
-    except ValueError as error:  # of JSON and of UTF-8
+    except (ValueError, KeyError, TypeError) as error:  # of JSON and of UTF-8
         raise Unusable(f"{path}: is no JSON ({error}); {GIVE}") from error
     if isinstance(found, dict) and isinstance(found.get("benchmarks"), list):
         return _saved_run(path, found)
@@ -63,7 +64,7 @@ def check(path: Path, what: str, document: Any, with_traces: bool) -> None:
         raise Unusable(f"{path}: {what} is damaged ({where}: {error.message[:200]}); {GIVE}")
     try:
         json.dumps(document, allow_nan=False)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise Unusable(f"{path}: {what} holds a number that is none (NaN or Infinity); {GIVE}") from error
 
 
@@ -122,7 +123,8 @@ def _answer(case: str, document: Document) -> dict[str, str]:
     try:
         decoded = [traces.from_json(clip["trace"]) for clip in document["detailed_results"]]
         cell = verdict.Decoded(said["mode"], said["k"] or 0, gated, said["link"] or "none", decoded)
-        found = verdict.verdicts({case: cell}, together=together)
-    except ValueError as error:  # a trace or a link that this version does not know
+        costs = said["profile_costs"]
+        found = verdict.verdicts({case: cell}, profiles.from_json(costs) if costs else None, together)
+    except (ValueError, KeyError, TypeError) as error:  # a trace or a link that this version does not know
         return {case: f"no answer: {error}"}
     return {name: verdict.sentence(each) for name, each in found.items()}

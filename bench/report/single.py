@@ -121,18 +121,20 @@ def ledgers(picture: str, cells: Cells) -> Picture:
                 text,
                 *(f"{1e3 * parts[part]:.1f}" for part in used),
                 f"{1e3 * discarded:.1f}",
-                f"{closure['median']:.2%}",
-                f"{closure['worst']:.2%}",
+                *(DASH if closure[kind] is None else f"{closure[kind]:.2%}" for kind in ("median", "worst")),
             ]
         )
+    known = [each["metrics"]["ledger_closure"] for each in cells.values()]
     median, worst = (
-        max((each["metrics"]["ledger_closure"][kind] for each in cells.values()), key=lambda closure: abs(closure - 1))
+        max(
+            (each[kind] for each in known if each[kind] is not None), key=lambda closure: abs(closure - 1), default=None
+        )
         for kind in ("median", "worst")
     )
-    says = (
-        "Mean ms a caption by part, a bar a cell. Hatched: draft tokens that were thrown away. Sum of the parts / wall "
-        f"time: {median:.2%} in the median clip of the worst cell, {worst:.2%} in the worst clip."
-    )
+    says = "Mean ms a caption by part, a bar a cell. Hatched: draft tokens that were thrown away."
+    if median is not None and worst is not None:
+        says += f" Sum of the parts / wall time: {median:.2%} in the median clip of the worst cell, {worst:.2%} in the"
+        says += " worst clip."
     headings = [
         Heading("ms a caption"),
         *(Heading(part.replace("_", " "), PARTS[part]) for part in used),
