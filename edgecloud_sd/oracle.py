@@ -198,7 +198,8 @@ class Forecast:
     def _caption(self) -> str:
         if self.caption is None or self.caption_cloud is None:
             return ""
-        return f"; with its opening a caption of {self.tokens:.0f} takes {_ms(self.caption)}, {_ms(self.caption_cloud)}"
+        took = f"{self.tokens:.0f} tokens takes {_ms(self.caption)}, the cloud's {_ms(self.caption_cloud)}"
+        return f"; with its opening a caption of {took}"
 
 
 def _ms(seconds: float) -> str:

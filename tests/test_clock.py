@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from edgecloud_sd.clock import VirtualClock, Watch, stamp, stream
@@ -56,6 +58,16 @@ def test_stamping_counts_what_was_timed_since_the_watch_was_made() -> None:
     watch = ticking(0, 1, 2, 3)
     watch.timed("gate", int)
     assert stamp([Prepared(3)], watch) == Trace(((3, Prepared(3)),), (Span("gate", 1, 2),))
+
+
+def test_what_is_timed_after_the_last_event_is_no_part_of_the_caption() -> None:
+    watch = ticking(0, 1, 2, 3)
+
+    def events() -> Iterator[Event]:
+        yield EVENTS[1]
+        watch.timed("rollback", int)
+
+    assert stamp(events(), watch) == Trace(((1, EVENTS[1]),))
 
 
 def test_stamping_without_a_watch_counts_real_seconds_from_now() -> None:

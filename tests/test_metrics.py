@@ -100,7 +100,9 @@ def test_times_by_hand() -> None:
 def test_the_undefined_is_none() -> None:
     empty = Trace(((0.1, Prepared(3)), (0.2, Opened("cloud")), (0.3, Committed((1,), "cloud")), (0.3, Finished("eos"))))
     assert metrics.ttft(empty, letters) is None
-    assert metrics.tpot(1, 0.3, 0.3) is None
+    assert metrics.tpot(1, 0.3, 0.4) is None
+    assert metrics.tpot(2, 0.3, 0.3) is None
+    assert metrics.after_first_chunk(empty) is metrics.after_first_chunk(Trace(())) is None
     assert metrics.otps(1, 0.3, 0.3) is None
     assert metrics.otps(2, 0.3, 0.3) is None
     assert metrics.opening(empty, "edge") is None
@@ -114,6 +116,19 @@ def test_the_undefined_is_none() -> None:
     nothing = metrics.counts(empty)
     assert [name for name in RATES if getattr(nothing, name) is not None] == ["edge_share", "cloud_token_share"]
     assert [getattr(metrics.Counts(), name) for name in RATES] == [None] * len(RATES)
+
+
+def test_the_first_text_is_seen_with_the_rest_of_its_chunk_and_half_a_character_is_none() -> None:
+    trace = Trace(
+        (
+            (1.0, Committed((1,), "accepted")),
+            (2.0, Committed((2,), "correction")),
+            (3.0, Committed((3,), "local")),
+        )
+    )
+    assert metrics.ttft(trace, lambda ids: "abc"[: len(ids)]) == 2.0
+    assert metrics.ttft(trace, lambda ids: "\u597d" if len(ids) == 3 else "\ufffd") == 3.0
+    assert metrics.ttft(trace, lambda ids: " \ufffd") is None
 
 
 def test_counts_add_up() -> None:
@@ -152,6 +167,9 @@ def test_counts_keep_their_laws_shares_their_range_and_chunks_every_token(
     assert last is not None
     assert sum(n for _, n in chunks) == counts.tokens
     assert sum(gaps) == pytest.approx(last - chunks[0][0], abs=1e-9)
+    later = metrics.after_first_chunk(trace) or (0, 0.0)
+    assert later[0] == counts.tokens - chunks[0][1]
+    assert later[1] == pytest.approx(sum(gaps), abs=1e-9)
     assert all(0 <= each <= gap for each, gap in zip(metrics.itl_per_token(trace), gaps, strict=True))
     assert len(chunks) == counts.rounds + counts.cloud  # one a round, or a token of the cloud's stream
 
@@ -164,6 +182,7 @@ def test_chunks_are_the_moments_at_which_tokens_became_visible() -> None:
     assert metrics.chunks(TRACE) == [(1.5, 2), (2.0, 2), (2.5, 3)]
     assert metrics.itl_per_chunk(TRACE) == pytest.approx([0.5, 0.5])
     assert metrics.itl_per_token(TRACE) == pytest.approx([0.5 / 2, 0.5 / 3])
+    assert metrics.after_first_chunk(TRACE) == (5, 1.0)
 
 
 def test_a_correction_alone_and_each_token_of_a_stream_are_chunks_and_a_lone_accepted_draft_ends_one() -> None:
@@ -193,6 +212,11 @@ def test_wire_bytes_are_the_payload_of_each_direction() -> None:
     assert metrics.wire_bytes(Trace((), spans[2:3])) is None
 
 
+def test_escalations_are_useless_that_correct_nothing() -> None:
+    assert metrics.useless_escalations([TRACE, TRACE]) == 1 / 2
+    assert metrics.useless_escalations([Trace(TRACE.events[:4])]) is None
+
+
 LOOKS = [
     Hindsight(1, ((0.9, True, True), (0.8, True, False), (0.1, False, True))),
     Hindsight(2, ((0.5, False, False), (None, True, False), (0.8, False, True))),
@@ -200,15 +224,12 @@ LOOKS = [
 
 
 def test_what_hindsight_says_of_the_gate_by_hand() -> None:
-    assert metrics.useless_escalations(LOOKS) == 2 / 3
     assert metrics.missed_corrections(LOOKS, 12) == 3 / 12
     # rejected 0.9, 0.1, 0.8 against accepted 0.8, 0.5: three higher, one tie of six
     assert metrics.auroc(LOOKS) == pytest.approx(3.5 / 6)
 
 
 def test_hindsight_of_nothing_is_none() -> None:
-    assert metrics.useless_escalations([]) is None
-    assert metrics.useless_escalations([Hindsight(0, ((0.5, False, False),))]) is None
     assert metrics.missed_corrections([Hindsight(0, ())], 0) is None
     assert metrics.auroc([]) is None
     assert metrics.auroc([Hindsight(0, ((0.5, True, True), (0.7, False, True)))]) is None
@@ -252,7 +273,7 @@ def test_a_gap_that_is_unknown_or_not_larger_than_its_noise_is_not_closed() -> N
     assert [metrics.gap_closed(*known) for known in ((None, 1, 2), (1, None, 2), (1, 2, None))] == [None] * 3
 
 
-clips = st.lists(st.tuples(st.floats(0.1, 9), st.floats(0.1, 9)), min_size=1, max_size=8)
+clips = st.lists(st.tuples(st.floats(0.1, 9), st.floats(0.1, 9)), min_size=2, max_size=8)
 
 
 def columns(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -261,6 +282,8 @@ def columns(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]
 
 def check(found: Interval | None, value: float) -> None:
     assert found is not None
+    assert found.low is not None
+    assert found.high is not None
     assert found.value == pytest.approx(value, abs=1e-9)
     assert found.low - 1e-9 <= found.value <= found.high + 1e-9
 
@@ -279,9 +302,16 @@ def test_scaling_one_side_scales_the_speed_up_and_its_interval(pairs: list[tuple
     baseline, ours = columns(pairs)
     found = metrics.speedup(baseline, ours)
     assert found is not None
-    assert metrics.speedup([by * each for each in baseline], ours) == Interval(
-        by * found.value, by * found.low, by * found.high
-    )
+    assert found.low is not None
+    assert found.high is not None
+    expected = Interval(by * found.value, by * found.low, by * found.high)
+    assert metrics.speedup([by * each for each in baseline], ours) == expected
+
+
+def test_one_clip_has_a_speed_up_and_no_interval() -> None:
+    found = metrics.speedup([1.3], [1.0])
+    assert found == Interval(1.3, None, None)
+    assert str(found) == "1.30 [one clip]"
 
 
 @given(clips)
@@ -293,8 +323,8 @@ def test_a_difference_is_the_mean_of_the_pairs_inside_its_interval(pairs: list[t
 
 def test_the_length_matched_speed_up_divides_each_sides_seconds_by_its_own_tokens() -> None:
     baseline, ours = [(10, 4.0), (30, 4.0)], [(5, 1.0), (20, 1.5)]
-    check(metrics.tpot_speedup(baseline, ours), (8 / 40) / (2.5 / 25))
-    assert metrics.tpot_speedup(baseline, baseline) == Interval(1, 1, 1)
+    check(metrics.pace_speedup(baseline, ours), (8 / 40) / (2.5 / 25))
+    assert metrics.pace_speedup(baseline, baseline) == Interval(1, 1, 1)
 
 
 def test_the_bootstrap_draws_clips_with_replacement_and_takes_percentiles() -> None:
@@ -302,6 +332,8 @@ def test_the_bootstrap_draws_clips_with_replacement_and_takes_percentiles() -> N
     assert found == Interval(0.5, 0, 1)
     many = metrics.bootstrap(lambda at: (at < 50).mean(-1), 100)
     assert many is not None
+    assert many.low is not None
+    assert many.high is not None
     assert many.value == 0.5
     assert many.high - many.low == pytest.approx(2 * 1.96 * 0.05, rel=0.1)  # the binomial's own interval
 
@@ -314,7 +346,7 @@ def test_draws_in_which_a_statistic_is_undefined_are_left_out() -> None:
     assert metrics.bootstrap(ratio, 2) == Interval(1, 0.5, 1)
 
 
-@pytest.mark.parametrize("compare", [metrics.speedup, metrics.tpot_speedup, metrics.difference])
+@pytest.mark.parametrize("compare", [metrics.speedup, metrics.pace_speedup, metrics.difference])
 def test_no_clips_have_no_interval(compare: object) -> None:
     assert callable(compare)
     assert compare([], []) is None
@@ -326,12 +358,12 @@ def test_clips_that_are_not_the_same_cannot_be_paired(compare: object) -> None:
     with pytest.raises(ValueError, match="2 clips cannot be paired with 1"):
         compare([1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="1 clips cannot be paired with 2"):
-        metrics.tpot_speedup([(1, 2.0)], [(1, 2.0), (3, 4.0)])
+        metrics.pace_speedup([(1, 2.0)], [(1, 2.0), (3, 4.0)])
 
 
 def test_an_undefined_speed_up_is_none() -> None:
     assert metrics.speedup([1.0], [0.0]) is None
-    assert metrics.tpot_speedup([(0, 0.0)], [(1, 1.0)]) is None
+    assert metrics.pace_speedup([(0, 0.0)], [(1, 1.0)]) is None
 
 
 def test_an_interval_reads_as_a_figure_and_its_bounds() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,12 @@ def test_a_saved_profile_is_loaded_as_it_was(
         path = Path(folder, "drawn.yaml")
         profile.save(before, path)
         assert profile.load(str(path)) == before
+
+
+@given(profiles(), words)
+def test_a_profile_comes_back_from_json_as_it_was(drawn: Profile, source: str) -> None:
+    before = replace(drawn, source=source)
+    assert profile.from_json(json.loads(json.dumps(asdict(before)))) == before
 
 
 @pytest.mark.parametrize(

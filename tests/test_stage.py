@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecloud_sd import gate, metrics
@@ -157,6 +157,7 @@ def test_a_link_can_only_be_simulated_under_a_profile() -> None:
         Stage(link=links.find("4g"))
 
 
+@settings(max_examples=25)  # four captions each
 @given(cases(), profiles(), any_link, st.text(max_size=3))
 def test_the_clock_changes_no_event_and_a_virtual_one_no_moment(
     case: Case, profile: Profile, link: Link, seed: str

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from edgecloud_sd import traces
 from edgecloud_sd.link import Link
@@ -43,6 +43,7 @@ def test_a_trace_is_lists_of_events_and_spans() -> None:
     assert traces.from_json(SAVED) == TRACE
 
 
+@settings(max_examples=25)
 @given(cases(), profiles(), any_link)
 def test_a_trace_comes_back_from_json_as_it_was(case: Case, profile: Profile, link: Link) -> None:
     trace = case.play(Stage(profile, link))
