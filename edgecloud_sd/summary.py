@@ -41,9 +41,7 @@ FIGURES = {
     "itl_per_token": Figure("s", "lower", "the same, each gap divided by the tokens that came at its end; mean"),
     "features": Figure("s", "lower", "log-mel spectrogram and prompt; mean over clips"),
     "edge_opening": Figure("s", "lower", "the edge's audio encoder and prefill; mean over clips"),
-    "cloud_opening": Figure(
-        "s", "lower", "the cloud's, with its queue and the link on the way there; mean over clips"
-    ),
+    "cloud_opening": Figure("s", "lower", "the cloud's, with its queue and the link on the way there; mean over clips"),
     "discarded_draft": Figure("s", "lower", "spent on draft tokens that were thrown away; mean over clips"),
     "cpu_percent": Figure("%", None, "CPU seconds of the process / wall seconds: above 100 on several cores"),
     "rss_peak": Figure("MB", "lower", "highest resident memory of the process while captioning; largest over clips"),
