@@ -64,7 +64,7 @@ def open_bytes(prompt: Prompt) -> int:
     return ID_BYTES * len(prompt.ids) + (FEATURE_BYTES * prompt.features.numel() if prompt.features is not None else 0)
 
 
-def verify_bytes(fed: int) -> int:
+def verify_bytes(fed: float) -> float:
     """Payload of a request to verify: the base, and `fed` ids (committed tokens not yet sent, then the draft)."""
     return ID_BYTES * (1 + fed)
 

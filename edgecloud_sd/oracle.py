@@ -11,10 +11,11 @@ which for p_i = a^i is (1 - a^(k+1)) / (1 - a), equation 1 of Leviathan et al. 2
     T = D + g (L + q + V)                seconds
 
 where D = k (e + gate) is the draft, with one wider pass of the edge after a draft accepted whole; V the cloud's forward
-pass over what it has not seen, which after m local rounds are k m + 1 tokens and the draft, m geometric; q its queue;
-and L = rtt + 8 bytes_up / up + 8 bytes_down / down. T / M is the time a token. It generalises the walltime improvement
-of Leviathan et al. 2023 (theorem 3.8: e = c V, L = 0, g = 1) by the link and the gate. The loop breaks even with a
-baseline of s seconds a token where T = M s, which is linear in the RTT and in the drafter's step:
+pass over what it has not seen, which after m local rounds are k m + 1 tokens and the draft (m is geometric, unless the
+mean of what was sent is known); q its queue; and L = rtt + 8 bytes_up / up + 8 bytes_down / down. T / M is the time a
+token. It generalises the walltime improvement of Leviathan et al. 2023 (theorem 3.8: e = c V, L = 0, g = 1) by the link
+and the gate. The loop breaks even with a baseline of s seconds a token where T = M s, which is linear in the RTT and in
+the drafter's step:
 
     rtt* = rtt + (M s - T) / g        e* = e + (M s - T) / k
 """
@@ -46,6 +47,7 @@ class Workload:
     gate_rate: float = 1.0  # share of rounds escalated
     gated: bool = False  # whether the gate reads a statistic of each drafted token
     bonus: bool = True  # whether a draft accepted whole earns the cloud's next token
+    sent: float | None = None  # committed tokens sent with an escalated draft, mean; None: as m geometric has it
     tokens: float | None = None  # N of a caption, where whole captions are to be forecast
     open_bytes: int = 0  # that open a prompt at the cloud, over a link
 
@@ -64,7 +66,11 @@ class Workload:
 
     def at(self, k: int) -> Workload:
         """The same with drafts of `k`: if each drafted token exceeds the gate's threshold independently."""
-        return replace(self, k=k, gate_rate=1 - (1 - self.gate_rate) ** (k / self.k))
+        rate = 1 - (1 - self.gate_rate) ** (k / self.k)
+        sent = self.sent
+        if sent is not None and self.gate_rate < 1:  # as far from what m geometric has as at this k
+            sent = 1 + (sent - 1) * (k * (1 - rate) / rate) / (self.k * (1 - self.gate_rate) / self.gate_rate)
+        return replace(self, k=k, gate_rate=rate, sent=sent)
 
 
 def tokens_per_round(work: Workload) -> float:
@@ -106,8 +112,11 @@ def _draft_seconds(profile: Profile, work: Workload) -> float:
     return work.k * each + (work.gate_rate * work.p(work.k) * wider if work.bonus else 0.0)
 
 
-def _fed(work: Workload) -> Iterable[tuple[float, int]]:
+def _fed(work: Workload) -> Iterable[tuple[float, float]]:
     """(chance, tokens) that a verify call feeds to the cloud."""
+    if work.sent is not None:
+        yield 1.0, work.sent + work.k
+        return
     chance = work.gate_rate
     for m in itertools.count():
         yield chance, work.k * (m + 1) + 1
@@ -257,12 +266,14 @@ def workload(traces: Sequence[Trace], k: int, gated: bool = False) -> Workload |
     total = sum((metrics.counts(trace) for trace in traces), metrics.Counts())
     if not accepted or not total.cloud_call_rate:
         return None
+    sent = [event.sent for trace in traces for _, event in trace.events if isinstance(event, Escalated)]
     opened = [next((span.size for span in trace.spans if span.part == "uplink"), 0) for trace in traces]
     return Workload(
         k,
         tuple(accepted),
         total.cloud_call_rate,
         gated,
+        sent=sum(sent) / len(sent),
         tokens=total.tokens / len(traces),
         open_bytes=round(sum(opened) / len(opened)),
     )

@@ -33,8 +33,8 @@ class Costs:
     prefill: float
     forward: tuple[tuple[int, float], ...]
 
-    def seconds(self, n: int) -> float:
-        """One forward pass over `n` >= 1 tokens after what is cached."""
+    def seconds(self, n: float) -> float:
+        """One forward pass over `n` >= 1 tokens (or a mean of so many) after what is cached."""
         (first, least), (last, most) = self.forward[0], self.forward[-1]
         for (n0, s0), (n1, s1) in itertools.pairwise(self.forward):
             if n0 <= n <= n1:

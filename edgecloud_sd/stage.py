@@ -149,7 +149,7 @@ class _Verification:
     stage: Stage
 
     def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
-        self.stage.up(links.verify_bytes(len(tokens) + len(draft)))
+        self.stage.up(int(links.verify_bytes(len(tokens) + len(draft))))
         self.stage.queue()
         verdict = self.verification.verify(base, tokens, draft)
         self.stage.down(links.VERDICT_BYTES)

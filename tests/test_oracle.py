@@ -228,9 +228,9 @@ def test_the_workload_that_traces_show_by_hand() -> None:
         Finished("length"),
     ]
     trace = Trace(tuple((0.0, event) for event in events))
-    assert oracle.workload([trace, trace], 3, gated=True) == Workload(3, (1.0, 1.0, 0.0), 4 / 6, True, tokens=8)
+    assert oracle.workload([trace, trace], 3, gated=True) == Workload(3, (1.0, 1.0, 0.0), 4 / 6, True, sent=2, tokens=8)
     sent = replace(trace, spans=(Span("uplink", 0.0, 0.0, 900), Span("uplink", 0.0, 0.0, 20)))
-    assert oracle.workload([sent], 5) == Workload(5, (1.0, 1.0, 0.0), 2 / 3, tokens=8, open_bytes=900)
+    assert oracle.workload([sent], 5) == Workload(5, (1.0, 1.0, 0.0), 2 / 3, sent=2, tokens=8, open_bytes=900)
 
 
 def test_there_is_no_workload_where_nothing_was_verified() -> None:
@@ -606,3 +606,17 @@ def test_half_of_the_clips_forecast_the_other_half_of_the_pocket_pair(captioner:
     while min(errors) >= 0.10 and len(errors) < 3:  # other work on the machine can spoil a measurement
         errors.append(forecast_error(captioner))
     assert min(errors) < 0.10, errors
+
+
+@given(works, ks)
+def test_what_is_sent_goes_to_another_k_as_local_rounds_do(work: Workload, k: int) -> None:
+    def with_mean(each: Workload, share: float = 1.0) -> Workload:
+        return replace(each, sent=1 + share * each.k * (1 - each.gate_rate) / each.gate_rate)
+
+    assert with_mean(work).at(k).sent == pytest.approx(with_mean(work.at(k)).sent)
+    assert with_mean(work, 0.5).at(k).sent == pytest.approx(with_mean(work.at(k), 0.5).sent)
+    linear = replace(profile.load("published"), cloud=Costs(0.35, ((1, 0.04), (5, 0.08))))
+    link = links.find("4g")
+    assert oracle.seconds_per_token(linear, link, with_mean(work)) == exactly(
+        oracle.seconds_per_token(linear, link, replace(work, sent=None))
+    )
