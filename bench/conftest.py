@@ -122,7 +122,8 @@ def profile(
         if pytestconfig.getoption("--resume") and file.exists():
             measured = replace(profiles.load(str(file)), name=MEASURE)
         else:
-            measured = measure(captioner, [chosen.request(clip) for clip in chosen.clips[:MEASURED_CLIPS]])
+            requests = [chosen.request(clip) for clip in chosen.clips[:MEASURED_CLIPS]]
+            measured = measure(captioner, requests, settings.max_new_tokens)
             profiles.save(measured, file)
             pytestconfig.stash.setdefault(DONE, Done()).files.append(file)
         return measured if settings.clock == "virtual" else None

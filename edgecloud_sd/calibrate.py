@@ -11,21 +11,20 @@ from edgecloud_sd import gate, oracle
 from edgecloud_sd.captioner import Captioner, Cell, Request
 from edgecloud_sd.profile import Profile
 
-LONGEST_DRAFT = 8  # whose verify pass is timed; longer ones are continued from there
-MAX_NEW_TOKENS = 64
+DRAFTS = (1, 2, 4, 8)  # lengths whose verify passes are timed; the others are interpolated, longer ones continued
 
 
-def measure(captioner: Captioner, requests: Sequence[Request]) -> Profile:
+def measure(captioner: Captioner, requests: Sequence[Request], max_new_tokens: int = 64) -> Profile:
     """Seconds a call of this pair on this machine, by edge, cloud and speculative captions of at least one request.
 
     The cells take turns on each request, so that a busy moment of the machine does not fall on one of them alone.
     """
     cells = [Cell("edge"), Cell("cloud"), Cell("speculative", gate.entropy(1e-9), k=2)]
-    cells += [Cell("speculative", gate.ALWAYS, k=k) for k in range(1, LONGEST_DRAFT + 1)]
+    cells += [Cell("speculative", gate.ALWAYS, k=k) for k in DRAFTS]
     for cell in cells[:3]:  # the first calls allocate
-        captioner.trace(requests[0], cell, MAX_NEW_TOKENS)
+        captioner.trace(requests[0], cell, max_new_tokens)
     traces = [
-        captioner.trace(request, cell, MAX_NEW_TOKENS)
+        captioner.trace(request, cell, max_new_tokens)
         for request in tqdm(requests, desc="measuring", unit="clip", disable=None, leave=False)
         for cell in cells
     ]

@@ -105,7 +105,7 @@ def test_strict_speculative_equals_the_cloud_on_a_gpu() -> None:
 
 @pytest.fixture(scope="module")
 def evaluation(captioner: Captioner) -> Evaluation:
-    return evaluate(captioner)
+    return evaluate(captioner, count=28)
 
 
 @pytest.mark.parametrize(
