@@ -12,6 +12,7 @@ from bench.conftest import DataSet, Progress, RunClock, problems_in_one_line
 from bench.unfinished import Unfinished
 from edgecloud_sd import results, shadow
 from edgecloud_sd.captioner import Captioner, Cell, Request
+from edgecloud_sd.clock import old_objects_left_alone
 from edgecloud_sd.config import Settings
 from edgecloud_sd.profile import Profile
 from edgecloud_sd.records import Clip, Finished, Trace
@@ -81,7 +82,10 @@ def test_captioning(
         captions.append(clip_result(clip, trace, used, text, hindsight))
         bar.advance(captions[-1])
 
-    benchmark.pedantic(one, setup=lambda: (next(waiting), {}), teardown=keep, rounds=len(chosen.clips), iterations=1)
+    with old_objects_left_alone():
+        benchmark.pedantic(
+            one, setup=lambda: (next(waiting), {}), teardown=keep, rounds=len(chosen.clips), iterations=1
+        )
     eos = captioner.load(case.cell.mode).eos
     for each in captions:
         check(each.trace, eos, settings.max_new_tokens)

@@ -6,7 +6,6 @@ A profile is a YAML file; those that ship lie in `profiles/`, each saying where 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +128,7 @@ def _fields(path: Path, where: str, value: object, needed: set[str], optional: s
 
 
 def _seconds(path: Path, where: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e9:
         raise ProfileError(f"{path}, {where}: must be a number of seconds, 0 or more, not {value!r}")
     return float(value)
 
@@ -137,7 +136,7 @@ def _seconds(path: Path, where: str, value: object) -> float:
 def _costs(path: Path, side: str, value: object) -> Costs:
     fields = _fields(path, f", {side}", value, {"prefill", "forward"}, set())
     table = fields["forward"]
-    if not isinstance(table, dict) or not all(isinstance(n, int) and n >= 1 for n in table) or 1 not in table:
+    if not isinstance(table, dict) or not all(type(n) is int and n >= 1 for n in table) or 1 not in table:
         raise ProfileError(f"{path}, {side}, forward: must map numbers of tokens, 1 among them, to seconds: {table!r}")
     forward = tuple(sorted((n, _seconds(path, f"{side}, forward, {n}", s)) for n, s in table.items()))
     for (_, less), (n, more) in itertools.pairwise(forward):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgecloud_sd.ledger import PARTS, part
 from edgecloud_sd.records import (
     Committed,
     Draft,
@@ -41,9 +42,15 @@ def from_json(saved: dict[str, Any]) -> Trace:
             if isinstance(event, Drafted):
                 draft = event.draft
             events.append((seconds, event))
-        return Trace(tuple(events), tuple(Span(*span) for span in saved["spans"]))
+        trace = Trace(tuple(events), tuple(Span(*span) for span in saved["spans"]))
+        parts = {span.part for span in trace.spans} | {part(event) for _, event in events}
+        times = [seconds for seconds, _ in events] + [time for span in trace.spans for time in (span.start, span.end)]
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"not a saved trace: {error!r}") from error
+    whole = to_json(trace) == {"events": saved["events"], "spans": saved["spans"]}
+    if not whole or not parts <= PARTS.keys() or not all(isinstance(time, int | float) for time in times):
+        raise ValueError("not a saved trace: it holds what no trace has")
+    return trace
 
 
 def _holds(event: Event) -> list[Any]:

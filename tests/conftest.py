@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -13,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 
 pytest_plugins = ["pytester"]
 
-settings.register_profile("default", deadline=None, max_examples=50)
+settings.register_profile("default", deadline=None, max_examples=40)
 settings.load_profile("default")
 
 
@@ -23,3 +24,9 @@ def captioner() -> Captioner:
     loaded = Captioner()
     loaded.load("speculative")
     return loaded
+
+
+def pytest_collection_finish() -> None:
+    """Collections need not look at all that was imported: one takes longer than many a test."""
+    gc.collect()
+    gc.freeze()

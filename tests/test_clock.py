@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 
-from edgecloud_sd.clock import VirtualClock, Watch, stamp, stream
+from edgecloud_sd.clock import VirtualClock, Watch, old_objects_left_alone, stamp, stream
 from edgecloud_sd.records import Event, Finished, Opened, Prepared, Span, Trace
 
 EVENTS: list[Event] = [Opened("edge"), Finished("eos")]
@@ -74,3 +75,13 @@ def test_stamping_without_a_watch_counts_real_seconds_from_now() -> None:
     trace = stamp(EVENTS)
     assert 0 <= trace.events[0][0] <= trace.seconds
     assert trace.spans == ()
+
+
+def test_collections_look_at_new_objects_alone_and_at_all_afterwards() -> None:
+    gc.unfreeze()
+    try:
+        with old_objects_left_alone():
+            assert gc.get_freeze_count() > 1000
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()  # as the tests have it

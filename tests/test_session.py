@@ -69,8 +69,8 @@ class PocketMachine(SessionMachine):
         return logits[0, len(self.prompt.ids) - 1 :]
 
 
-ToyMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
-PocketMachine.TestCase.settings = settings(max_examples=6, stateful_step_count=10, deadline=None)
+ToyMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+PocketMachine.TestCase.settings = settings(max_examples=5, stateful_step_count=8, deadline=None)
 
 
 TestToySession = ToyMachine.TestCase

@@ -73,6 +73,12 @@ def test_a_trace_comes_back_from_json_as_it_was(case: Case, profile: Profile, li
         {"events": [[0.5, "guessed", 4]], "spans": []},
         {"events": [], "spans": [["uplink", 1.0]]},
         {"events": [], "spans": [3]},
+        {"events": [["soon", "finished", "eos"]], "spans": []},
+        {"events": [[0.5, "opened", "moon"]], "spans": []},
+        {"events": [[0.5, "drafted", "ab", "cd"]], "spans": []},
+        {"events": [[0.5, "committed", [4], "local", 9]], "spans": []},
+        {"events": [], "spans": [["lunch", 0.0, 1.0, 0]]},
+        {"events": [], "spans": [["uplink", "now", 1.0, 0]]},
     ],
 )
 def test_anything_else_is_an_error(saved: Any) -> None:
