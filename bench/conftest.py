@@ -56,13 +56,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @contextmanager
 def problems_in_one_line(hint: str = "") -> Iterator[None]:
     """What cannot be used, be it clip, checkpoint or device, is said plainly, not as a traceback."""
-    problem = ""
     try:
         yield
     except (ValueError, OSError) as error:
-        problem = f"{error}{hint}"
-    if problem:  # outside the except clause, whose traceback pytest would show
-        pytest.fail(problem, pytrace=False)
+        raise pytest.fail.Exception(f"{error}{hint}", pytrace=False) from None
 
 
 class DataSet:
