@@ -21,6 +21,7 @@ from edgecloud_sd import dataset, metrics, oracle, quality, results
 from edgecloud_sd import profile as profiles
 from edgecloud_sd.calibrate import measure
 from edgecloud_sd.captioner import Captioner, Request
+from edgecloud_sd.clock import VirtualClock
 from edgecloud_sd.config import MEASURE, Settings
 from edgecloud_sd.profile import Profile
 from edgecloud_sd.records import Clip
@@ -127,26 +128,14 @@ def profile(
     return profiles.load(settings.profile) if settings.profile else None
 
 
-class RunClock:
+@pytest.fixture
+def run_clock(request: pytest.FixtureRequest) -> VirtualClock:
     """The timer of pytest-benchmark: goes on by what each caption took, on whatever clock and in whatever run.
 
     So a row shows virtual seconds for a virtual clock, and the seconds that were saved for a clip that a resumed run
     does not decode again.
     """
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-
-    def __call__(self) -> float:
-        return self._seconds
-
-    def add(self, seconds: float) -> None:
-        self._seconds += seconds
-
-
-@pytest.fixture
-def run_clock(request: pytest.FixtureRequest) -> RunClock:
-    clock = RunClock()
+    clock = VirtualClock()
     request.node.add_marker(pytest.mark.benchmark(timer=clock))
     return clock
 

@@ -8,11 +8,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import table
 from bench.cases import Case
-from bench.conftest import DataSet, Progress, RunClock, problems_in_one_line
+from bench.conftest import DataSet, Progress, problems_in_one_line
 from bench.unfinished import Unfinished
 from edgecloud_sd import results, shadow
 from edgecloud_sd.captioner import Captioner, Cell, Request
-from edgecloud_sd.clock import old_objects_left_alone
+from edgecloud_sd.clock import VirtualClock, old_objects_left_alone
 from edgecloud_sd.config import Settings
 from edgecloud_sd.profile import Profile
 from edgecloud_sd.records import Clip, Finished, Trace
@@ -22,7 +22,7 @@ from edgecloud_sd.utilization import Meter, Utilization, unmeasured
 
 def test_captioning(
     case: Case,
-    run_clock: RunClock,  # before `benchmark`, which takes it for its timer
+    run_clock: VirtualClock,  # before `benchmark`, which takes it for its timer
     benchmark: BenchmarkFixture,
     captioner: Captioner,
     data: Callable[[str], DataSet],
@@ -65,7 +65,7 @@ def test_captioning(
             with Meter(settings.cloud_device) as meter:
                 trace = decode(clip, request)
             used = meter.used
-        run_clock.add(used.wall)
+        run_clock.advance(used.wall)
         taken.append((trace, used))
 
     def keep(clip: Clip, request: Request) -> None:
