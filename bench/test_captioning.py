@@ -14,6 +14,7 @@ from edgecloud_sd import results, shadow
 from edgecloud_sd.captioner import Captioner, Cell, Request
 from edgecloud_sd.clock import VirtualClock, old_objects_left_alone
 from edgecloud_sd.config import Settings
+from edgecloud_sd.metrics import Hindsight
 from edgecloud_sd.profile import Profile
 from edgecloud_sd.records import Clip, Finished, Trace
 from edgecloud_sd.summary import ClipResult, clip_result
@@ -51,30 +52,27 @@ def test_captioning(
         own = decode(*first, Cell("cloud", link=case.cell.link))
         assert warm.tokens == own.tokens, "the output differs from the cloud's own"
 
-    taken: list[tuple[Trace, Utilization]] = []
+    taken: list[tuple[Trace, Utilization, Hindsight | None]] = []
     captions: list[ClipResult] = []
     waiting = iter([(clip, chosen.request(clip)) for clip in chosen.clips])  # the samples are in memory
 
     def one(clip: Clip, request: Request) -> None:
         if clip.file_id in saved.done:
-            trace, used, _ = results.measurements(saved.done[clip.file_id])
+            trace, used, hindsight = results.measurements(saved.done[clip.file_id])
         elif profile:
-            trace = decode(clip, request)
+            trace, hindsight = decode(clip, request), None
             used = unmeasured(trace.seconds, "the clock was virtual")
         else:
             with Meter(settings.cloud_device) as meter:
-                trace = decode(clip, request)
+                trace, hindsight = decode(clip, request), None
             used = meter.used
         run_clock.advance(used.wall)
-        taken.append((trace, used))
+        taken.append((trace, used, hindsight))
 
     def keep(clip: Clip, request: Request) -> None:
         """Off the clock: what the cloud says afterwards, and the record on the disk."""
-        trace, used = taken[-1]
-        if clip.file_id in saved.done:
-            hindsight = results.measurements(saved.done[clip.file_id])[2]
-        else:
-            hindsight = None
+        trace, used, hindsight = taken.pop()
+        if clip.file_id not in saved.done:
             if settings.shadow == "yes" and case.cell.mode == "speculative":
                 prompt = captioner.prompt(request, case.cell.mode)
                 hindsight = shadow.look_back(trace, prompt, captioner.cloud, case.cell.rule)

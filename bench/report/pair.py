@@ -179,7 +179,7 @@ def verdicts(picture: str, pairs: Pairs, quality: str) -> list[Block]:
         Heading("cell"),
         Heading("clips in both"),
         Heading("B, times as fast", "A's seconds a caption / B's, summed over the clips in both"),
-        Heading("per token", "the same by seconds a token after the first: not better for shorter captions"),
+        Heading("per token", "the same by seconds a token after what came first: not better for shorter captions"),
         Heading(f"{name(quality)} B - A", "mean over the clips in both of the clip's own score, with 95% interval"),
         Heading("captions", words=True),
     ]

@@ -236,7 +236,7 @@ def pays(picture: str, cells: Cells, answers: Mapping[str, str], quality: str) -
         intervals.append((text, found))
     blocks: list[Block] = []
     if fewest:
-        each = "seconds a token after the first: not better for shorter captions"
+        each = "seconds a token after what came first: not better for shorter captions"
         table = Table(
             [
                 Heading("times as fast as"),
