@@ -1,0 +1,138 @@
+"""Whether a checkpoint fits in memory, told from its headers before any of it is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from edgecloud_sd import limits
+from edgecloud_sd.limits import gb
+from edgecloud_sd.pairs import DTYPES
+
+BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a thinker needs in one dtype, for its weights alone: decoding comes on top."""
+
+    parameters: int
+    loaded: int  # bytes, once it is there
+    loading: int  # bytes while it loads, as --max-memory-gb counts them
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory that weights can go to."""
+
+    free: int  # bytes
+    words: str  # "7.400 GB of memory are free"
+    when: Literal["loaded", "loading"]  # the need that must fit in it
+    remedy: str
+
+    def holds(self, need: Need) -> bool:
+        return self.needs(need) <= self.free
+
+    def needs(self, need: Need) -> int:
+        return need.loaded if self.when == "loaded" else need.loading
+
+
+def fits(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32", limit_bytes: int | None = None) -> None:
+    """ValueError, naming the need and the remedy, for a checkpoint too large for `device` or the process's limit.
+
+    `limit_bytes` is the limit in force (`limits.InForce.memory_bytes`). What cannot be known passes: a checkpoint that
+    is not on this machine yet, the memory of a device that is neither CPU nor CUDA.
+    """
+    need = needed(checkpoint, dtype)
+    if need is None:
+        return
+    for room in rooms(device, limit_bytes):
+        if not room.holds(need):
+            others = [each for each in DTYPES if (other := needed(checkpoint, each)) and room.holds(other)]
+            raise ValueError(too_large(str(checkpoint), dtype, need, room, others))
+
+
+def too_large(name: str, dtype: str, need: Need, room: Room, others: list[str]) -> str:
+    """The message for a need that is more than the room; `others` are the dtypes in which it would fit."""
+    text = f"checkpoint {name!r} needs {gb(room.needs(need))} GB in {dtype}"
+    if room.when == "loading":
+        text += f" while it loads ({gb(need.loaded)} for its weights)"
+    text += f", and {room.words}: {room.remedy}"
+    if others:
+        text += f", or take it in {' or '.join(others)} (--edge-dtype, --cloud-dtype)"
+    return text
+
+
+def rooms(device: str, limit_bytes: int | None) -> Iterator[Room]:
+    """What must hold a checkpoint on a torch device: the limit if there is one, and the device as it is now."""
+    if limit_bytes is not None:
+        free = max(0, limit_bytes - limits.memory_in_use())
+        words = f"{gb(free)} of the {gb(limit_bytes)} GB of {limits.MEMORY} are free"
+        yield Room(free, words, "loading", "raise the limit")
+    if device.startswith("cpu"):
+        # pages of a mapped file can be dropped while it loads: only what stays counts
+        free = psutil.virtual_memory().available + psutil.swap_memory().free
+        yield Room(free, f"{gb(free)} GB of memory are free", "loaded", "take a smaller model")
+    elif device.startswith("cuda"):
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        yield Room(free, f"{gb(free)} GB of {device} are free", "loaded", "take a smaller model")
+
+
+def needed(checkpoint: str | Path, dtype: str) -> Need | None:
+    """What the thinker of a checkpoint, a folder or a name on the hub, needs in `dtype`.
+
+    None where no weights can be read: not downloaded, or no safetensors. The loader has the word on those.
+    """
+    try:
+        files = _files(checkpoint)
+        headers = [_header(file) for file in files]
+        mapped = sum(file.stat().st_size for file in files)
+    except (OSError, ValueError):
+        return None
+    tensors = {name: tensor for header in headers for name, tensor in header.items()}
+    whole = any(name.startswith("thinker.") for name in tensors)  # with a talker that is not loaded
+    counted = [tensor for name, tensor in tensors.items() if not whole or name.startswith("thinker.")]
+    parameters = sum(size for _, size in counted)
+    converted = sum(size for stored, size in counted if STORED.get(stored) != dtype)
+    # all files are mapped until the end, talker and all; what is stored in `dtype` stays in its map, the rest is copied
+    return Need(parameters, parameters * BYTES[dtype], mapped + converted * BYTES[dtype])
+
+
+def _files(checkpoint: str | Path) -> list[Path]:
+    """The files with a checkpoint's weights. OSError if there are none here."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(str(checkpoint), "config.json")
+        if not isinstance(cached, str):
+            raise FileNotFoundError(checkpoint)
+        folder = Path(cached).parent
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def _header(file: Path) -> dict[str, tuple[str, int]]:
+    """Each tensor's stored dtype and number of parameters. ValueError for a file that is no safetensors.
+
+    Read by hand: safetensors maps the whole file even for this, which a memory limit may refuse.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError(f"{file} is no safetensors file")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return {name: (tensor["dtype"], math.prod(tensor["shape"])) for name, tensor in header.items()}
