@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecloud_sd import acceptance, decoder, gate, pairs, prompts
+from edgecloud_sd import acceptance, decoder, gate, limits, pairs, prompts
 from edgecloud_sd import link as links
 from edgecloud_sd.clock import stamp
 from edgecloud_sd.decoder import Decoding
@@ -19,11 +19,12 @@ from edgecloud_sd.link import Link
 from edgecloud_sd.records import Event, Prepared, Prompt, Trace
 from edgecloud_sd.stage import Stage
 from edgecloud_sd.stopping import Stopping
-from edgecloud_sd.verifier import LocalVerifier
+from edgecloud_sd.verifier import LocalVerifier, Verifier
 
 if TYPE_CHECKING:
+    from edgecloud_sd.cloud.client import Connection, Remote
     from edgecloud_sd.config import Settings
-    from edgecloud_sd.models.hf import HFModel
+    from edgecloud_sd.models.hf import Frontend, HFModel
     from edgecloud_sd.profile import Profile
 
 
@@ -46,6 +47,7 @@ class Cell:
     rule: acceptance.Rank = acceptance.GREEDY
     k: int = 1
     link: Link = links.NONE
+    open: str = "eager"
 
     @property
     def strict(self) -> bool:
@@ -56,7 +58,7 @@ class Cell:
 def cells(settings: Settings) -> list[Cell]:
     """Each different way to decode that a run asks for, once, in the order of its settings."""
     found: list[Cell] = []
-    crossed = [links.find(name) for name in settings.link]
+    crossed = [links.parse(text) for text in settings.link]
     for mode in settings.mode:
         if mode == "edge":
             found.append(Cell(mode))
@@ -70,7 +72,7 @@ def cells(settings: Settings) -> list[Cell]:
             for threshold in (settings.entropy_threshold if name == "entropy" else (0.0,))
         ]
         rules = [acceptance.parse(rule, r) for rule in settings.rule for r in settings.rank]
-        found.extend(Cell(mode, *each) for each in itertools.product(gates, rules, settings.k, crossed))
+        found.extend(Cell(mode, *each) for each in itertools.product(gates, rules, settings.k, crossed, settings.open))
     return list(dict.fromkeys(found))
 
 
@@ -83,11 +85,12 @@ class Captioner:
     """A pair, each side loaded when a mode first needs it: edge mode never loads the cloud.
 
     `threads` is how many CPU threads torch may use, for the whole process; None leaves it torch's own choice for a pair
-    with a model of `SMALL` parameters or more, and is one otherwise.
+    with a model of `SMALL` parameters or more, and is one otherwise. With a `connection` the cloud is a service
+    elsewhere, and no weights of it are loaded here. `alone` lets the edge finish what the cloud fails.
     """
 
     @classmethod
-    def of(cls, settings: Settings) -> Captioner:
+    def of(cls, settings: Settings, connection: Connection | None = None) -> Captioner:
         """The captioner that a run asks for."""
         return cls(
             pairs.find(settings.pair, settings.edge_model, settings.cloud_model),
@@ -96,6 +99,8 @@ class Captioner:
             cloud_device=settings.cloud_device,
             cloud_dtype=settings.cloud_dtype,
             threads=settings.threads,
+            connection=connection,
+            alone=settings.on_cloud_fault == "edge",
         )
 
     def __init__(
@@ -107,12 +112,16 @@ class Captioner:
         cloud_device: str = "cpu",
         cloud_dtype: str = "float32",
         threads: int | None = None,
+        connection: Connection | None = None,
+        alone: bool = False,
     ) -> None:
         self.pair = pair
         self._edge = (pair.edge, edge_device, edge_dtype)
         self._cloud = (pair.cloud, cloud_device, cloud_dtype)
         self._threads = threads
-        self._loaded: dict[str, tuple[HFModel, int]] = {}
+        self._connection = connection
+        self._alone = alone
+        self._loaded: dict[str, tuple[Frontend, int]] = {}
 
     @cached_property
     def edge(self) -> HFModel:
@@ -124,13 +133,25 @@ class Captioner:
         """The large model, loaded when first asked for."""
         return _load(*self._cloud)
 
-    def load(self, mode: str) -> HFModel:
+    @cached_property
+    def front(self) -> Frontend:
+        """The edge's front end: where the cloud is elsewhere, cloud mode needs no weights here."""
+        from edgecloud_sd.models import hf
+
+        return hf.load_frontend(self.pair.edge)
+
+    def load(self, mode: str) -> Frontend:
         """Load what `mode` needs, check that it fits together, and return the side that prepares its prompts."""
         if mode not in self._loaded:
-            sides = [self.cloud] if mode == "cloud" else [self.edge] if mode == "edge" else [self.edge, self.cloud]
-            if len(sides) == 2:
-                pairs.check(*sides)
-            self._loaded[mode] = sides[0], _threads(self._threads, sides)
+            models = [] if mode == "cloud" else [self.edge]
+            if mode != "edge" and self._connection is None:
+                models.append(self.cloud)
+            side = models[0] if models else self.front
+            if mode != "edge":
+                cloud = self._connection.remote if self._connection else None
+                there = cloud.traits if cloud else pairs.traits(self.cloud)
+                pairs.check(side.name, pairs.traits(side), cloud.name if cloud else self.cloud.name, there)
+            self._loaded[mode] = side, _threads(self._threads, models)
         side, threads = self._loaded[mode]
         _use(threads)
         return side
@@ -148,21 +169,44 @@ class Captioner:
 
     def events(self, request: Request, cell: Cell, max_new_tokens: int, stage: Stage | None = None) -> Iterator[Event]:
         """Everything that happens to one request, from its features to its last token."""
-        stage = stage or Stage(link=cell.link)
+        stage = stage or self._stage(cell)
         side = self.load(cell.mode)
-        how = Decoding(cell.mode, Stopping(side.eos, max_new_tokens), cell.k, stage.gate(cell.gate))
+        stopping = Stopping(side.eos, max_new_tokens)
+        how = Decoding(cell.mode, stopping, cell.k, stage.gate(cell.gate), self._alone)
         prompt = stage.prepared(lambda: self.prompt(request, cell.mode))
         yield Prepared(len(prompt.ids))
         edge = None if cell.mode == "cloud" else stage.edge(self.edge)
-        cloud = None if cell.mode == "edge" else stage.linked(LocalVerifier(stage.cloud(self.cloud), cell.rule))
+        cloud = None if cell.mode == "edge" else self.verifier(cell.rule, stage)
+        if cloud and cell.mode == "speculative":
+            cloud = stage.opened(cloud, cell.open)
         yield from decoder.decode(prompt, how, edge, cloud)
+
+    def verifier(self, rule: acceptance.Rank, stage: Stage | None = None) -> Verifier:
+        """The cloud, wherever it is, for one caption."""
+        stage = stage or Stage()
+        if self._connection:
+            return self._connection.verifier(rule, stage)
+        return stage.linked(LocalVerifier(stage.cloud(self.cloud), rule))
 
     def trace(
         self, request: Request, cell: Cell, max_new_tokens: int, profile: Profile | None = None, seed: str = ""
     ) -> Trace:
-        """One caption, timed: on the real clock, or under `profile` on a virtual one with the cell's link."""
-        stage = Stage(profile, cell.link, seed)
+        """One caption, timed: on the real clock, or under `profile` on a virtual one; the cell's link on either."""
+        stage = self._stage(cell, profile, seed)
         return stamp(self.events(request, cell, max_new_tokens, stage), stage.watch)
+
+    def _stage(self, cell: Cell, profile: Profile | None = None, seed: str = "") -> Stage:
+        return Stage(profile, cell.link, seed, far=self._connection is not None and cell.mode != "edge")
+
+    @property
+    def cloud_dtype(self) -> str:
+        """The number format of the cloud, wherever it is."""
+        return self._connection.remote.dtype if self._connection else self._cloud[2]
+
+    @property
+    def remote(self) -> Remote | None:
+        """What the server says of itself, where the cloud is one."""
+        return self._connection.remote if self._connection else None
 
     def text(self, mode: str) -> Callable[..., str]:
         """The decoding from ids to a caption: special tokens, EOS among them, have no text."""
@@ -176,7 +220,12 @@ def _load(checkpoint: str, device: str, dtype: str) -> HFModel:
     return hf.load(checkpoint, device, dtype)
 
 
-def _threads(asked: int | None, sides: list[HFModel]) -> int:
+def use_threads(asked: int | None, models: Sequence[HFModel]) -> None:
+    """Let torch run these models on `asked` threads; None chooses, as `Captioner` says."""
+    _use(_threads(asked, models))
+
+
+def _threads(asked: int | None, sides: Sequence[HFModel]) -> int:
     """How many threads these sides are to run on, as `Captioner` says."""
     small = all(side.thinker.num_parameters() < SMALL for side in sides)
     return asked or (1 if small else _torch_threads())
@@ -186,6 +235,7 @@ def _use(threads: int) -> None:
     import torch
 
     _torch_threads()  # noted before the first change
+    threads = min(threads, limits.usable_cores())
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 from edgecloud_sd.records import Event, Span, Trace
@@ -35,17 +37,52 @@ class Watch:
         self.clock = clock
         self.spans: list[Span] = []
         self.start = clock()
+        self._beside = threading.local()
 
     def seconds(self) -> float:
         """Since the request."""
         return self.clock() - self.start
 
+    def note(self, part: str, start: float, end: float | None = None, size: int = 0) -> None:
+        """A span of `part`, from `start` to `end` or now."""
+        self._noted().append(Span(part, start, self.seconds() if end is None else end, size))
+
     def timed(self, part: str, call: Callable[..., T], *arguments: object, size: int = 0) -> T:
         """`call(*arguments)`, its time noted as a span of `part`."""
         start = self.seconds()
         result = call(*arguments)
-        self.spans.append(Span(part, start, self.seconds(), size))
+        self.note(part, start, size=size)
         return result
+
+    @contextmanager
+    def beside(self, spans: list[Span]) -> Iterator[None]:
+        """What this thread notes goes to `spans`: it happens beside the caption's own course."""
+        self._beside.spans = spans
+        try:
+            yield
+        finally:
+            del self._beside.spans
+
+    def wait(self, spans: Iterable[Span], start: float) -> None:
+        """Note what was beside as far as it was waited for, from `start` to now. Payloads count, hidden or not."""
+        self._noted().extend(replace(span, start=max(span.start, start), end=max(span.end, start)) for span in spans)
+
+    def losses(self, part: str) -> Callable[[], None]:
+        """A function to call where an attempt has failed: what it took since the last is one span, payloads kept."""
+        noted = self._noted()
+        known, start = len(noted), self.seconds()
+
+        def lost() -> None:
+            nonlocal known, start
+            noted[known:] = [replace(span, start=start, end=start) for span in noted[known:] if span.size]
+            self.note(part, start)
+            known, start = len(noted), self.seconds()
+
+        return lost
+
+    def _noted(self) -> list[Span]:
+        spans: list[Span] = getattr(self._beside, "spans", self.spans)
+        return spans
 
 
 @contextmanager
@@ -65,8 +102,10 @@ def stamp(events: Iterable[Event], watch: Watch | None = None) -> Trace:
     """Run the generator to its end and note when each event came, in seconds since the watch was started (or now)."""
     watch = watch or Watch()
     stamped = tuple(stream(events, watch))
-    # what is cleared away after the last event is no part of the caption
-    return Trace(stamped, tuple(span for span in watch.spans if not stamped or span.end <= stamped[-1][0]))
+    end = stamped[-1][0] if stamped else 0.0
+    # what is cleared away after the last event takes no time of the caption's, but what it sends has crossed the link
+    after = (replace(span, start=end, end=end) for span in watch.spans if span.end > end and span.size)
+    return Trace(stamped, (*(span for span in watch.spans if span.end <= end), *after))
 
 
 def stream(events: Iterable[Event], watch: Watch | None = None) -> Iterator[tuple[float, Event]]:

@@ -8,21 +8,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
-from edgecloud_sd import acceptance, gate, profile
+from edgecloud_sd import acceptance, gate, link, pairs, profile
 from edgecloud_sd.dataset import CAPTION_TYPES, ON_BAD_CLIP
 from edgecloud_sd.decoder import MODES
-from edgecloud_sd.link import LINKS
-from edgecloud_sd.pairs import DTYPES, PAIRS
+from edgecloud_sd.opening import WHEN
+from edgecloud_sd.pairs import PAIRS
 from edgecloud_sd.prompts import LANGUAGES, PROMPT_TYPES
 
 CLOCKS = ("real", "virtual")
 YES_NO = ("yes", "no")
 MEASURE = "measure"  # the profile of this machine
+AUTO = "auto"  # of a device: a GPU where there is one; of a number format: what suits the device; of a cloud: our own
+DTYPES = (AUTO, *pairs.DTYPES)
+ON_CLOUD_FAULT = ("wait", "edge", "error")
 
 
 class ConfigError(ValueError):
@@ -38,6 +41,7 @@ class Option:
     read: Callable[[str], Any]
     many: bool
     optional: bool
+    split: Callable[[str], list[str]]
 
     def parse(self, value: Any) -> Any:
         """The value of this option from a command line's text or a YAML file's scalar or list."""
@@ -47,7 +51,7 @@ class Option:
             raise ConfigError(f"--{self.name}: needs a value")
         if not self.many:
             return self._one(value)
-        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        parts = self.split(value) if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         values = tuple(dict.fromkeys(self._one(part) for part in parts))
         if not values:
             raise ConfigError(f"--{self.name}: needs at least one value")
@@ -102,8 +106,49 @@ def _file_name(text: str) -> str:
     return text
 
 
-def _option(help: str, read: Callable[[str], Any] = str, *, many: bool = False, optional: bool = False) -> Any:
-    return dataclass_field(metadata={"help": help, "read": read, "many": many, "optional": optional})
+def _seconds(text: str) -> float:
+    return _above_zero(text, "a number of seconds")
+
+
+def _gigabytes(text: str) -> float:
+    return _above_zero(text, "a number of GB (10^9 bytes)")
+
+
+def _above_zero(text: str, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError(f"is not {what} above 0")
+    return value
+
+
+def _link(text: str) -> str:
+    link.parse(text)
+    return text
+
+
+def _url(text: str) -> str:
+    if text != AUTO and not re.fullmatch(r"https?://[^/\s]+/?", text):
+        raise ValueError("is neither auto nor a URL like http://host:8700")
+    return text.rstrip("/")
+
+
+def _commas(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _option(
+    help: str,
+    read: Callable[[str], Any] = str,
+    *,
+    many: bool = False,
+    optional: bool = False,
+    split: Callable[[str], list[str]] = _commas,
+) -> Any:
+    metadata = {"help": help, "read": read, "many": many, "optional": optional, "split": split}
+    return dataclass_field(metadata=metadata)
 
 
 def _choice(help: str, known: tuple[str, ...], many: bool = False) -> Any:
@@ -128,9 +173,32 @@ class Settings:
     edge_model: str | None = _option("edge checkpoint instead of the pair's: a folder or a hub name", optional=True)
     cloud_model: str | None = _option("cloud checkpoint instead of the pair's: a folder or a hub name", optional=True)
     edge_device: str = _option("torch device of the edge: cpu, cuda, cuda:1")
-    edge_dtype: str = _choice("number format of the edge", DTYPES)
-    cloud_device: str = _option("torch device of the cloud")
-    cloud_dtype: str = _choice("number format of the cloud", DTYPES)
+    edge_dtype: str = _choice("number format of the edge", pairs.DTYPES)
+    cloud_device: str = _option("torch device of the cloud; auto is a GPU where there is one")
+    cloud_dtype: str = _choice("number format of the cloud; auto is float16 on a GPU and float32 elsewhere", DTYPES)
+    cloud_url: str | None = _option(
+        "the cloud is a server elsewhere, at this URL; auto starts one on loopback for the run and stops it",
+        _url,
+        optional=True,
+    )
+    cloud_key_file: str | None = _option("file with the key that the server at --cloud-url asks for", optional=True)
+    cloud_timeout: float = _option("s that one request to a server may take", _seconds)
+    on_cloud_fault: str = _choice(
+        "a request that fails is tried again for a minute (wait), or for 2 s, after which the edge finishes the "
+        "caption, marked degraded (edge), or ends the run (error)",
+        ON_CLOUD_FAULT,
+    )
+    open: tuple[str, ...] = _choice(
+        "when a prompt is sent to the cloud: beside the edge's own prefill, or with the first escalated draft",
+        WHEN,
+        many=True,
+    )
+    max_cpu_cores: int | None = _option(
+        "hold this process, the edge, to so many CPU cores; the cloud then needs --cloud-url", _count, optional=True
+    )
+    max_memory_gb: float | None = _option(
+        "hold the memory of this process to so many GB (10^9 bytes) of private data", _gigabytes, optional=True
+    )
     threads: int | None = _option(
         "CPU threads of torch; none is one for models under 50 M parameters and torch's own choice for larger",
         _count,
@@ -144,7 +212,12 @@ class Settings:
         "one of this machine to the results folder",
         optional=True,
     )
-    link: tuple[str, ...] = _choice("between edge and cloud, on the virtual clock", tuple(LINKS), many=True)
+    link: tuple[str, ...] = _option(
+        f"emulated between edge and cloud: {', '.join(link.LINKS)}, or one like {link.CUSTOM}",
+        _link,
+        many=True,
+        split=link.split,
+    )
     shadow: str = _choice(
         "ask the cloud afterwards, off the clock, about the tokens it was not asked: tells what the gate missed", YES_NO
     )
@@ -195,7 +268,21 @@ def resolve(command_line: Mapping[str, str | None], file: Path | None = None) ->
         raise ConfigError(f"{defaults_file()}: has no default for --{', --'.join(missing)}")
     settings = Settings(**{option.name.replace("-", "_"): option.parse(merged[option.name]) for option in OPTIONS})
     _check(settings)
+    if settings.cloud_url in (None, AUTO):
+        device, dtype = automatic(settings.cloud_device, settings.cloud_dtype)
+        settings = replace(settings, cloud_device=device, cloud_dtype=dtype)
     return settings
+
+
+def automatic(device: str, dtype: str) -> tuple[str, str]:
+    """A device and a number format, each chosen where it is `AUTO`."""
+    if device == AUTO:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == AUTO:
+        dtype = "float16" if device.startswith("cuda") else "float32"
+    return device, dtype
 
 
 def _check(settings: Settings) -> None:
@@ -205,8 +292,19 @@ def _check(settings: Settings) -> None:
         raise ConfigError(f"--clock: virtual needs --profile: {known} or a YAML file")
     if settings.clock == "real" and settings.profile not in (None, MEASURE):
         raise ConfigError(f"--profile: {settings.profile!r} is for the virtual clock; add --clock virtual")
-    if settings.clock == "real" and settings.link != ("none",):
-        raise ConfigError(f"--link: {','.join(settings.link)} can only be simulated; add --clock virtual --profile ...")
+    if settings.clock == "virtual":
+        for name in ("cloud_url", "max_cpu_cores", "max_memory_gb"):
+            if getattr(settings, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')}: is for the real clock; leave out --clock virtual")
+    if settings.profile == MEASURE and settings.cloud_url:
+        raise ConfigError("--profile: measure times both sides in this process; leave out --cloud-url")
+    held = [name for name in ("max_cpu_cores", "max_memory_gb") if getattr(settings, name) is not None]
+    if held and settings.mode != ("edge",) and not settings.cloud_url:
+        raise ConfigError(
+            f"--{held[0].replace('_', '-')}: would hold the cloud as well, in the same process; add --cloud-url auto"
+        )
+    if settings.cloud_key_file and settings.cloud_url in (None, AUTO):
+        raise ConfigError("--cloud-key-file: is for a server at --cloud-url http://...")
     if settings.profile not in (None, MEASURE):
         try:
             profile.load(settings.profile)

@@ -13,6 +13,7 @@ from edgecloud_sd import gate as gates
 from edgecloud_sd.drafter import draft
 from edgecloud_sd.records import (
     Committed,
+    Degraded,
     Drafted,
     Escalated,
     Event,
@@ -24,7 +25,7 @@ from edgecloud_sd.records import (
 )
 from edgecloud_sd.session import Model
 from edgecloud_sd.stopping import Stopping
-from edgecloud_sd.verifier import Verifier
+from edgecloud_sd.verifier import CloudFault, Verifier
 
 MODES = ("edge", "cloud", "speculative")
 T = TypeVar("T")
@@ -38,6 +39,7 @@ class Decoding:
     stopping: Stopping
     k: int = 1
     gate: gates.Gate = gates.NEVER
+    alone: bool = False  # whether the edge finishes a caption that the cloud fails
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -58,6 +60,7 @@ def _cloud(prompt: Prompt, how: Decoding, cloud: Verifier) -> Iterator[Event]:
     output: list[int] = []
     verification = cloud.open(prompt)
     try:
+        verification.wait()
         yield Opened("cloud")
         for token in verification.generate(how.stopping):
             output.append(token)
@@ -69,29 +72,37 @@ def _cloud(prompt: Prompt, how: Decoding, cloud: Verifier) -> Iterator[Event]:
 
 def _rounds(prompt: Prompt, how: Decoding, edge: Model, cloud: Verifier | None) -> Iterator[Event]:
     context = [prompt.last]  # then everything committed
-    known = 0  # how much of the context the cloud holds
-    session = edge.open(prompt)
-    yield Opened("edge")
+    known = 0  # how much of the context the cloud holds: none until it has answered once
     verification = cloud.open(prompt) if cloud else None
+    escalates = how.gate if verification else gates.NEVER
     try:
-        if verification:
-            yield Opened("cloud")
+        session = edge.open(prompt)
+        yield Opened("edge")
         while how.stopping.reason(context[1:]) is None:
             k = min(how.k, how.stopping.room(len(context) - 1))
             drafted = draft(session, context, k, how.stopping.eos, how.gate.score)
             yield Drafted(drafted)
-            if verification and how.gate(drafted):
+            parts: list[tuple[tuple[int, ...], Origin]] = [(drafted.tokens, "local")]
+            if verification and escalates(drafted):
                 yield Escalated(drafted, len(context) - known)
-                verdict = verification.verify(known, context[known:], drafted.tokens)
-                yield Verified(drafted, verdict)
-                known = len(context) + verdict.accepted
-                whole = verdict.accepted == len(drafted.tokens)
-                parts: list[tuple[tuple[int, ...], Origin]] = [
-                    (drafted.tokens[: verdict.accepted], "accepted"),
-                    ((verdict.token,), "bonus" if whole else "correction"),
-                ]
-            else:
-                parts = [(drafted.tokens, "local")]
+                try:
+                    if not known:
+                        verification.wait()
+                        yield Opened("cloud")
+                    verdict = verification.verify(known, context[known:], drafted.tokens)
+                except CloudFault as fault:
+                    if not how.alone:
+                        raise
+                    yield Degraded(str(fault))
+                    escalates = gates.NEVER
+                else:
+                    yield Verified(drafted, verdict)
+                    known = len(context) + verdict.accepted
+                    whole = verdict.accepted == len(drafted.tokens)
+                    parts = [
+                        (drafted.tokens[: verdict.accepted], "accepted"),
+                        ((verdict.token,), "bonus" if whole else "correction"),
+                    ]
             for tokens, origin in parts:
                 # nothing follows EOS, and a bonus may be one token too many
                 if how.stopping.reason(context[1:]) is None and (kept := how.stopping.cut(tokens, len(context) - 1)):

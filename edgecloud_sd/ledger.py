@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from edgecloud_sd.records import Committed, Drafted, Escalated, Event, Opened, Prepared, Trace, Verified
+from edgecloud_sd.records import Committed, Degraded, Drafted, Escalated, Event, Opened, Prepared, Trace, Verified
 
 PARTS = {
     "features": "computing the log-mel spectrogram and building the prompt",
@@ -17,11 +17,13 @@ PARTS = {
     "cloud_prefill": "the cloud's audio encoder and prefill",
     "draft": "the edge's forward passes and argmax",
     "gate": "the gate's statistic and decision",
-    "uplink": "request on its way to the cloud",
+    "uplink": "request on its way over an emulated link",
+    "network": "a real service: request and answer under way, packing and unpacking included",
     "cloud_queue": "request waiting at the cloud",
     "verify": "the cloud's forward pass over a draft, and its verdict",
     "cloud_decode": "the cloud's own steps, in cloud mode",
-    "downlink": "answer on its way to the edge",
+    "downlink": "answer on its way back over an emulated link",
+    "faults": "attempts on a cloud that failed, the waits between them, opening anew",
     "rollback": "cutting a cache back after a rejection",
     "other": "the loop's bookkeeping between events",
 }
@@ -97,6 +99,8 @@ def part(event: Event) -> str:
         return "verify"
     if isinstance(event, Committed) and event.origin == "cloud":
         return "cloud_decode"
+    if isinstance(event, Degraded):
+        return "faults"
     return "other"
 
 

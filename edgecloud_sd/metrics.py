@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecloud_sd.records import Committed, Drafted, Escalated, Opened, Prepared, Trace, Verified
+from edgecloud_sd.records import Committed, Degraded, Drafted, Escalated, Opened, Prepared, Trace, Verified
 
 Text = Callable[[Sequence[int]], str]  # the tokenizer's decoding
 
@@ -203,11 +203,21 @@ def acceptance_by_position(traces: Sequence[Trace]) -> list[float]:
 
 
 def wire_bytes(trace: Trace) -> tuple[int, int] | None:
-    """Payload bytes (up, down) of one caption; None where nothing crossed a link."""
+    """Bytes (up, down) of one caption's messages; None where there was no link to cross."""
     sizes: Counter[str] = Counter()
     for span in trace.spans:
         sizes[span.part] += span.size
-    return (sizes["uplink"], sizes["downlink"]) if sizes["uplink"] or sizes["downlink"] else None
+    return (sizes["uplink"], sizes["downlink"]) if "uplink" in sizes else None
+
+
+def faults(trace: Trace) -> int:
+    """Attempts on the cloud that failed."""
+    return sum(span.part == "faults" for span in trace.spans)
+
+
+def degraded(trace: Trace) -> str | None:
+    """Why the edge finished the caption alone; None where it did not."""
+    return next((event.reason for _, event in trace.events if isinstance(event, Degraded)), None)
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from edgecloud_sd import link as links
-from edgecloud_sd import metrics
+from edgecloud_sd import metrics, wire
 from edgecloud_sd.ledger import intervals, part
 from edgecloud_sd.link import Link
 from edgecloud_sd.profile import Costs, Profile
-from edgecloud_sd.records import Committed, Drafted, Escalated, Trace, Verified
+from edgecloud_sd.records import Committed, Drafted, Escalated, Opened, Trace, Verified
 
 MAX_K = 16  # longest draft that is looked at for the best one
 RARE = 1e-12  # chance at which the tail of the local rounds is left out
@@ -49,7 +49,8 @@ class Workload:
     bonus: bool = True  # whether a draft accepted whole earns the cloud's next token
     sent: float | None = None  # committed tokens sent with an escalated draft, mean; None: as m geometric has it
     tokens: float | None = None  # N of a caption, where whole captions are to be forecast
-    open_bytes: int = 0  # that open a prompt at the cloud, over a link
+    open_bytes: int = 0  # of the request that opens a prompt at the cloud, over a link
+    eager: bool = True  # whether the cloud is opened beside the edge
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -93,21 +94,35 @@ def seconds_per_token(profile: Profile, link: Link, work: Workload) -> float:
 
 def cloud_seconds_per_token(profile: Profile, link: Link) -> float:
     """s a token of cloud mode: one step, and its bytes; the latency of a stream is paid once, with the opening."""
-    return profile.cloud.step + 8 * links.TOKEN_BYTES / link.down
+    return profile.cloud.step + 8 * wire.LINE / link.down
 
 
-def opening_seconds(profile: Profile, link: Link, mode: str, open_bytes: int = 0) -> float:
-    """s from the request to the start of decoding: features, both prefills, what opens the cloud."""
-    seconds = profile.features
-    if mode != "cloud":
-        seconds += profile.edge.prefill
-    if mode != "edge":
-        seconds += link.up_seconds(open_bytes) + profile.queue + profile.cloud.prefill
-    return seconds + (link.rtt / 2 if mode == "cloud" else 0.0)
+def opening_seconds(profile: Profile, link: Link, mode: str, work: Workload) -> float:
+    """s from the request to the start of decoding: features, prefills, and what of opening the cloud is waited for.
+
+    What is opened beside the edge is waited for at the first escalation: after m local rounds, m geometric, the edge
+    has spent its prefill and m + 1 drafts.
+    """
+    edge, cloud = profile.edge.prefill, link.up_seconds(work.open_bytes) + profile.queue + profile.cloud.prefill
+    if mode == "edge":
+        return profile.features + edge
+    if mode == "cloud":
+        return profile.features + cloud + link.down_seconds(0)
+    if not work.eager:
+        return profile.features + edge + cloud
+    chance, waited, left = work.gate_rate, 0.0, cloud - edge
+    while (left := left - work.k * _step(profile, work)) > 0 and chance > RARE:
+        waited += chance * left
+        chance *= 1 - work.gate_rate
+    return profile.features + edge + waited
+
+
+def _step(profile: Profile, work: Workload) -> float:
+    return profile.edge.step + (profile.gate if work.gated else 0.0)
 
 
 def _draft_seconds(profile: Profile, work: Workload) -> float:
-    each = profile.edge.step + (profile.gate if work.gated else 0.0)
+    each = _step(profile, work)
     wider = profile.edge.seconds(2) - profile.edge.step  # the last draft token and the bonus, fed together
     return work.k * each + (work.gate_rate * work.p(work.k) * wider if work.bonus else 0.0)
 
@@ -129,13 +144,9 @@ def _verify_seconds(cloud: Costs, work: Workload) -> float:
     return sum(chance * cloud.seconds(n) for chance, n in _fed(work))
 
 
-def _byte_seconds(link: Link, work: Workload) -> float:
-    up = sum(chance * links.verify_bytes(n) for chance, n in _fed(work))
-    return 8 * up / link.up + 8 * links.VERDICT_BYTES / link.down
-
-
 def _link_seconds(link: Link, work: Workload) -> float:
-    return 0.0 if link == links.NONE else link.rtt + _byte_seconds(link, work)
+    up = sum(chance * link.up_seconds(wire.verify_size(n)) for chance, n in _fed(work))
+    return 0.0 if link == links.NONE else up + link.down_seconds(wire.VERDICT)
 
 
 @dataclass(frozen=True)
@@ -234,7 +245,7 @@ def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
     def caption(mode: str, each: float) -> float | None:
         if work.tokens is None:
             return None
-        return opening_seconds(profile, link, mode, work.open_bytes) + work.tokens * each
+        return opening_seconds(profile, link, mode, work) + work.tokens * each
 
     return Forecast(
         k=work.k,
@@ -260,14 +271,14 @@ def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
     )
 
 
-def workload(traces: Sequence[Trace], k: int, gated: bool = False) -> Workload | None:
+def workload(traces: Sequence[Trace], k: int, gated: bool = False, eager: bool = True) -> Workload | None:
     """What speculative captions with drafts of up to `k` were; None where nothing was verified."""
     accepted = metrics.acceptance_by_position(traces)
     total = sum((metrics.counts(trace) for trace in traces), metrics.Counts())
     if not accepted or not total.cloud_call_rate:
         return None
     sent = [event.sent for trace in traces for _, event in trace.events if isinstance(event, Escalated)]
-    opened = [next((span.size for span in trace.spans if span.part == "uplink"), 0) for trace in traces]
+    opened = [next((span.size for span in trace.spans if span.part == "uplink" and span.size), 0) for trace in traces]
     return Workload(
         k,
         tuple(accepted),
@@ -276,6 +287,7 @@ def workload(traces: Sequence[Trace], k: int, gated: bool = False) -> Workload |
         sent=sum(sent) / len(sent),
         tokens=total.tokens / len(traces),
         open_bytes=round(sum(opened) / len(opened)),
+        eager=eager,
     )
 
 
@@ -295,6 +307,7 @@ def observed(traces: Iterable[Trace], name: str = "observed") -> Profile | None:
 
     for trace in traces:
         fed = 0
+        alone = not any(isinstance(event, Drafted) for _, event in trace.events)
         for event, seconds in intervals(trace):
             if isinstance(event, Drafted):
                 note("draft", seconds, count=len(event.draft.tokens))
@@ -305,10 +318,12 @@ def observed(traces: Iterable[Trace], name: str = "observed") -> Profile | None:
                 note("forward", seconds, fed)
             elif isinstance(event, Committed) and event.origin == "cloud":
                 note("forward", seconds)
-            else:
+            elif alone or part(event) != "cloud_prefill":  # beside the edge's, all of it is not to be seen
                 note(part(event), seconds)
+        opened = next((s for s, event in trace.events if isinstance(event, Opened) and event.side == "cloud"), 0.0)
         for span in trace.spans:
-            note(span.part, span.end - span.start, count=int(span.part != "gate"))
+            if alone or span.end > opened or span.part != "cloud_queue":
+                note(span.part, span.end - span.start, count=int(span.part != "gate"))
 
     def each(part: str, n: int = 1) -> float:
         return spent[part, n] / calls[part, n] if calls[part, n] else 0.0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgecloud_sd.models.hf import HFModel
+    from edgecloud_sd.models.hf import Frontend
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")  # torch's names
 POCKET_WEIGHTS = Path(__file__).parent / "pocket" / "weights"
@@ -41,17 +42,40 @@ def find(name: str, edge_model: str | None = None, cloud_model: str | None = Non
     return Pair(f"{Path(edge).name}+{Path(cloud).name}", edge, cloud)
 
 
-def check(edge: HFModel, cloud: HFModel) -> None:
-    """ValueError unless both sides mean the same by every id, end at the same ids, and hear the same features.
+@dataclass(frozen=True)
+class Traits:
+    """What both sides of a pair have to have in common, wherever they run. Row counts may differ: both published Qwens
+    pad their vocabularies, each in its own way."""
 
-    Row counts may differ: both published Qwens pad their vocabularies, each in its own way.
-    """
-    same: dict[str, Callable[[HFModel], object]] = {
-        "tokenizers": lambda side: side.tokenizer.get_vocab(),
-        "end-of-caption ids": lambda side: side.eos,
-        "audio placeholders": lambda side: side.thinker.config.audio_token_id,
-        "mel spectrograms": lambda side: (side.extractor.feature_size, side.extractor.hop_length, side.extractor.n_fft),
+    tokenizer: str  # digest of every token and its id
+    eos: tuple[int, ...]  # ids that end a caption, rising
+    audio_token: int  # id of the audio placeholder
+    mel_bins: int
+    hop_length: int  # samples
+    n_fft: int  # samples
+
+
+def traits(side: Frontend) -> Traits:
+    """Of a loaded side, or of its front end alone."""
+    vocabulary = json.dumps(side.tokenizer.get_vocab(), sort_keys=True)
+    return Traits(
+        tokenizer=hashlib.sha256(vocabulary.encode()).hexdigest(),
+        eos=tuple(sorted(side.eos)),
+        audio_token=side.audio_token,
+        mel_bins=side.extractor.feature_size,
+        hop_length=side.extractor.hop_length,
+        n_fft=side.extractor.n_fft,
+    )
+
+
+def check(edge_name: str, edge: Traits, cloud_name: str, cloud: Traits) -> None:
+    """ValueError unless both sides mean the same by every id, end at the same ids, and hear the same features."""
+    names = {
+        "tokenizers": ("tokenizer",),
+        "end-of-caption ids": ("eos",),
+        "audio placeholders": ("audio_token",),
+        "mel spectrograms": ("mel_bins", "hop_length", "n_fft"),
     }
-    for what, of in same.items():
-        if of(edge) != of(cloud):
-            raise ValueError(f"{edge.name} and {cloud.name} have different {what}, so they are not a pair")
+    for what, fields in names.items():
+        if any(getattr(edge, field) != getattr(cloud, field) for field in fields):
+            raise ValueError(f"{edge_name} and {cloud_name} have different {what}, so they are not a pair")

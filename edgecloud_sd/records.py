@@ -109,11 +109,18 @@ class Committed:
 
 
 @dataclass(frozen=True)
+class Degraded:
+    """The cloud could not be had: the edge finishes the caption alone."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Finished:
     reason: Literal["eos", "length"]
 
 
-Event = Prepared | Opened | Drafted | Escalated | Verified | Committed | Finished
+Event = Prepared | Opened | Drafted | Escalated | Verified | Committed | Degraded | Finished
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,26 @@
 
 They meet the same protocols as what they wrap, so the decode loop cannot tell. On the real clock they note when a gate
 reads its statistic and when a cache is cut back; under a profile they also let each call take its profile's time on a
-virtual clock, and put a link in between.
+virtual clock. A link in between takes its time on either clock, asleep on the real one.
 """
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 from edgecloud_sd import link as links
+from edgecloud_sd import opening, wire
 from edgecloud_sd.clock import VirtualClock, Watch
 from edgecloud_sd.gate import Gate
 from edgecloud_sd.link import Link
 from edgecloud_sd.profile import Costs, Profile
-from edgecloud_sd.records import Prompt, Verdict
+from edgecloud_sd.records import Prompt, Span, Verdict
 from edgecloud_sd.session import Model, Session
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import Verification, Verifier
@@ -32,15 +36,17 @@ class Stage:
     """One request's. The real clock without a profile, a virtual one under it.
 
     `seed` draws the link's jitter: the same for every cell that a clip is decoded in, so that cells can be paired.
+    `far` says that the cloud is a service elsewhere, so that messages cross even without an emulated link.
     """
 
-    def __init__(self, profile: Profile | None = None, link: Link = links.NONE, seed: str = "") -> None:
-        if profile is None and link != links.NONE:
-            raise ValueError(f"link {link.name} can only be simulated: it needs a profile and the virtual clock")
+    def __init__(
+        self, profile: Profile | None = None, link: Link = links.NONE, seed: str = "", far: bool = False
+    ) -> None:
         self._virtual = VirtualClock()
         self.watch = Watch(self._virtual) if profile else Watch()
         self.profile = profile
         self.link = link
+        self.far = far or link != links.NONE
         self._random = random.Random(seed)
 
     def prepared(self, build: Callable[[], T]) -> T:
@@ -57,8 +63,40 @@ class Stage:
         return _Model(model, self, self.profile.cloud if self.profile else None)
 
     def linked(self, verifier: Verifier) -> Verifier:
-        """Through the link, and through the cloud's queue."""
-        return _Verifier(verifier, self) if self.profile else verifier
+        """A verifier of this process, through the link and the cloud's queue."""
+        return _Verifier(verifier, self) if self.profile or self.far else verifier
+
+    def opened(self, verifier: Verifier, when: str) -> Verifier:
+        """Opened eager or lazy."""
+        if self.far:  # or a caption of which nothing crosses would look like one that had nothing to cross
+            self.watch.note("uplink", 0.0, 0.0)
+        return opening.Lazy(verifier) if when == "lazy" else opening.Eager(verifier, self.begin)
+
+    def begin(self, call: Callable[[], T]) -> Callable[[], T]:
+        """Start `call` beside what follows: the result waits for it, and only that wait takes time of the caption's."""
+        spans: list[Span] = []
+
+        def run() -> T:
+            with self.watch.beside(spans):
+                return call()
+
+        if self.profile:
+            before = self._virtual.now
+            done = _finished(run)
+            ready, self._virtual.now = self._virtual.now, before
+        else:
+            done = _background().submit(run)
+
+        def wait() -> T:
+            start = self.watch.seconds()
+            try:
+                return done.result()
+            finally:
+                if self.profile:
+                    self._virtual.now = max(self._virtual.now, ready)
+                self.watch.wait(spans, start)
+
+        return wait
 
     def gate(self, gate: Gate) -> Gate:
         score = gate.score
@@ -73,17 +111,21 @@ class Stage:
         return replace(gate, score=lambda row: self.watch.timed("gate", scored, row))
 
     def spend(self, seconds: float) -> None:
-        """Let the virtual clock go on."""
-        self._virtual.advance(seconds)
+        """Let so much time pass."""
+        if self.profile:
+            self._virtual.advance(seconds)
+        elif seconds:
+            time.sleep(seconds)
 
     def up(self, size: int) -> None:
-        if self.link != links.NONE:
-            self._cross("uplink", self.link.up_seconds(size, self._random.random()), size)
+        """A request of `size` bytes crosses to the cloud."""
+        if self.far:
+            self._cross("uplink", self.link.up_seconds(size, self._random.random), size)
 
     def down(self, size: int, follows: bool = False) -> None:
-        """`follows`: right behind the message before, so that only its bytes take time."""
-        if self.link != links.NONE:
-            each = 8 * size / self.link.down if follows else self.link.down_seconds(size, self._random.random())
+        """An answer crosses back. `follows`: right behind the one before, so that only its bytes take time."""
+        if self.far:
+            each = 8 * size / self.link.down if follows else self.link.down_seconds(size, self._random.random)
             self._cross("downlink", each, size)
 
     def queue(self) -> None:
@@ -138,28 +180,56 @@ class _Verifier:
 
     def open(self, prompt: Prompt) -> Verification:
         """The request alone crosses here: nobody has to wait for its acknowledgement before asking for more."""
-        self.stage.up(links.open_bytes(prompt))
+        body = wire.encode_prompt(prompt)
+        self.stage.up(wire.REQUEST_HEAD + len(body))
         self.stage.queue()
-        return _Verification(self.verifier.open(prompt), self.stage)
+        return _Verification(self.verifier.open(prompt), self.stage, wire.check_prompt(body, 1))
 
 
-@dataclass(frozen=True)
 class _Verification:
-    verification: Verification
-    stage: Stage
+    def __init__(self, verification: Verification, stage: Stage, begun: int) -> None:
+        self._verification = verification
+        self._stage = stage
+        self._begun = begun
+        self._context: list[int] = []
+
+    def wait(self) -> None:
+        self._verification.wait()
 
     def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
-        self.stage.up(int(links.verify_bytes(len(tokens) + len(draft))))
-        self.stage.queue()
-        verdict = self.verification.verify(base, tokens, draft)
-        self.stage.down(links.VERDICT_BYTES)
+        self._context[base:] = tokens
+        request = wire.to_verify(self._begun, self._context, base, draft)
+        self._stage.up(wire.REQUEST_HEAD + len(wire.dumps(request)))
+        self._stage.queue()
+        verdict = self._verification.verify(base, tokens, draft)
+        self._context += draft[: verdict.accepted]
+        self._stage.down(wire.ANSWER_HEAD + len(wire.dumps(wire.verdict(verdict, request["check"]))))
         return verdict
 
-    def generate(self, stopping: Stopping) -> Iterator[int]:
+    def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
         """Asked for together with the opening; the tokens follow each other at the pace at which they are made."""
-        for i, token in enumerate(self.verification.generate(stopping)):
-            self.stage.down(links.TOKEN_BYTES, follows=i > 0)
+        asked = wire.to_generate(self._begun, output, stopping.eos, stopping.max_new_tokens)["check"]
+        written: list[int] = []
+        for token in self._verification.generate(stopping, output):
+            written.append(token)
+            head = wire.CHUNK_HEAD if len(written) > 1 else wire.ANSWER_HEAD + wire.CHUNK_HEAD
+            self._stage.down(head + len(wire.dumps(wire.written(written, asked))), follows=len(written) > 1)
             yield token
 
     def close(self) -> None:
-        self.verification.close()
+        self._verification.close()
+
+
+def _finished(call: Callable[[], T]) -> Future[T]:
+    """What `call` came to, as if a thread had done it."""
+    done: Future[T] = Future()
+    try:
+        done.set_result(call())
+    except Exception as error:  # noqa: BLE001 - raised where it is waited for
+        done.set_exception(error)
+    return done
+
+
+@cache
+def _background() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="opening")

@@ -7,6 +7,7 @@ from typing import Any
 from edgecloud_sd.ledger import PARTS, part
 from edgecloud_sd.records import (
     Committed,
+    Degraded,
     Draft,
     Drafted,
     Escalated,
@@ -66,7 +67,7 @@ def _holds(event: Event) -> list[Any]:
         return [event.verdict.accepted, event.verdict.token]
     if isinstance(event, Committed):
         return [list(event.tokens), event.origin]
-    return [event.reason]
+    return [event.reason]  # degraded, or finished
 
 
 def _event(name: str, holds: list[Any], draft: Draft) -> Event:
@@ -82,6 +83,8 @@ def _event(name: str, holds: list[Any], draft: Draft) -> Event:
         return Verified(draft, Verdict(*holds))
     if name == "committed":
         return Committed(tuple(holds[0]), holds[1])
+    if name == "degraded":
+        return Degraded(*holds)
     if name == "finished":
         return Finished(*holds)
     raise ValueError(f"not a saved trace: unknown event {name!r}")

@@ -12,8 +12,15 @@ from edgecloud_sd.session import Model, Session, sync
 from edgecloud_sd.stopping import Stopping
 
 
+class CloudFault(Exception):
+    """The cloud could not be had, for as long as it was worth trying: the message says how it failed."""
+
+
 class Verification(Protocol):
-    """One prompt, opened on the cloud's side."""
+    """One prompt, opened on the cloud's side. CloudFault where the cloud is elsewhere and cannot be had."""
+
+    def wait(self) -> None:
+        """Returns when the prompt is encoded and prefilled, which `open` may have left to be done meanwhile."""
 
     def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
         """Judge `draft` after a context whose first `base` tokens the cloud holds already and whose rest is `tokens`.
@@ -22,17 +29,18 @@ class Verification(Protocol):
         what the cloud knows to be committed.
         """
 
-    def generate(self, stopping: Stopping) -> Iterator[int]:
-        """The cloud's own greedy tokens from the start, one by one, the last included."""
+    def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
+        """The cloud's own greedy tokens after what is `output` already, one by one, the last included."""
 
     def close(self) -> None:
-        """Give back what the prompt occupies."""
+        """Give back what the prompt occupies. Never fails."""
 
 
 class Verifier(Protocol):
     """Opens prompts on the cloud's side."""
 
-    def open(self, prompt: Prompt) -> Verification: ...
+    def open(self, prompt: Prompt) -> Verification:
+        """Begin on a prompt; `Verification.wait` says when it is done."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +63,33 @@ class LocalVerification:
         self._rule = rule
         self._agreed = 0  # how much of the cache the edge knows to be committed
 
+    def wait(self) -> None:
+        """Nothing is left to wait for."""
+
     def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
         """One forward pass over `tokens` and `draft` together."""
-        if not 0 <= base <= self._agreed:
-            raise ValueError(f"the edge counts on {base} committed tokens here, and {self._agreed} are known")
+        check_base(base, self._agreed)
         context = [*self._session.tokens[:base], *tokens, *draft]
         verdict = self._rule(draft, sync(self._session, context, rows=len(draft) + 1))
         self._agreed = base + len(tokens) + verdict.accepted
         return verdict
 
-    def generate(self, stopping: Stopping) -> Iterator[int]:
+    def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
         """Greedy decoding by the same session code."""
-        output: list[int] = []
-        while stopping.reason(output) is None:
-            token = int(sync(self._session, [self._last, *output])[-1].argmax())
-            output.append(token)
+        written = list(output)
+        self._agreed = 0  # the cache will hold what nobody has agreed upon
+        while stopping.reason(written) is None:
+            token = int(sync(self._session, [self._last, *written])[-1].argmax())
+            written.append(token)
             yield token
 
     def close(self) -> None:
         """Empty the cache; the memory goes with this object."""
+        self._agreed = 0
         self._session.truncate(0)
+
+
+def check_base(base: int, agreed: int) -> None:
+    """The ValueError that `Verification.verify` promises."""
+    if not 0 <= base <= agreed:
+        raise ValueError(f"the edge counts on {base} committed tokens here, and {agreed} are known")

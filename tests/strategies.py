@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
 
-from edgecloud_sd import acceptance, gate
+from edgecloud_sd import acceptance, gate, opening
 from edgecloud_sd import link as links
 from edgecloud_sd.clock import stamp
 from edgecloud_sd.decoder import Decoding, decode
@@ -74,9 +75,10 @@ class Case:
     scene: Scene
     how: Decoding
     rule: acceptance.Rank
+    open: str = "eager"
 
     def play(self, stage: Stage) -> Trace:
-        return play(self.scene.prompt, self.scene.edge, self.scene.cloud, self.how, stage, self.rule)
+        return play(self.scene.prompt, self.scene.edge, self.scene.cloud, self.how, stage, self.rule, self.open)
 
 
 @st.composite
@@ -84,7 +86,7 @@ def cases(draw: st.DrawFn) -> Case:
     scene = draw(scenes())
     mode = draw(st.sampled_from(["speculative", "speculative", "cloud", "edge"]))
     how = speculative(scene, draw(ks), draw(gates)) if mode == "speculative" else Decoding(mode, scene.stopping)
-    return Case(scene, how, draw(ranks))
+    return Case(scene, how, draw(ranks), draw(st.sampled_from(opening.WHEN)))
 
 
 def play(
@@ -94,11 +96,14 @@ def play(
     how: Decoding,
     stage: Stage,
     rule: acceptance.Rank = acceptance.GREEDY,
+    when: str = "eager",
 ) -> Trace:
     """What `Captioner.trace` does, on any two models."""
 
     def events() -> Iterator[Event]:
         verifier = stage.linked(LocalVerifier(stage.cloud(cloud), rule))
+        if how.mode == "speculative":
+            verifier = stage.opened(verifier, when)
         built = stage.prepared(lambda: prompt)
         yield Prepared(len(built.ids))
         yield from decode(built, replace(how, gate=stage.gate(how.gate)), stage.edge(edge), verifier)
@@ -126,7 +131,8 @@ def profiles(edge_points: int = 4) -> st.SearchStrategy[Profile]:
     )
 
 
-any_link = st.sampled_from(list(links.LINKS.values()))
+# a link without an end to its bandwidth shows what else there is to the last digit
+any_link = st.sampled_from([*links.LINKS.values(), Link("wide", rtt=0.05, up=math.inf, down=math.inf, jitter=0.01)])
 
 
 def steady(link: Link) -> Link:

@@ -279,12 +279,15 @@ def test_any_map_in_a_file_is_read_or_refused_by_name(
     [
         ({"clock": "virtual"}, "--clock: virtual needs --profile: laptop-gpu, phone-npu, published, measure or a YAML"),
         ({"profile": "published"}, "--profile: 'published' is for the virtual clock; add --clock virtual"),
-        ({"link": "none,4g"}, "--link: none,4g can only be simulated; add --clock virtual"),
-        ({"link": "5G"}, "--link: '5G' is not one of none, lan, wifi, 5g, 4g, sat"),
+        ({"link": "5G"}, "--link: '5G' is not one of none, lan, wifi, 5g, 4g, sat, or a link like rtt=40ms,"),
+        ({"link": "4g,rtt=40ms,loss=2"}, "--link: 'rtt=40ms,loss=2' has loss=2, but loss is a number of % below 100"),
+        ({"clock": "virtual", "profile": "published", "cloud-url": "auto"}, "--cloud-url: is for the real clock"),
+        ({"clock": "virtual", "profile": "published", "max-cpu-cores": "1"}, "--max-cpu-cores: is for the real clock"),
+        ({"profile": "measure", "cloud-url": "auto"}, "--profile: measure times both sides in this process"),
         ({"clock": "virtual", "profile": "absent"}, "--profile: no profile 'absent': give a YAML file that exists, or"),
     ],
 )
-def test_what_the_virtual_clock_needs_is_said(options: dict[str, str], message: str) -> None:
+def test_what_the_clocks_need_is_said(options: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolve(options)
     assert message in str(error.value)
@@ -293,3 +296,43 @@ def test_what_the_virtual_clock_needs_is_said(options: dict[str, str], message: 
 def test_a_profile_may_be_measured_on_either_clock() -> None:
     assert resolve({"profile": "measure"}).clock == "real"
     assert resolve({"profile": "measure", "clock": "virtual", "link": "sat"}).link == ("sat",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"max-cpu-cores": "2"},
+            "--max-cpu-cores: would hold the cloud as well, in the same process; add --cloud-url auto",
+        ),
+        ({"max-memory-gb": "2", "mode": "cloud"}, "--max-memory-gb: would hold the cloud as well"),
+        ({"max-memory-gb": "0"}, "--max-memory-gb: '0' is not a number of GB (10^9 bytes) above 0"),
+        ({"max-cpu-cores": "0.5"}, "--max-cpu-cores: '0.5' is not a whole number of at least 1"),
+        ({"cloud-key-file": "key"}, "--cloud-key-file: is for a server at --cloud-url http://..."),
+        ({"cloud-url": "auto", "cloud-key-file": "key"}, "--cloud-key-file: is for a server at --cloud-url http://..."),
+        ({"cloud-url": "cloud:8700"}, "--cloud-url: 'cloud:8700' is neither auto nor a URL like http://host:8700"),
+        ({"cloud-url": "http://cloud/api"}, "--cloud-url: 'http://cloud/api' is neither auto nor a URL"),
+        ({"cloud-timeout": "nan"}, "--cloud-timeout: 'nan' is not a number of seconds above 0"),
+        ({"on-cloud-fault": "retry"}, "--on-cloud-fault: 'retry' is not one of wait, edge, error"),
+        ({"open": "early"}, "--open: 'early' is not one of eager, lazy"),
+    ],
+)
+def test_what_a_cloud_elsewhere_needs_is_said(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(options)
+    assert message in str(error.value)
+
+
+def test_an_edge_alone_may_be_held_without_a_server() -> None:
+    assert resolve({"mode": "edge", "max-cpu-cores": "2", "max-memory-gb": "16"}).max_memory_gb == 16
+
+
+def test_an_automatic_cloud_is_on_the_gpu_in_half_precision_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, expected in ((True, ("cuda", "float16")), (False, ("cpu", "float32"))):
+        monkeypatch.setattr("torch.cuda.is_available", lambda found=found: found)
+        settings = resolve({"cloud-device": "auto", "cloud-dtype": "auto"})
+        assert (settings.cloud_device, settings.cloud_dtype) == expected
+
+
+def test_custom_links_are_told_apart_in_a_list() -> None:
+    assert resolve({"link": "lan,rtt=40ms,up=5mbit,rtt=60ms"}).link == ("lan", "rtt=40ms,up=5mbit", "rtt=60ms")

@@ -222,6 +222,9 @@ def test_a_cloud_that_falls_silent_is_an_error() -> None:
         def open(self, prompt: Prompt) -> Silent:
             return self
 
+        def wait(self) -> None:
+            pass
+
         def generate(self, stopping: Stopping) -> list[int]:
             return [1]
 

@@ -55,18 +55,22 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
         hf.load(tmp_path)
 
 
+def check(edge: hf.Frontend, cloud: hf.Frontend) -> None:
+    pairs.check(edge.name, pairs.traits(edge), cloud.name, pairs.traits(cloud))
+
+
 def test_sides_with_other_tokenizers_are_no_pair(captioner: Captioner) -> None:
     class Other:
         def get_vocab(self) -> dict[str, int]:
             return {**captioner.edge.tokenizer.get_vocab(), "more": 9999}
 
     with pytest.raises(ValueError, match="have different tokenizers, so they are not a pair"):
-        pairs.check(captioner.edge, replace(captioner.cloud, tokenizer=Other()))
+        check(captioner.edge, replace(captioner.cloud, tokenizer=Other()))
 
 
 def test_sides_that_end_captions_differently_are_no_pair(captioner: Captioner) -> None:
     with pytest.raises(ValueError, match="have different end-of-caption ids"):
-        pairs.check(captioner.edge, replace(captioner.cloud, eos=captioner.cloud.eos | {0}))
+        check(captioner.edge, replace(captioner.cloud, eos=captioner.cloud.eos | {0}))
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:

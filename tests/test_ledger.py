@@ -84,10 +84,12 @@ def test_every_part_of_a_speculative_caption_by_hand() -> None:
         "draft": 0.75 + 0.5,
         "gate": 0.75 + 0.125 + 0.375,
         "uplink": 1.25,
+        "network": 0.0,
         "cloud_queue": 1.125,
         "verify": 0.75,
         "cloud_decode": 0.0,
         "downlink": 0.75,
+        "faults": 0.0,
         "rollback": 0.25,
         "other": 0.125 + 0.25 + 0.5 + 1.0,
     }

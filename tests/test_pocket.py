@@ -81,7 +81,7 @@ def test_audio_is_encoded_once_a_side(captioner: Captioner, monkeypatch: pytest.
 
         monkeypatch.setattr(tower, "forward", counted)
     list(captioner.events(request(1, "english"), Cell("speculative", gate.ALWAYS, k=3), MAX_NEW_TOKENS))
-    assert calls == ["edge", "cloud"]
+    assert sorted(calls) == ["cloud", "edge"]
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(None, 1), (2, 2)])

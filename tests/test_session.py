@@ -42,7 +42,7 @@ class PocketMachine(SessionMachine):
     @classmethod
     def prepare(cls, side: str) -> None:
         captioner = Captioner()
-        cls.model = captioner.load(side)
+        cls.model = captioner.edge if side == "edge" else captioner.cloud
         cls.vocabulary = len(cls.model.tokenizer) - 1
         cls.prompt = captioner.prompt(Request(clips.make("evaluation", 0).samples, "english"), side)
 

@@ -14,6 +14,7 @@ from edgecloud_sd.metrics import Hindsight
 from edgecloud_sd.records import Committed, Draft, Drafted, Escalated, Finished, Prompt, Trace, Verdict, Verified
 from edgecloud_sd.stage import Stage
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.verifier import LocalVerifier
 from tests.strategies import UNSURE, Case, Scripted, cases, play, ranks, scenes, speculative
 
 
@@ -61,8 +62,8 @@ def lenient(draw: st.DrawFn) -> Case:
 def test_looking_back_is_asking_token_by_token_and_not_at_all_where_no_token_was_local(case: Case) -> None:
     trace = case.play(Stage())
     counts = metrics.counts(trace)
-    cloud = case.scene.cloud if counts.local else Silent()
-    found = shadow.look_back(trace, case.scene.prompt, cloud, case.rule)
+    cloud = LocalVerifier(case.scene.cloud if counts.local else Silent(), case.rule)
+    found = shadow.look_back(trace, case.scene.prompt, cloud)
     assert found == asked(case, trace)
     assert [sent for _, sent, _ in found.drafts].count(True) == counts.cloud_calls
     assert len(found.drafts) == counts.rounds
@@ -75,7 +76,7 @@ def test_each_round_by_hand() -> None:
     how = Decoding("speculative", Stopping(frozenset(), 9), 2, UNSURE)
     trace = play(Prompt((5,)), edge, cloud, how, Stage())
     # local 0 and 1, local 2 and 3 that the cloud would both replace, 4 rejected, local 5 and 6, 7 rejected, local 8
-    found = shadow.look_back(trace, Prompt((5,)), cloud, Rank(1))
+    found = shadow.look_back(trace, Prompt((5,)), LocalVerifier(cloud, Rank(1)))
     right, wrong, sent = (0.0, False, False), (0.0, False, True), (1.0, True, True)
     assert found == Hindsight(2, (right, wrong, sent, right, sent, right))
 
@@ -91,4 +92,5 @@ def test_a_whole_draft_that_was_escalated_counts_as_accepted() -> None:
             (0.0, Finished("eos")),
         )
     )
-    assert shadow.look_back(trace, Prompt((5,)), Silent(), Rank(1)) == Hindsight(0, ((0.5, True, False),))
+    silent = LocalVerifier(Silent(), Rank(1))
+    assert shadow.look_back(trace, Prompt((5,)), silent) == Hindsight(0, ((0.5, True, False),))

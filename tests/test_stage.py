@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecloud_sd import gate, metrics
+from edgecloud_sd import gate, metrics, wire
 from edgecloud_sd import link as links
 from edgecloud_sd.clock import stamp
 from edgecloud_sd.decoder import Decoding, decode
@@ -35,16 +36,16 @@ from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import LocalVerifier
 from tests.strategies import UNSURE, Case, Scripted, any_link, cases, play, profiles
 
-PROMPT = Prompt((5, 6), torch.zeros(2, 3))  # 8 bytes of ids, 12 of features
+PROMPT = Prompt((5, 6), torch.zeros(2, 3))
 PROFILE = Profile(
     "scripted",
     edge=Costs(prefill=2.0, forward=((1, 0.5), (2, 0.75))),
-    cloud=Costs(prefill=3.0, forward=((1, 1.0), (5, 2.0))),
+    cloud=Costs(prefill=5.0, forward=((1, 1.0), (5, 2.0))),
     features=0.125,
     gate=0.0625,
     queue=0.25,
 )
-LINK = Link("scripted", rtt=0.5, up=512, down=1024)
+LINK = Link("scripted", rtt=0.5, up=math.inf, down=math.inf)
 # Rounds of two: the first sure and so local, the second rejected at its second token, the third accepted whole with a
 # bonus, the fourth cut to one token by the limit.
 EDGE = Scripted(wrong=frozenset({3}), unsure=frozenset({3, 4}))
@@ -66,39 +67,56 @@ def test_every_moment_of_a_speculative_caption_by_hand() -> None:
     assert speculative(Stage(PROFILE, LINK)).events == (
         (0.125, Prepared(2)),
         (2.125, Opened("edge")),
-        (5.9375, Opened("cloud")),  # up 0.25 + 20 bytes at 64 a second, queue 0.25, prefill 3
-        (7.0625, Drafted(local)),  # two steps of 0.5, two statistics of 0.0625
-        (7.0625, Committed((0, 0), "local")),
-        (8.1875, Drafted(rejected)),
-        (8.1875, Escalated(rejected, 3)),  # the last prompt token and two local ones
-        (11.375, Verified(rejected, Verdict(1, 0))),  # up 0.25 + 24 bytes, queue, a pass over 5, down 0.25 + 8 bytes
-        (11.375, Committed((0,), "accepted")),
-        (11.375, Committed((0,), "correction")),
-        (12.5, Drafted(whole)),
-        (12.5, Escalated(whole, 1)),
-        (15.0625, Verified(whole, Verdict(2, 0))),  # up 0.25 + 16 bytes, queue, a pass over 3, down 0.25 + 8 bytes
-        (15.0625, Committed((0, 0), "accepted")),
-        (15.0625, Committed((0,), "bonus")),
-        (15.875, Drafted(last)),  # one pass over the last draft token and the bonus, one statistic
-        (15.875, Committed((0,), "local")),
-        (15.875, Finished("length")),
+        (3.25, Drafted(local)),  # two steps of 0.5, two statistics of 0.0625
+        (3.25, Committed((0, 0), "local")),
+        (4.375, Drafted(rejected)),
+        (4.375, Escalated(rejected, 3)),  # the last prompt token and two local ones
+        (5.625, Opened("cloud")),  # since 0.125: up 0.25, queue 0.25, prefill 5
+        (8.375, Verified(rejected, Verdict(1, 0))),  # up 0.25, queue, a pass over 5, down 0.25
+        (8.375, Committed((0,), "accepted")),
+        (8.375, Committed((0,), "correction")),
+        (9.5, Drafted(whole)),
+        (9.5, Escalated(whole, 1)),
+        (11.75, Verified(whole, Verdict(2, 0))),  # up 0.25, queue, a pass over 3, down 0.25
+        (11.75, Committed((0, 0), "accepted")),
+        (11.75, Committed((0,), "bonus")),
+        (12.5625, Drafted(last)),  # one pass over the last draft token and the bonus, one statistic
+        (12.5625, Committed((0,), "local")),
+        (12.5625, Finished("length")),
     )
 
 
+def test_a_lazy_cloud_is_opened_by_the_first_escalated_draft() -> None:
+    lazy = play(PROMPT, EDGE, CLOUD, Decoding("speculative", ALL, 2, UNSURE), Stage(PROFILE, LINK), when="lazy")
+    eager = speculative(Stage(PROFILE, LINK))
+    late = 4.375 + 0.25 + 0.25 + 5.0 - 5.625
+    for (soon, event), (seconds, same) in zip(eager.events, lazy.events, strict=True):
+        assert (seconds, same) == (soon + late * (soon > 4.375), event)
+    assert ledger(lazy).parts["cloud_prefill"] == 5.0
+    assert metrics.wire_bytes(lazy) == metrics.wire_bytes(eager)
+
+
 def test_every_span_of_a_speculative_caption_by_hand() -> None:
+    opening = wire.REQUEST_HEAD + len(wire.encode_prompt(PROMPT))
+    begun = wire.check_prompt(wire.encode_prompt(PROMPT), 1)
+    first, second = wire.to_verify(begun, [6, 0, 0], 0, [0, 1]), wire.to_verify(begun, [6, 0, 0, 0, 0], 4, [0, 0])
+    up = [wire.REQUEST_HEAD + len(wire.dumps(request)) for request in (first, second)]
+    answers = wire.verdict(Verdict(1, 0), first["check"]), wire.verdict(Verdict(2, 0), second["check"])
+    down = [wire.ANSWER_HEAD + len(wire.dumps(answer)) for answer in answers]
     spans = speculative(Stage(PROFILE, LINK)).spans
     assert [span for span in spans if span.part not in ("gate", "rollback")] == [
-        Span("uplink", 2.125, 2.6875, 20),
-        Span("cloud_queue", 2.6875, 2.9375),
-        Span("uplink", 8.1875, 8.8125, 24),
-        Span("cloud_queue", 8.8125, 9.0625),
-        Span("downlink", 11.0625, 11.375, 8),
-        Span("uplink", 12.5, 13.0, 16),
-        Span("cloud_queue", 13.0, 13.25),
-        Span("downlink", 14.75, 15.0625, 8),
+        Span("uplink", 0.0, 0.0),  # there is a link
+        Span("uplink", 4.375, 4.375, opening),  # crossed while the edge was at work
+        Span("cloud_queue", 4.375, 4.375),
+        Span("uplink", 5.625, 5.875, up[0]),
+        Span("cloud_queue", 5.875, 6.125),
+        Span("downlink", 8.125, 8.375, down[0]),
+        Span("uplink", 9.5, 9.75, up[1]),
+        Span("cloud_queue", 9.75, 10.0),
+        Span("downlink", 11.5, 11.75, down[1]),
     ]
     gates = [span for span in spans if span.part == "gate"]
-    assert gates[:2] == [Span("gate", 6.4375, 6.5), Span("gate", 7.0, 7.0625)]
+    assert gates[:2] == [Span("gate", 2.625, 2.6875), Span("gate", 3.1875, 3.25)]
     assert len(gates) == 7
     assert any(span.part == "rollback" for span in spans)  # in the cloud, of the rejected token
 
@@ -108,31 +126,45 @@ def test_the_ledger_of_a_speculative_caption_by_hand() -> None:
     assert kept.parts == {
         "features": 0.125,
         "edge_prefill": 2.0,
-        "cloud_prefill": 3.0,
+        "cloud_prefill": 1.25,
         "draft": 3 * 1.0 + 0.75,
         "gate": 7 * 0.0625,
-        "uplink": 0.5625 + 0.625 + 0.5,
-        "cloud_queue": 3 * 0.25,
+        "uplink": 2 * 0.25,
+        "network": 0.0,
+        "cloud_queue": 2 * 0.25,
         "verify": 2.0 + 1.5,
         "cloud_decode": 0.0,
-        "downlink": 2 * 0.3125,
+        "downlink": 2 * 0.25,
+        "faults": 0.0,
         "rollback": 0.0,
         "other": 0.0,
     }
     assert kept.discarded == 0.5  # one of two tokens that took a second
 
 
+def test_bytes_take_the_time_that_the_bandwidth_gives_them() -> None:
+    fast, slow = (speculative(Stage(PROFILE, replace(LINK, up=up, down=2 * up))) for up in (math.inf, 8000))
+    for sure, span in zip(fast.spans, slow.spans, strict=True):
+        if span.part in ("uplink", "downlink") and span.end > 4.375 + 8 * span.size / 8000:
+            rate = {"uplink": 8000, "downlink": 16000}[span.part]
+            assert span.end - span.start == pytest.approx(sure.end - sure.start + 8 * span.size / rate)
+    assert slow.seconds > fast.seconds
+
+
 def test_every_moment_of_a_cloud_caption_by_hand() -> None:
     trace = caption(Decoding("cloud", replace(ALL, max_new_tokens=3)), Stage(PROFILE, LINK))
     assert trace.events == (
         (0.125, Prepared(2)),
-        (3.9375, Opened("cloud")),
-        (5.21875, Committed((0,), "cloud")),  # a step of 1, down 0.25 + 4 bytes: the latency, once
-        (6.25, Committed((0,), "cloud")),
-        (7.28125, Committed((0,), "cloud")),
-        (7.28125, Finished("length")),
+        (5.625, Opened("cloud")),
+        (6.875, Committed((0,), "cloud")),  # a step of 1, down 0.25: the latency, once
+        (7.875, Committed((0,), "cloud")),
+        (8.875, Committed((0,), "cloud")),
+        (8.875, Finished("length")),
     )
-    assert metrics.wire_bytes(trace) == (20, 12)
+    sizes = metrics.wire_bytes(trace)
+    assert sizes is not None
+    assert sizes[0] == wire.REQUEST_HEAD + len(wire.encode_prompt(PROMPT))
+    assert sizes[1] > wire.ANSWER_HEAD + 3 * wire.CHUNK_HEAD
 
 
 def test_every_moment_of_an_edge_caption_by_hand() -> None:
@@ -143,8 +175,8 @@ def test_every_moment_of_an_edge_caption_by_hand() -> None:
 
 def test_without_a_link_nothing_crosses_but_the_queue_is_waited_for() -> None:
     kept = ledger(speculative(Stage(PROFILE)))
-    assert (kept.parts["uplink"], kept.parts["downlink"], kept.parts["cloud_queue"]) == (0, 0, 0.75)
-    assert kept.seconds == 15.875 - 3 * 0.25 - (20 + 24 + 16) / 64 - 2 * (0.25 + 8 / 128)
+    assert (kept.parts["uplink"], kept.parts["downlink"], kept.parts["cloud_queue"]) == (0, 0, 0.5)
+    assert kept.seconds == 12.5625 - 0.25 - 2 * 2 * 0.25  # the way there of the opening, and both ways of two calls
 
 
 def test_a_gate_that_reads_nothing_costs_nothing() -> None:
@@ -152,9 +184,13 @@ def test_a_gate_that_reads_nothing_costs_nothing() -> None:
     assert ledger(trace).parts["gate"] == 0
 
 
-def test_a_link_can_only_be_simulated_under_a_profile() -> None:
-    with pytest.raises(ValueError, match="link 4g can only be simulated: it needs a profile"):
-        Stage(link=links.find("4g"))
+def test_on_the_real_clock_a_link_takes_its_time() -> None:
+    link = Link("short", rtt=0.01, up=math.inf, down=math.inf)
+    trace = speculative(Stage(link=link))
+    assert trace.tokens == speculative(Stage(PROFILE, LINK)).tokens
+    crossed = [span for span in trace.spans if span.part in ("uplink", "downlink") and span.start > 0]
+    assert len(crossed) == 5
+    assert all(span.end - span.start >= 0.005 for span in crossed[1:])
 
 
 @settings(max_examples=25)  # four captions each
@@ -183,6 +219,6 @@ def test_another_seed_draws_another_jitter(mode: str) -> None:
 
 def test_jitter_is_drawn_anew_for_every_message() -> None:
     spans = speculative(Stage(PROFILE, replace(LINK, jitter=0.125))).spans
-    trips = [span.end - span.start - 8 * span.size / LINK.up for span in spans if span.part == "uplink"]
-    assert len({round(trip, 9) for trip in trips}) == 3
+    trips = [span.end - span.start for span in spans if span.part in ("uplink", "downlink") and span.end > span.start]
+    assert len({round(trip, 9) for trip in trips}) == 4  # the opening's is hidden
     assert all(0.125 <= trip <= 0.375 for trip in trips)

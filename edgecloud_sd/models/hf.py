@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgecloud_sd import prompts
+from edgecloud_sd import limits, prompts
+from edgecloud_sd.models import memory
 from edgecloud_sd.pairs import DTYPES
 from edgecloud_sd.records import Prompt
 from edgecloud_sd.session import check_truncation
@@ -82,14 +84,21 @@ class HFSession:
 
 
 @dataclass(frozen=True)
-class HFModel:
-    """A loaded thinker with its tokenizer and feature extractor."""
+class Frontend:
+    """What builds a checkpoint's prompts and reads its tokens: all of it but the weights."""
 
     name: str
-    thinker: Any
     tokenizer: Any
     extractor: Any
     eos: frozenset[int]
+    audio_token: int  # id of the placeholder
+
+
+@dataclass(frozen=True)
+class HFModel(Frontend):
+    """A loaded thinker with its front end."""
+
+    thinker: Any
 
     def open(self, prompt: Prompt) -> HFSession:
         """Encode the audio once and prefill all but the last prompt token."""
@@ -102,7 +111,7 @@ class HFModel:
         embeddings: Tensor = thinker.get_input_embeddings()(ids)
         if prompt.features is None:
             return embeddings
-        places = ids[0] == thinker.config.audio_token_id
+        places = ids[0] == self.audio_token
         frames = prompt.features.shape[1]
         expected = prompts.audio_positions(frames)
         if int(places.sum()) != expected:
@@ -120,39 +129,57 @@ def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32") ->
     Raises ValueError for an unknown dtype or device or a folder that is not there, OSError for a checkpoint of another
     kind, or one that lacks weights or cannot be read.
     """
-    from safetensors import SafetensorError
-    from transformers import (
-        AutoConfig,
-        AutoTokenizer,
-        Qwen2_5OmniThinkerForConditionalGeneration,
-        WhisperFeatureExtractor,
-    )
-    from transformers.utils import logging
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     check_device(device)
+    front = load_frontend(checkpoint)
+    memory.fits(checkpoint, device, dtype, limits.in_force().memory_bytes)
+    with _one_line(front.name):
+        thinker, loading = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+            front.name, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+        if missing := sorted(loading["missing_keys"]):
+            raise OSError(f"it lacks {len(missing)} weights, {missing[0]} first")
+    return HFModel(**vars(front), thinker=thinker.to(device).eval())
+
+
+def load_frontend(checkpoint: str | Path) -> Frontend:
+    """A checkpoint without its weights. Raises as `load`."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig, WhisperFeatureExtractor
+    from transformers.utils import logging
+
     name = str(checkpoint)
     if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(f"no checkpoint {name!r}: give a folder that exists, or a name on the hub as owner/name")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    try:
-        kind = AutoConfig.from_pretrained(name).model_type
-        if kind not in KINDS:
-            raise OSError(f"it is a {kind}, not one of {', '.join(KINDS)}")
-        thinker, loading = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-            name, dtype=getattr(torch, dtype), output_loading_info=True
-        )
-        if missing := sorted(loading["missing_keys"]):
-            raise OSError(f"it lacks {len(missing)} weights, {missing[0]} first")
+    with _one_line(name):
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type not in KINDS:
+            raise OSError(f"it is a {config.model_type}, not one of {', '.join(KINDS)}")
         tokenizer = AutoTokenizer.from_pretrained(name)
         extractor = WhisperFeatureExtractor.from_pretrained(name)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise OSError(f"checkpoint {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    configured = thinker.generation_config.eos_token_id
+        try:
+            configured = GenerationConfig.from_pretrained(name).eos_token_id
+        except OSError:  # a checkpoint need not have one
+            configured = None
     eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
-    return HFModel(name, thinker.to(device).eval(), tokenizer, extractor, frozenset(eos))
+    thinker = getattr(config, "thinker_config", config)  # a whole Omni's holds one for each part
+    return Frontend(name, tokenizer, extractor, frozenset(eos), thinker.audio_token_id)
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """What cannot be loaded is an OSError that says so in one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError, MemoryError, RuntimeError) as error:  # the last is torch's, of memory
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"checkpoint {name!r} cannot be loaded: {reason}") from error
 
 
 def check_device(device: str) -> None:
