@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from edgecloud_sd import config, metrics
+from edgecloud_sd import config, limits, metrics
 from edgecloud_sd.captioner import Captioner, Request, cells
 from edgecloud_sd.clock import stream
+from edgecloud_sd.cloud.process import connected
 from edgecloud_sd.dataset import load_audio
 from edgecloud_sd.records import Committed, Event, Trace
+from edgecloud_sd.verifier import CloudFault
 
 COLOURS = {"local": 32, "accepted": 36, "correction": 31, "bonus": 35, "cloud": 34}  # ANSI
 LEGEND = {
@@ -24,7 +26,8 @@ LEGEND = {
 # Of the suite's options, those that make sense for one file; a list means its first value.
 SHARED = (
     "gate", "entropy-threshold", "k", "rule", "rank", "pair", "edge-model", "cloud-model", "edge-device", "edge-dtype",
-    "cloud-device", "cloud-dtype", "threads", "language", "prompt-type", "max-new-tokens",
+    "cloud-device", "cloud-dtype", "cloud-url", "cloud-key-file", "cloud-timeout", "on-cloud-fault", "open",
+    "max-cpu-cores", "max-memory-gb", "threads", "link", "language", "prompt-type", "max-new-tokens",
 )  # fmt: skip
 
 
@@ -34,14 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         settings = config.resolve(given | {"mode": options.mode})
         cell = cells(settings)[0]
-        captioner = Captioner.of(settings)
         samples = load_audio(options.file)
-        captioner.load(cell.mode)
-        request = Request(samples, settings.language[0], settings.prompt_type, options.transcription)
-        events = captioner.events(request, cell, settings.max_new_tokens)
         colour = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
-        trace = show(events, captioner.text(cell.mode), colour)
-    except (ValueError, OSError) as error:
+        held = limits.Limits(settings.max_cpu_cores, settings.max_memory_gb)
+        with connected(settings) as connection, limits.hold(held):
+            captioner = Captioner.of(settings, connection)
+            captioner.load(cell.mode)
+            request = Request(samples, settings.language[0], settings.prompt_type, options.transcription)
+            events = captioner.events(request, cell, settings.max_new_tokens)
+            trace = show(events, captioner.text(cell.mode), colour)
+    except (ValueError, OSError, CloudFault) as error:
         sys.exit(f"error: {error}")
     print(summary(trace), file=sys.stderr)
 
@@ -59,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
     for option in config.OPTIONS:
         if option.name in SHARED:
             default = config.shown(defaults[option.name])
-            caption.add_argument(f"--{option.name}", help=f"{option.help} (default: {default})")
+            help = f"{option.help} (default: {default})".replace("%", "%%")
+            caption.add_argument(f"--{option.name}", help=help)
     caption.add_argument("--transcription", help="what is said, where the prompt may use it")
     caption.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="(default: %(default)s)")
     return made

@@ -1,0 +1,1 @@
+"""The cloud as a server, and what edges need to reach it."""
