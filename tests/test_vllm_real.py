@@ -1,0 +1,151 @@
+"""Engine `vllm` on vLLM itself: the pocket cloud under it says, token for token, what it says under transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from edgecloud_sd import gate, pairs
+from edgecloud_sd.acceptance import GREEDY, Rank
+from edgecloud_sd.captioner import Captioner, Request
+from edgecloud_sd.cloud import vllm_engine
+from edgecloud_sd.cloud.vllm_engine import VLLMModel
+from edgecloud_sd.decoder import Decoding, decode
+from edgecloud_sd.pocket import clips
+from edgecloud_sd.records import Committed, Prompt, Verdict
+from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.verifier import LocalVerifier, Verification
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: tox -e vllm brings it along"),
+    pytest.mark.filterwarnings("default"),  # those of vLLM are its own affair
+]
+
+MAX_NEW_TOKENS = 48
+SOME = [(0, "chinese"), (7, "chinese"), (21, "english"), (38, "english")]
+FLAGS = {"max_model_len": 2048, "block_size": 32, "gpu_memory_utilization": 0.1}
+SPECIAL = ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The pocket cloud laid out as Qwen/Qwen2.5-Omni-7B is, which is all that vLLM reads."""
+    folder = tmp_path_factory.mktemp("vllm") / "omni"
+    shutil.copytree(pairs.PAIRS["pocket"].cloud, folder)
+    weights = {f"thinker.{name}": weight for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    thinker = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    omni = {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni", "thinker_config": thinker}
+    (folder / "config.json").write_text(json.dumps(omni), encoding="utf-8")
+    names = {name: name.upper() if name in SPECIAL[:3] else name for name in SPECIAL}
+    tokens = {"extra_special_tokens": {f"{name}_token": f"<|{said}|>" for name, said in names.items()}}
+    extend(folder / "tokenizer_config.json", tokens)
+    processors = {"processor_class": "Qwen2_5OmniProcessor", "image_processor_type": "Qwen2VLImageProcessor"}
+    extend(folder / "preprocessor_config.json", processors)
+    return str(folder)
+
+
+def extend(file: Path, more: Mapping[str, object]) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **more}), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def model(whole: str) -> Iterator[VLLMModel]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        loaded = vllm_engine.load(whole, "float32", FLAGS)
+    yield loaded
+    loaded.close()
+
+
+def prompt(captioner: Captioner, index: int, language: str) -> Prompt:
+    return captioner.prompt(Request(clips.make("evaluation", index).samples, language), "cloud")
+
+
+@dataclass(frozen=True)
+class Both:
+    """Asks two verifiers, and fails where they differ."""
+
+    first: LocalVerifier
+    second: vllm_engine.VLLMVerifier
+
+    def open(self, prompt: Prompt) -> Opened:
+        return Opened(self.first.open(prompt), self.second.open(prompt))
+
+
+@dataclass(frozen=True)
+class Opened:
+    first: Verification
+    second: Verification
+
+    def wait(self) -> None:
+        self.second.wait()
+
+    def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
+        verdict = self.first.verify(base, tokens, draft)
+        for _ in range(2):
+            assert self.second.verify(base, tokens, draft) == verdict
+        return verdict
+
+    def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.second.close()
+
+
+def stopping(captioner: Captioner) -> Stopping:
+    return Stopping(captioner.cloud.eos, MAX_NEW_TOKENS)
+
+
+def test_both_engines_mean_the_same_by_ids(captioner: Captioner, model: VLLMModel) -> None:
+    config = captioner.cloud.thinker.config
+    assert model.eos == captioner.cloud.eos
+    assert model.placeholder == config.audio_token_id
+    assert model.rows == config.text_config.vocab_size
+
+
+@pytest.mark.parametrize(("index", "language"), SOME)
+def test_its_own_captions_are_those_of_transformers(
+    captioner: Captioner, model: VLLMModel, index: int, language: str
+) -> None:
+    asked = prompt(captioner, index, language)
+    local, ours = (v.open(asked) for v in (LocalVerifier(captioner.cloud, GREEDY), model.verifier(GREEDY)))
+    expected = list(local.generate(stopping(captioner)))
+    assert list(ours.generate(stopping(captioner))) == expected
+    assert list(ours.generate(stopping(captioner), expected[:5])) == expected[5:]
+
+
+@pytest.mark.parametrize("rule", [GREEDY, Rank(2), Rank(20)])
+@pytest.mark.parametrize(("k", "index", "language"), [(k, *SOME[k % 4]) for k in (3, 4, 5)])
+def test_every_verdict_is_that_of_transformers(
+    captioner: Captioner, model: VLLMModel, rule: Rank, k: int, index: int, language: str
+) -> None:
+    asked = prompt(captioner, index, language)
+    cloud = LocalVerifier(captioner.cloud, rule)
+    how = Decoding("speculative", stopping(captioner), k, gate.ALWAYS)
+    events = list(decode(asked, how, captioner.edge, Both(cloud, model.verifier(rule))))
+    written = [token for event in events if isinstance(event, Committed) for token in event.tokens]
+    assert rule != GREEDY or written == list(cloud.open(asked).generate(stopping(captioner)))
+
+
+def test_many_edges_at_once_get_each_their_own(captioner: Captioner, model: VLLMModel) -> None:
+    asked = [prompt(captioner, *clip) for clip in SOME]
+    expected = [list(LocalVerifier(captioner.cloud, GREEDY).open(p).generate(stopping(captioner))) for p in asked]
+    verifier = model.verifier(GREEDY)
+    with ThreadPoolExecutor(len(asked)) as threads:
+        found = threads.map(lambda p: list(verifier.open(p).generate(stopping(captioner))), asked)
+    assert list(found) == expected
+
+
+def test_a_flag_that_vllm_does_not_know_is_named(whole: str) -> None:
+    with pytest.raises(ValueError, match="vLLM has no engine argument 'tensor_parallel' to give here"):
+        vllm_engine.load(whole, flags={"tensor_parallel": 2})
