@@ -32,6 +32,14 @@ def cases(settings: Settings) -> list[Case]:
         parts = [cell.mode, pair]
         if cell.mode == "speculative":
             parts += [cell.gate.label, f"k{cell.k}", cell.rule.label]
+            if cell.open != "eager":
+                parts.append(cell.open)
+        if cell.mode != "edge" and settings.cloud_url:
+            parts.append("served")
+        if settings.max_cpu_cores:
+            parts.append(f"cpu{settings.max_cpu_cores}")
+        if settings.max_memory_gb:
+            parts.append(f"mem{settings.max_memory_gb:g}")
         if cell.link != link.NONE:
             parts.append(cell.link.name)
         if settings.clock == "virtual":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from bench import cases, rows, table, verdict
+from bench import cases, load, rows, table, verdict
 from bench.comparison import Document
 from bench.unfinished import Unfinished
 from edgecloud_sd import dataset, metrics, oracle, quality, results
@@ -22,10 +22,14 @@ from edgecloud_sd import profile as profiles
 from edgecloud_sd.calibrate import measure
 from edgecloud_sd.captioner import Captioner, Request
 from edgecloud_sd.clock import VirtualClock
+from edgecloud_sd.cloud.client import Connection
+from edgecloud_sd.cloud.process import connected
 from edgecloud_sd.config import MEASURE, Settings
+from edgecloud_sd.limits import InForce
 from edgecloud_sd.profile import Profile
 from edgecloud_sd.records import Clip
 from edgecloud_sd.summary import ClipResult, Summary, summarise
+from edgecloud_sd.verifier import CloudFault
 
 
 class Done:
@@ -35,12 +39,18 @@ class Done:
         self.captions: dict[str, tuple[cases.Case, list[ClipResult]]] = {}
         self.summaries: dict[str, Summary] = {}
         self.documents: dict[str, Document] = {}
+        self.loads: dict[str, tuple[load.Load, dict[str, float]]] = {}
         self.files: list[Path] = []
         self.profile: Profile | None = None  # of the virtual clock
 
 
 DONE = pytest.StashKey[Done]()
 MEASURED_CLIPS = 3  # that --profile measure decodes
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    unasked = collection_path.name == "test_load.py" and not load.loads(config.stash[cases.SETTINGS])
+    return True if unasked else None  # rather than a case that is skipped for want of parameters
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -59,7 +69,7 @@ def problems_in_one_line(hint: str = "") -> Iterator[None]:
     """What cannot be used, be it clip, checkpoint or device, is said plainly, not as a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CloudFault) as error:
         raise pytest.fail.Exception(f"{error}{hint}", pytrace=False) from None
 
 
@@ -81,12 +91,21 @@ class DataSet:
 
 
 @pytest.fixture(scope="session")
-def captioner(settings: Settings) -> Captioner:
+def connection(settings: Settings) -> Iterator[Connection | None]:
+    """The server that a run asks for, started before this process is held to any limit."""
+    with ExitStack() as stack:
+        with problems_in_one_line():
+            found = stack.enter_context(connected(settings))
+        yield found
+
+
+@pytest.fixture(scope="session")
+def captioner(settings: Settings, connection: Connection | None) -> Captioner:
     """The pair of the run; each side is loaded when a case first needs it."""
     if settings.bertscore_model:  # before anything is captioned: it is needed last
         with problems_in_one_line():
             quality.check_bertscore_model(settings.bertscore_model)
-    return Captioner.of(settings)
+    return Captioner.of(settings, connection)
 
 
 @pytest.fixture(scope="session")
@@ -129,6 +148,13 @@ def profile(
 
 
 @pytest.fixture
+def held() -> Iterator[ExitStack]:
+    """The limits that a case holds this process to, lifted at its end whatever comes."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
 def run_clock(request: pytest.FixtureRequest) -> VirtualClock:
     """The timer of pytest-benchmark: goes on by what each caption took, on whatever clock and in whatever run.
 
@@ -151,10 +177,11 @@ def unfinished(
     """
     environment = results.environment()
     resume = request.config.getoption("--resume")
-    to_begin = [] if resume else [item.callspec.params["case"] for item in request.session.items]  # type: ignore[attr-defined]
+    specs = [item.callspec.params for item in request.session.items]  # type: ignore[attr-defined]
+    to_begin = [] if resume else [params["case"] for params in specs if "case" in params]
 
     def saved(case: cases.Case) -> Unfinished:
-        experiment = table.describe(case, captioner.pair, settings, profile)
+        experiment = table.describe(case, captioner, settings, profile)
         header = {"experiment": experiment, "environment": environment}
         return Unfinished(table.results_file(settings, case), header, resume)
 
@@ -211,13 +238,13 @@ def progress(pytestconfig: pytest.Config) -> Iterator[Callable[[int, str], Progr
 @pytest.fixture
 def report(
     pytestconfig: pytest.Config, settings: Settings, captioner: Captioner, profile: Profile | None
-) -> Callable[[cases.Case, list[ClipResult], DataSet], dict[str, object]]:
+) -> Callable[[cases.Case, list[ClipResult], DataSet, InForce], dict[str, object]]:
     """Sums up a case for the tables, writes its results file, and returns what the file holds."""
 
-    def add(case: cases.Case, captions: list[ClipResult], data: DataSet) -> dict[str, object]:
+    def add(case: cases.Case, captions: list[ClipResult], data: DataSet, held: InForce) -> dict[str, object]:
         summary, scores = summarise(captions, case.language, settings.bertscore_model)
-        experiment = table.describe(case, captioner.pair, settings, profile)
-        document = results.document(experiment, captions, summary, scores, data.skipped)
+        experiment = table.describe(case, captioner, settings, profile)
+        document = results.document(experiment, captions, summary, scores, held, data.skipped)
         file = table.results_file(settings, case)
         results.write(file, document)
         done = pytestconfig.stash.setdefault(DONE, Done())
@@ -258,6 +285,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         settings = config.stash[cases.SETTINGS]
         for name, answer in answers(done, settings).items():
             terminalreporter.write_line(f"{name}: {verdict.sentence(answer)}")
+    if done.loads:
+        terminalreporter.section("many edges on one cloud")
+        terminalreporter.write_line(load.render(done.loads))
     for file in done.files:
         terminalreporter.write_line(f"wrote {file}")
 
@@ -269,10 +299,11 @@ def answers(done: Done, settings: Settings) -> dict[str, oracle.Forecast | str]:
             case.cell.mode,
             case.cell.k,
             case.cell.gate.score is not None,
-            case.cell.link.name,
+            case.cell.link,
+            case.cell.open == "eager",
             [each.trace for each in captions],
         )
         for name, (case, captions) in done.captions.items()
     }
-    together = settings.edge_device == settings.cloud_device and settings.clock == "real"
+    together = settings.edge_device == settings.cloud_device and settings.clock == "real" and not settings.cloud_url
     return verdict.verdicts(cells, done.profile, together)

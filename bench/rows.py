@@ -8,27 +8,32 @@ higher is better that column repeats the value: compare such rows with `--column
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from pytest_benchmark.stats import Stats
 
-from edgecloud_sd.summary import FIGURES
+from bench import load
+from edgecloud_sd.summary import FIGURES, Figure
 
 SERIES = {"ttft": "ttft", "e2e": "e2e"}  # figures that are means over clips -> what the results file calls a clip's
 
 
 def metric_rows(benchmark: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows beside one benchmark of the JSON; none for a benchmark that is not of captions, or whose figure is null.
+    """The rows beside one benchmark of the JSON, of captions or of a load; none for a figure that is null.
 
     `total` has none: it is the benchmark's own row.
     """
+    loaded = benchmark["extra_info"].get("load")
+    if loaded is not None:
+        return [_row(benchmark, name, load.FIGURES[name], value) for name, value in loaded["figures"].items()]
     found = benchmark["extra_info"].get("results")
     if found is None:
         return []
     figures = found["metrics"]["figures"]
     return [
-        _row(benchmark, name, figures[name], found["detailed_results"])
-        for name in FIGURES
+        _row(benchmark, name, figure, figures[name], found["detailed_results"])
+        for name, figure in FIGURES.items()
         if name != "total" and figures[name] is not None
     ]
 
@@ -39,9 +44,11 @@ def metric(name: str) -> str | None:
     return found[1] if found else None
 
 
-def _row(benchmark: dict[str, Any], name: str, value: float, clips: list[dict[str, Any]]) -> dict[str, Any]:
-    figure = FIGURES[name]
-    values = [clip[SERIES[name]] for clip in clips if clip[SERIES[name]] is not None] if name in SERIES else [value]
+def _row(
+    benchmark: dict[str, Any], name: str, figure: Figure, value: float, clips: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    series = SERIES.get(name) if clips else None
+    values = [clip[series] for clip in clips if clip[series] is not None] if series else [value]
     stats = Stats()
     for each in values:
         stats.update(each)

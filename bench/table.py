@@ -12,9 +12,9 @@ from tabulate import tabulate
 from bench import comparison
 from bench.cases import Case, cases
 from bench.comparison import Document
-from edgecloud_sd.config import Settings
+from edgecloud_sd.captioner import Captioner
+from edgecloud_sd.config import AUTO, Settings
 from edgecloud_sd.ledger import PARTS
-from edgecloud_sd.pairs import Pair
 from edgecloud_sd.profile import Profile
 from edgecloud_sd.summary import Summary
 
@@ -44,15 +44,22 @@ def results_file(settings: Settings, case: Case) -> Path:
     return Path(settings.results_dir) / f"{name}.json"
 
 
-def describe(case: Case, pair: Pair, settings: Settings, profile: Profile | None) -> dict[str, Any]:
+def describe(case: Case, captioner: Captioner, settings: Settings, profile: Profile | None) -> dict[str, Any]:
     """What a cell was: for `extra_info` and the results file. The settings that make the grid are the cell's own."""
     cell = case.cell
     speculative = cell.mode == "speculative"
+    remote = captioner.remote if cell.mode != "edge" else None
     shared = {name: value for name, value in asdict(settings).items() if not isinstance(value, tuple)}
-    del shared["results_dir"]  # where it is written is no part of what it is
+    for name in ("results_dir", "cloud_key_file"):  # where things lie is no part of what they are
+        del shared[name]
+    if remote:  # it decides, whatever was asked for
+        shared |= {"cloud_model": remote.name, "cloud_device": remote.device, "cloud_dtype": remote.dtype}
     return shared | {
         "case": case.id,
-        "pair": pair.name,
+        "pair": captioner.pair.name,
+        "cloud_url": settings.cloud_url and (AUTO if settings.cloud_url == AUTO else "elsewhere"),  # no host names
+        "cloud_engine": remote.engine if remote else None,
+        "open": cell.open if speculative else None,
         "mode": cell.mode,
         "language": case.language,
         "gate": cell.gate.label if speculative else None,
@@ -63,7 +70,7 @@ def describe(case: Case, pair: Pair, settings: Settings, profile: Profile | None
         "link": cell.link.name if cell.mode != "edge" else None,
         "profile": settings.profile_name or None,
         "profile_costs": asdict(profile) if profile else None,
-        "output": promise(case, settings.cloud_dtype),
+        "output": promise(case, captioner.cloud_dtype),
     }
 
 
@@ -87,7 +94,7 @@ def render(rows: Mapping[str, Summary]) -> str:
             value = summary.figures[figure]
             line.append("-" if value is None else format(value * factor, form))
         lines.append(line)
-    return "\n".join([_grid(lines, ["case", "clips", *COLUMNS]), *_dashes(rows)])
+    return "\n".join([_grid(lines, ["case", "clips", *COLUMNS]), *_dashes(rows), *_clouds(rows)])
 
 
 def render_ledgers(rows: Mapping[str, Summary]) -> str:
@@ -130,6 +137,21 @@ def _shown(value: object | None) -> str:
 
 def _grid(lines: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
     return tabulate(lines, headings, disable_numparse=True, colalign=["left"] + ["right"] * (len(headings) - 1))
+
+
+def _clouds(rows: Mapping[str, Summary]) -> list[str]:
+    """What a cloud elsewhere did to the captions of a cell, where it is worth a line."""
+    said = {
+        "never_sent": "{:.0%} of the captions were never sent to the cloud",
+        "cloud_faults": "{:.2f} attempts on the cloud failed a caption",
+        "degraded": "{:.0%} of the captions were finished by the edge alone: the cloud had failed",
+    }
+    return [
+        f"- {name}: {text.format(value)}"
+        for name, summary in rows.items()
+        for figure, text in said.items()
+        if (value := summary.figures[figure])
+    ]
 
 
 def _dashes(rows: Mapping[str, Summary]) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
-from edgecloud_sd import link, oracle
+from edgecloud_sd import oracle
+from edgecloud_sd.link import Link
 from edgecloud_sd.profile import Profile
 from edgecloud_sd.records import Trace
 
@@ -18,7 +20,8 @@ class Decoded:
     mode: str
     k: int
     gated: bool
-    link: str
+    link: Link
+    eager: bool
     traces: Sequence[Trace]
 
 
@@ -37,14 +40,20 @@ def verdicts(
     for name, cell in cells.items():
         if cell.mode != "speculative":
             continue
-        work = oracle.workload(cell.traces, cell.k, cell.gated)
+        work = oracle.workload(cell.traces, cell.k, cell.gated, cell.eager)
         if seen is None:
             found[name] = "no answer: a step of the cloud alone was not timed (--mode edge,cloud,speculative)"
         elif work is None:
             found[name] = "no answer: nothing was verified"
         else:
-            found[name] = oracle.forecast(seen, link.find(cell.link), work)
+            found[name] = oracle.forecast(seen, crossed(cell), work)
     return found
+
+
+def crossed(cell: Decoded) -> Link:
+    """The link of a cell, with the round trip to a real service on top of what is emulated: the median of its calls."""
+    network = [span.end - span.start for trace in cell.traces for span in trace.spans if span.part == "network"]
+    return replace(cell.link, rtt=cell.link.rtt + median(network)) if network else cell.link
 
 
 def sentence(answer: oracle.Forecast | str) -> str:

@@ -18,11 +18,12 @@ from typing import Any
 from edgecloud_sd import metrics, quality, traces
 from edgecloud_sd.dataset import Skipped
 from edgecloud_sd.files import write_whole
+from edgecloud_sd.limits import InForce
 from edgecloud_sd.records import Prepared, Trace
 from edgecloud_sd.summary import ClipResult, Summary, least, mean, most
 from edgecloud_sd.utilization import Utilization
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
 
 
@@ -31,6 +32,7 @@ def document(
     results: Sequence[ClipResult],
     summary: Summary,
     scores: quality.Quality,
+    held: InForce,
     skipped: Iterable[Skipped],
 ) -> dict[str, Any]:
     """The results file of one experiment, with the published top-level keys."""
@@ -44,7 +46,8 @@ def document(
     return {
         "schema_version": SCHEMA_VERSION,
         "experiment_config": experiment,
-        "environment": environment() | {"torch_threads": torch_threads()},
+        "environment": environment(),
+        "in_force": asdict(held) | {"cores": held.cores and list(held.cores)},
         "metrics": {
             "avg_bleu": figures["bleu4"],
             "avg_cider": figures["cider"],
@@ -137,6 +140,8 @@ def _clip(each: ClipResult, scores: quality.Quality, index: int) -> dict[str, An
         "cpu_percent": each.used.cpu_percent,
         "wire_bytes_up": wire[0] if wire else None,
         "wire_bytes_down": wire[1] if wire else None,
+        "cloud_faults": metrics.faults(each.trace),
+        "degraded": metrics.degraded(each.trace),
         "counts": asdict(each.counts),
         "ledger": each.ledger.parts,
         "discarded_draft": each.ledger.discarded,
@@ -160,13 +165,6 @@ def environment() -> dict[str, Any]:
         "edgecloud_sd": metadata.version("edgecloud_sd"),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
-
-
-def torch_threads() -> int:
-    """CPU threads that the mode at hand runs on."""
-    import torch
-
-    return torch.get_num_threads()
 
 
 def _cpu() -> str | None:

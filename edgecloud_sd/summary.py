@@ -41,7 +41,12 @@ FIGURES = {
     "itl_per_token": Figure("s", "lower", "the same, each gap divided by the tokens that came at its end; mean"),
     "features": Figure("s", "lower", "log-mel spectrogram and prompt; mean over clips"),
     "edge_opening": Figure("s", "lower", "the edge's audio encoder and prefill; mean over clips"),
-    "cloud_opening": Figure("s", "lower", "the cloud's, with its queue and the link on the way there; mean over clips"),
+    "cloud_opening": Figure(
+        "s",
+        "lower",
+        "waiting for the cloud's, its queue and the link on the way there, as far as the edge was not at work "
+        "meanwhile; mean over clips that waited",
+    ),
     "discarded_draft": Figure("s", "lower", "spent on draft tokens that were thrown away; mean over clips"),
     "cpu_percent": Figure("%", None, "CPU seconds of the process / wall seconds: above 100 on several cores"),
     "rss_peak": Figure("MB", "lower", "highest resident memory of the process while captioning; largest over clips"),
@@ -69,8 +74,11 @@ FIGURES = {
     "cloud_token_share": Figure("0 to 1", None, "tokens that the cloud verified or wrote / N"),
     "edge_share": Figure("0 to 1", None, "local tokens / N"),
     "waste": Figure("0 to 1", "lower", "discarded / drafted tokens"),
-    "wire_up_per_token": Figure("bytes", "lower", "payload sent to the cloud / N, what opens it included"),
-    "wire_down_per_token": Figure("bytes", "lower", "payload sent back / N"),
+    "wire_up_per_token": Figure("bytes", "lower", "sent to the cloud / N: requests with their HTTP heads"),
+    "wire_down_per_token": Figure("bytes", "lower", "sent back / N"),
+    "never_sent": Figure("0 to 1", "higher", "captions of which nothing was sent to the cloud / captions"),
+    "cloud_faults": Figure("attempts", "lower", "attempts on the cloud that failed; mean over clips"),
+    "degraded": Figure("0 to 1", "lower", "captions that the edge finished alone, the cloud having failed / captions"),
     "useless_escalations": Figure("0 to 1", "lower", "escalated drafts in which nothing was corrected / escalated"),
     "missed_corrections": Figure("0 to 1", "lower", "local tokens that the cloud would have replaced / local tokens"),
     "gate_auroc": Figure(
@@ -182,6 +190,9 @@ def summarise(
         **{name: getattr(total, name) for name in RATES},
         "wire_up_per_token": sum(up for up, _ in wire) / total.tokens if wire else None,
         "wire_down_per_token": sum(down for _, down in wire) / total.tokens if wire else None,
+        "never_sent": fmean(up == 0 for up, _ in wire) if wire else None,
+        "cloud_faults": fmean(map(metrics.faults, traces)) if wire else None,
+        "degraded": fmean(metrics.degraded(trace) is not None for trace in traces) if wire else None,
         "useless_escalations": metrics.useless_escalations(traces),
         "missed_corrections": metrics.missed_corrections(looks, total.local),
         "gate_auroc": metrics.auroc(looks),
@@ -223,6 +234,7 @@ def _reasons(
     for each in results:
         reasons |= {name.removesuffix("_mb"): reason for name, reason in each.used.reasons.items()}
     one_moment = "no caption has a token later than its first with text"
+    no_link = "there is no link to cross"
     verified = "nothing was verified" if total.rounds else "this mode has no rounds"
     looked = "" if any(each.hindsight for each in results) else "the cloud was not asked afterwards (see --shadow)"
     if not total.rounds or figures["cloud_opening"] is None:
@@ -242,8 +254,11 @@ def _reasons(
         "acceptance_rate": verified,
         "mean_accepted_length": verified,
         "correction_rate": verified,
-        "wire_up_per_token": "nothing crossed a link",
-        "wire_down_per_token": "nothing crossed a link",
+        "wire_up_per_token": no_link,
+        "wire_down_per_token": no_link,
+        "never_sent": no_link,
+        "cloud_faults": no_link,
+        "degraded": no_link,
         "useless_escalations": verified,
         "missed_corrections": looked or "no token was local",
         "gate_auroc": looked or "the gate scored no drafts of both kinds, rejected and accepted",

@@ -35,7 +35,7 @@ SECTIONS = (
 )  # fmt: skip
 PICTURES = ("ledger_bars", "latency_quality", "acceptance", "speedups")
 MACHINE = {"system": "Linux", "machine": "x86_64", "cpu": "Fast 9000", "cores": 8, "gpu": None}
-VERSIONS = {"python": "3.12.1", "torch": "2.13.0", "torch_threads": 1, "transformers": "5.23.0", "edgecloud_sd": "1"}
+VERSIONS = {"python": "3.12.1", "torch": "2.13.0", "transformers": "5.23.0", "edgecloud_sd": "1"}
 TEXTS = {"edge": "他很高兴，语速缓慢。", "cloud": "他很悲伤，语速缓慢。", "speculative": "他很悲伤，语速急促。"}
 
 
@@ -58,6 +58,8 @@ def clip(name: str, text: str, seconds: float, **other: Any) -> Document:
         "wall_time": seconds,
         **dict.fromkeys(("cpu_seconds", "ram_mb", "ram_peak_mb", "gpu_util", "gpu_memory_mb")),
         "not_measured": {},
+        "cloud_faults": 0,
+        "degraded": None,
         "counts": counts | {"tokens": 5, "cloud": 0, "verified": 0},
         "ledger": dict.fromkeys(PARTS, 0.0),
         "discarded_draft": 0.0,
@@ -99,6 +101,10 @@ def cell(mode: str, clips: Sequence[Document] | None = None, machine: Document |
             "k": 2 if speculative else None,
             "rule": "greedy" if speculative else None,
             "link": None if mode == "edge" else "none",
+            "open": "eager" if speculative else None,
+            "cloud_url": None,
+            "max_cpu_cores": None,
+            "max_memory_gb": None,
             "clock": "real",
             "profile": None,
             "profile_costs": None,
@@ -110,6 +116,7 @@ def cell(mode: str, clips: Sequence[Document] | None = None, machine: Document |
             **{key: value for key, value in said.items() if key != "figures"},
         },
         "environment": MACHINE | VERSIONS | (machine or {}),
+        "in_force": {"cores": [0, 1], "torch_threads": 1, "memory_bytes": None},
         "metrics": {
             **dict.fromkeys(("avg_bleu", "avg_cider", "avg_bertscore_precision", "avg_bertscore_recall")),
             "avg_bertscore_f1": None,

@@ -17,6 +17,7 @@ import pytest
 from edgecloud_sd import metrics, quality, results
 from edgecloud_sd.dataset import Skipped
 from edgecloud_sd.ledger import PARTS
+from edgecloud_sd.limits import InForce
 from edgecloud_sd.records import (
     Clip,
     Committed,
@@ -108,6 +109,10 @@ EXPERIMENT = {
     "k": 2,
     "rule": "rank20",
     "link": "none",
+    "open": "eager",
+    "cloud_url": None,
+    "max_cpu_cores": 2,
+    "max_memory_gb": None,
     "clock": "real",
     "profile": None,
     "output": "lossy",
@@ -123,6 +128,9 @@ ENVIRONMENT = (
 )  # fmt: skip
 
 
+HELD = InForce(cores=(0, 1), torch_threads=1, memory_bytes=None)
+
+
 @pytest.fixture
 def both() -> list[ClipResult]:
     long = clip_result(clip("long", "他很高兴又。"), LONG, USED, decode)
@@ -133,7 +141,8 @@ def both() -> list[ClipResult]:
 def made(both: list[ClipResult], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The whole document, without waiting for torch to say which version it is."""
     monkeypatch.setattr(results, "environment", lambda: dict.fromkeys(ENVIRONMENT, "1.0"))
-    return document(dict(EXPERIMENT), both, *summarise(both, "chinese"), [Skipped("bad", "bad.wav: holds no audio")])
+    skipped = [Skipped("bad", "bad.wav: holds no audio")]
+    return document(dict(EXPERIMENT), both, *summarise(both, "chinese"), HELD, skipped)
 
 
 def summary_of(*traces: Trace, text: metrics.Text = decode) -> Summary:
@@ -266,7 +275,7 @@ def test_every_mode_and_an_empty_caption_satisfy_the_schema(
     made: dict[str, Any], tmp_path: Path, trace: Trace, text: metrics.Text
 ) -> None:
     alone = [clip_result(clip("a", "他很高兴"), trace, USED, text)]
-    results.write(tmp_path / "a.json", document(EXPERIMENT, alone, *summarise(alone, "chinese"), []))
+    results.write(tmp_path / "a.json", document(EXPERIMENT, alone, *summarise(alone, "chinese"), HELD, []))
 
 
 def test_the_document_holds_the_summary(made: dict[str, Any], both: list[ClipResult]) -> None:
@@ -441,7 +450,7 @@ def test_a_nan_from_a_clip_is_refused(made: dict[str, Any], both: list[ClipResul
     long, short = both
     bad = [replace(long, used=replace(USED, cpu=math.nan)), short]
     with pytest.raises(ValueError, match="JSON"):
-        results.write(tmp_path / "a.json", document(EXPERIMENT, bad, *summarise(bad, "chinese"), []))
+        results.write(tmp_path / "a.json", document(EXPERIMENT, bad, *summarise(bad, "chinese"), HELD, []))
     assert os.listdir(tmp_path) == []
 
 

@@ -53,6 +53,7 @@ def test_a_grid_prints_one_table_writes_results_and_can_be_compared(
     monkeypatch.setattr("cpuinfo.get_cpu_info", dict)  # which pytest-benchmark asks for seconds about the machine
     done = run(
         pytester,
+        *("-k", "test_captioning"),  # a load takes a server
         *("--dataset_path", str(manifest), "--on-bad-clip", "skip"),
         *("--mode", "edge,cloud,speculative", "--entropy-threshold", "1.5,0,inf", "--k", "4", "--rule", "greedy"),
         *(

@@ -46,7 +46,9 @@ def label(document: Document) -> str:
     """What tells a cell from the others of a run, shorter than its id."""
     cell = said(document)
     words = [cell["mode"]] if cell["mode"] != "speculative" else [cell["gate"], f"k{cell['k']}", cell["rule"]]
-    return " ".join([*map(str, words), *([cell["link"]] if cell["link"] not in (None, "none") else [])])
+    words += ["lazy"] if cell["open"] == "lazy" else []
+    words += [cell["link"]] if cell["link"] not in (None, "none") else []
+    return " ".join(map(str, words))
 
 
 def labelled(documents: Iterable[Document], language: str) -> dict[str, Document]:
@@ -78,6 +80,13 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("pair", together(of("experiment_config", "pair"))),
         ("edge", side("edge")),
         ("cloud", side("cloud")),
+        (
+            "cloud's place",
+            together(
+                of("experiment_config", "cloud_url", form="a service ({})"),
+                of("experiment_config", "cloud_engine", form="engine {}"),
+            ),
+        ),
         ("clock", together(of("experiment_config", "clock"), of("experiment_config", "profile", form="profile {}"))),
         ("data", together(of("experiment_config", "dataset_path"))),
         ("clips a cell", str(few) if few == many else f"{few} to {many}"),
@@ -110,11 +119,18 @@ def facts(run: Run) -> list[tuple[str, str]]:
                     for key, text in {
                         "python": "Python",
                         "torch": "torch",
-                        "torch_threads": "torch threads",
                         "transformers": "transformers",
                         "edgecloud_sd": "edgecloud_sd",
                     }.items()
                 )
+            ),
+        ),
+        (
+            "in force",
+            together(
+                of("in_force", "cores", form="on cores {}"),
+                of("in_force", "torch_threads", form="torch threads {}"),
+                of("in_force", "memory_bytes", form="at most {} bytes of memory"),
             ),
         ),
         ("saved", run.saved or DASH),

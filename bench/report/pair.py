@@ -29,6 +29,7 @@ from bench.report.page import (
 )
 from bench.report.runs import Run, Unusable
 from bench.report.single import ledgers
+from edgecloud_sd.limits import InForce
 
 MACHINE = ("system", "machine", "cpu", "cores", "gpu")  # of the environment: what makes two runs comparable in time
 PARTS = ("environment", "experiment_config")
@@ -130,8 +131,9 @@ def what_is_compared(a: Run, b: Run, pairs: Pairs) -> list[Block]:
         if found:
             blocks += [Text(warning, warning=True), Points([("", each) for each in found])]
     software = _differences(cells, "environment", [key for key in environment if key not in MACHINE])
+    software += _differences(cells, "in_force", list(InForce.__dataclass_fields__))
     if software:
-        note = "Different software, which may be why figures differ:"
+        note = "Different software or limits, which may be why figures differ:"
         blocks += [Text(note), Points([("", each) for each in software])]
     blocks += _clips_apart(pairs)
     blocks.append(Text(f"{_cells(len(pairs))} in both files."))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 INK, SOFT, PAPER = "#010203", "#040506", "#070809"
 HATCH = "#ffffff"
 PAGE = {INK: "currentColor", SOFT: "var(--soft)", PAPER: "var(--paper)"}
-# By place: the edge blue, the cloud orange, the link green; Okabe and Ito's colours, and shades of them
+# By place: the edge blue, the cloud orange, the link green, faults red; Okabe and Ito's colours, and shades of them
 PART_COLOURS = {
     "features": "#b8dcf2",
     "edge_prefill": "#56b4e9",
@@ -36,10 +36,12 @@ PART_COLOURS = {
     "draft": "#0072b2",
     "gate": "#cc79a7",
     "uplink": "#009e73",
+    "network": "#4db38f",
     "cloud_queue": "#7a3d00",
     "verify": "#d55e00",
     "cloud_decode": "#a03c00",
     "downlink": "#7fd1b9",
+    "faults": "#c62f4b",
     "rollback": "#8a63a8",
     "other": "#8c8c8c",
 }

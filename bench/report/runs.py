@@ -11,8 +11,8 @@ from typing import Any
 
 from bench import verdict
 from bench.comparison import Document
+from edgecloud_sd import link, results, traces
 from edgecloud_sd import profile as profiles
-from edgecloud_sd import results, traces
 
 GIVE = (
     "give a file that pytest-benchmark saved (.benchmarks/*/0001_name.json, or that of --benchmark-json), or the "
@@ -119,10 +119,12 @@ def _answer(case: str, document: Document) -> dict[str, str]:
     """The oracle's, from the traces that the results file of one cell holds."""
     said = document["experiment_config"]
     gated = said.get("entropy_threshold") is not None
-    together = said["clock"] == "real" and said.get("edge_device") == said.get("cloud_device")
+    one_process = said["clock"] == "real" and not said["cloud_url"]
+    together = one_process and said.get("edge_device") == said.get("cloud_device")
     try:
         decoded = [traces.from_json(clip["trace"]) for clip in document["detailed_results"]]
-        cell = verdict.Decoded(said["mode"], said["k"] or 0, gated, said["link"] or "none", decoded)
+        crossed, eager = link.find(said["link"] or "none"), said["open"] == "eager"
+        cell = verdict.Decoded(said["mode"], said["k"] or 0, gated, crossed, eager, decoded)
         costs = said["profile_costs"]
         found = verdict.verdicts({case: cell}, profiles.from_json(costs) if costs else None, together)
     except (ValueError, KeyError, TypeError) as error:  # a trace or a link that this version does not know
