@@ -23,6 +23,7 @@ the drafter's step:
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -320,7 +321,8 @@ def observed(traces: Iterable[Trace], name: str = "observed") -> Profile | None:
                 note("forward", seconds)
             elif alone or part(event) != "cloud_prefill":  # beside the edge's, all of it is not to be seen
                 note(part(event), seconds)
-        opened = next((s for s, event in trace.events if isinstance(event, Opened) and event.side == "cloud"), 0.0)
+        # what was waited for beside the edge's own work is not to be seen whole
+        opened = next((s for s, event in trace.events if isinstance(event, Opened) and event.side == "cloud"), math.inf)
         for span in trace.spans:
             if alone or span.end > opened or span.part != "cloud_queue":
                 note(span.part, span.end - span.start, count=int(span.part != "gate"))

@@ -94,7 +94,11 @@ def decode_prompt(body: bytes) -> Prompt:
 
 def opened(session: str, model: str, sent: int) -> dict[str, Any]:
     """Answer to a prompt whose body had the check `sent`."""
-    return {"session": session, "model": model, "check": zlib.crc32(f"{session} {model}".encode(errors="replace"), sent)}
+    return {
+        "session": session,
+        "model": model,
+        "check": zlib.crc32(f"{session} {model}".encode(errors="replace"), sent),
+    }
 
 
 def to_verify(begun: int, context: Sequence[int], base: int, draft: Sequence[int]) -> dict[str, Any]:

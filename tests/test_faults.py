@@ -27,6 +27,8 @@ from tests.proxy import SLOW, STREAMED, Fault, Proxy
 from tests.serving import ToyEngine, served
 from tests.strategies import VOCABULARY, Scene, gates, ks, ranks, scenes, speculative
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 0.1  # s, of one request: what a hung one costs a test
 FOREVER = 200.0  # s of patience
 HARMLESS = {Fault.TWICE_FIRST, Fault.TWICE_SECOND, Fault.COPY_LATE}  # a client has nothing to repeat

@@ -210,6 +210,8 @@ from edgecloud_sd.cloud.server import Limits
 from tests.asgi import KEY, OTHER_KEY, SpyEngine
 from tests.serving import served
 
+pytestmark = pytest.mark.slow
+
 class Forgetful(list):  # a spy that has to forget, or it would grow by what it is asked
     append = lambda self, each: None
 
@@ -256,7 +258,6 @@ def rude(chance: random.Random, port: int, sessions: list[tuple[str, int]]) -> N
             connection.recv(200)
 
 
-@pytest.mark.slow
 def test_five_thousand_bad_requests_leave_a_server_as_it_was() -> None:
     with subprocess.Popen([sys.executable, "-c", SERVER], stdin=-1, stdout=-1, text=True) as server:
         assert server.stdin is not None

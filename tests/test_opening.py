@@ -75,7 +75,7 @@ def test_a_lazy_cloud_that_is_never_needed_hears_nothing() -> None:
 def test_an_eager_cloud_that_is_never_needed_is_opened_and_closed() -> None:
     cloud = Counting()
     opened(cloud, "eager").close()
-    assert sorted(set(cloud.done)) == ["close", "open", "wait"]
+    assert set(cloud.done) - {"wait"} == {"close", "open"}  # told in time, it need not wait to be ready
     assert cloud.done[-1] == "close"
     assert cloud.done.count("open") == 1
 

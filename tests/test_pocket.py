@@ -108,6 +108,7 @@ def evaluation(captioner: Captioner) -> Evaluation:
     return evaluate(captioner, count=20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("figure", "least", "most"),
     [

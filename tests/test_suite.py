@@ -228,6 +228,7 @@ def test_two_runs_on_the_virtual_clock_write_the_same_bytes(captioner: Captioner
     assert found["metrics"]["reasons"]["missed_corrections"] == "the cloud was not asked afterwards (see --shadow)"
 
 
+@pytest.mark.slow
 def test_a_run_under_this_machines_profile_can_be_resumed(captioner: Captioner, pytester: pytest.Pytester) -> None:
     options = ("--clock", "virtual", "--profile", "measure", "--mode", "edge", "--max-samples", "1")
     run(pytester, *options, "--max-new-tokens", "8").assert_outcomes(passed=1)
@@ -240,6 +241,7 @@ def test_a_run_under_this_machines_profile_can_be_resumed(captioner: Captioner, 
     assert results.read(pytester.path / "results" / "captioning.json") == first
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_was(captioner: Captioner, pytester: pytest.Pytester) -> None:
     file = pytester.path / "results" / "captioning.json"
     options = ("--mode", "edge", "--max-samples", "2", "--max-new-tokens", "8")
