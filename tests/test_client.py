@@ -355,6 +355,7 @@ def test_closing_a_session_never_fails(url: str, kind: Fault) -> None:
         proxy.drop()
         verification.close()
         verification.close()
+        connection.close()  # waits until it was told
         assert len(bad.heads) == (kind is not Fault.REFUSED)
 
 

@@ -16,6 +16,7 @@ import re
 import ssl
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -105,6 +106,7 @@ class Connection:
         if key:
             self._headers.append((b"Authorization", b"Bearer " + key.encode()))
         self._closed = False
+        self._telling = ThreadPoolExecutor(1, thread_name_prefix="ending")
         # httpcore follows no redirect, keeps no cookie, decodes nothing and asks no environment for a proxy
         self._pool = httpcore2.ConnectionPool(
             ssl_context=httpcore2.default_ssl_context() if self._base.scheme == b"https" else None,
@@ -125,9 +127,20 @@ class Connection:
         return RemoteVerifier(self, rule, stage)
 
     def close(self) -> None:
-        """Drops what stands, under whoever still waits for it."""
+        """Drops what stands, under whoever still waits for it, once the ends of sessions are told."""
+        self._telling.shutdown()
         self._closed = True
         self._pool.close()
+
+    def end(self, session: str) -> None:
+        """Tell the server in the background, once and without patience: what it does not hear of, it finds unused."""
+
+        def tell() -> None:
+            with suppress(_Fault, Refused):
+                self.call("DELETE", f"/v1/sessions/{session}", timeout=CLOSING)
+
+        with suppress(RuntimeError):  # closed already
+            self._telling.submit(tell)
 
     def call(
         self, method: str, path: str, body: bytes | None = None, content: str = "", timeout: float = math.inf
@@ -289,15 +302,14 @@ class RemoteVerification:
                     lost()
 
     def close(self) -> None:
-        """Tells the server, once and without patience: what it does not hear of, it will find unused.
+        """The caption does not wait for the server to hear of it.
 
         From another thread it also ends the attempts of whoever waits.
         """
         self._over = True
         session, self._session = self._session, None
         if session is not None:
-            with suppress(_Fault, Refused):
-                self._connection.call("DELETE", f"/v1/sessions/{session}", timeout=CLOSING)
+            self._connection.end(session)
 
     def _tried(self, call: Callable[[], T]) -> T:
         """`call()` on an open session, again and again; what failed is noted as time lost."""
