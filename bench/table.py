@@ -59,6 +59,7 @@ def describe(case: Case, captioner: Captioner, settings: Settings, profile: Prof
         "pair": captioner.pair.name,
         "cloud_url": settings.cloud_url and (AUTO if settings.cloud_url == AUTO else "elsewhere"),  # no host names
         "cloud_engine": remote.engine if remote else None,
+        "cloud_fingerprint": remote.fingerprint if remote else None,
         "open": cell.open if speculative else None,
         "mode": cell.mode,
         "language": case.language,
@@ -70,7 +71,7 @@ def describe(case: Case, captioner: Captioner, settings: Settings, profile: Prof
         "link": cell.link.name if cell.mode != "edge" else None,
         "profile": settings.profile_name or None,
         "profile_costs": asdict(profile) if profile else None,
-        "output": promise(case, captioner.cloud_dtype),
+        "output": promise(case, captioner.cloud_dtype if cell.mode != "edge" else ""),
     }
 
 

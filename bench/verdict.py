@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -10,7 +11,7 @@ from typing import Any
 from edgecloud_sd import oracle
 from edgecloud_sd.link import Link
 from edgecloud_sd.profile import Profile
-from edgecloud_sd.records import Trace
+from edgecloud_sd.records import Opened, Trace
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,12 @@ def verdicts(
 
 
 def crossed(cell: Decoded) -> Link:
-    """The link of a cell, with the round trip to a real service on top of what is emulated: the median of its calls."""
-    network = [span.end - span.start for trace in cell.traces for span in trace.spans if span.part == "network"]
+    """The link of a cell, with the round trip to a real service on top of what is emulated: the median of the calls
+    that verify."""
+    network = []
+    for trace in cell.traces:
+        opened = next((s for s, event in trace.events if event == Opened("cloud")), math.inf)
+        network += [span.end - span.start for span in trace.spans if span.part == "network" and span.end > opened]
     return replace(cell.link, rtt=cell.link.rtt + median(network)) if network else cell.link
 
 

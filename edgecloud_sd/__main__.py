@@ -103,7 +103,9 @@ def summary(trace: Trace) -> str:
     counts = metrics.counts(trace)
     parts = [f"{getattr(counts, origin)} {origin}" for origin in COLOURS if getattr(counts, origin)]
     calls = f", {counts.cloud_calls} cloud calls in {counts.rounds} rounds" if counts.rounds else ""
-    return f"{counts.tokens} tokens ({', '.join(parts)}){calls}, {trace.seconds:.3f} s"
+    reason = metrics.degraded(trace)
+    alone = f", degraded, the edge finished alone: {reason}" if reason else ""
+    return f"{counts.tokens} tokens ({', '.join(parts)}){calls}, {trace.seconds:.3f} s{alone}"
 
 
 if __name__ == "__main__":

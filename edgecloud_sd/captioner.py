@@ -189,11 +189,20 @@ class Captioner:
         return stage.linked(LocalVerifier(stage.cloud(self.cloud), rule))
 
     def trace(
-        self, request: Request, cell: Cell, max_new_tokens: int, profile: Profile | None = None, seed: str = ""
+        self,
+        request: Request,
+        cell: Cell,
+        max_new_tokens: int,
+        profile: Profile | None = None,
+        seed: str = "",
+        finished: Callable[[], None] = lambda: None,
     ) -> Trace:
-        """One caption, timed: on the real clock, or under `profile` on a virtual one; the cell's link on either."""
+        """One caption, timed: on the real clock, or under `profile` on a virtual one; the cell's link on either.
+
+        `finished` is called at its last event, before anything is cleared away.
+        """
         stage = self._stage(cell, profile, seed)
-        return stamp(self.events(request, cell, max_new_tokens, stage), stage.watch)
+        return stamp(self.events(request, cell, max_new_tokens, stage), stage.watch, finished)
 
     def _stage(self, cell: Cell, profile: Profile | None = None, seed: str = "") -> Stage:
         return Stage(profile, cell.link, seed, far=self._connection is not None and cell.mode != "edge")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
-from edgecloud_sd.records import Event, Span, Trace
+from edgecloud_sd.records import Event, Finished, Span, Trace
 
 Clock = Callable[[], float]  # gives seconds
 real: Clock = time.perf_counter
@@ -67,15 +67,24 @@ class Watch:
         """Note what was beside as far as it was waited for, from `start` to now. Payloads count, hidden or not."""
         self._noted().extend(replace(span, start=max(span.start, start), end=max(span.end, start)) for span in spans)
 
-    def losses(self, part: str) -> Callable[[], None]:
-        """A function to call where an attempt has failed: what it took since the last is one span, payloads kept."""
+    def losses(self, part: str) -> Callable[..., None]:
+        """A function to call where an attempt has failed: what it took since the last is one span.
+
+        `sent` keeps its payloads; `again` adds to the attempt before instead of counting another.
+        """
         noted = self._noted()
         known, start = len(noted), self.seconds()
 
-        def lost() -> None:
+        def lost(sent: bool = True, again: bool = False) -> None:
             nonlocal known, start
-            noted[known:] = [replace(span, start=start, end=start) for span in noted[known:] if span.size]
-            self.note(part, start)
+            payloads = [replace(span, start=start, end=start) for span in noted[known:] if span.size and sent]
+            before = next((i for i in reversed(range(known)) if noted[i].part == part), None) if again else None
+            noted[known:] = payloads
+            if before is not None and noted[before].end == start:
+                noted[before + 1 :] = payloads
+                noted.insert(len(noted), replace(noted.pop(before), end=self.seconds()))
+            else:
+                self.note(part, start)
             known, start = len(noted), self.seconds()
 
         return lost
@@ -98,14 +107,21 @@ def old_objects_left_alone() -> Iterator[None]:
             gc.unfreeze()
 
 
-def stamp(events: Iterable[Event], watch: Watch | None = None) -> Trace:
-    """Run the generator to its end and note when each event came, in seconds since the watch was started (or now)."""
+def stamp(events: Iterable[Event], watch: Watch | None = None, finished: Callable[[], None] = lambda: None) -> Trace:
+    """Run the generator to its end and note when each event came, in seconds since the watch was started (or now).
+
+    `finished` is called at the last event, before anything is cleared away.
+    """
     watch = watch or Watch()
-    stamped = tuple(stream(events, watch))
+    stamped = []
+    for each in stream(events, watch):
+        stamped.append(each)
+        if isinstance(each[1], Finished):
+            finished()
     end = stamped[-1][0] if stamped else 0.0
     # what is cleared away after the last event takes no time of the caption's, but what it sends has crossed the link
     after = (replace(span, start=end, end=end) for span in watch.spans if span.end > end and span.size)
-    return Trace(stamped, (*(span for span in watch.spans if span.end <= end), *after))
+    return Trace(tuple(stamped), (*(span for span in watch.spans if span.end <= end), *after))
 
 
 def stream(events: Iterable[Event], watch: Watch | None = None) -> Iterator[tuple[float, Event]]:

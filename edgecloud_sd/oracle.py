@@ -273,7 +273,11 @@ def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
 
 
 def workload(traces: Sequence[Trace], k: int, gated: bool = False, eager: bool = True) -> Workload | None:
-    """What speculative captions with drafts of up to `k` were; None where nothing was verified."""
+    """What speculative captions with drafts of up to `k` were; None where nothing was verified.
+
+    Those that the edge had to finish alone are left out.
+    """
+    traces = [trace for trace in traces if metrics.degraded(trace) is None]
     accepted = metrics.acceptance_by_position(traces)
     total = sum((metrics.counts(trace) for trace in traces), metrics.Counts())
     if not accepted or not total.cloud_call_rate:
@@ -287,7 +291,7 @@ def workload(traces: Sequence[Trace], k: int, gated: bool = False, eager: bool =
         gated,
         sent=sum(sent) / len(sent),
         tokens=total.tokens / len(traces),
-        open_bytes=round(sum(opened) / len(opened)),
+        open_bytes=round(sum(opened) / max(sum(map(bool, opened)), 1)),  # of those that were sent
         eager=eager,
     )
 

@@ -194,7 +194,9 @@ def summarise(
         "cloud_faults": fmean(map(metrics.faults, traces)) if wire else None,
         "degraded": fmean(metrics.degraded(trace) is not None for trace in traces) if wire else None,
         "useless_escalations": metrics.useless_escalations(traces),
-        "missed_corrections": metrics.missed_corrections(looks, total.local),
+        "missed_corrections": metrics.missed_corrections(
+            looks, sum(each.counts.local for each in results if each.hindsight)
+        ),
         "gate_auroc": metrics.auroc(looks),
     }
     timed = [each for each in results if each.used.cpu is not None]  # the others' wall time is their trace's own
@@ -237,7 +239,7 @@ def _reasons(
     no_link = "there is no link to cross"
     verified = "nothing was verified" if total.rounds else "this mode has no rounds"
     looked = "" if any(each.hindsight for each in results) else "the cloud was not asked afterwards (see --shadow)"
-    if not total.rounds or figures["cloud_opening"] is None:
+    if not total.rounds:
         looked = "this mode has no draft that goes to the cloud"
     guesses = {
         "ttft": "every caption is empty",
@@ -246,7 +248,7 @@ def _reasons(
         "itl_per_chunk": "no caption came at more than one moment",
         "itl_per_token": "no caption came at more than one moment",
         "edge_opening": "this mode does not open the edge",
-        "cloud_opening": "this mode does not open the cloud",
+        "cloud_opening": "no draft was escalated" if total.rounds else "this mode does not open the cloud",
         "discarded_draft": "this mode has no rounds",
         "waste": "this mode has no rounds",
         "cloud_call_rate": verified,

@@ -48,6 +48,8 @@ def unmeasured(wall: float, reason: str) -> Utilization:
 class Meter:
     """`with Meter("cuda:1") as meter: ...`, then `meter.used`, whether the block ends or raises.
 
+    `meter.stop()` ends it before the block does.
+
     The GPU is that of the torch device `device`, or the machine's first if that is no GPU. Of meters that overlap only
     the one that began first gives a peak of memory.
     """
@@ -56,17 +58,26 @@ class Meter:
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
+        self._running = False
 
     def __enter__(self) -> Meter:
         self._sampler = Sampler(*gpu(self._device))
         self._mark = HighWaterMark()
         self._cpu = time.process_time()
+        self._running = True
         self._start = time.perf_counter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """What was used until here; nothing more the second time."""
+        if not self._running:
+            return
+        self._running = False
         wall = time.perf_counter() - self._start
         cpu = time.process_time() - self._cpu
         self._sampler.stop()

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import soundfile
 
 from edgecloud_sd import gate
-from edgecloud_sd.__main__ import COLOURS, main, show
+from edgecloud_sd.__main__ import COLOURS, main, show, summary
 from edgecloud_sd.captioner import Captioner, Cell, Request
 from edgecloud_sd.clock import stamp
 from edgecloud_sd.dataset import load_audio
 from edgecloud_sd.pocket import __main__ as pocket
 from edgecloud_sd.pocket import clips
-from edgecloud_sd.records import Committed, Event, Finished
+from edgecloud_sd.records import Committed, Degraded, Event, Finished, Trace
 
 
 @pytest.fixture
@@ -93,3 +95,14 @@ def test_evaluating_too_few_clips_is_refused(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         pocket.main(["evaluate", "--clips", "1"])
     assert "--clips must be at least 4, not 1" in capsys.readouterr().err
+
+
+def test_what_only_the_server_needs_is_not_needed_to_caption() -> None:
+    server = ("fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic")
+    code = f"import sys; sys.modules.update(dict.fromkeys({server})); import edgecloud_sd.__main__"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_caption_that_the_edge_had_to_finish_says_so() -> None:
+    trace = Trace(((0.1, Degraded("the cloud failed once")), (0.2, Committed((1,), "local")), (0.2, Finished("eos"))))
+    assert summary(trace) == "1 tokens (1 local), 0.200 s, degraded, the edge finished alone: the cloud failed once"

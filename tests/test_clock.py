@@ -85,3 +85,37 @@ def test_collections_look_at_new_objects_alone_and_at_all_afterwards() -> None:
         assert gc.get_freeze_count() == 0
     finally:
         gc.freeze()  # as the tests have it
+
+
+def test_the_end_of_a_caption_is_told_before_anything_is_cleared_away() -> None:
+    seen: list[str] = []
+
+    def events() -> Iterator[Event]:
+        try:
+            yield Finished("eos")
+        finally:
+            seen.append("cleared away")
+
+    stamp(events(), finished=lambda: seen.append("finished"))
+    assert seen == ["finished", "cleared away"]
+
+
+def test_an_attempt_that_is_gone_on_with_counts_once_and_what_was_never_sent_not_at_all() -> None:
+    clock = VirtualClock()
+    watch = Watch(clock)
+    lost = watch.losses("faults")
+    watch.note("uplink", 0.0, 0.0, 900)
+    clock.advance(1.0)
+    lost(False)  # never sent
+    watch.note("uplink", 1.0, 1.0, 900)
+    clock.advance(2.0)
+    lost()
+    watch.note("uplink", 3.0, 3.0, 50)
+    clock.advance(4.0)
+    lost(again=True)  # what the second came to as well
+    assert [(span.part, span.start, span.end, span.size) for span in watch.spans] == [
+        ("faults", 0.0, 1.0, 0),
+        ("uplink", 1.0, 1.0, 900),
+        ("uplink", 3.0, 3.0, 50),
+        ("faults", 1.0, 7.0, 0),
+    ]

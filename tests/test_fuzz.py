@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
-import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -13,7 +13,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from edgecloud_sd.cloud import guard
-from edgecloud_sd.cloud.guard import Guard, read_keys
+from edgecloud_sd.cloud.guard import Guard
+from edgecloud_sd.cloud.keys import read_keys
 from tests.asgi import JSON, KEY, OCTETS, OTHER_KEY, Edge, play
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from edgecloud_sd import limits
 from edgecloud_sd.models import memory
-from edgecloud_sd.models.memory import BYTES, Need, fits, needed, rooms
+from edgecloud_sd.models.memory import BYTES, Need, digest, fits, needed, rooms
 from edgecloud_sd.pairs import DTYPES, PAIRS
 
 MB = 1_000_000
@@ -170,3 +172,12 @@ def test_this_machine_has_room_for_the_pocket_pair_and_not_for_anything() -> Non
     assert need is not None
     assert room.holds(need)
     assert not room.holds(Need(10**18, 4 * 10**18, 4 * 10**18))
+
+
+def test_other_weights_have_another_digest(tmp_path: Path) -> None:
+    for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
+        (tmp_path / name).mkdir()
+        save_file({"w": np.full(4, value, dtype=np.float32)}, tmp_path / name / "model.safetensors")
+    one, same, other = (digest(tmp_path / name) for name in "abc")
+    assert one == same != other
+    assert digest(tmp_path / "absent") == ""

@@ -21,8 +21,8 @@ import uvicorn
 from edgecloud_sd import config, pairs
 from edgecloud_sd.captioner import use_threads
 from edgecloud_sd.cloud import engine as engines
-from edgecloud_sd.cloud import guard
 from edgecloud_sd.cloud.client import KEPT_ALIVE
+from edgecloud_sd.cloud.keys import read_keys
 from edgecloud_sd.cloud.server import Limits, create_app
 
 LOOPBACK = "127.0.0.1"
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 def serve(options: argparse.Namespace) -> None:
     """Load, listen, say where in one line on stdout, return when stopped. ValueError or OSError for bad options."""
-    keys = guard.read_keys(options.api_key_file) if options.api_key_file else ()
+    keys = read_keys(options.api_key_file) if options.api_key_file else ()
     for name in ("max_sessions", "idle_timeout", "max_audio_seconds", "max_tokens", "threads"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:

@@ -54,8 +54,9 @@ class Refused(CloudFault, ValueError):
 class _Fault(Exception):
     """One attempt has failed, in a way that another may not."""
 
-    def __init__(self, what: str, lost: bool = False, unsure: bool = False) -> None:
+    def __init__(self, what: str, lost: bool = False, unsure: bool = False, sent: bool = True) -> None:
         super().__init__(what)
+        self.sent = sent  # whether anything may have reached the other end
         self.lost = lost  # the session is gone
         self.unsure = unsure  # the two sides count on different contexts
 
@@ -189,7 +190,8 @@ class Connection:
                     raise _problem(response)
                 yield response
         except FAILURES as error:
-            raise _Fault(f"{self.url}: {type(error).__name__} {_shown(str(error))}".strip()) from None
+            sent = not isinstance(error, httpcore2.ConnectError | httpcore2.ConnectTimeout)
+            raise _Fault(f"{type(error).__name__} {_shown(str(error))}".strip(), sent=sent) from None
 
     def _remote(self) -> Remote:
         try:
@@ -299,7 +301,7 @@ class RemoteVerification:
                     retries.wait(fault)
                 finally:
                     self._failed(fault)
-                    lost()
+                    lost(fault.sent)
 
     def close(self) -> None:
         """The caption does not wait for the server to hear of it.
@@ -321,7 +323,7 @@ class RemoteVerification:
 
         def failed(fault: _Fault) -> None:
             self._failed(fault)
-            lost()
+            lost(fault.sent)
 
         return self._connection.tried(attempt, failed)
 
@@ -331,7 +333,7 @@ class RemoteVerification:
         if fault.lost or fault.unsure:
             self._held = 0
 
-    def _ready(self, lost: Callable[[], None]) -> None:
+    def _ready(self, lost: Callable[..., None]) -> None:
         """Sees to it that there is a session; opening anew is time lost."""
         if self._over:
             raise CloudFault("the caption was over before the cloud could be had")
@@ -340,7 +342,7 @@ class RemoteVerification:
             self._open()
             self._opened = True
             if anew:
-                lost()
+                lost(again=True)
 
     def _open(self) -> None:
         path = f"/v1/sessions?rank={self._rule.r}&check={self._begun}"

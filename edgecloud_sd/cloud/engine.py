@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from edgecloud_sd.acceptance import Rank
+from edgecloud_sd.models import memory
 from edgecloud_sd.pairs import Traits, traits
 from edgecloud_sd.verifier import LocalVerifier, Verifier
 
@@ -31,6 +32,7 @@ class Identity:
     positions: int  # tokens of prompt and caption together, at most
     max_rank: int  # of rule rank(r)
     traits: Traits
+    weights: str = ""  # digest of the checkpoint's; empty where it has no files
 
     @property
     def fingerprint(self) -> str:
@@ -73,6 +75,7 @@ class Transformers:
             positions=config.max_position_embeddings,
             max_rank=config.vocab_size,
             traits=traits(self.model),
+            weights=memory.digest(self.model.name),
         )
 
     def verifier(self, rule: Rank) -> Verifier:
@@ -103,6 +106,7 @@ class VLLM:
             positions=self.model.positions,
             max_rank=self.model.max_rank,
             traits=self.traits,
+            weights=memory.digest(self.model.name),
         )
 
     @property

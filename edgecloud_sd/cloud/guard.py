@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import anyio
 from starlette.responses import JSONResponse
@@ -18,25 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger(__name__)
 OPEN = ("/health",)  # to whoever asks
 OCTETS = "application/octet-stream"
-SHORTEST_KEY = 16  # characters
 BODY_SECONDS = 60.0  # for a body to arrive
-
-
-def read_keys(path: Path) -> tuple[str, ...]:
-    """The keys of a file, one a line, each a client of its own. ValueError for none, or for one that can be guessed."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"key file {path}: cannot be read ({error})") from None
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not keys:
-        raise ValueError(f"key file {path}: holds no key")
-    for number, key in enumerate(keys, start=1):
-        if len(key) < SHORTEST_KEY or not all("!" <= each <= "~" for each in key):
-            raise ValueError(
-                f"key file {path}: key {number} must be {SHORTEST_KEY} or more ASCII characters, no blanks"
-            )
-    return keys
 
 
 @dataclass(frozen=True)

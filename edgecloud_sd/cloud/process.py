@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgecloud_sd import pairs
-from edgecloud_sd.cloud import guard
 from edgecloud_sd.cloud.client import PATIENCE, Connection
+from edgecloud_sd.cloud.keys import read_keys
 from edgecloud_sd.config import AUTO
+from edgecloud_sd.dataset import LONGEST
+from edgecloud_sd.verifier import CloudFault
 
 if TYPE_CHECKING:
     from edgecloud_sd.config import Settings
+
+
+MOST_TOKENS = 32_768  # of a prompt and its caption: what the published models take
 
 
 @contextmanager
@@ -34,14 +39,20 @@ def connected(settings: Settings) -> Iterator[Connection | None]:
     with ExitStack() as stack:
         url, key = settings.cloud_url, None
         if settings.cloud_key_file:
-            key = guard.read_keys(Path(settings.cloud_key_file))[0]
+            key = read_keys(Path(settings.cloud_key_file))[0]
         if url == AUTO:
             model = pairs.find(settings.pair, settings.edge_model, settings.cloud_model).cloud
-            more = ["--threads", str(settings.threads)] if settings.threads else []
+            # whatever the data set may hold: this server is this run's alone
+            more = ["--max-audio-seconds", str(LONGEST), "--max-tokens", str(MOST_TOKENS)]
+            more += ["--threads", str(settings.threads)] if settings.threads else []
             server = stack.enter_context(running(model, settings.cloud_device, settings.cloud_dtype, more))
             url, key = server.url, server.key
         connection = Connection(url, key, settings.cloud_timeout, patience)
         stack.callback(connection.close)
+        try:
+            _ = connection.remote
+        except CloudFault as fault:
+            raise CloudFault(f"--cloud-url: {url}: {fault}") from None
         yield connection
 
 

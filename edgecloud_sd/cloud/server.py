@@ -84,6 +84,7 @@ class Model(BaseModel):
     positions: int
     max_rank: int
     traits: dict[str, Any]
+    weights: str
     fingerprint: str
     max_audio_seconds: float
 
@@ -202,7 +203,9 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
 
     def refuse_length(tokens: int) -> None:
         if tokens > most:
-            raise HTTPException(413, f"{tokens} tokens are more than the {most} of a prompt and its caption")
+            raise HTTPException(
+                413, f"{tokens} tokens are more than the {most} of a prompt and its caption (--max-tokens)"
+            )
 
     def refuse_prompt(prompt: records.Prompt) -> None:
         refuse_length(len(prompt.ids))
@@ -213,9 +216,8 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
             if bins != traits.mel_bins:
                 raise HTTPException(422, f"features must have {traits.mel_bins} mel bins, not {bins}")
             if frames > limits.max_frames:
-                raise HTTPException(
-                    413, f"{frames / FRAMES_A_SECOND:g} s of audio, at most {limits.max_audio_seconds:g} s"
-                )
+                most_seconds = f"at most {limits.max_audio_seconds:g} s (--max-audio-seconds)"
+                raise HTTPException(413, f"{frames / FRAMES_A_SECOND:g} s of audio, {most_seconds}")
         positions = prompts.audio_positions(frames) if frames else 0
         if frames and positions < 1:
             raise HTTPException(422, f"{frames} frames are too few for the audio encoder")

@@ -164,7 +164,7 @@ def load_frontend(checkpoint: str | Path) -> Frontend:
         try:
             configured = GenerationConfig.from_pretrained(name).eos_token_id
         except OSError:  # a checkpoint need not have one
-            configured = None
+            configured = getattr(config, "eos_token_id", None)
     eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     thinker = getattr(config, "thinker_config", config)  # a whole Omni's holds one for each part
     return Frontend(name, tokenizer, extractor, frozenset(eos), thinker.audio_token_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ from edgecloud_sd.pairs import DTYPES
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
+
+
+EDGE = 2**20  # bytes of each end of a file
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,24 @@ def needed(checkpoint: str | Path, dtype: str) -> Need | None:
     converted = sum(size for stored, size in counted if STORED.get(stored) != dtype)
     # all files are mapped until the end, talker and all; what is stored in `dtype` stays in its map, the rest is copied
     return Need(parameters, parameters * BYTES[dtype], mapped + converted * BYTES[dtype])
+
+
+def digest(checkpoint: str | Path) -> str:
+    """Tells checkpoints apart by their weights: of each file its size, its first and its last megabyte.
+
+    Empty where no weights can be read, as `needed` has it.
+    """
+    seen = hashlib.sha256()
+    try:
+        for path in _files(checkpoint):
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                seen.update(f"{size} ".encode() + file.read(EDGE))
+                file.seek(max(size - EDGE, 0))
+                seen.update(file.read(EDGE))
+    except (OSError, ValueError):
+        return ""
+    return seen.hexdigest()
 
 
 def _files(checkpoint: str | Path) -> list[Path]:
