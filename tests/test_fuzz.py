@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,8 @@ from edgecloud_sd.records import Prompt, Verdict
 from edgecloud_sd.verifier import LocalVerifier
 from tests.asgi import AUDIO, JSON, KEY, OCTETS, OTHER_KEY, Edge, SpyEngine, play, started
 from tests.strategies import VOCABULARY
+
+pytestmark = pytest.mark.slow
 
 LIMITS = Limits(max_sessions=4, max_audio_seconds=2)
 KEYED = {"Authorization": f"Bearer {KEY}"}
@@ -208,8 +211,6 @@ import sys
 from edgecloud_sd.cloud.server import Limits
 from tests.asgi import KEY, OTHER_KEY, SpyEngine
 from tests.serving import served
-
-pytestmark = pytest.mark.slow
 
 class Forgetful(list):  # a spy that has to forget, or it would grow by what it is asked
     append = lambda self, each: None
