@@ -239,8 +239,8 @@ def _reasons(
     no_link = "there is no link to cross"
     verified = "nothing was verified" if total.rounds else "this mode has no rounds"
     looked = "" if any(each.hindsight for each in results) else "the cloud was not asked afterwards (see --shadow)"
-    if not total.rounds:
-        looked = "this mode has no draft that goes to the cloud"
+    if looked and not total.cloud_calls:
+        looked = "no draft went to the cloud"
     guesses = {
         "ttft": "every caption is empty",
         "tpot": one_moment,
