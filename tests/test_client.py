@@ -35,6 +35,8 @@ from tests.proxy import ERRORS, Fault, Gone, Proxy, framed, read_request, said
 from tests.serving import ToyEngine, served
 from tests.strategies import VOCABULARY
 
+pytestmark = pytest.mark.slow
+
 KEY = "a key of sixteen characters or more".replace(" ", "-")
 MODEL = ToyModel(random_table(VOCABULARY, 0), frozenset())
 PROMPT = Prompt((1, 2, 3))

@@ -374,6 +374,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_torch_runs_out_at_the_limit_in_tensors_of_any_size_and_in_mapped_weights(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     header = json.dumps({"x": {"dtype": "U8", "shape": [200 * MB], "data_offsets": [0, 200 * MB]}}).encode()

@@ -47,6 +47,7 @@ def manifest(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_grid_prints_one_table_writes_results_and_can_be_compared(
     captioner: Captioner, pytester: pytest.Pytester, manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
