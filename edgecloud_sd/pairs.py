@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +12,19 @@ if TYPE_CHECKING:
     from edgecloud_sd.models.hf import Frontend
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")  # torch's names
+QUANTISED = ("int8", "int4")  # of the weights alone, and of an edge's on a CPU alone
+REAL, DUMMY = WEIGHTS = ("real", "dummy")  # dummy ones are random: see models/dummy.py
 POCKET_WEIGHTS = Path(__file__).parent / "pocket" / "weights"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two checkpoints: folders, or names on the hub. `name` stands in benchmark ids."""
+    """Two checkpoints: folders, or names on the hub. `name` stands in benchmark ids, and says so of dummy weights."""
 
     name: str
     edge: str
     cloud: str
+    weights: str = REAL
 
 
 PAIRS = {
@@ -30,16 +33,15 @@ PAIRS = {
 }
 
 
-def find(name: str, edge_model: str | None = None, cloud_model: str | None = None) -> Pair:
-    """The pair `name`, with either checkpoint replaced. ValueError, naming the known pairs, for an unknown name."""
+def find(name: str, edge_model: str | None = None, cloud_model: str | None = None, weights: str = REAL) -> Pair:
+    """The pair `name`, with either checkpoint replaced, or with dummy weights. ValueError, naming the known pairs, for
+    an unknown name."""
     if name not in PAIRS:
         raise ValueError(f"unknown pair {name!r}: choose one of {', '.join(PAIRS)}, or give both models")
-    pair = PAIRS[name]
-    edge, cloud = edge_model or pair.edge, cloud_model or pair.cloud
-    for known in PAIRS.values():
-        if (edge, cloud) == (known.edge, known.cloud):
-            return known
-    return Pair(f"{Path(edge).name}+{Path(cloud).name}", edge, cloud)
+    edge, cloud = edge_model or PAIRS[name].edge, cloud_model or PAIRS[name].cloud
+    own = Pair(f"{Path(edge).name}+{Path(cloud).name}", edge, cloud)
+    found = next((known for known in PAIRS.values() if (edge, cloud) == (known.edge, known.cloud)), own)
+    return found if weights == REAL else replace(found, name=f"{found.name}-{weights}", weights=weights)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgecloud_sd import pairs
-from edgecloud_sd.captioner import Captioner
+from edgecloud_sd.captioner import Captioner, Request
 from edgecloud_sd.models import hf
+from edgecloud_sd.models.cache import Cache
+from edgecloud_sd.models.text import TextModel
+from edgecloud_sd.pocket import clips
 from edgecloud_sd.records import Prompt
 
 
@@ -113,3 +117,107 @@ def test_the_two_published_names_are_the_published_pair() -> None:
 def test_an_unknown_pair_names_the_known() -> None:
     with pytest.raises(ValueError, match=r"unknown pair 'big': choose one of pocket, qwen2\.5-omni"):
         pairs.find("big")
+
+
+@pytest.fixture
+def fresh(captioner: Captioner) -> hf.HFModel:
+    """The cloud on the same weights, without the prefixes that it has computed."""
+    return replace(captioner.cloud)
+
+
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many positions each prefill computes, of prefixes too."""
+    lengths: list[int] = []
+    fill = TextModel.fill
+
+    def counted(text: TextModel, embeddings: torch.Tensor, cache: Cache) -> None:
+        lengths.append(len(embeddings))
+        fill(text, embeddings, cache)
+
+    monkeypatch.setattr(TextModel, "fill", counted)
+    return lengths
+
+
+def prompts_of(captioner: Captioner, *languages: str) -> list[Prompt]:
+    return [
+        captioner.prompt(Request(clips.make("evaluation", index).samples, language), "cloud")
+        for index, language in enumerate(languages)
+    ]
+
+
+def test_a_prefix_is_what_stands_before_the_audio(captioner: Captioner) -> None:
+    model, audio = captioner.cloud, captioner.cloud.audio_token
+    (prompt,) = prompts_of(captioner, "english")
+    before = model.prefix(prompt)
+    assert len(before) > 2
+    assert prompt.ids[: len(before) + 1] == (*before, audio)
+    assert audio not in before
+    assert model.prefix(Prompt((5, 6, audio, 7))) == (5, 6)
+    for ids in [(5, audio, 6, 7), (audio, 5, 6), (5, 6, 7)]:  # one position, none, and nothing that must differ
+        assert model.prefix(Prompt(ids)) == ()
+
+
+def test_a_prefix_is_computed_once_and_the_rest_for_every_clip(
+    captioner: Captioner, fresh: hf.HFModel, fed: list[int]
+) -> None:
+    asked = prompts_of(captioner, "chinese", "chinese", "english")
+    shared = {fresh.prefix(prompt) for prompt in asked}
+    assert len(shared) == 1  # the task follows the audio
+    for prompt in asked:
+        fresh.open(prompt)
+    n = len(shared.pop())
+    assert fed == [n, *(len(prompt.ids) - 1 - n for prompt in asked)]
+
+
+def test_a_shared_prefix_changes_nothing(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for shared in (True, False):
+        model = replace(captioner.cloud)
+        if not shared:
+            monkeypatch.setattr(hf.HFModel, "prefix", lambda *_: ())
+        for prompt in prompts_of(captioner, "chinese", "english"):
+            session, context, rows = model.open(prompt), [prompt.last], []
+            for _ in range(20):
+                rows.append(session.extend(context[-1:])[0])
+                context.append(int(rows[-1].argmax()))
+            found.append((context, torch.stack(rows)))
+    for (context, logits), (own, expected) in zip(found[:2], found[2:], strict=True):
+        assert context == own
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_session_writes_is_not_in_the_prefix_of_the_next(captioner: Captioner, fresh: hf.HFModel) -> None:
+    first, second = prompts_of(captioner, "chinese", "english")
+    expected = fresh.open(first).extend([first.last, 300, 301])
+    between = fresh.open(second)
+    between.extend([second.last, 302])
+    between.truncate(0)
+    between.extend([303])
+    assert torch.equal(fresh.open(first).extend([first.last, 300, 301]), expected)
+
+
+def test_sessions_opened_at_once_share_one_prefix(captioner: Captioner, fresh: hf.HFModel, fed: list[int]) -> None:
+    prompts = prompts_of(captioner, "chinese", "english", "chinese", "english")
+    expected = [captioner.cloud.open(prompt).extend([prompt.last]) for prompt in prompts]
+    fed.clear()
+    assert fresh.text  # or each thread might make its own
+    with ThreadPoolExecutor(8) as threads:
+        sessions = list(threads.map(fresh.open, prompts * 4))
+    n = len(fresh.prefix(prompts[0]))
+    assert fed.count(n) == 1
+    for number, session in enumerate(sessions):
+        assert torch.equal(session.extend([prompts[number % 4].last]), expected[number % 4])
+
+
+def test_only_the_last_few_prefixes_are_kept(captioner: Captioner, fresh: hf.HFModel, fed: list[int]) -> None:
+    (prompt,) = prompts_of(captioner, "chinese")
+    others = [replace(prompt, ids=(300 + number, *prompt.ids)) for number in range(hf.PREFIXES)]
+    for each in (prompt, prompt, *others):
+        fresh.open(each)
+    n = len(fresh.prefix(prompt))
+    assert fed.count(n) == 1
+    fresh.open(others[-1])
+    assert fed.count(n + 1) == hf.PREFIXES
+    fresh.open(prompt)
+    assert fed.count(n) == 2

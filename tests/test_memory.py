@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,38 @@ from edgecloud_sd.models.memory import BYTES, Need, digest, fits, needed, rooms
 from edgecloud_sd.pairs import DTYPES, PAIRS
 
 MB = 1_000_000
+# In a process of its own: what the edge's loading imports and keeps is there before anything is counted.
+MAPPED = """
+import json, re, sys
+import torch
+from edgecloud_sd import pairs
+from edgecloud_sd.models import hf
+from edgecloud_sd.records import Prompt
+
+def maps():
+    found = []
+    for line in open("/proc/self/smaps"):
+        head = re.match(r"([0-9a-f]+)-([0-9a-f]+) \\S+ \\S+ \\S+ \\d+ *(.*)", line)
+        if head:
+            found.append({"start": int(head[1], 16), "end": int(head[2], 16), "file": head[3]})
+        elif line.startswith("Anonymous:"):
+            found[-1]["own"] = 1024 * int(line.split()[1])
+    return found
+
+def decoded(checkpoint):
+    model = hf.load(checkpoint)
+    with torch.inference_mode():
+        model.open(Prompt((1, 2, 3, 4))).extend([5, 6])
+    return model
+
+warm = decoded(pairs.PAIRS["pocket"].edge)
+before = sum(each["own"] for each in maps())
+model = decoded(sys.argv[1])
+now = maps()
+places = [each.data_ptr() for each in model.thinker.parameters()]
+files = [next(each["file"] for each in now if each["start"] <= place < each["end"]) for place in places]
+print(json.dumps({"files": files, "copied": sum(each["own"] for each in now) - before}))
+"""
 
 
 def write(file: Path, tensors: dict[str, tuple[str, int]]) -> int:
@@ -121,7 +155,7 @@ def test_a_checkpoint_beyond_the_limit_is_an_error_with_the_numbers_and_what_wou
     assert str(raised.value) == (
         f"checkpoint {str(folder)!r} needs 0.600 GB in float32 while it loads (0.400 for its weights), "
         "and 0.250 of the 0.300 GB of --max-memory-gb are free: "
-        "raise the limit, or take it in bfloat16 (--edge-dtype, --cloud-dtype)"
+        "raise the limit, or take it in bfloat16 (--edge-dtype, --cloud-dtype)"  # int8 would need 0.31 while it loads
     )
     with pytest.raises(ValueError, match=r" 0\.000 of the 0\.040 GB of --max-memory-gb are free: raise the limit$"):
         fits(folder, "cpu", "bfloat16", limit_bytes=40 * MB)
@@ -143,7 +177,8 @@ def test_without_a_limit_the_weights_must_fit_in_what_the_machine_has_free_swap_
         fits(folder, "cpu", "float64", limit_bytes=2000 * MB)
     assert str(raised.value) == (
         f"checkpoint {str(folder)!r} needs 0.800 GB in float64, and 0.400 GB of memory are free: "
-        "take a smaller model, or take it in float32 or float16 or bfloat16 (--edge-dtype, --cloud-dtype)"
+        "take a smaller model, or take it in float32 or float16 or bfloat16 (--edge-dtype, --cloud-dtype), "
+        "or as the edge in int8 or int4 (--edge-dtype)"
     )
 
 
@@ -172,6 +207,22 @@ def test_this_machine_has_room_for_the_pocket_pair_and_not_for_anything() -> Non
     assert need is not None
     assert room.holds(need)
     assert not room.holds(Need(10**18, 4 * 10**18, 4 * 10**18))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
+def test_weights_stored_in_the_dtype_asked_for_stay_in_their_map_and_have_no_copy(tmp_path: Path) -> None:
+    folder = tmp_path / "float32"
+    shutil.copytree(PAIRS["pocket"].cloud, folder)
+    file = folder / "model.safetensors"
+    with safe_open(file, "np") as weights:
+        stored = {name: weights.get_tensor(name).astype(np.float32) for name in weights.keys()}  # noqa: SIM118
+    save_file(stored, file, {"format": "pt"})
+    done = subprocess.run([sys.executable, "-c", MAPPED, folder], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found["files"]) == {str(file)}
+    assert found["copied"] < file.stat().st_size / 2, "memory that decoding took beside the map of the file"
 
 
 def test_other_weights_have_another_digest(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Qwen2.5-Omni thinkers through transformers: the published 3B and 7B and the pocket pair, by the same code.
 
-The session calls the thinker's text model and head directly, with explicit positions and masks. The thinker's own
-forward keeps `rope_deltas` on the model object, where two interleaved streams would corrupt each other; for audio and
-text the positions are a plain range, so nothing is lost.
+A session's passes go through `text.TextModel`, on the thinker's own weights. The thinker's own forward keeps
+`rope_deltas` on the model object, where two interleaved streams would corrupt each other; for audio and text the
+positions are a plain range, so nothing is lost.
+
+Audio stands before the task in the chat format, so what two clips' prompts share is what stands before the audio: with
+causal attention nothing after it can be the same. Its keys and values are computed once and copied.
 """
 
 from __future__ import annotations
@@ -10,22 +13,27 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from edgecloud_sd import limits, prompts
-from edgecloud_sd.models import memory
-from edgecloud_sd.pairs import DTYPES
+from edgecloud_sd.models import memory, quantized
+from edgecloud_sd.models.cache import Cache
+from edgecloud_sd.models.text import TextModel
+from edgecloud_sd.pairs import DTYPES, DUMMY, QUANTISED, REAL
 from edgecloud_sd.records import Prompt
 from edgecloud_sd.session import check_truncation
 
 KINDS = ("qwen2_5_omni", "qwen2_5_omni_thinker")  # model types that hold a thinker
+PREFIXES = 8  # that a model keeps the keys and values of
 
 
 class HFSession:
@@ -33,14 +41,10 @@ class HFSession:
 
     @torch.inference_mode()
     def __init__(self, model: HFModel, prompt: Prompt) -> None:
-        from transformers import DynamicCache
-
-        self._thinker = model.thinker
+        self._model = model
         self._device = model.thinker.device
-        self._cache = DynamicCache(config=model.thinker.config.text_config)
+        self._cache = model.prefill(prompt)
         self.tokens: list[int] = []
-        if len(prompt.ids) > 1:
-            self._forward(model.embed_prompt(prompt)[:, :-1])
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # or whoever times the opening would time its launch
 
@@ -50,10 +54,12 @@ class HFSession:
 
         FloatingPointError where a logit is not finite, as after an overflow in float16: no argmax of that is a token.
         """
-        ids = torch.tensor([tokens], device=self._device)
-        hidden = self._forward(self._thinker.get_input_embeddings()(ids))
+        if len(tokens) == 1:  # as most are: to fill in a number takes less than to copy a list to the device
+            ids = torch.full((1,), tokens[0], device=self._device)
+        else:
+            ids = torch.tensor(tokens, device=self._device)
+        logits = self._model.logits(ids, self._cache)
         self.tokens.extend(tokens)
-        logits: Tensor = self._thinker.lm_head(hidden[0])
         # a sum is the quickest look at every one of them: it keeps any nan and any infinity
         if not math.isfinite(logits.sum(dtype=torch.float32).item()):
             raise FloatingPointError(f"the model gave logits that are not finite in {logits.dtype}; use a wider dtype")
@@ -62,25 +68,8 @@ class HFSession:
     def truncate(self, length: int) -> None:
         """Drop what follows the first `length` tokens. ValueError if there are fewer."""
         check_truncation(length, len(self.tokens))
-        self._cache.crop(length - len(self.tokens))  # takes the negative count of tokens to drop
+        self._cache.length -= len(self.tokens) - length
         del self.tokens[length:]
-
-    def _forward(self, embeddings: Tensor) -> Tensor:
-        """Text model on [1, n, hidden] after what is cached; returns the hidden states, same shape."""
-        n = embeddings.shape[1]
-        past = self._cache.get_seq_length()
-        positions = torch.arange(past, past + n, device=self._device)
-        mask = None  # a single row sees everything
-        if n > 1:
-            mask = (torch.arange(past + n, device=self._device) <= positions[:, None])[None, None]
-        hidden: Tensor = self._thinker.model.language_model(
-            inputs_embeds=embeddings,
-            attention_mask={"full_attention": mask},
-            position_ids=positions.expand(3, 1, n),
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
-        return hidden
 
 
 @dataclass(frozen=True)
@@ -99,55 +88,108 @@ class HFModel(Frontend):
     """A loaded thinker with its front end."""
 
     thinker: Any
+    _lock: Any = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     def open(self, prompt: Prompt) -> HFSession:
         """Encode the audio once and prefill all but the last prompt token."""
         return HFSession(self, prompt)
 
+    @cached_property
+    def text(self) -> TextModel:
+        """The text model, without its head. ValueError as `TextModel`."""
+        return TextModel(self.thinker)
+
+    @cached_property
+    def embed(self) -> Callable[[Tensor], Tensor]:
+        """Ids [...] to embeddings [..., hidden]. transformers takes longer to find this module than it to compute."""
+        found: Callable[[Tensor], Tensor] = self.thinker.get_input_embeddings()
+        return found
+
+    def logits(self, ids: Tensor, cache: Cache) -> Tensor:
+        """[len(ids), vocab] of ids that follow what is cached and are cached now: the model's calls, nothing else."""
+        logits: Tensor = self.thinker.lm_head(self.text(self.embed(ids), cache))
+        return logits
+
+    def prefill(self, prompt: Prompt) -> Cache:
+        """The audio encoded once, and the keys and values of all but the last prompt token."""
+        end = len(prompt.ids) - 1
+        shared = self.prefix(prompt)
+        cache = self._prefilled(shared).copy(end + 1) if shared else self.text.cache(end + 1)
+        if cache.length < end:
+            self.text.fill(self.embed_prompt(prompt)[0, cache.length : end], cache)
+        return cache
+
+    def prefix(self, prompt: Prompt) -> tuple[int, ...]:
+        """The ids that other clips' prompts share: those before the audio, where they are two or more."""
+        first = prompt.ids.index(self.audio_token) if self.audio_token in prompt.ids else 0
+        return prompt.ids[:first] if first > 1 else ()
+
+    def _prefilled(self, ids: tuple[int, ...]) -> Cache:
+        """What a prefix leaves in a cache: computed once, for as long as it is among the last few."""
+        with self._lock:  # sessions are opened on several threads
+            return self._prefixes(ids)
+
+    @cached_property
+    def _prefixes(self) -> Callable[[tuple[int, ...]], Cache]:
+        @lru_cache(maxsize=PREFIXES)
+        def compute(ids: tuple[int, ...]) -> Cache:
+            cache = self.text.cache(len(ids))
+            self.text.fill(self.embed(torch.tensor(ids, device=self.thinker.device)), cache)
+            return cache
+
+        return compute
+
     def embed_prompt(self, prompt: Prompt) -> Tensor:
         """[1, len(prompt.ids), hidden]: text embeddings with the audio encoder's output at the placeholders."""
         thinker = self.thinker
         ids = torch.tensor([prompt.ids], device=thinker.device)
-        embeddings: Tensor = thinker.get_input_embeddings()(ids)
+        embeddings = self.embed(ids)
         if prompt.features is None:
             return embeddings
         places = ids[0] == self.audio_token
-        frames = prompt.features.shape[1]
-        expected = prompts.audio_positions(frames)
-        if int(places.sum()) != expected:
-            raise ValueError(
-                f"the prompt has {int(places.sum())} audio placeholders for {frames} frames, not {expected}"
-            )
-        lengths = torch.tensor([frames], device=thinker.device)
+        prompts.check_placeholders(prompt, self.audio_token)
+        lengths = torch.tensor([prompt.features.shape[1]], device=thinker.device)
         audio = thinker.model.audio_tower(prompt.features.to(thinker.device, thinker.dtype), feature_lens=lengths)
         return embeddings.masked_scatter(places[None, :, None], audio.last_hidden_state.to(embeddings.dtype))
 
 
-def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32") -> HFModel:
-    """Load a Qwen2.5-Omni checkpoint (whole or thinker only) from a folder or the hub.
+def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32", weights: str = REAL) -> HFModel:
+    """Load a Qwen2.5-Omni checkpoint (whole or thinker only) from a folder or the hub, or its like with dummy weights.
 
     Raises ValueError for an unknown dtype or device or a folder that is not there, OSError for a checkpoint of another
     kind, or one that lacks weights or cannot be read.
     """
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    check_device(device)
+    check(device, dtype)
+    if weights == DUMMY:
+        from edgecloud_sd.models import dummy  # which imports this
+
+        return dummy.load(checkpoint, device, dtype)
     front = load_frontend(checkpoint)
     memory.fits(checkpoint, device, dtype, limits.in_force().memory_bytes)
-    with _one_line(front.name):
+    # what is to be quantised is read as it is stored: it stays in the map of its file until its turn comes
+    read = "auto" if dtype in QUANTISED else getattr(torch, dtype)
+    with one_line(front.name):
         thinker, loading = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-            front.name, dtype=getattr(torch, dtype), output_loading_info=True
+            front.name, dtype=read, output_loading_info=True
         )
         if missing := sorted(loading["missing_keys"]):
             raise OSError(f"it lacks {len(missing)} weights, {missing[0]} first")
+        del loading
+        thinker.model.visual = None  # a caption of speech sees nothing
+        if dtype in QUANTISED:
+            quantized.quantise(thinker, dtype)
     return HFModel(**vars(front), thinker=thinker.to(device).eval())
 
 
-def load_frontend(checkpoint: str | Path) -> Frontend:
+def load_frontend(checkpoint: str | Path, weights: str = REAL) -> Frontend:
     """A checkpoint without its weights. Raises as `load`."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig, WhisperFeatureExtractor
+    if weights == DUMMY:
+        from edgecloud_sd.models import dummy
+
+        return dummy.load_frontend(checkpoint)
+    from transformers import AutoTokenizer, GenerationConfig, WhisperFeatureExtractor
     from transformers.utils import logging
 
     name = str(checkpoint)
@@ -155,10 +197,8 @@ def load_frontend(checkpoint: str | Path) -> Frontend:
         raise ValueError(f"no checkpoint {name!r}: give a folder that exists, or a name on the hub as owner/name")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    with _one_line(name):
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type not in KINDS:
-            raise OSError(f"it is a {config.model_type}, not one of {', '.join(KINDS)}")
+    with one_line(name):
+        config = load_config(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
         extractor = WhisperFeatureExtractor.from_pretrained(name)
         try:
@@ -166,12 +206,11 @@ def load_frontend(checkpoint: str | Path) -> Frontend:
         except OSError:  # a checkpoint need not have one
             configured = getattr(config, "eos_token_id", None)
     eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
-    thinker = getattr(config, "thinker_config", config)  # a whole Omni's holds one for each part
-    return Frontend(name, tokenizer, extractor, frozenset(eos), thinker.audio_token_id)
+    return Frontend(name, tokenizer, extractor, frozenset(eos), thinker_config(config).audio_token_id)
 
 
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def one_line(name: str) -> Iterator[None]:
     """What cannot be loaded is an OSError that says so in one line."""
     from safetensors import SafetensorError
 
@@ -180,6 +219,30 @@ def _one_line(name: str) -> Iterator[None]:
     except (OSError, ValueError, SafetensorError, MemoryError, RuntimeError) as error:  # the last is torch's, of memory
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(f"checkpoint {name!r} cannot be loaded: {reason}") from error
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a checkpoint, or of a JSON file. OSError for one of another kind."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in KINDS:
+        raise OSError(f"it is a {config.model_type}, not one of {', '.join(KINDS)}")
+    return config
+
+
+def thinker_config(config: Any) -> Any:
+    """The part of a configuration that is the thinker's: a whole Omni's holds one for each of its parts."""
+    return getattr(config, "thinker_config", config)
+
+
+def check(device: str, dtype: str) -> None:
+    """ValueError for a device that this machine does not have, or a number format that it or nobody has."""
+    if dtype not in (*DTYPES, *QUANTISED):
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join((*DTYPES, *QUANTISED))}")
+    check_device(device)
+    if dtype in QUANTISED:
+        quantized.check(dtype, device)
 
 
 def check_device(device: str) -> None:

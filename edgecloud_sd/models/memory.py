@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,13 +14,12 @@ import psutil
 
 from edgecloud_sd import limits
 from edgecloud_sd.limits import gb
-from edgecloud_sd.pairs import DTYPES
+from edgecloud_sd.models import quantized
+from edgecloud_sd.pairs import DTYPES, QUANTISED
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
-
-
-EDGE = 2**20  # bytes of each end of a file
+SAMPLE = 2**20  # bytes at each end of a file that its digest is of
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,21 @@ def fits(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32", li
     `limit_bytes` is the limit in force (`limits.InForce.memory_bytes`). What cannot be known passes: a checkpoint that
     is not on this machine yet, the memory of a device that is neither CPU nor CUDA.
     """
-    need = needed(checkpoint, dtype)
+    check(str(checkpoint), lambda each: needed(checkpoint, each), device, dtype, limit_bytes)
+
+
+def check(
+    name: str, needs: Callable[[str], Need | None], device: str, dtype: str, limit_bytes: int | None = None
+) -> None:
+    """As `fits`, for what needs so much in a dtype."""
+    need = needs(dtype)
     if need is None:
         return
     for room in rooms(device, limit_bytes):
         if not room.holds(need):
-            others = [each for each in DTYPES if (other := needed(checkpoint, each)) and room.holds(other)]
-            raise ValueError(too_large(str(checkpoint), dtype, need, room, others))
+            known = (*DTYPES, *QUANTISED) if device.startswith("cpu") else DTYPES
+            others = [each for each in known if (other := needs(each)) and room.holds(other)]
+            raise ValueError(too_large(name, dtype, need, room, others))
 
 
 def too_large(name: str, dtype: str, need: Need, room: Room, others: list[str]) -> str:
@@ -69,8 +76,11 @@ def too_large(name: str, dtype: str, need: Need, room: Room, others: list[str]) 
     if room.when == "loading":
         text += f" while it loads ({gb(need.loaded)} for its weights)"
     text += f", and {room.words}: {room.remedy}"
-    if others:
-        text += f", or take it in {' or '.join(others)} (--edge-dtype, --cloud-dtype)"
+    floats, quantised = ([each for each in known if each in others] for known in (DTYPES, QUANTISED))
+    if floats:
+        text += f", or take it in {' or '.join(floats)} (--edge-dtype, --cloud-dtype)"
+    if quantised:
+        text += f", or as the edge in {' or '.join(quantised)} (--edge-dtype)"
     return text
 
 
@@ -104,11 +114,25 @@ def needed(checkpoint: str | Path, dtype: str) -> Need | None:
         return None
     tensors = {name: tensor for header in headers for name, tensor in header.items()}
     whole = any(name.startswith("thinker.") for name in tensors)  # with a talker that is not loaded
-    counted = [tensor for name, tensor in tensors.items() if not whole or name.startswith("thinker.")]
-    parameters = sum(size for _, size in counted)
-    converted = sum(size for stored, size in counted if STORED.get(stored) != dtype)
+    counted = {name: tensor for name, tensor in tensors.items() if not whole or name.startswith("thinker.")}
+    shapes = {name: shape for name, (_, shape) in counted.items()}
+    loaded = held(shapes, dtype)
+    if dtype in QUANTISED:
+        return Need(sum(map(math.prod, shapes.values())), loaded, mapped + loaded)
+    converted = sum(math.prod(shape) for stored, shape in counted.values() if STORED.get(stored) != dtype)
     # all files are mapped until the end, talker and all; what is stored in `dtype` stays in its map, the rest is copied
-    return Need(parameters, parameters * BYTES[dtype], mapped + converted * BYTES[dtype])
+    return Need(loaded // BYTES[dtype], loaded, mapped + converted * BYTES[dtype])
+
+
+def held(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
+    """Bytes that a thinker's tensors, by name, take in `dtype`."""
+    if dtype not in QUANTISED:
+        return BYTES[dtype] * sum(map(math.prod, shapes.values()))
+    heard = {name: shape for name, shape in shapes.items() if "visual." not in name}  # what sees is dropped first
+    tables = [shape for name, shape in heard.items() if "embed_tokens." in name]
+    if tables and not any("lm_head." in name for name in heard):  # tied: looked up as it is, rounded as the head
+        heard["lm_head.weight"] = tables[0]
+    return sum(quantized.held(quantized.part_of(name, shape), shape, dtype) for name, shape in heard.items())
 
 
 def digest(checkpoint: str | Path) -> str:
@@ -121,9 +145,9 @@ def digest(checkpoint: str | Path) -> str:
         for path in _files(checkpoint):
             size = path.stat().st_size
             with path.open("rb") as file:
-                seen.update(f"{size} ".encode() + file.read(EDGE))
-                file.seek(max(size - EDGE, 0))
-                seen.update(file.read(EDGE))
+                seen.update(f"{size} ".encode() + file.read(SAMPLE))
+                file.seek(max(size - SAMPLE, 0))
+                seen.update(file.read(SAMPLE))
     except (OSError, ValueError):
         return ""
     return seen.hexdigest()
@@ -146,8 +170,8 @@ def _files(checkpoint: str | Path) -> list[Path]:
     return [folder / name for name in sorted(set(index["weight_map"].values()))]
 
 
-def _header(file: Path) -> dict[str, tuple[str, int]]:
-    """Each tensor's stored dtype and number of parameters. ValueError for a file that is no safetensors.
+def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Each tensor's stored dtype and shape. ValueError for a file that is no safetensors.
 
     Read by hand: safetensors maps the whole file even for this, which a memory limit may refuse.
     """
@@ -157,4 +181,4 @@ def _header(file: Path) -> dict[str, tuple[str, int]]:
             raise ValueError(f"{file} is no safetensors file")
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
-    return {name: (tensor["dtype"], math.prod(tensor["shape"])) for name, tensor in header.items()}
+    return {name: (tensor["dtype"], tuple(tensor["shape"])) for name, tensor in header.items()}

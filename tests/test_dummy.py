@@ -1,0 +1,207 @@
+"""Models with random weights: any configuration, in any format, the same everywhere, and said to be so."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edgecloud_sd import gate, pairs
+from edgecloud_sd.captioner import Captioner, Cell, Request
+from edgecloud_sd.config import resolve
+from edgecloud_sd.models import dummy, hf, memory
+from edgecloud_sd.pairs import DTYPES, DUMMY, PAIRS, QUANTISED
+from edgecloud_sd.records import Prompt
+
+PUBLISHED = PAIRS["qwen2.5-omni"]
+
+
+def write(folder: Path, **text: Any) -> Path:
+    """A folder with nothing but a config.json: a published one with another, smaller text model and audio tower."""
+    config = json.loads((dummy.DIMENSIONS / "Qwen2.5-Omni-3B.json").read_text(encoding="utf-8"))
+    config["text_config"] |= {
+        "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, **text,
+    }  # fmt: skip
+    config["text_config"]["rope_parameters"]["mrope_section"] = [2, 3, 3]
+    config["audio_config"] |= {
+        "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "d_model": 32,
+        "output_dim": config["text_config"]["hidden_size"],
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "small")
+
+
+def said(model: hf.HFModel, count: int = 12) -> tuple[list[int], torch.Tensor]:
+    """The ids of a greedy caption, and the logits of all of it."""
+    session = model.open(Prompt((5, 300, 301, 302)))
+    rows = [session.extend([303])]
+    for _ in range(count - 1):
+        rows.append(session.extend([int(rows[-1].argmax())]))
+    found = torch.cat(rows)
+    return found.argmax(1).tolist(), found
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "rows"), [(PUBLISHED.edge, 4.03e9, 151_936), (PUBLISHED.cloud, 8.26e9, 152_064)]
+)
+def test_the_published_sizes_are_known(model: str, parameters: float, rows: int) -> None:
+    config = dummy.configuration(model)
+    assert config.text_config.vocab_size == rows
+    assert dummy.need(dummy._empty(config), "float32").parameters == pytest.approx(parameters, rel=2e-3)
+
+
+def test_of_the_published_edge_int8_takes_a_third_of_float32() -> None:
+    thinker = dummy._empty(dummy.configuration(PUBLISHED.edge))
+    assert dummy.need(thinker, "int8").loaded < 0.35 * dummy.need(thinker, "float32").loaded
+
+
+@pytest.mark.parametrize("dtype", DTYPES + QUANTISED)
+def test_a_config_alone_makes_a_model_that_says_different_finite_things(dtype: str, folder: Path) -> None:
+    model = hf.load(folder, dtype=dtype, weights=DUMMY)
+    ids, logits = said(model)
+    assert len(set(ids)) > 3
+    assert logits.isfinite().all()
+    assert 0.3 < logits.float().std() < 5
+    need = dummy.need(dummy._empty(dummy.configuration(folder)), dtype)
+    scales = [each for name, each in model.thinker.named_buffers() if "scale" in name]
+    assert need.loaded == sum(each.numel() * each.itemsize for each in (*model.thinker.parameters(), *scales))
+    assert not any(each.is_meta for each in (*model.thinker.parameters(), *model.thinker.buffers()))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_deep_model_keeps_its_scale(dtype: str, tmp_path: Path) -> None:
+    model = hf.load(write(tmp_path / "deep", num_hidden_layers=64), dtype=dtype, weights=DUMMY)
+    ids, logits = said(model)
+    assert len(set(ids)) > 3
+    assert 0.3 < logits.float().std() < 5
+
+
+def test_formats_and_runs_have_the_same_weights_and_sides_have_their_own_sizes(folder: Path) -> None:
+    one, same, half = (hf.load(folder, dtype=each, weights=DUMMY) for each in ("float32", "float32", "bfloat16"))
+    for name, value in one.thinker.state_dict().items():
+        assert torch.equal(value, same.thinker.state_dict()[name])
+        assert torch.equal(value, half.thinker.state_dict()[name].float())
+    tensors = [value.flatten()[:50] for value in one.thinker.state_dict().values() if value.dim() == 2]
+    assert not any(len(a) == len(b) and torch.equal(a, b) for a, b in pairwise(tensors))
+
+
+def test_tables_of_positions_are_those_of_a_model_that_is_built_as_usual(folder: Path) -> None:
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+    usual = Qwen2_5OmniThinkerForConditionalGeneration(dummy.configuration(folder)).model
+    made = hf.load(folder, weights=DUMMY).thinker.model
+    for part in ("audio_tower", "language_model"):
+        expected = dict(getattr(usual, part).named_buffers())
+        found = dict(getattr(made, part).named_buffers())
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_tied_embeddings_are_one_tensor(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    thinker = hf.load(folder, weights=DUMMY).thinker
+    assert thinker.lm_head.weight is thinker.get_input_embeddings().weight
+    rounded = hf.load(folder, dtype="int8", weights=DUMMY).thinker
+    head, table = rounded.lm_head, rounded.get_input_embeddings().weight.float()
+    assert torch.allclose(head.weight * head.scale.float()[:, None], table, atol=float(head.scale.max()))
+
+
+def test_every_id_has_text_or_none_and_both_published_sides_are_a_pair() -> None:
+    edge, cloud = (hf.load_frontend(each, DUMMY) for each in (PUBLISHED.edge, PUBLISHED.cloud))
+    pairs.check(edge.name, pairs.traits(edge), cloud.name, pairs.traits(cloud))
+    tokens = len(edge.tokenizer.tokenizer)
+    known = [300, 151_935 % tokens]
+    assert edge.tokenizer.decode([7 * tokens + 300, 151_935]) == edge.tokenizer.tokenizer.decode(known)
+    assert edge.name == f"{PUBLISHED.edge}-dummy"
+
+
+def test_a_tower_for_other_spectrograms_gets_them(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["audio_config"]["num_mel_bins"] = 80
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    captioner = Captioner(pairs.find("pocket", str(folder), str(folder), DUMMY))
+    prompt = captioner.prompt(Request(np.zeros(16_000, dtype=np.float32)), "edge")
+    assert prompt.features is not None
+    assert prompt.features.shape[0] == 80
+    captioner.edge.open(prompt)
+
+
+def test_a_pair_of_configs_is_strict_and_says_what_it_is(tmp_path: Path) -> None:
+    small, large = write(tmp_path / "small"), write(tmp_path / "large", num_hidden_layers=4, vocab_size=1008)
+    pair = pairs.find("pocket", str(small), str(large), DUMMY)
+    assert pair.name == "small+large-dummy"
+    captioner = Captioner(pair, edge_dtype="int8")
+    request = Request(np.random.default_rng(1).normal(0, 0.1, 16_000).astype(np.float32))
+    own = captioner.trace(request, Cell("cloud"), 40).tokens
+    assert captioner.trace(request, Cell("speculative", gate.ALWAYS, k=3), 40).tokens == own
+
+
+def test_no_side_says_an_id_that_the_other_may_not_have(folder: Path) -> None:
+    model = hf.load(folder, weights=DUMMY)
+    assert not model.thinker.lm_head.weight[-10:].any()
+    assert model.thinker.lm_head.weight[:-10].any(1).all()
+    _, logits = said(model, 40)
+    assert logits.argmax(1).max() < 990
+
+
+def test_ids_and_settings_say_that_weights_are_dummy() -> None:
+    settings = resolve({"pair": "qwen2.5-omni", "weights": DUMMY})
+    found = pairs.find(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
+    assert found.name == "qwen2.5-omni-dummy"
+    assert pairs.find("qwen2.5-omni") == PUBLISHED
+
+
+def test_what_has_no_dimensions_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no dimensions of 'Qwen/Other': give a folder with a config\.json"):
+        hf.load("Qwen/Other", weights=DUMMY)
+    with pytest.raises(OSError, match="cannot be loaded"):
+        hf.load(tmp_path, weights=DUMMY)
+    with pytest.raises(ValueError, match="has 100 rows for the 640 tokens of its tokenizer"):
+        hf.load(write(tmp_path / "short", vocab_size=100), weights=DUMMY)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "rooms", lambda *_: iter([memory.Room(200_000, "0 GB are free", "loaded", "buy more")]))
+    with pytest.raises(ValueError, match=r"small-dummy' needs 0\.001 GB in float32, and 0 GB are free: buy more$"):
+        hf.load(folder, weights=DUMMY)
+
+
+PEAK = """
+import resource, sys
+from edgecloud_sd.models import dummy, hf
+from edgecloud_sd.pairs import PAIRS
+hf.load(PAIRS["pocket"].edge, dtype=sys.argv[2], weights="dummy")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+hf.load(sys.argv[1], dtype=sys.argv[2], weights="dummy")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux")
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_model_is_never_there_twice(dtype: str, tmp_path: Path) -> None:
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    folder = write(tmp_path / "wide", hidden_size=1024, intermediate_size=4096, num_hidden_layers=16)
+    need = dummy.need(dummy._empty(dummy.configuration(folder)), dtype)
+    done = subprocess.run([sys.executable, "-c", PEAK, folder, dtype], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 1024 * int(done.stdout) < 1.3 * need.loading + 50e6
+    assert need.loaded > 200e6
