@@ -54,6 +54,17 @@ def audio_positions(frames: int) -> int:
     return (after_convolution - 2) // 2 + 1
 
 
+def check_placeholders(prompt: Prompt, placeholder: int) -> None:
+    """ValueError for a prompt whose ids hold `placeholder` more or less often than its audio fills positions."""
+    frames = 0 if prompt.features is None else prompt.features.shape[1]
+    expected = audio_positions(frames) if frames else 0
+    if frames and expected < 1:
+        raise ValueError(f"{frames} frames are too few for the audio encoder")
+    found = prompt.ids.count(placeholder)
+    if found != expected:
+        raise ValueError(f"the prompt has {found} audio placeholders for {frames} frames, not {expected}")
+
+
 def log_mel(samples: NDArray[np.float32], extractor: Any) -> Tensor:
     """Whisper log-mel features [mel bins, frames] of mono samples, float32; 100 frames a second.
 

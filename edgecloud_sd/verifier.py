@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
-from edgecloud_sd.acceptance import Rank
+import numpy as np
+
+from edgecloud_sd.acceptance import Rule, uniform
 from edgecloud_sd.records import Prompt, Verdict
 from edgecloud_sd.session import Model, Session, sync
 from edgecloud_sd.stopping import Stopping
@@ -48,18 +52,18 @@ class LocalVerifier:
     """A model in this process as the cloud, with one acceptance rule."""
 
     model: Model
-    rule: Rank
+    rule: Rule
 
     def open(self, prompt: Prompt) -> LocalVerification:
-        return LocalVerification(self.model.open(prompt), prompt.last, self.rule)
+        return LocalVerification(self.model.open(prompt), prompt, self.rule)
 
 
 class LocalVerification:
     """Verification on a session of this process."""
 
-    def __init__(self, session: Session, last: int, rule: Rank) -> None:
+    def __init__(self, session: Session, prompt: Prompt, rule: Rule) -> None:
         self._session = session
-        self._last = last
+        self._prompt = prompt
         self._rule = rule
         self._agreed = 0  # how much of the cache the edge knows to be committed
 
@@ -70,16 +74,22 @@ class LocalVerification:
         """One forward pass over `tokens` and `draft` together."""
         check_base(base, self._agreed)
         context = [*self._session.tokens[:base], *tokens, *draft]
-        verdict = self._rule(draft, sync(self._session, context, rows=len(draft) + 1))
-        self._agreed = base + len(tokens) + verdict.accepted
+        first = base + len(tokens)
+        uniforms = (uniform(self._seed, place) for place in range(first, first + len(draft)))
+        verdict = self._rule(draft, sync(self._session, context, rows=len(draft) + 1), uniforms)
+        self._agreed = first + verdict.accepted
         return verdict
+
+    @cached_property
+    def _seed(self) -> bytes:
+        return seed(self._prompt)
 
     def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
         """Greedy decoding by the same session code."""
         written = list(output)
         self._agreed = 0  # the cache will hold what nobody has agreed upon
         while stopping.reason(written) is None:
-            token = int(sync(self._session, [self._last, *written])[-1].argmax())
+            token = int(sync(self._session, [self._prompt.last, *written])[-1].argmax())
             written.append(token)
             yield token
 
@@ -87,6 +97,14 @@ class LocalVerification:
         """Empty the cache; the memory goes with this object."""
         self._agreed = 0
         self._session.truncate(0)
+
+
+def seed(prompt: Prompt) -> bytes:
+    """16 bytes that stand for a clip and what is asked of it, the same on both sides of a link."""
+    said = hashlib.blake2b(np.asarray(prompt.ids, dtype="<i4").tobytes(), digest_size=16)
+    if prompt.features is not None:
+        said.update(prompt.features.numpy().astype("<f2").tobytes())  # as it crosses
+    return said.digest()
 
 
 def check_base(base: int, agreed: int) -> None:

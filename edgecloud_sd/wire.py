@@ -20,6 +20,7 @@ from edgecloud_sd.records import Prompt, Verdict
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+OCTETS, JSON, LINES = "application/octet-stream", "application/json", "application/x-ndjson"  # media types
 MAX_IDS = 8192  # in one list of a message
 MAX_MESSAGE = 2 * 12 * MAX_IDS + 1024  # bytes of JSON: two such lists, with spaces
 MAX_HEADER = 1024  # bytes of what a prompt says of its tensors
@@ -51,9 +52,9 @@ def check(ids: Iterable[int], begun: int = 0) -> int:
     return zlib.crc32(np.fromiter(ids, dtype="<i4").tobytes(), begun)
 
 
-def check_prompt(body: bytes, rank: int) -> int:
-    """The check of a prompt and of the rule's r that it is opened with: what every later check of it goes on from."""
-    return zlib.crc32(body, rank)
+def check_prompt(body: bytes, rule: str) -> int:
+    """The check of a prompt and of the rule, as text, that it is opened with: what every later check goes on from."""
+    return zlib.crc32(body, zlib.crc32(rule.encode()))
 
 
 def encode_prompt(prompt: Prompt) -> bytes:

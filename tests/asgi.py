@@ -15,15 +15,16 @@ from starlette.types import ASGIApp, Message
 
 from edgecloud_sd import wire
 from edgecloud_sd.cloud.engine import Identity
-from edgecloud_sd.cloud.server import Limits, create_app
+from edgecloud_sd.cloud.server import create_app
+from edgecloud_sd.cloud.sessions import Limits
 from edgecloud_sd.models.toy import ToyModel, ToySession, random_table
 from edgecloud_sd.records import Prompt
+from edgecloud_sd.wire import JSON, OCTETS
 from tests.serving import ToyEngine
 from tests.strategies import VOCABULARY
 
 KEY, OTHER_KEY = "k" * 43, "o" * 43
 AUDIO = VOCABULARY - 1  # the id that stands for audio
-OCTETS, JSON = "application/octet-stream", "application/json"
 
 
 @dataclass
@@ -161,11 +162,11 @@ class Edge:
             b"".join(message.get("body", b"") for message in got[1:]),
         )
 
-    async def opened(self, prompt: Prompt | None = None, rank: int = 1) -> Opened:
+    async def opened(self, prompt: Prompt | None = None, rule: str = "greedy") -> Opened:
         prompt = prompt or Prompt((1, 2, 3))
         body = wire.encode_prompt(prompt)
-        begun = wire.check_prompt(body, rank)
-        answer = await self.ask("POST", f"/v1/sessions?rank={rank}&check={begun}", body, OCTETS)
+        begun = wire.check_prompt(body, rule)
+        answer = await self.ask("POST", f"/v1/sessions?rule={rule}&check={begun}", body, OCTETS)
         assert answer.status == 201, answer
         return Opened(self, answer.json["session"], prompt, begun)
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import uvicorn
 
-from edgecloud_sd.acceptance import Rank
+from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.engine import Engine, Identity
-from edgecloud_sd.cloud.server import Limits, create_app
+from edgecloud_sd.cloud.server import create_app
+from edgecloud_sd.cloud.sessions import Limits
 from edgecloud_sd.models.toy import ToyModel, random_table
 from edgecloud_sd.pairs import Traits
 from edgecloud_sd.session import Model
@@ -33,16 +34,25 @@ class ToyEngine:
     rows: int = VOCABULARY
     positions: int = 4096
     max_rank: int = VOCABULARY
+    synthetic: bool = True
     closed: bool = False
 
     @property
     def identity(self) -> Identity:
         traits = Traits("toy", (), AUDIO_TOKEN, mel_bins=8, hop_length=160, n_fft=400)
         return Identity(
-            self.name, "toy", "float64", "cpu", self.rows, self.positions, max_rank=self.max_rank, traits=traits
+            self.name,
+            "toy",
+            "float64",
+            "cpu",
+            self.rows,
+            self.positions,
+            max_rank=self.max_rank,
+            traits=traits,
+            synthetic=self.synthetic,
         )
 
-    def verifier(self, rule: Rank) -> Verifier:
+    def verifier(self, rule: Rule) -> Verifier:
         return LocalVerifier(self.model, rule)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from edgecloud_sd import gate, wire
-from edgecloud_sd.acceptance import GREEDY, Rank
+from edgecloud_sd.acceptance import GREEDY, Rank, Rule, Synthetic
 from edgecloud_sd.clock import stamp
 from edgecloud_sd.cloud.client import (
     FIRST_DELAY,
@@ -21,7 +21,6 @@ from edgecloud_sd.cloud.client import (
     LONGEST_DELAY,
     Connection,
     Refused,
-    Remote,
     RemoteVerification,
     server_timing,
 )
@@ -41,7 +40,7 @@ KEY = "a key of sixteen characters or more".replace(" ", "-")
 MODEL = ToyModel(random_table(VOCABULARY, 0), frozenset())
 PROMPT = Prompt((1, 2, 3))
 ALL = Stopping(frozenset(), 6)
-BEGUN = wire.check_prompt(wire.encode_prompt(PROMPT), 1)
+BEGUN = wire.check_prompt(wire.encode_prompt(PROMPT), "greedy")
 SHORT = 0.15  # s, of requests that are meant to be too late
 
 
@@ -73,7 +72,7 @@ def connected(url: str, patience: float = 60.0, timeout: float = 10.0, key: str 
         connection.close()
 
 
-def opened(connection: Connection, rule: Rank = GREEDY, stage: Stage | None = None) -> RemoteVerification:
+def opened(connection: Connection, rule: Rule = GREEDY, stage: Stage | None = None) -> RemoteVerification:
     verification = connection.verifier(rule, stage or Stage(far=True)).open(PROMPT)
     verification.wait()
     return verification
@@ -136,13 +135,33 @@ def test_what_a_server_says_of_itself(url: str) -> None:
     identity = ToyEngine().identity
     with connected(url) as connection:
         found = connection.remote
+    assert found == identity
     assert found.fingerprint == identity.fingerprint
-    assert all(getattr(found, name) == getattr(identity, name) for name in ("name", "dtype", "max_rank", "traits"))
 
 
 def test_a_rank_that_the_engine_cannot_judge_by_is_refused(url: str) -> None:
     with connected(url) as connection, pytest.raises(Refused, match="by rank 7 at most, not 8"):
         connection.verifier(Rank(8), Stage())
+
+
+def test_a_synthetic_rule_that_the_engine_cannot_judge_by_is_refused_at_once() -> None:
+    with served(ToyEngine(synthetic=False), keys=(KEY,)) as url, connected(url) as connection:
+        with pytest.raises(Refused, match=r"judges by greedy and rank\(r\) alone, not by synthetic\(0\.9/0\.8\)"):
+            connection.verifier(Synthetic((0.9, 0.8)), Stage())
+        assert opened(connection, Rank(3)).verify(0, [3], []).accepted == 0
+
+
+@pytest.mark.parametrize("rule", [Rank(3), Synthetic((0.6,)), Synthetic((0.9, 0.5, 0.1))])
+def test_a_rule_crosses_whole(url: str, rule: Rule) -> None:
+    local = LocalVerifier(MODEL, rule).open(PROMPT)
+    with connected(url) as connection:
+        remote = opened(connection, rule)
+        context, told = [PROMPT.last], 0
+        for _ in range(20):
+            verdict = remote.verify(told, context[told:], [1, 2, 3])
+            assert verdict == local.verify(told, context[told:], [1, 2, 3])
+            told = len(context) + verdict.accepted
+            context += [*[1, 2, 3][: verdict.accepted], verdict.token]
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"name":"another service"}', b"\xff\xfe", b"[" * 50_000])
@@ -539,25 +558,24 @@ GARBAGE = {
     "a redirect to itself": b"HTTP/1.1 308 Go\r\nLocation: /v1/model\r\nContent-Length: 0\r\n\r\n",
 }
 TOY = ToyEngine().identity
-REMOTE = Remote(TOY.name, TOY.engine, TOY.dtype, TOY.device, TOY.max_rank, TOY.traits, TOY.fingerprint)
 
 
 def verifying(connection: Connection) -> None:
-    connection.remote = REMOTE
+    connection.remote = TOY
     verification = connection.verifier(GREEDY, Stage(far=True)).open(PROMPT)
     verification.verify(0, [3], [1])
 
 
 def judging(connection: Connection) -> None:
     """On a session that was opened when all was well."""
-    connection.remote = REMOTE
+    connection.remote = TOY
     verification = connection.verifier(GREEDY, Stage(far=True)).open(PROMPT)
     verification._session = "there"
     verification.verify(0, [3], [1])
 
 
 def generating(connection: Connection) -> None:
-    connection.remote = REMOTE
+    connection.remote = TOY
     verification = connection.verifier(GREEDY, Stage(far=True)).open(PROMPT)
     verification._session = "there"
     list(verification.generate(ALL))
@@ -578,9 +596,9 @@ def test_garbage_is_a_fault_and_nothing_else(what: str, call: Callable[[Connecti
 
 @pytest.mark.parametrize("session", ["", "../model", "a b", "a\nb", "é", "x" * 65])
 def test_a_session_whose_name_no_path_can_hold_is_garbage(session: str) -> None:
-    answer = said(201, wire.dumps(wire.opened(session, REMOTE.fingerprint, BEGUN)))
+    answer = said(201, wire.dumps(wire.opened(session, TOY.fingerprint, BEGUN)))
     with Canned(lambda heard: answer) as other, connected(other.url, patience=0.0) as connection:
-        connection.remote = REMOTE
+        connection.remote = TOY
         verification = connection.verifier(GREEDY, Stage()).open(PROMPT)
         with pytest.raises(CloudFault, match="names no session"):
             verification.wait()
@@ -710,7 +728,7 @@ def test_a_stream_that_ends_before_the_caption_is_a_fault() -> None:
 
 
 def streaming(connection: Connection, stage: Stage | None = None) -> Iterator[int]:
-    connection.remote = REMOTE
+    connection.remote = TOY
     verification = connection.verifier(GREEDY, stage or Stage(far=True)).open(PROMPT)
     verification._session = "there"
     return verification.generate(ALL)

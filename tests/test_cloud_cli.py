@@ -151,8 +151,8 @@ def test_a_server_says_where_it_is_and_stops_within_seconds_even_in_a_stream(how
             said(f"{url}/v1/model", key="none")
         assert b'"engine":"transformers"' in said(f"{url}/v1/model")
         body = wire.encode_prompt(Prompt((30, 31, 32)))
-        begun = wire.check_prompt(body, 1)
-        opened = said(f"{url}/v1/sessions?rank=1&check={begun}", body, content="application/octet-stream")
+        begun = wire.check_prompt(body, "greedy")
+        opened = said(f"{url}/v1/sessions?rule=greedy&check={begun}", body, content=wire.OCTETS)
         session, _ = wire.read_opened(opened, begun)
         asked = wire.dumps(wire.to_generate(begun, [], (), 400))
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as stream:

@@ -21,17 +21,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgecloud_sd import wire
-from edgecloud_sd.acceptance import Rank
-from edgecloud_sd.cloud.server import PROBLEMS, Limits, create_app
+from edgecloud_sd.acceptance import parse
+from edgecloud_sd.cloud.server import PROBLEMS, create_app
+from edgecloud_sd.cloud.sessions import Limits
 from edgecloud_sd.models.toy import ToyModel, random_table
 from edgecloud_sd.records import Prompt, Verdict
 from edgecloud_sd.verifier import LocalVerifier
-from tests.asgi import AUDIO, JSON, KEY, OCTETS, OTHER_KEY, Edge, SpyEngine, play, started
+from edgecloud_sd.wire import JSON, OCTETS
+from tests.asgi import AUDIO, KEY, OTHER_KEY, Edge, SpyEngine, play, started
 from tests.strategies import VOCABULARY
 
+pytest_plugins = ["schemathesis.pytest.plugin"]
 pytestmark = pytest.mark.slow
 
 LIMITS = Limits(max_sessions=4, max_audio_seconds=2)
+RULE = "rank(3)"
+RULES = (
+    *("greedy", "rank(1)", "rank(7)", "synthetic(0.5)", "synthetic(.9/.8/0)"),
+    *("rank(8)", "rank(0)", "rank(-1)", "rank(1e9)", f"rank({'9' * 240})", "synthetic()", "synthetic(1.5)", "best", ""),
+    *(f"synthetic({'/'.join(['1'] * 100)})", "9" * 500),
+)
 KEYED = {"Authorization": f"Bearer {KEY}"}
 APP = create_app(SpyEngine(), LIMITS, (KEY,))
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP, headers=KEYED)
@@ -104,13 +113,11 @@ class Vandal:
 
     def _open(self, body: bytes, right: bool = False) -> Asked:
         if right or self.chance.random() < 0.5:
-            return Asked("POST", f"/v1/sessions?rank=3&check={wire.check_prompt(body, 3)}", body, OCTETS)
-        rank = self.chance.choice(("1", "3", "7", "8", "0", "-1", "x", "1e9", "9" * 500, ""))
-        check = (
-            wire.check_prompt(body, int(rank) if rank in "1378" else 1) if rank and self.chance.random() < 0.9 else 7
-        )
+            return Asked("POST", f"/v1/sessions?rule={RULE}&check={wire.check_prompt(body, RULE)}", body, OCTETS)
+        rule = self.chance.choice(RULES)
+        check = wire.check_prompt(body, rule) if self.chance.random() < 0.9 else 7
         return Asked(
-            "POST", f"/v1/sessions?rank={rank}&check={check}", body, self.chance.choice((OCTETS, OCTETS, JSON))
+            "POST", f"/v1/sessions?rule={rule}&check={check}", body, self.chance.choice((OCTETS, OCTETS, JSON))
         )
 
     def session(self) -> Asked:
@@ -169,8 +176,8 @@ class Rounds:
     def __init__(self) -> None:
         self.prompt = Prompt((1, 2, 3))
         self.body = wire.encode_prompt(self.prompt)
-        self.begun = wire.check_prompt(self.body, 3)
-        self._local = LocalVerifier(ToyModel(random_table(VOCABULARY, 0), frozenset()), Rank(3)).open(self.prompt)
+        self.begun = wire.check_prompt(self.body, RULE)
+        self._local = LocalVerifier(ToyModel(random_table(VOCABULARY, 0), frozenset()), parse(RULE)).open(self.prompt)
         self._chance = random.Random(0)
         self._context, self._held = [self.prompt.last], 0
 
@@ -191,7 +198,7 @@ def test_whatever_one_client_asks_another_is_served_as_if_it_were_alone(seed: in
     async def scene() -> None:
         async with started(SpyEngine(), LIMITS) as app:
             vandal, rounds = Vandal(random.Random(seed)), Rounds()
-            session = await Edge(app, OTHER_KEY).opened(rounds.prompt, rank=3)
+            session = await Edge(app, OTHER_KEY).opened(rounds.prompt, RULE)
             for _ in range(8):
                 asked = vandal.ask()
                 answer = await Edge(app, asked.key).ask(asked.method, asked.path, asked.body, asked.content)
@@ -208,7 +215,7 @@ def test_whatever_one_client_asks_another_is_served_as_if_it_were_alone(seed: in
 
 SERVER = """
 import sys
-from edgecloud_sd.cloud.server import Limits
+from edgecloud_sd.cloud.sessions import Limits
 from tests.asgi import KEY, OTHER_KEY, SpyEngine
 from tests.serving import served
 
@@ -287,7 +294,7 @@ def besieged(port: int, server: psutil.Process, requests: int = 5000, warm: int 
 
     sizes = []
     with closing(Client(port)) as bad, closing(Client(port)) as good:
-        path = f"/v1/sessions?rank=3&check={rounds.begun}"
+        path = f"/v1/sessions?rule={RULE}&check={rounds.begun}"
         status, answer = good.ask(Asked("POST", path, rounds.body, OCTETS, OTHER_KEY))
         assert status == 201
         path = f"/v1/sessions/{json.loads(answer)['session']}/verify"

@@ -15,7 +15,8 @@ from starlette.types import Message, Receive, Scope, Send
 from edgecloud_sd.cloud import guard
 from edgecloud_sd.cloud.guard import Guard
 from edgecloud_sd.cloud.keys import read_keys
-from tests.asgi import JSON, KEY, OCTETS, OTHER_KEY, Edge, play
+from edgecloud_sd.wire import JSON, OCTETS
+from tests.asgi import KEY, OTHER_KEY, Edge, play
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from itertools import pairwise
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecloud_sd import acceptance, gate, probs
+from edgecloud_sd.cloud.server import MAX_RULE
 from edgecloud_sd.records import Draft, Verdict
 from edgecloud_sd.stopping import Stopping
 
@@ -61,16 +65,102 @@ def test_a_rule_keeps_what_ranks_high_enough(r: int, draft: list[int], expected:
 
 
 def test_rules_are_parsed_by_name() -> None:
+    assert acceptance.parse("synthetic(0.78)") == acceptance.Synthetic((0.78,))
+    assert acceptance.parse("synthetic(1/.5/0)") == acceptance.Synthetic((1.0, 0.5, 0.0))
+    assert acceptance.parse("synthetic(0.9/0.8/1)").label == "synthetic0.9_0.8_1"
     assert acceptance.parse("greedy") == acceptance.Rank(1)
     assert acceptance.parse("rank", 5) == acceptance.Rank(5)
     assert acceptance.parse("rank(7)").label == "rank7"
     assert acceptance.parse("rank").label == "rank20"
 
 
-@pytest.mark.parametrize("rule", ["nucleus", "rank()", "rank(-1)", "", "greedy "])
+fractions = st.lists(st.floats(0, 1), min_size=1, max_size=4)
+
+
+@given(st.integers(1).map(acceptance.Rank) | fractions.map(tuple).map(acceptance.Synthetic))
+def test_a_rule_is_what_its_text_says_which_a_query_can_hold_and_its_label_names_a_file(rule: acceptance.Rule) -> None:
+    assert acceptance.parse(rule.text) == rule
+    assert quote(rule.text, safe="()/") == rule.text
+    assert re.fullmatch(r"[\w.-]+", rule.label)
+    assert rule.strict == (rule == acceptance.GREEDY)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *("nucleus", "rank()", "rank(-1)", "", "greedy ", "rank(٣)"),
+        *("synthetic", "synthetic()", "synthetic(-1)", "synthetic(1/)", "synthetic(nan)", "synthetic(0.5,0.5)"),
+        *("synthetic(0.5 )", "synthetic(٣)"),
+    ],
+)
 def test_an_unknown_rule_names_the_known(rule: str) -> None:
-    with pytest.raises(ValueError, match="choose greedy, rank or rank"):
+    with pytest.raises(ValueError, match=r"choose one of greedy, rank, rank\(r\), synthetic\(p\)"):
         acceptance.parse(rule)
+
+
+def test_a_rate_above_1_is_refused() -> None:
+    for text in ("synthetic(0.5/1.5)", "synthetic(9999)"):
+        with pytest.raises(ValueError, match=r"a rate of synthetic must be 0 to 1, not (1\.5|9999)"):
+            acceptance.parse(text)
+
+
+@pytest.mark.parametrize("count", [0, 11])
+def test_no_rate_and_more_than_a_request_can_hold_are_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=f"synthetic takes 1 to 10 rates, not {count}"):
+        acceptance.Synthetic((0.5,) * count)
+    longest = acceptance.Synthetic((1.2345678901234567e-300,) * 10)
+    assert len(longest.text) <= MAX_RULE
+
+
+@pytest.mark.parametrize(
+    ("text", "uniforms", "expected"),
+    [
+        ("synthetic(0.5)", (0.4, 0.49), Verdict(2, 2)),  # bonus: the cloud's most likely
+        ("synthetic(0.5)", (0.4, 0.5), Verdict(1, 2)),  # the most likely, 1, is the rejected token itself
+        ("synthetic(0.5)", (0.9, 0.0), Verdict(0, 0)),
+        ("synthetic(1/0.5/0)", (0.99, 0.4), Verdict(2, 2)),
+        ("synthetic(0.5/1)", (0.4, 0.99), Verdict(2, 2)),
+        ("synthetic(1/0)", (0.99, 0.0), Verdict(1, 2)),
+    ],
+)
+def test_a_synthetic_rule_keeps_while_the_uniform_is_below_the_rate(
+    text: str, uniforms: tuple[float, ...], expected: Verdict
+) -> None:
+    rows = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0]])
+    assert acceptance.parse(text)([1, 1], rows, uniforms) == expected
+
+
+@given(logits, st.data())
+def test_rate_1_keeps_all_and_rate_0_nothing_and_corrects_to_the_most_likely_other_token(
+    row: torch.Tensor, data: st.DataObject
+) -> None:
+    draft = data.draw(st.lists(st.integers(0, len(row) - 1), min_size=1, max_size=4))
+    rows, uniforms = row.repeat(len(draft) + 1, 1), data.draw(st.lists(st.floats(0, 1, exclude_max=True), min_size=4))
+    assert acceptance.Synthetic((1.0,))(draft, rows, uniforms) == Verdict(len(draft), int(row.argmax()))
+    verdict = acceptance.Synthetic((0.0,))(draft, rows, uniforms)
+    ranks = {token: probs.rank(row, token) for token in range(len(row))}
+    assert verdict == Verdict(0, min((token for token in ranks if token != draft[0]), key=ranks.__getitem__))
+
+
+def test_what_is_drawn_for_a_place_stays_what_it_was() -> None:
+    """Or saved runs could not be compared with new ones."""
+    drawn = [acceptance.uniform(b"clip", place) for place in (0, 1, 2**40)]
+    assert drawn == [0.49387617557847374, 0.05612093846526123, 0.08414888872867443]
+
+
+@pytest.mark.parametrize("p", [0.02, 0.5, 0.78, 0.99])
+def test_as_many_draws_lie_below_a_rate_as_it_says_over_places_and_over_clips(p: float) -> None:
+    count = 10_000
+    room = 5 * math.sqrt(count * p * (1 - p))  # standard deviations of the binomial
+    for drawn in (
+        [acceptance.uniform(b"clip", place) for place in range(count)],
+        [acceptance.uniform(b"%d" % clip, 7) for clip in range(count)],
+    ):
+        assert all(0 <= each < 1 for each in drawn)
+        assert abs(sum(each < p for each in drawn) - count * p) < room
+        # and one says nothing of the next
+        both = sum(one < p and other < p for one, other in pairwise(drawn))
+        assert abs(both - (count - 1) * p**2) < 2 * room
 
 
 def test_rank_0_is_refused() -> None:

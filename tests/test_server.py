@@ -15,14 +15,16 @@ import torch
 from safetensors.numpy import save
 
 from edgecloud_sd import wire
-from edgecloud_sd.acceptance import Rank
-from edgecloud_sd.cloud.server import Limits, Lines
+from edgecloud_sd.acceptance import parse
+from edgecloud_sd.cloud.server import Lines
+from edgecloud_sd.cloud.sessions import Limits
 from edgecloud_sd.cloud.turns import Ran
 from edgecloud_sd.models.toy import ToyModel, random_table
 from edgecloud_sd.records import Prompt, Verdict
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import LocalVerifier
-from tests.asgi import AUDIO, JSON, KEY, OCTETS, OTHER_KEY, Edge, Opened, Spy, SpyEngine, play, started, until
+from edgecloud_sd.wire import JSON, OCTETS
+from tests.asgi import AUDIO, KEY, OTHER_KEY, Edge, Opened, Spy, SpyEngine, play, started, until
 from tests.strategies import VOCABULARY
 
 PROMPT = Prompt((1, 2, 3))
@@ -31,11 +33,11 @@ NOT_THERE = {"detail": "no such session: open the prompt anew"}
 
 def opening(sent: bytes) -> str:
     """The path that opens a prompt, strictly judged."""
-    return f"/v1/sessions?rank=1&check={wire.check_prompt(sent, 1)}"
+    return f"/v1/sessions?rule=greedy&check={wire.check_prompt(sent, 'greedy')}"
 
 
-def local(rank: int = 1, prompt: Prompt = PROMPT) -> Any:
-    return LocalVerifier(ToyModel(random_table(VOCABULARY, 0), frozenset()), Rank(rank)).open(prompt)
+def local(rule: str = "greedy", prompt: Prompt = PROMPT) -> Any:
+    return LocalVerifier(ToyModel(random_table(VOCABULARY, 0), frozenset()), parse(rule)).open(prompt)
 
 
 def verdict(answer: Any, asked: dict[str, Any]) -> Verdict:
@@ -43,12 +45,12 @@ def verdict(answer: Any, asked: dict[str, Any]) -> Verdict:
     return wire.read_verdict(answer.body, len(asked["draft"]), asked["check"])
 
 
-@pytest.mark.parametrize("rank", [1, 3])
-def test_verdicts_are_the_models_own_however_often_one_asks(rank: int) -> None:
+@pytest.mark.parametrize("rule", ["greedy", "rank(3)", "synthetic(0.6)", "synthetic(1/0.5)"])
+def test_verdicts_are_the_models_own_however_often_one_asks(rule: str) -> None:
     async def scene() -> None:
         async with started() as app:
-            session = await Edge(app).opened(rank=rank)
-            model = local(rank)
+            session = await Edge(app).opened(rule=rule)
+            model = local(rule)
             context, held, kept = [PROMPT.last], 0, 0
             for draft in ([0, 1, 2], [], [4, 4], [6], [1, 1, 1, 1], [2, 5]):
                 expected = model.verify(held, context[held:], draft)
@@ -150,8 +152,8 @@ MEL = np.zeros((8, 8), np.float16)  # 8 frames are 2 positions
         (body(ids=IDS, features=MEL[:7]), 422, "8 mel bins, not 7"),
         (body(ids=IDS, features=np.zeros((8, 201), np.float16)), 413, "2.01 s of audio, at most 2 s"),
         (body(ids=IDS, features=MEL[:, :2]), 422, "too few"),
-        (body(ids=IDS, features=np.zeros((8, 12), np.float16)), 422, "3 audio placeholders for 12 frames"),
-        (body(ids=IDS), 422, "0 audio placeholders"),
+        (body(ids=IDS, features=np.zeros((8, 12), np.float16)), 422, "audio placeholders for 12 frames, not 3"),
+        (body(ids=IDS), 422, "audio placeholders for 0 frames, not 0"),
         (body(ids=IDS[[0, 1, 3, 2]], features=MEL), 422, "last of the ids must be text"),
         (body(ids=np.array([1, -1], np.int32)), 422, "below 7"),
         (body(ids=np.array([1, 7], np.int32)), 422, "below 7"),
@@ -173,33 +175,54 @@ def test_a_prompt_that_is_none_never_reaches_the_model(sent: bytes, status: int,
     play(scene())
 
 
+def test_a_rule_that_the_engine_cannot_judge_by_is_named() -> None:
+    async def scene() -> None:
+        async with started(SpyEngine(synthetic=False)) as app:
+            for rule, why in {
+                "synthetic(0.5)": "the cloud's engine judges by greedy and rank(r) alone, not by synthetic(0.5)",
+                "rank(8)": "the cloud's engine judges by rank 7 at most, not 8",
+                "best": "unknown acceptance rule 'best': choose one of greedy, rank, rank(r), synthetic(p)",
+            }.items():
+                path = f"/v1/sessions?rule={rule}&check={wire.check_prompt(wire.encode_prompt(PROMPT), rule)}"
+                answer = await Edge(app).ask("POST", path, wire.encode_prompt(PROMPT), OCTETS)
+                assert (answer.status, answer.json) == (422, {"detail": why})
+
+    play(scene())
+
+
 def test_a_prompt_with_audio_is_opened_and_its_envelope_checked() -> None:
     async def scene() -> None:
         engine = SpyEngine()
         async with started(engine) as app:
             edge = Edge(app)
             sent = body(ids=IDS, features=MEL)
-            check = wire.check_prompt(sent, 1)
+
+            def asked(rule: str) -> str:
+                return f"rule={rule}&check={wire.check_prompt(sent, rule)}"
+
+            check = wire.check_prompt(sent, "greedy")
             for query, content, status in [
-                (f"rank=1&check={check}", OCTETS, 201),
-                (f"rank=1&check={check}", "Application/Octet-Stream; charset=binary", 201),
-                (f"rank=1&check={check}", JSON, 415),
-                (f"rank=1&check={check}", "", 415),
-                (f"rank=1&check={check ^ 1}", OCTETS, 422),
-                (f"rank=7&check={wire.check_prompt(sent, 7)}", OCTETS, 201),
-                (f"rank=7&check={check}", OCTETS, 422),  # damaged on its way: another rule than was asked for
-                (f"rank=8&check={wire.check_prompt(sent, 8)}", OCTETS, 422),
-                (f"rank=0&check={check}", OCTETS, 422),
-                (f"rank={'9' * 5000}&check={check}", OCTETS, 422),
-                (f"rank=1.5&check={check}", OCTETS, 422),
-                (f"rank=nan&check={check}", OCTETS, 422),
-                (f"rank=%ff%00&check={check}", OCTETS, 422),
-                (f"rank=1&check=-{check}", OCTETS, 422),
-                ("rank=1", OCTETS, 422),
+                (asked("greedy"), OCTETS, 201),
+                (asked("rank(1)"), "Application/Octet-Stream; charset=binary", 201),
+                (asked("greedy"), JSON, 415),
+                (asked("greedy"), "", 415),
+                (f"rule=greedy&check={check ^ 1}", OCTETS, 422),
+                (asked("rank(7)"), OCTETS, 201),
+                (asked("synthetic(0.9/0.8)"), OCTETS, 201),
+                (f"rule=rank(7)&check={check}", OCTETS, 422),  # damaged on its way: another rule than was asked for
+                (asked("rank(8)"), OCTETS, 422),
+                (asked("rank(0)"), OCTETS, 422),
+                (asked(f"rank({'9' * 5000})"), OCTETS, 422),
+                (asked(f"rank({'9' * 200})"), OCTETS, 422),
+                (asked("synthetic(1.5)"), OCTETS, 422),
+                (asked("synthetic(nan)"), OCTETS, 422),
+                (f"rule=%ff%00&check={check}", OCTETS, 422),
+                (f"rule=greedy&check=-{check}", OCTETS, 422),
+                ("rule=greedy", OCTETS, 422),
                 ("", OCTETS, 422),
             ]:
                 assert (await edge.ask("POST", f"/v1/sessions?{query}", sent, content)).status == status, query
-            assert engine.model.calls == ["open"] * 3
+            assert engine.model.calls == ["open"] * 4
 
     play(scene())
 

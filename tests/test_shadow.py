@@ -7,15 +7,15 @@ from typing import NoReturn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgecloud_sd import gate, metrics, probs, shadow
+from edgecloud_sd import acceptance, gate, metrics, probs, shadow
 from edgecloud_sd.acceptance import Rank
 from edgecloud_sd.decoder import Decoding
 from edgecloud_sd.metrics import Hindsight
 from edgecloud_sd.records import Committed, Draft, Drafted, Escalated, Finished, Prompt, Trace, Verdict, Verified
 from edgecloud_sd.stage import Stage
 from edgecloud_sd.stopping import Stopping
-from edgecloud_sd.verifier import LocalVerifier
-from tests.strategies import UNSURE, Case, Scripted, cases, play, ranks, scenes, speculative
+from edgecloud_sd.verifier import LocalVerifier, seed
+from tests.strategies import UNSURE, Case, Scene, Scripted, cases, play, ranks, rates, scenes, speculative
 
 
 class Silent:
@@ -68,6 +68,17 @@ def test_looking_back_is_asking_token_by_token_and_not_at_all_where_no_token_was
     assert [sent for _, sent, _ in found.drafts].count(True) == counts.cloud_calls
     assert len(found.drafts) == counts.rounds
     assert 0 <= found.missed <= counts.local
+
+
+@given(scenes(), st.integers(1, 5), rates)
+def test_tokens_that_were_not_asked_about_have_the_fate_that_asking_would_have_shown(
+    scene: Scene, k: int, rate: float
+) -> None:
+    rule = acceptance.Synthetic((rate,))
+    trace = play(scene.prompt, scene.edge, scene.cloud, speculative(scene, k, gate.NEVER), Stage(), rule)
+    found = shadow.look_back(trace, scene.prompt, LocalVerifier(scene.cloud, rule))
+    places = range(1, len(trace.tokens) + 1)
+    assert found.missed == sum(acceptance.uniform(seed(scene.prompt), place) >= rate for place in places)
 
 
 def test_each_round_by_hand() -> None:

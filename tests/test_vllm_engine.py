@@ -19,7 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edgecloud_sd import gate, prompts
-from edgecloud_sd.acceptance import GREEDY, Rank
+from edgecloud_sd.acceptance import GREEDY, Rank, Synthetic
 from edgecloud_sd.cloud import vllm_engine
 from edgecloud_sd.cloud.vllm_engine import Batcher, Options, Request, Stream, VLLMModel, VLLMVerifier, collapse
 from edgecloud_sd.decoder import decode
@@ -300,6 +300,8 @@ def test_a_rule_beyond_what_vllm_shows_is_refused_when_the_verifier_is_made(toy:
     with pytest.raises(ValueError, match=r"rule rank\(4\) is beyond rank 3 of this engine: give vLLM max_logprobs=5"):
         limited.verifier(Rank(4))
     assert at_once(FakeVLLM(toy)).verifier(Rank(1000))  # every token is among them
+    with pytest.raises(ValueError, match=r"rule synthetic\(0\.5\) takes all logits.*choose greedy or rank"):
+        limited.verifier(Synthetic((0.5,)))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -18,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecloud_sd import wire
-from edgecloud_sd.cloud.client import JSON, OCTETS, Connection
+from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.records import Prompt, Verdict
+from edgecloud_sd.verifier import seed as seed_of
+from edgecloud_sd.wire import JSON, OCTETS
 from tests.asgi import KEY
 from tests.serving import ToyEngine, served
 
@@ -36,6 +38,7 @@ def test_a_prompt_arrives_as_it_was_sent_in_half_precision(
     arrived = wire.decode_prompt(body)
     assert arrived.ids == tuple(sent)
     assert len(body) <= 8 + 200 + 4 * len(sent) + (0 if features is None else 2 * features.numel())
+    assert seed_of(arrived) == seed_of(Prompt(tuple(sent), features))
     if features is None:
         assert arrived.features is None
     else:
@@ -225,9 +228,9 @@ def test_a_message_is_as_large_as_is_said() -> None:
     """Head and body together, on a real connection: within 5 % of what the link is charged with."""
     prompt = Prompt((1, 2, 3))
     body = wire.encode_prompt(prompt)
-    begun = wire.check_prompt(body, 7)
+    begun = wire.check_prompt(body, "rank(7)")
     with tapped() as (tap, connection):
-        answer = connection.call("POST", f"/v1/sessions?rank=7&check={begun}", body, OCTETS)
+        answer = connection.call("POST", f"/v1/sessions?rule=rank(7)&check={begun}", body, OCTETS)
         up, down = tap.taken()
         assert up == pytest.approx(wire.REQUEST_HEAD + len(body), rel=0.05)
         assert down == pytest.approx(wire.ANSWER_HEAD + len(answer.content), rel=0.05)

@@ -15,15 +15,16 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-
-import uvicorn
+from typing import TYPE_CHECKING
 
 from edgecloud_sd import config, pairs
 from edgecloud_sd.captioner import use_threads
 from edgecloud_sd.cloud import engine as engines
-from edgecloud_sd.cloud.client import KEPT_ALIVE
 from edgecloud_sd.cloud.keys import read_keys
-from edgecloud_sd.cloud.server import Limits, create_app
+from edgecloud_sd.cloud.sessions import Limits
+
+if TYPE_CHECKING:
+    import uvicorn
 
 LOOPBACK = "127.0.0.1"
 
@@ -48,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default=pairs.PAIRS["pocket"].cloud, help="a folder or a hub name (default: the pocket pair's)")
     add("--engine", choices=engines.NAMES, default=engines.NAMES[0], help=f"what computes {shown}")
     add("--device", default="cpu", help=f"torch device, or auto: a GPU where there is one {shown}")
-    add("--dtype", default="float32", choices=config.DTYPES, help=f"number format, auto: by the device {shown}")
+    add("--weights", default="real", choices=pairs.WEIGHTS, help=f"dummy ones are random {shown}")
+    dtypes = ", ".join(config.DTYPES)
+    add("--dtype", default="float32", help=f"number format: {dtypes}; auto is by the device {shown}")
     add("--threads", type=int, help="CPU threads of torch (default: one for models under 50 M parameters)")
     add("--host", default=LOOPBACK, help=f"address to listen on {shown}")
     add("--port", type=int, default=8700, help=f"0 takes a free one and prints it {shown}")
@@ -71,11 +74,20 @@ def parser() -> argparse.ArgumentParser:
 
 def serve(options: argparse.Namespace) -> None:
     """Load, listen, say where in one line on stdout, return when stopped. ValueError or OSError for bad options."""
+    import uvicorn  # which no help text should wait for, as for what the two below bring
+
+    from edgecloud_sd.cloud.client import KEPT_ALIVE
+    from edgecloud_sd.cloud.server import create_app
+
     keys = read_keys(options.api_key_file) if options.api_key_file else ()
     for name in ("max_sessions", "idle_timeout", "max_audio_seconds", "max_tokens", "threads"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')}: must be a number above 0, not {value}")
+    try:
+        asked = config.cloud_dtype(options.dtype)
+    except ValueError as error:
+        raise ValueError(f"--dtype: {options.dtype!r} {error}") from None
     limits = Limits(options.max_sessions, options.idle_timeout, options.max_audio_seconds, options.max_tokens)
     given = flags(options.engine_option)
     if given and options.engine != "vllm":
@@ -84,8 +96,8 @@ def serve(options: argparse.Namespace) -> None:
     with listening:
         if options.until_stdin_closes:
             threading.Thread(target=stop_with_stdin, daemon=True).start()
-        device, dtype = config.automatic(options.device, options.dtype)
-        engine = engines.load(options.engine, options.model, device, dtype, given)
+        device, dtype = config.automatic(options.device, asked)
+        engine = engines.load(options.engine, options.model, device, dtype, given, options.weights)
         if isinstance(engine, engines.Transformers):
             use_threads(options.threads, [engine.model])
         app = create_app(engine, limits, keys)

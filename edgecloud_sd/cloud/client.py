@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import httpcore2
 
 from edgecloud_sd import wire
-from edgecloud_sd.acceptance import Rank
+from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.engine import Identity
 from edgecloud_sd.pairs import Traits
 from edgecloud_sd.records import Prompt, Verdict
@@ -42,8 +42,6 @@ KEPT_ALIVE = 60.0  # s that an unused connection is kept; the server keeps its e
 CONNECTING, CLOSING = 5.0, 1.0  # s, at most, for a connection to stand, and for a session's end to be told
 LARGEST_ANSWER = 2**16  # bytes, of an answer or of one line of a stream: the longest there is has some hundred
 WRITTEN_AT_ONCE = 2**16  # bytes
-JSON = "application/json"
-OCTETS = "application/octet-stream"
 SESSION = re.compile(r"[\w-]{1,64}", re.ASCII)  # it stands in paths
 
 
@@ -59,19 +57,6 @@ class _Fault(Exception):
         self.sent = sent  # whether anything may have reached the other end
         self.lost = lost  # the session is gone
         self.unsure = unsure  # the two sides count on different contexts
-
-
-@dataclass(frozen=True)
-class Remote:
-    """What a server says of itself."""
-
-    name: str
-    engine: str
-    dtype: str
-    device: str
-    max_rank: int
-    traits: Traits
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -117,14 +102,15 @@ class Connection:
         )
 
     @cached_property
-    def remote(self) -> Remote:
-        """Asked once. CloudFault where the server cannot be had, Refused where it wants another key."""
+    def remote(self) -> Identity:
+        """What the server says of itself, asked once. CloudFault where it cannot be had, Refused where it wants another
+        key."""
         return self.tried(self._remote)
 
-    def verifier(self, rule: Rank, stage: Stage) -> RemoteVerifier:
+    def verifier(self, rule: Rule, stage: Stage) -> RemoteVerifier:
         """For one caption, timed by its stage. Refused for a rule that the server cannot judge by."""
-        if rule.r > self.remote.max_rank:
-            raise Refused(f"the cloud's engine judges by rank {self.remote.max_rank} at most, not {rule.r}")
+        if refusal := self.remote.refusal(rule):
+            raise Refused(refusal)
         return RemoteVerifier(self, rule, stage)
 
     def close(self) -> None:
@@ -155,7 +141,7 @@ class Connection:
         """A request whose answer comes in lines, each within `timeout` of the one before: its Server-Timing header, and
         they. As `call`."""
         deadline = _Deadline(self._timeout)
-        with self._asked("POST", path, body, JSON, deadline) as response:
+        with self._asked("POST", path, body, wire.JSON, deadline) as response:
             yield _timing(response), _lines(response, deadline)
 
     def tried(self, attempt: Callable[[], T], failed: Callable[[_Fault], None] = lambda fault: None) -> T:
@@ -193,7 +179,7 @@ class Connection:
             sent = not isinstance(error, httpcore2.ConnectError | httpcore2.ConnectTimeout)
             raise _Fault(f"{type(error).__name__} {_shown(str(error))}".strip(), sent=sent) from None
 
-    def _remote(self) -> Remote:
+    def _remote(self) -> Identity:
         try:
             answer = self.call("GET", "/v1/model").content
         except _Fault as fault:
@@ -209,8 +195,7 @@ class Connection:
                 raise ValueError("what it says does not match its fingerprint")
         except (ValueError, KeyError, TypeError, RecursionError):
             raise _Fault(NO_CLOUD.format(self.url)) from None
-        fields = {**asdict(whole), "traits": traits, "fingerprint": whole.fingerprint}
-        return Remote(**{name: fields[name] for name in Remote.__dataclass_fields__})
+        return whole
 
 
 NO_CLOUD = "{} is no edgecloud_sd cloud, or one of another version"
@@ -246,7 +231,7 @@ class RemoteVerifier:
     """A server and a rule, for one caption."""
 
     connection: Connection
-    rule: Rank
+    rule: Rule
     stage: Stage
 
     def open(self, prompt: Prompt) -> RemoteVerification:
@@ -262,7 +247,7 @@ class RemoteVerification:
         self._stage = verifier.stage
         self._rule = verifier.rule
         self._body = wire.encode_prompt(prompt)
-        self._begun = wire.check_prompt(self._body, self._rule.r)
+        self._begun = wire.check_prompt(self._body, self._rule.text)
         self._session: str | None = None
         self._opened = False  # at least once
         self._over = False
@@ -345,8 +330,8 @@ class RemoteVerification:
                 lost(again=True)
 
     def _open(self) -> None:
-        path = f"/v1/sessions?rank={self._rule.r}&check={self._begun}"
-        answer = self._timed(path, self._body, OCTETS)
+        path = f"/v1/sessions?rule={self._rule.text}&check={self._begun}"
+        answer = self._timed(path, self._body, wire.OCTETS)
         session, model = _read(lambda: wire.read_opened(answer, self._begun))
         if not SESSION.fullmatch(session):
             raise _Fault("the answer names no session")
@@ -356,7 +341,7 @@ class RemoteVerification:
 
     def _verify(self, draft: Sequence[int]) -> Verdict:
         request = wire.to_verify(self._begun, self._context, self._held, draft)
-        answer = self._timed(f"/v1/sessions/{self._session}/verify", wire.dumps(request), JSON)
+        answer = self._timed(f"/v1/sessions/{self._session}/verify", wire.dumps(request), wire.JSON)
         return _read(lambda: wire.read_verdict(answer, len(draft), request["check"]))
 
     def _timed(self, path: str, body: bytes, content: str) -> bytes:

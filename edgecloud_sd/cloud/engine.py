@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from edgecloud_sd.acceptance import Rank
-from edgecloud_sd.models import memory
-from edgecloud_sd.pairs import Traits, traits
+from edgecloud_sd.acceptance import Rank, Rule
+from edgecloud_sd.pairs import REAL, Traits, traits
 from edgecloud_sd.verifier import LocalVerifier, Verifier
 
 if TYPE_CHECKING:
@@ -33,11 +32,19 @@ class Identity:
     max_rank: int  # of rule rank(r)
     traits: Traits
     weights: str = ""  # digest of the checkpoint's; empty where it has no files
+    synthetic: bool = True  # whether it judges by rule synthetic(p)
 
     @property
     def fingerprint(self) -> str:
         """The same for the same model in the same number format, whichever process serves it."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def refusal(self, rule: Rule) -> str:
+        """Why this engine cannot judge by a rule; empty where it can."""
+        if isinstance(rule, Rank):
+            fits = rule.r <= self.max_rank
+            return "" if fits else f"the cloud's engine judges by rank {self.max_rank} at most, not {rule.r}"
+        return "" if self.synthetic else f"the cloud's engine judges by greedy and rank(r) alone, not by {rule.text}"
 
 
 class Engine(Protocol):
@@ -50,7 +57,7 @@ class Engine(Protocol):
     def slots(self) -> int:
         """How many calls it takes at once."""
 
-    def verifier(self, rule: Rank) -> Verifier: ...
+    def verifier(self, rule: Rule) -> Verifier: ...
 
     def close(self) -> None: ...
 
@@ -65,6 +72,8 @@ class Transformers:
 
     @property
     def identity(self) -> Identity:
+        from edgecloud_sd.models import memory
+
         config = self.model.thinker.config.text_config
         return Identity(
             name=Path(self.model.name).name,
@@ -78,7 +87,7 @@ class Transformers:
             weights=memory.digest(self.model.name),
         )
 
-    def verifier(self, rule: Rank) -> Verifier:
+    def verifier(self, rule: Rule) -> Verifier:
         return LocalVerifier(self.model, rule)
 
     def close(self) -> None:
@@ -97,6 +106,8 @@ class VLLM:
     def identity(self) -> Identity:
         import torch
 
+        from edgecloud_sd.models import memory
+
         return Identity(
             name=Path(self.model.name).name,
             engine="vllm",
@@ -107,20 +118,21 @@ class VLLM:
             max_rank=self.model.max_rank,
             traits=self.traits,
             weights=memory.digest(self.model.name),
+            synthetic=False,
         )
 
     @property
     def slots(self) -> int:
         return self.model.slots
 
-    def verifier(self, rule: Rank) -> Verifier:
+    def verifier(self, rule: Rule) -> Verifier:
         return self.model.verifier(rule)
 
     def close(self) -> None:
         self.model.close()
 
 
-def load(name: str, checkpoint: str, device: str, dtype: str, flags: dict[str, object]) -> Engine:
+def load(name: str, checkpoint: str, device: str, dtype: str, flags: dict[str, object], weights: str = REAL) -> Engine:
     """The engine `name` on a checkpoint. ValueError or OSError for what cannot be loaded.
 
     vLLM finds its devices itself, and `flags` are its engine arguments.
@@ -130,8 +142,10 @@ def load(name: str, checkpoint: str, device: str, dtype: str, flags: dict[str, o
     if name == "vllm":
         from edgecloud_sd.cloud import vllm_engine
 
+        if weights != REAL:
+            raise ValueError(f"--weights: {weights} is for --engine {NAMES[0]}")
         front = hf.load_frontend(checkpoint)
         return VLLM(vllm_engine.load(checkpoint, dtype, flags), traits(front), dtype)
     if flags:
         raise ValueError(f"--engine-option: {next(iter(flags))} is for --engine vllm")
-    return Transformers(hf.load(checkpoint, device, dtype), dtype)
+    return Transformers(hf.load(checkpoint, device, dtype, weights), dtype)

@@ -14,9 +14,10 @@ import anyio
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from edgecloud_sd import wire
+
 log = logging.getLogger(__name__)
 OPEN = ("/health",)  # to whoever asks
-OCTETS = "application/octet-stream"
 BODY_SECONDS = 60.0  # for a body to arrive
 
 
@@ -63,7 +64,7 @@ class Guard:
         if self._working[client] >= self.at_once:
             refusal = _refusal(429, f"more than {self.at_once} requests of this client at once", {"Retry-After": "1"})
             return await refusal(scope, receive, send)
-        octets = headers.get(b"content-type", b"").lower().startswith(OCTETS.encode())
+        octets = headers.get(b"content-type", b"").lower().startswith(wire.OCTETS.encode())
         scope["client_name"] = client
         self._working[client] += 1
         try:

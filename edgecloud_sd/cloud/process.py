@@ -41,11 +41,12 @@ def connected(settings: Settings) -> Iterator[Connection | None]:
         if settings.cloud_key_file:
             key = read_keys(Path(settings.cloud_key_file))[0]
         if url == AUTO:
-            model = pairs.find(settings.pair, settings.edge_model, settings.cloud_model).cloud
+            pair = pairs.find(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
             # whatever the data set may hold: this server is this run's alone
             more = ["--max-audio-seconds", str(LONGEST), "--max-tokens", str(MOST_TOKENS)]
             more += ["--threads", str(settings.threads)] if settings.threads else []
-            server = stack.enter_context(running(model, settings.cloud_device, settings.cloud_dtype, more))
+            more += ["--weights", pair.weights]
+            server = stack.enter_context(running(pair.cloud, settings.cloud_device, settings.cloud_dtype, more))
             url, key = server.url, server.key
         connection = Connection(url, key, settings.cloud_timeout, patience)
         stack.callback(connection.close)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
@@ -22,18 +22,17 @@ from prometheus_client.process_collector import ProcessCollector
 from pydantic import BaseModel, Field, StrictInt
 from starlette.types import Receive, Scope, Send
 
-from edgecloud_sd import prompts, records, wire
-from edgecloud_sd.acceptance import Rank
+from edgecloud_sd import acceptance, prompts, records, wire
 from edgecloud_sd.cloud.engine import Engine
-from edgecloud_sd.cloud.guard import OCTETS, Guard
-from edgecloud_sd.cloud.sessions import Full, Gone, Held, Sessions
+from edgecloud_sd.cloud.guard import Guard
+from edgecloud_sd.cloud.sessions import FRAMES_A_SECOND, Full, Gone, Held, Limits, Sessions
 from edgecloud_sd.cloud.turns import Ran, Turns
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import Verification
 
 log = logging.getLogger(__name__)
-LINES = "application/x-ndjson"
-FRAMES_A_SECOND = 100  # of the log-mel spectrogram
+MAX_RULE = 256  # characters: a refusal repeats them
+RULES = ", ".join(acceptance.NAMES)
 MORE_REQUESTS = 16  # of one client at once, beside one for each session
 PROBLEMS = (400, 401, 408, 413, 422, 429, 500, 503)  # statuses that every call may have
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # s
@@ -83,28 +82,11 @@ class Model(BaseModel):
     rows: int
     positions: int
     max_rank: int
+    synthetic: bool
     traits: dict[str, Any]
     weights: str
     fingerprint: str
     max_audio_seconds: float
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one server takes on."""
-
-    max_sessions: int = 64
-    idle_timeout: float = 300.0  # s
-    max_audio_seconds: float = 60.0
-    max_tokens: int = 4096  # of a prompt and its caption together, and so of a session's cache
-
-    @property
-    def max_frames(self) -> int:
-        return int(self.max_audio_seconds * FRAMES_A_SECOND)
-
-    def largest_prompt(self, mel_bins: int) -> int:
-        """Bytes of one with the longest audio."""
-        return 8 + wire.MAX_HEADER + 2 * mel_bins * self.max_frames + 4 * self.max_tokens
 
 
 class Metrics:
@@ -210,7 +192,6 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
     def refuse_prompt(prompt: records.Prompt) -> None:
         refuse_length(len(prompt.ids))
         refuse_ids(prompt.ids)
-        frames = 0
         if prompt.features is not None:
             bins, frames = prompt.features.shape
             if bins != traits.mel_bins:
@@ -218,11 +199,10 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
             if frames > limits.max_frames:
                 most_seconds = f"at most {limits.max_audio_seconds:g} s (--max-audio-seconds)"
                 raise HTTPException(413, f"{frames / FRAMES_A_SECOND:g} s of audio, {most_seconds}")
-        positions = prompts.audio_positions(frames) if frames else 0
-        if frames and positions < 1:
-            raise HTTPException(422, f"{frames} frames are too few for the audio encoder")
-        if prompt.ids.count(traits.audio_token) != positions:
-            raise HTTPException(422, f"ids must hold {positions} audio placeholders for {frames} frames")
+        try:
+            prompts.check_placeholders(prompt, traits.audio_token)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
         if prompt.ids[-1] == traits.audio_token:
             raise HTTPException(422, "the last of the ids must be text")
 
@@ -262,7 +242,9 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
         return Model(**asdict(identity), fingerprint=fingerprint, max_audio_seconds=limits.max_audio_seconds)
 
     on_session = problems | {404: {"model": Problem}, 409: {"model": Problem}}
-    body = {"requestBody": {"required": True, "content": {OCTETS: {"schema": {"type": "string", "format": "binary"}}}}}
+    body = {
+        "requestBody": {"required": True, "content": {wire.OCTETS: {"schema": {"type": "string", "format": "binary"}}}}
+    }
 
     @app.post(
         "/v1/sessions",
@@ -273,18 +255,22 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
     )
     async def open_prompt(
         request: Request,
-        rank: Annotated[int, Query(ge=1, lt=2**31, description="a draft token is kept among so many; 1 is greedy")],
-        check: Annotated[int, Query(ge=0, lt=2**32, description="CRC-32 of the body, begun with rank")],
+        rule: Annotated[str, Query(max_length=MAX_RULE, description=f"what is kept of a draft: {RULES}")],
+        check: Annotated[int, Query(ge=0, lt=2**32, description="CRC-32 of the body, begun with that of rule")],
     ) -> Response:
         """Encode the audio and prefill a prompt. The body is safetensors: `ids` int32 [n], and `features` float16
         [mel bins, frames] where there is audio, of which `ids` hold one placeholder for each encoder position."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != OCTETS:
-            raise HTTPException(415, f"the body must be {OCTETS}")
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != wire.OCTETS:
+            raise HTTPException(415, f"the body must be {wire.OCTETS}")
         sent = await request.body()
-        if wire.check_prompt(sent, rank) != check:
-            raise HTTPException(422, "body and rank do not match their check")
-        if rank > identity.max_rank:
-            raise HTTPException(422, f"rank must be at most {identity.max_rank}")
+        if wire.check_prompt(sent, rule) != check:
+            raise HTTPException(422, "body and rule do not match their check")
+        try:
+            judges = acceptance.parse(rule)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+        if refusal := identity.refusal(judges):
+            raise HTTPException(422, refusal)
         try:
             prompt = wire.decode_prompt(sent)
         except wire.WireError as error:
@@ -298,7 +284,7 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
                 raise HTTPException(429, str(error), {"Retry-After": "1"}) from None
             if out:
                 await close(out, held.owner, "room")
-            begin = partial(engine.verifier(Rank(rank)).open, prompt)
+            begin = partial(engine.verifier(judges).open, prompt)
             ran = await run("open", held, partial(held.open, begin))
         return answer(wire.opened(held.name, fingerprint, check), 201, ran)
 
@@ -328,7 +314,8 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
     @app.post(
         "/v1/sessions/{session}/generate",
         response_class=StreamingResponse,
-        responses=on_session | {200: {"content": {LINES: {}}, "description": "one line a token, and one at the end"}},
+        responses=on_session
+        | {200: {"content": {wire.LINES: {}}, "description": "one line a token, and one at the end"}},
     )
     async def generate(request: Request, session: str, asked: ToGenerate) -> StreamingResponse:
         """The cloud's own greedy tokens, streamed: JSON objects with `token` and `check`, then one with `end`. A stream
@@ -402,7 +389,7 @@ class Lines(StreamingResponse):
                     yield line
 
         self._rest = rest
-        super().__init__(every(), 200, timing(ran), LINES)
+        super().__init__(every(), 200, timing(ran), wire.LINES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -429,7 +416,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def answer(message: dict[str, Any], status: int, ran: Ran[Any]) -> Response:
-    return Response(wire.dumps(message), status, timing(ran), "application/json")
+    return Response(wire.dumps(message), status, timing(ran), wire.JSON)
 
 
 def timing(ran: Ran[Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The prompts that are open on the server: whose they are, and which goes when there is no room."""
+"""The prompts that are open on the server: how many and how large, whose they are, and which goes for want of room."""
 
 from __future__ import annotations
 
@@ -11,9 +11,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from edgecloud_sd import wire
 from edgecloud_sd.verifier import Verification
 
 T = TypeVar("T")
+FRAMES_A_SECOND = 100  # of the log-mel spectrogram
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes on."""
+
+    max_sessions: int = 64
+    idle_timeout: float = 300.0  # s
+    max_audio_seconds: float = 60.0
+    max_tokens: int = 4096  # of a prompt and its caption together, and so of a session's cache
+
+    @property
+    def max_frames(self) -> int:
+        return int(self.max_audio_seconds * FRAMES_A_SECOND)
+
+    def largest_prompt(self, mel_bins: int) -> int:
+        """Bytes of one with the longest audio."""
+        return 8 + wire.MAX_HEADER + 2 * mel_bins * self.max_frames + 4 * self.max_tokens
 
 
 class Gone(Exception):

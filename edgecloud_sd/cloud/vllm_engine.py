@@ -19,7 +19,7 @@ from threading import Condition, Thread
 from typing import Any, Protocol
 
 from edgecloud_sd import prompts
-from edgecloud_sd.acceptance import Rank
+from edgecloud_sd.acceptance import Rank, Rule
 from edgecloud_sd.records import Prompt, Verdict
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import check_base
@@ -189,7 +189,10 @@ class VLLMModel:
         """The largest r of rule rank(r): one more logit than r shows whether the r-th is tied."""
         return self.rows if self.max_logprobs >= self.rows else self.max_logprobs - 1
 
-    def verifier(self, rule: Rank) -> VLLMVerifier:
+    def verifier(self, rule: Rule) -> VLLMVerifier:
+        """ValueError for a rule that takes more than vLLM shows."""
+        if not isinstance(rule, Rank):
+            raise ValueError(f"rule {rule.text} takes all logits, and vLLM shows the highest: choose greedy or rank(r)")
         return VLLMVerifier(self, rule)
 
     def close(self) -> None:
@@ -214,10 +217,7 @@ class VLLMVerifier:
     def open(self, prompt: Prompt) -> VLLMVerification:
         """Returns while vLLM encodes and prefills. ValueError for another number of placeholders than frames need."""
         if prompt.features is not None:
-            frames = prompt.features.shape[1]
-            found, expected = prompt.ids.count(self.model.placeholder), prompts.audio_positions(frames)
-            if found != expected:
-                raise ValueError(f"the prompt has {found} audio placeholders for {frames} frames, not {expected}")
+            prompts.check_placeholders(prompt, self.model.placeholder)
         return VLLMVerification(self.model, prompt, self.rule)
 
 
