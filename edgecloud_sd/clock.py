@@ -54,6 +54,21 @@ class Watch:
         self.note(part, start, size=size)
         return result
 
+    def rest(self, part: str, call: Callable[[], T]) -> T:
+        """`call()`; what of its time no span inside claims is noted as spans of `part`."""
+        noted = self._noted()
+        known, at = len(noted), self.seconds()
+        result = call()
+        inside = noted[known:]
+        del noted[known:]
+        for span in inside:
+            if span.start > at:
+                self.note(part, at, span.start)
+            noted.append(span)
+            at = span.end
+        self.note(part, at)
+        return result
+
     @contextmanager
     def beside(self, spans: list[Span]) -> Iterator[None]:
         """What this thread notes goes to `spans`: it happens beside the caption's own course."""
@@ -63,9 +78,14 @@ class Watch:
         finally:
             del self._beside.spans
 
-    def wait(self, spans: Iterable[Span], start: float) -> None:
-        """Note what was beside as far as it was waited for, from `start` to now. Payloads count, hidden or not."""
-        self._noted().extend(replace(span, start=max(span.start, start), end=max(span.end, start)) for span in spans)
+    def wait(self, spans: Iterable[Span], start: float, hides: bool = False) -> None:
+        """Note what was beside as far as it was waited for, from `start` to now. Payloads count, hidden or not.
+
+        `hides`: what passed before `start` is to be told, as the spans' `hidden`.
+        """
+        for span in spans:
+            hidden = max(min(span.end, start) - span.start, 0.0) if hides else 0.0
+            self._noted().append(replace(span, start=max(span.start, start), end=max(span.end, start), hidden=hidden))
 
     def losses(self, part: str) -> Callable[..., None]:
         """A function to call where an attempt has failed: what it took since the last is one span.
@@ -81,8 +101,8 @@ class Watch:
             before = next((i for i in reversed(range(known)) if noted[i].part == part), None) if again else None
             noted[known:] = payloads
             if before is not None and noted[before].end == start:
-                noted[before + 1 :] = payloads
-                noted.insert(len(noted), replace(noted.pop(before), end=self.seconds()))
+                longer = replace(noted[before], end=self.seconds())
+                noted[before:] = [*payloads, longer]
             else:
                 self.note(part, start)
             known, start = len(noted), self.seconds()

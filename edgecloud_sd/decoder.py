@@ -5,13 +5,16 @@ It holds no clock, no logger and no measurement: whoever iterates it may time th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from edgecloud_sd import gate as gates
-from edgecloud_sd.drafter import draft
+from edgecloud_sd.drafter import Drafter
+from edgecloud_sd.opening import Begin
 from edgecloud_sd.records import (
+    Ahead,
     Committed,
     Degraded,
     Drafted,
@@ -21,6 +24,7 @@ from edgecloud_sd.records import (
     Opened,
     Origin,
     Prompt,
+    Verdict,
     Verified,
 )
 from edgecloud_sd.session import Model
@@ -37,14 +41,18 @@ class Decoding:
 
     mode: str
     stopping: Stopping
-    k: int = 1
+    k: int | Callable[[], int] = 1  # or asked for before each draft
     gate: gates.Gate = gates.NEVER
     alone: bool = False  # whether the edge finishes a caption that the cloud fails
+    stop: gates.Stop | None = None  # what ends a draft early
+    begin: Begin[Verdict] | None = None  # of a call that the edge drafts ahead beside; None: it waits
+    ahead: int = 0  # tokens that it drafts then, at most
+    strict: bool = False  # whether the output is the same however drafts are cut: all that was drafted ahead may be one
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
-        if self.k < 1:
+        if isinstance(self.k, int) and self.k < 1:
             raise ValueError(f"k must be at least 1, not {self.k}")
 
 
@@ -76,12 +84,14 @@ def _rounds(prompt: Prompt, how: Decoding, edge: Model, cloud: Verifier | None) 
     verification = cloud.open(prompt) if cloud else None
     escalates = how.gate if verification else gates.NEVER
     try:
-        session = edge.open(prompt)
+        drafter = Drafter(edge.open(prompt), how.stopping.eos, how.gate.score, how.stop)
         yield Opened("edge")
         while how.stopping.reason(context[1:]) is None:
-            k = min(how.k, how.stopping.room(len(context) - 1))
-            drafted = draft(session, context, k, how.stopping.eos, how.gate.score)
-            yield Drafted(drafted)
+            ahead = drafter.follow(context)
+            room = how.stopping.room(len(context) - 1)
+            k = how.k if isinstance(how.k, int) else how.k()
+            drafted = drafter.draft(min(max(k, ahead) if how.strict else k, room))
+            yield Drafted(drafted, min(ahead, len(drafted.tokens)))
             parts: list[tuple[tuple[int, ...], Origin]] = [(drafted.tokens, "local")]
             if verification and escalates(drafted):
                 yield Escalated(drafted, len(context) - known)
@@ -89,7 +99,12 @@ def _rounds(prompt: Prompt, how: Decoding, edge: Model, cloud: Verifier | None) 
                     if not known:
                         verification.wait()
                         yield Opened("cloud")
-                    verdict = verification.verify(known, context[known:], drafted.tokens)
+                    ask = partial(verification.verify, known, context[known:], drafted.tokens)
+                    if how.begin:
+                        n = len(drafted.tokens)
+                        verdict = yield from _ahead(ask, how.begin, drafter, n, min(n + how.ahead, room))
+                    else:
+                        verdict = ask()
                 except CloudFault as fault:
                     if not how.alone:
                         raise
@@ -112,6 +127,19 @@ def _rounds(prompt: Prompt, how: Decoding, edge: Model, cloud: Verifier | None) 
     finally:
         if verification:
             verification.close()
+
+
+def _ahead(
+    ask: Callable[[], Verdict], begin: Begin[Verdict], drafter: Drafter, drafted: int, n: int
+) -> Generator[Event, None, Verdict]:
+    """The verdict. Until it is there the edge drafts on, up to `n` tokens with the `drafted` ones."""
+    pending = begin(ask)
+    try:
+        made = drafter.ahead(n, pending.done)
+        yield Ahead(drafter.tokens[drafted:], made)
+    finally:
+        verdict = pending.result()  # it must not run on into whatever comes next
+    return verdict
 
 
 def _finished(how: Decoding, output: list[int]) -> Finished:

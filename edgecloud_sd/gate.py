@@ -1,9 +1,9 @@
-"""Gates: whether a draft goes to the cloud, decided on one statistic of each drafted token."""
+"""Gates: whether a draft goes to the cloud, decided on one statistic of each drafted token; and where drafts stop."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAMES = ("entropy", "always", "never")
+Score = Callable[["Tensor"], float]
+STOPS = ("none", "entropy", "entropy=x", "margin=x")
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Gate:
 
     label: str
     threshold: float
-    score: Callable[[Tensor], float] | None = None
+    score: Score | None = None
 
     def __call__(self, draft: Draft) -> bool:
         if self.score is None:
@@ -51,6 +53,46 @@ def entropy(threshold: float) -> Gate:
     if threshold == math.inf:
         return NEVER
     return Gate(f"H{threshold:g}", threshold, probs.entropy)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A draft ends with its first token whose score exceeds `threshold`. `score` None is the gate's own score."""
+
+    label: str
+    threshold: float
+    score: Score | None = None
+
+    def __call__(self, row: Tensor, scores: Sequence[float]) -> bool:
+        """For the last token made, from its row of logits [vocab]; `scores` are the gate's, that token's included."""
+        return (scores[-1] if self.score is None else self.score(row)) > self.threshold
+
+
+def parse_stop(text: str, gate: Gate) -> Stop | None:
+    """A rule to stop drafts by, under `gate`; None for no rule. ValueError, naming the known ones, for any other text.
+
+    `entropy` stops at the gate's own threshold, so at a token that escalates the draft anyway: no rule where the gate
+    has none. `entropy=x` has a threshold of its own, in nats; `margin=x` stops where the two most likely tokens are
+    less than x apart.
+    """
+    name, _, number = text.partition("=")
+    if text == "none" or (text == "entropy" and gate.score is not probs.entropy):
+        return None
+    try:
+        x = gate.threshold if text == "entropy" else float(number)
+    except ValueError:
+        x = math.nan
+    if name == "entropy" and x > 0:
+        return Stop(f"stopH{x:g}", x, None if gate.score is probs.entropy else probs.entropy)
+    if name == "margin" and 0 < x <= 1:
+        return Stop(f"stopM{x:g}", -x, _closeness)
+    raise ValueError(
+        f"is not one of {', '.join(STOPS)} (nats above 0 for entropy, a difference of chances, to 1, for margin)"
+    )
+
+
+def _closeness(row: Tensor) -> float:
+    return -probs.margin(row)
 
 
 def parse(name: str, threshold: float) -> Gate:

@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from edgecloud_sd.records import Committed, Degraded, Drafted, Escalated, Event, Opened, Prepared, Trace, Verified
+from edgecloud_sd.records import (
+    Ahead,
+    Committed,
+    Degraded,
+    Drafted,
+    Escalated,
+    Event,
+    Opened,
+    Prepared,
+    Trace,
+    Verified,
+)
 
 PARTS = {
     "features": "computing the log-mel spectrogram and building the prompt",
@@ -31,10 +42,17 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Ledger:
-    """Seconds by part, every name of `PARTS` present; `discarded` are those of `draft` spent on discarded tokens."""
+    """Seconds by part, every name of `PARTS` present.
+
+    `discarded` are those of `draft` spent on discarded tokens. Of the round trips of verdicts, from a draft's sending
+    to its answer, `exposed` are the seconds that the edge waited for, and part of the wall time; `hidden` are those in
+    which it drafted ahead, and no part of their own.
+    """
 
     parts: dict[str, float]
     discarded: float
+    exposed: float = 0.0
+    hidden: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -53,22 +71,45 @@ class Ledger:
 def ledger(trace: Trace) -> Ledger:
     """The ledger of one caption.
 
-    A round's discarded seconds are its draft seconds x discarded / drafted tokens: each token took one forward pass.
+    The seconds before an event that tells of drafted tokens are shared among those that are new: each took one forward
+    pass. A discarded token's share is discarded.
     """
     parts = dict.fromkeys(PARTS, 0.0)
     for span in trace.spans:
         parts[span.part] += span.end - span.start
-    rounds: list[tuple[float, int]] = []  # seconds and tokens of each draft
-    kept: list[int] = []
+    discarded = 0.0
+    draft: list[float] = []  # seconds of each token of the round's draft that is not committed (yet)
+    ahead: list[float] = []  # and of each token that was drafted beyond it
+    guess = None
     for event, seconds in intervals(trace):
         parts[part(event)] += seconds
         if isinstance(event, Drafted):
-            rounds.append((seconds, len(event.draft.tokens)))
-            kept.append(0)
+            new = len(event.draft.tokens) - event.ahead
+            discarded += sum(draft)
+            draft, ahead = [*ahead[: event.ahead], *[seconds / max(new, 1)] * new], ahead[event.ahead :]
+        elif isinstance(event, Ahead):
+            ahead += [seconds / max(event.made, 1)] * event.made
+            guess = event.tokens[0] if event.tokens else None
+        elif isinstance(event, Verified):
+            if event.right(guess):
+                del ahead[0]
+            else:
+                discarded += sum(ahead)
+                ahead = []
         elif isinstance(event, Committed) and event.origin in ("local", "accepted"):
-            kept[-1] += len(event.tokens)
-    discarded = sum(seconds * (n - m) / n for (seconds, n), m in zip(rounds, kept, strict=True))
-    return Ledger(parts, discarded)
+            del draft[: len(event.tokens)]
+    return Ledger(parts, discarded + sum(draft) + sum(ahead), *round_trips(trace))
+
+
+def round_trips(trace: Trace) -> tuple[float, float]:
+    """(s exposed, s hidden) of a caption's round trips, as `Ledger` has them; the opening of the cloud is none."""
+    exposed = sent = 0.0
+    for seconds, event in trace.events:
+        if isinstance(event, Escalated | Opened | Ahead):
+            sent = seconds
+        elif isinstance(event, Verified):
+            exposed += seconds - sent
+    return exposed, sum(span.hidden for span in trace.spans)
 
 
 def intervals(trace: Trace) -> Iterator[tuple[Event, float]]:
@@ -91,7 +132,7 @@ def part(event: Event) -> str:
         return "features"
     if isinstance(event, Opened):
         return f"{event.side}_prefill"
-    if isinstance(event, Drafted):
+    if isinstance(event, Drafted | Ahead):
         return "draft"
     if isinstance(event, Escalated):
         return "gate"
@@ -112,5 +153,5 @@ def mean(ledgers: Iterable[Ledger]) -> Ledger:
     n = len(all_of_them)
     return Ledger(
         {name: sum(each.parts[name] for each in all_of_them) / n for name in PARTS},
-        sum(each.discarded for each in all_of_them) / n,
+        *(sum(getattr(each, name) for each in all_of_them) / n for name in ("discarded", "exposed", "hidden")),
     )

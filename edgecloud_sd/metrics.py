@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecloud_sd.records import Committed, Degraded, Drafted, Escalated, Opened, Prepared, Trace, Verified
+from edgecloud_sd.records import Ahead, Committed, Degraded, Drafted, Escalated, Opened, Prepared, Trace, Verified
 
 Text = Callable[[Sequence[int]], str]  # the tokenizer's decoding
 
@@ -108,7 +108,8 @@ def features(trace: Trace) -> float | None:
 class Counts:
     """What a caption's tokens and rounds were. Adds up over clips.
 
-    Conservation: tokens = local + accepted + correction + bonus + cloud; drafted = local + accepted + discarded.
+    Conservation: tokens = local + accepted + correction + bonus + cloud; drafted = local + accepted + discarded. A
+    right guess of a bonus is the cloud's token, and not counted as drafted; a wrong one is, and discarded.
     """
 
     tokens: int = 0
@@ -121,6 +122,8 @@ class Counts:
     cloud_calls: int = 0
     drafted: int = 0
     verified: int = 0
+    ahead: int = 0  # made while a verdict was on its way, guesses included
+    ahead_wasted: int = 0  # of those
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
@@ -170,23 +173,42 @@ class Counts:
         """discarded / drafted."""
         return _ratio(self.discarded, self.drafted)
 
+    @property
+    def waste_ahead(self) -> float | None:
+        """wasted / made of the tokens that were drafted ahead of a verdict, guesses of its bonus included."""
+        return _ratio(self.ahead_wasted, self.ahead)
+
 
 def counts(trace: Trace) -> Counts:
     """Tokens by origin, rounds and cloud calls of one caption."""
     origins: Counter[str] = Counter()
-    rounds = cloud_calls = drafted = verified = 0
+    rounds = cloud_calls = drafted = verified = ahead = kept = 0
+    guess: int | None = None
     for _, event in trace.events:
         if isinstance(event, Committed):
             origins[event.origin] += len(event.tokens)
         elif isinstance(event, Drafted):
             rounds += 1
             drafted += len(event.draft.tokens)
+            kept += event.ahead
+            guess = None
+        elif isinstance(event, Ahead):
+            ahead += event.made
+            guess = event.tokens[0] if event.tokens else None
         elif isinstance(event, Escalated):
             cloud_calls += 1
         elif isinstance(event, Verified):
             verified += len(event.draft.tokens)
+            kept += event.right(guess)
     return Counts(
-        tokens=origins.total(), rounds=rounds, cloud_calls=cloud_calls, drafted=drafted, verified=verified, **origins
+        tokens=origins.total(),
+        rounds=rounds,
+        cloud_calls=cloud_calls,
+        drafted=drafted + ahead - kept,
+        verified=verified,
+        ahead=ahead,
+        ahead_wasted=ahead - kept,
+        **origins,
     )
 
 
@@ -200,6 +222,22 @@ def acceptance_by_position(traces: Sequence[Trace]) -> list[float]:
                 offered.update(range(len(event.draft.tokens)))
                 kept.update(range(event.verdict.accepted))
     return [kept[i] / offered[i] for i in range(len(offered))]
+
+
+def right_guesses(traces: Iterable[Trace]) -> float | None:
+    """Of the drafts accepted whole beside which the edge had drafted ahead, the share whose bonus it had guessed."""
+    right = whole = 0
+    for trace in traces:
+        guess: int | None = None
+        for _, event in trace.events:
+            if isinstance(event, Drafted):
+                guess = None
+            elif isinstance(event, Ahead) and event.tokens:
+                guess = event.tokens[0]
+            elif isinstance(event, Verified) and guess is not None:
+                whole += event.verdict.accepted == len(event.draft.tokens)
+                right += event.right(guess)
+    return _ratio(right, whole)
 
 
 def wire_bytes(trace: Trace) -> tuple[int, int] | None:

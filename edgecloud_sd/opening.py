@@ -5,13 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from edgecloud_sd.records import Prompt, Verdict
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import Verification, Verifier
 
 WHEN = ("eager", "lazy")
-Begin = Callable[[Callable[[], Verification]], Callable[[], Verification]]  # starts a call; the result waits for it
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Pending(Protocol[T_co]):
+    """A call that was begun: a `concurrent.futures.Future`, or its like on a virtual clock."""
+
+    def done(self) -> bool:
+        """Whether `result` need not wait."""
+
+    def result(self) -> T_co:
+        """What the call returns, or raises what it has raised."""
+
+
+Begin = Callable[[Callable[[], T]], Pending[T]]  # starts a call beside what follows
 
 
 @dataclass(frozen=True)
@@ -19,7 +34,7 @@ class Eager:
     """Opens at once, in the background that `begin` gives, and is waited for at the first escalation."""
 
     verifier: Verifier
-    begin: Begin
+    begin: Begin[Verification]
 
     def open(self, prompt: Prompt) -> Verification:
         opening = _Opening(self.verifier, prompt)
@@ -41,12 +56,12 @@ class _Opening:
     def __init__(self, verifier: Verifier, prompt: Prompt) -> None:
         self._verifier = verifier
         self._prompt = prompt
-        self._begun: Callable[[], Verification] | None = None  # waits for what goes on in the background
+        self._begun: Pending[Verification] | None = None
         self._verification: Verification | None = None  # there as soon as there is something to close
         self._open = False
         self._over = False
 
-    def begin(self, begin: Begin) -> None:
+    def begin(self, begin: Begin[Verification]) -> None:
         self._begun = begin(self._opened)
 
     def wait(self) -> None:
@@ -66,13 +81,13 @@ class _Opening:
         self._closed()
         if begun:
             with suppress(Exception):
-                begun()
+                begun.result()
             self._closed()
 
     def _ready(self) -> Verification:
         begun, self._begun = self._begun, None  # waited for once: what it took and sent is noted then
         if begun:
-            begun()
+            begun.result()
         elif not self._open:
             self._opened()
         assert self._verification is not None

@@ -18,6 +18,12 @@ and the gate. The loop breaks even with a baseline of s seconds a token where T 
 the drafter's step:
 
     rtt* = rtt + (M s - T) / g        e* = e + (M s - T) / k
+
+An edge that drafts up to n tokens ahead while a verdict is on its way, W = L + q + V, makes m = min(n, ceil(W / e)) of
+them and sees the verdict after max(W, m e). Where the draft is accepted whole and its guess of the bonus is right, with
+chance c, the other m - 1 begin the next draft, of max(k, m - 1) tokens, or k where the output depends on how drafts are
+cut. With x the chance of that after a draft of k tokens and y after one that was begun so, a share x / (1 - y + x) of
+the rounds is of the second kind, and M and T are the means of both kinds.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from edgecloud_sd import link as links
@@ -33,7 +39,7 @@ from edgecloud_sd import metrics, wire
 from edgecloud_sd.ledger import intervals, part
 from edgecloud_sd.link import Link
 from edgecloud_sd.profile import Costs, Profile
-from edgecloud_sd.records import Committed, Drafted, Escalated, Opened, Trace, Verified
+from edgecloud_sd.records import Ahead, Committed, Drafted, Escalated, Opened, Trace, Verified
 
 MAX_K = 16  # longest draft that is looked at for the best one
 RARE = 1e-12  # chance at which the tail of the local rounds is left out
@@ -52,6 +58,9 @@ class Workload:
     tokens: float | None = None  # N of a caption, where whole captions are to be forecast
     open_bytes: int = 0  # of the request that opens a prompt at the cloud, over a link
     eager: bool = True  # whether the cloud is opened beside the edge
+    ahead: int = 0  # tokens drafted while a verdict is on its way, at most; 0: the edge waits
+    strict: bool = True  # whether what was drafted ahead makes a draft longer than k
+    guess: float = 0.0  # chance that the first of them is the bonus of a draft that is accepted whole
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -75,22 +84,61 @@ class Workload:
         return replace(self, k=k, gate_rate=rate, sent=sent)
 
 
-def tokens_per_round(work: Workload) -> float:
-    """M of the module's formula. Without the bonus, only a draft that is not accepted whole earns the cloud's token."""
-    accepted = sum(work.p(i) for i in range(1, work.k + 1))
-    own = 1.0 if work.bonus else 1 - work.p(work.k)
-    return work.gate_rate * (accepted + own) + (1 - work.gate_rate) * work.k
+@dataclass(frozen=True)
+class Round:
+    """What a round is on average, once both sides are open: M and T of the module's formula."""
+
+    tokens: float
+    seconds: float
 
 
-def seconds_per_round(profile: Profile, link: Link, work: Workload) -> float:
-    """T of the module's formula: s."""
-    crossing = _link_seconds(link, work) + profile.queue + _verify_seconds(profile.cloud, work)
-    return _draft_seconds(profile, work) + work.gate_rate * crossing
+def per_round(profile: Profile, link: Link, work: Workload) -> Round:
+    """M and T of the module's formula: the mean of its kinds of rounds."""
+    tokens = seconds = 0.0
+    for share, kind, there, made in _kinds(profile, link, work):
+        each = _round(profile, link, kind, there, made)
+        tokens += share * each.tokens
+        seconds += share * each.seconds
+    return Round(tokens, seconds)
 
 
 def seconds_per_token(profile: Profile, link: Link, work: Workload) -> float:
     """T / M: s, once both sides are open."""
-    return seconds_per_round(profile, link, work) / tokens_per_round(work)
+    mean = per_round(profile, link, work)
+    return mean.seconds / mean.tokens
+
+
+def _kinds(profile: Profile, link: Link, work: Workload) -> Iterator[tuple[float, Workload, int, int]]:
+    """(share of rounds, what they are, tokens of their drafts that are there when they begin, tokens drafted ahead)."""
+    if not work.ahead:
+        yield 1.0, work, 0, 0
+        return
+    step = _step(profile, work)
+    made = min(work.ahead, math.ceil(_crossing(profile, link, work) / step)) if step else work.ahead
+    begun = work.at(max(work.k, made - 1)) if work.strict else work
+    right, again = (each.gate_rate * each.p(each.k) * work.guess for each in (work, begun))
+    share = right / (1 - again + right) if made and right else 0.0
+    yield 1 - share, work, 0, made
+    yield share, begun, min(max(made - 1, 0), begun.k), made
+
+
+def _round(profile: Profile, link: Link, work: Workload, there: int, made: int) -> Round:
+    """One kind of round. Without the bonus, only a draft that is not accepted whole earns the cloud's token."""
+    accepted = sum(work.accepted[: work.k]) + sum(work.p(i) for i in range(len(work.accepted) + 1, work.k + 1))
+    own = 1.0 if work.bonus else 1 - work.p(work.k)
+    step = _step(profile, work)
+    draft = (work.k - there) * step
+    if work.bonus and not made:  # the last draft token and the bonus are fed together, if the first was not before
+        draft += work.gate_rate * work.p(work.k) * (profile.edge.seconds(2) - profile.edge.step)
+    return Round(
+        work.gate_rate * (accepted + own) + (1 - work.gate_rate) * work.k,
+        draft + work.gate_rate * max(_crossing(profile, link, work), made * step),
+    )
+
+
+def _crossing(profile: Profile, link: Link, work: Workload) -> float:
+    """W of the module's formula: s from sending a draft to its verdict."""
+    return _link_seconds(link, work) + profile.queue + _verify_seconds(profile.cloud, work)
 
 
 def cloud_seconds_per_token(profile: Profile, link: Link) -> float:
@@ -122,12 +170,6 @@ def _step(profile: Profile, work: Workload) -> float:
     return profile.edge.step + (profile.gate if work.gated else 0.0)
 
 
-def _draft_seconds(profile: Profile, work: Workload) -> float:
-    each = _step(profile, work)
-    wider = profile.edge.seconds(2) - profile.edge.step  # the last draft token and the bonus, fed together
-    return work.k * each + (work.gate_rate * work.p(work.k) * wider if work.bonus else 0.0)
-
-
 def _fed(work: Workload) -> Iterable[tuple[float, float]]:
     """(chance, tokens) that a verify call feeds to the cloud."""
     if work.sent is not None:
@@ -146,8 +188,10 @@ def _verify_seconds(cloud: Costs, work: Workload) -> float:
 
 
 def _link_seconds(link: Link, work: Workload) -> float:
+    if link == links.NONE:
+        return 0.0
     up = sum(chance * link.up_seconds(wire.verify_size(n)) for chance, n in _fed(work))
-    return 0.0 if link == links.NONE else up + link.down_seconds(wire.VERDICT)
+    return up + link.down_seconds(wire.VERDICT)
 
 
 @dataclass(frozen=True)
@@ -227,20 +271,55 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
+def _drafting_at(profile: Profile, step: float) -> Profile:
+    """The same with a drafter of `step` s a token."""
+    return replace(profile, edge=Costs(profile.edge.prefill, ((1, step),)))
+
+
+def _reaches(target: float, rises: Callable[[float], float]) -> float:
+    """Where a function that rises to beyond `target` reaches it, by bisection; 0 where it begins above."""
+    low, high = 0.0, target
+    while rises(high) < target:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rises(middle) < target else (low, middle)
+    return low
+
+
+def fastest_k(profile: Profile, link: Link, work: Workload, free: float = 0.0) -> int:
+    """The k, of 1 to MAX_K, at which a token takes the least time; the smallest of equals.
+
+    `free`: s of drafting that this one round does not cost, as beside an opening. Then each of its tokens is worth what
+    one takes in the rounds after it.
+    """
+    rounds = {k: per_round(profile, link, work.at(k)) for k in range(1, MAX_K + 1)}
+    each = {k: one.seconds / one.tokens for k, one in rounds.items()}
+    best = min(each, key=lambda k: (each[k], k))
+    if not free:
+        return best
+    step = _step(profile, work)
+    left = {k: one.seconds - min(free, k * step) - one.tokens * each[best] for k, one in rounds.items()}
+    return min(left, key=lambda k: (left[k], k))
+
+
 def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
     """Everything the oracle has to say of `work` on these machines over this link."""
     cloud = cloud_seconds_per_token(profile, link)
     edge = profile.edge.step
     token = seconds_per_token(profile, link, work)
-    over_cloud = {k: cloud / seconds_per_token(profile, link, work.at(k)) for k in range(1, MAX_K + 1)}
-    best_k = max(over_cloud, key=lambda k: (over_cloud[k], -k))
-    slack = tokens_per_round(work) * cloud - seconds_per_round(profile, link, work)  # s a round may take longer
+    best_k = fastest_k(profile, link, work)
+    mean = per_round(profile, link, work)
+    slack = mean.tokens * cloud - mean.seconds  # s a round may take longer
     rtt, drafter = link.rtt + slack / work.gate_rate, edge + slack / work.k
+    if work.ahead:  # no straight line
+        rtt = _reaches(cloud, lambda x: seconds_per_token(profile, replace(link, rtt=x), work))
+        drafter = _reaches(cloud, lambda x: seconds_per_token(_drafting_at(profile, x), link, work))
     colocated = None
     if profile.draft_at_cloud is not None:
-        beside = replace(profile, edge=Costs(0.0, ((1, profile.draft_at_cloud),)))
+        beside = _drafting_at(profile, profile.draft_at_cloud)
         colocated = seconds_per_token(beside, links.NONE, work) / token
-    perfect = replace(work, accepted=(1.0,))
+    perfect = replace(work, accepted=(1.0,), ahead=0)
     ceiling = seconds_per_token(profile, links.NONE, perfect)
 
     def caption(mode: str, each: float) -> float | None:
@@ -258,7 +337,7 @@ def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
         over_cloud=cloud / token,
         over_colocated=colocated,
         best_k=best_k,
-        best_over_cloud=over_cloud[best_k],
+        best_over_cloud=cloud / seconds_per_token(profile, link, work.at(best_k)),
         seen_k=len(work.accepted),
         largest_rtt=rtt if rtt > 0 else None,
         slowest_drafter=drafter if drafter > 0 else None,
@@ -272,17 +351,24 @@ def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
     )
 
 
-def workload(traces: Sequence[Trace], k: int, gated: bool = False, eager: bool = True) -> Workload | None:
+def workload(
+    traces: Sequence[Trace], k: int | None, gated: bool = False, eager: bool = True, ahead: int = 0, strict: bool = True
+) -> Workload | None:
     """What speculative captions with drafts of up to `k` were; None where nothing was verified.
 
-    Those that the edge had to finish alone are left out.
+    Without a `k`, as where drafts end early or it is found anew each round, it is the mean length of the drafts that
+    nothing was drafted ahead for. Captions that the edge had to finish alone are left out.
     """
     traces = [trace for trace in traces if metrics.degraded(trace) is None]
     accepted = metrics.acceptance_by_position(traces)
     total = sum((metrics.counts(trace) for trace in traces), metrics.Counts())
     if not accepted or not total.cloud_call_rate:
         return None
+    drafts = [event for trace in traces for _, event in trace.events if isinstance(event, Drafted)]
     sent = [event.sent for trace in traces for _, event in trace.events if isinstance(event, Escalated)]
+    if k is None:
+        anew = [len(event.draft.tokens) for event in drafts if not event.ahead]
+        k = max(round(sum(anew) / len(anew)), 1)
     opened = [next((span.size for span in trace.spans if span.part == "uplink" and span.size), 0) for trace in traces]
     return Workload(
         k,
@@ -293,6 +379,9 @@ def workload(traces: Sequence[Trace], k: int, gated: bool = False, eager: bool =
         tokens=total.tokens / len(traces),
         open_bytes=round(sum(opened) / max(sum(map(bool, opened)), 1)),  # of those that were sent
         eager=eager,
+        ahead=ahead,
+        strict=strict,
+        guess=metrics.right_guesses(traces) or 0.0,
     )
 
 
@@ -313,13 +402,17 @@ def observed(traces: Iterable[Trace], name: str = "observed") -> Profile | None:
     for trace in traces:
         fed = 0
         alone = not any(isinstance(event, Drafted) for _, event in trace.events)
-        for event, seconds in intervals(trace):
+        beside = [span for span in trace.spans if span.part == "verify"]  # of passes that the edge drafted ahead beside
+        for (at, _), (event, seconds) in zip(trace.events, intervals(trace), strict=True):
             if isinstance(event, Drafted):
-                note("draft", seconds, count=len(event.draft.tokens))
-                note("gate", 0.0, count=len(event.draft.scores))
+                note("draft", seconds, count=len(event.draft.tokens) - event.ahead)
+            elif isinstance(event, Ahead):
+                note("draft", seconds, count=event.made)
             elif isinstance(event, Escalated):
                 fed = event.sent + len(event.draft.tokens)
             elif isinstance(event, Verified):
+                while beside and beside[0].end <= at:
+                    seconds += beside.pop(0).seconds
                 note("forward", seconds, fed)
             elif isinstance(event, Committed) and event.origin == "cloud":
                 note("forward", seconds)
@@ -329,7 +422,7 @@ def observed(traces: Iterable[Trace], name: str = "observed") -> Profile | None:
         opened = next((s for s, event in trace.events if isinstance(event, Opened) and event.side == "cloud"), math.inf)
         for span in trace.spans:
             if alone or span.end > opened or span.part != "cloud_queue":
-                note(span.part, span.end - span.start, count=int(span.part != "gate"))
+                note(span.part, span.seconds)
 
     def each(part: str, n: int = 1) -> float:
         return spent[part, n] / calls[part, n] if calls[part, n] else 0.0

@@ -15,6 +15,12 @@ def entropy(logits: Tensor) -> float:
     return float(-(logp.exp() * logp.clamp(min=-1e30)).sum())  # a probability of 0 adds 0, not nan
 
 
+def margin(logits: Tensor) -> float:
+    """Chance of the most likely token less that of the next, under softmax(logits): 0 to 1. `logits`: [vocab >= 2]."""
+    first, second = logits.float().softmax(dim=-1).topk(2).values.tolist()
+    return float(first - second)
+
+
 def rank(logits: Tensor, token: int) -> int:
     """Place of `token` among the logits [vocab], 1 for the most likely; of equal logits the lowest id, as in argmax."""
     own = logits[token]

@@ -83,7 +83,10 @@ class Opened:
 
 @dataclass(frozen=True)
 class Drafted:
+    """`ahead` of the draft's tokens had been drafted before their round began, and were kept."""
+
     draft: Draft
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,25 @@ class Escalated:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """While a verdict was on its way the edge has drafted on, as if all were accepted.
+
+    `tokens` is all that follows the draft now: a guess of the bonus, then draft tokens. The last `made` of them are
+    new; those before were drafted during the rounds before. One wrong guess, and all of it is thrown away.
+    """
+
+    tokens: tuple[int, ...]
+    made: int
+
+
+@dataclass(frozen=True)
 class Verified:
     draft: Draft
     verdict: Verdict
+
+    def right(self, guess: int | None) -> bool:
+        """Whether the cloud has kept the whole draft and then said what the edge had guessed."""
+        return self.verdict == Verdict(len(self.draft.tokens), guess) if guess is not None else False
 
 
 @dataclass(frozen=True)
@@ -120,20 +139,27 @@ class Finished:
     reason: Literal["eos", "length"]
 
 
-Event = Prepared | Opened | Drafted | Escalated | Verified | Committed | Degraded | Finished
+Event = Prepared | Opened | Drafted | Escalated | Ahead | Verified | Committed | Degraded | Finished
 
 
 @dataclass(frozen=True)
 class Span:
     """Time inside an interval between two events that belongs to a part of the ledger of its own.
 
-    `start` and `end` are seconds since the request; `size` is the payload in bytes, for what crosses a link.
+    `start` and `end` are seconds since the request; `size` is the payload in bytes, for what crosses a link. `hidden`,
+    of a verdict's round trip, are the seconds of it that passed before `start`, while the edge drafted ahead.
     """
 
     part: str
     start: float
     end: float
     size: int = 0
+    hidden: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """All that it took, hidden or not."""
+        return self.end - self.start + self.hidden
 
 
 @dataclass(frozen=True)

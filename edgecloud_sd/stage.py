@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from edgecloud_sd import link as links
 from edgecloud_sd import opening, wire
 from edgecloud_sd.clock import VirtualClock, Watch
-from edgecloud_sd.gate import Gate
+from edgecloud_sd.gate import Gate, Score, Stop
 from edgecloud_sd.link import Link
+from edgecloud_sd.opening import Pending
 from edgecloud_sd.profile import Costs, Profile
 from edgecloud_sd.records import Prompt, Span, Verdict
 from edgecloud_sd.session import Model, Session
@@ -72,43 +73,44 @@ class Stage:
             self.watch.note("uplink", 0.0, 0.0)
         return opening.Lazy(verifier) if when == "lazy" else opening.Eager(verifier, self.begin)
 
-    def begin(self, call: Callable[[], T]) -> Callable[[], T]:
-        """Start `call` beside what follows: the result waits for it, and only that wait takes time of the caption's."""
+    def begin_verdict(self, call: Callable[[], Verdict]) -> Pending[Verdict]:
+        """As `begin`, for drafting ahead: what of the call is neither link nor queue is the cloud's forward pass."""
+        return self.begin(lambda: self.watch.rest("verify", call), hides=True)
+
+    def begin(self, call: Callable[[], T], hides: bool = False) -> Pending[T]:
+        """Start `call` beside what follows: only waiting for its result takes time of the caption's.
+
+        `hides`: the spans that are hidden so are noted as well.
+        """
         spans: list[Span] = []
 
         def run() -> T:
             with self.watch.beside(spans):
                 return call()
 
-        if self.profile:
-            before = self._virtual.now
-            done = _finished(run)
-            ready, self._virtual.now = self._virtual.now, before
-        else:
-            done = _background().submit(run)
-
-        def wait() -> T:
-            start = self.watch.seconds()
-            try:
-                return done.result()
-            finally:
-                if self.profile:
-                    self._virtual.now = max(self._virtual.now, ready)
-                self.watch.wait(spans, start)
-
-        return wait
+        if not self.profile:
+            return _Begun(_background().submit(run), self.watch, spans, hides)
+        before = self._virtual.now
+        finished = _finished(run)
+        ready, self._virtual.now = self._virtual.now, before
+        return _Begun(finished, self.watch, spans, hides, self._virtual, ready)
 
     def gate(self, gate: Gate) -> Gate:
-        score = gate.score
+        return replace(gate, score=self._scored(gate.score))
+
+    def stop(self, stop: Stop | None) -> Stop | None:
+        return replace(stop, score=self._scored(stop.score)) if stop else None
+
+    def _scored(self, score: Score | None) -> Score | None:
         if score is None:
-            return gate
+            return None
 
         def scored(row: Tensor) -> float:
             if self.profile:
                 self.spend(self.profile.gate)
             return score(row)
 
-        return replace(gate, score=lambda row: self.watch.timed("gate", scored, row))
+        return lambda row: self.watch.timed("gate", scored, row)
 
     def spend(self, seconds: float) -> None:
         """Let so much time pass."""
@@ -134,6 +136,30 @@ class Stage:
 
     def _cross(self, part: str, seconds: float, size: int) -> None:
         self.watch.timed(part, self.spend, seconds, size=size)
+
+
+@dataclass(frozen=True)
+class _Begun(Generic[T]):
+    """`ready`: the moment at which it is done, on a virtual clock."""
+
+    future: Future[T]
+    watch: Watch
+    spans: list[Span]
+    hides: bool
+    virtual: VirtualClock | None = None
+    ready: float = 0.0
+
+    def done(self) -> bool:
+        return self.virtual.now >= self.ready if self.virtual else self.future.done()
+
+    def result(self) -> T:
+        start = self.watch.seconds()
+        try:
+            return self.future.result()
+        finally:
+            if self.virtual:
+                self.virtual.now = max(self.virtual.now, self.ready)
+            self.watch.wait(self.spans, start, self.hides)
 
 
 @dataclass(frozen=True)
@@ -183,7 +209,7 @@ class _Verifier:
         body = wire.encode_prompt(prompt)
         self.stage.up(wire.REQUEST_HEAD + len(body))
         self.stage.queue()
-        return _Verification(self.verifier.open(prompt), self.stage, wire.check_prompt(body, 1))
+        return _Verification(self.verifier.open(prompt), self.stage, wire.check_prompt(body, "greedy"))
 
 
 class _Verification:

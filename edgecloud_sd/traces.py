@@ -6,6 +6,7 @@ from typing import Any
 
 from edgecloud_sd.ledger import PARTS, part
 from edgecloud_sd.records import (
+    Ahead,
     Committed,
     Degraded,
     Draft,
@@ -23,13 +24,13 @@ from edgecloud_sd.records import (
 
 
 def to_json(trace: Trace) -> dict[str, Any]:
-    """`{"events": [[seconds, name, what it holds...], ...], "spans": [[part, start, end, bytes], ...]}`.
+    """`{"events": [[seconds, name, what it holds...], ...], "spans": [[part, start, end, bytes, hidden], ...]}`.
 
     Escalated and verified events do not repeat their draft: it is the drafted event's before them.
     """
     return {
         "events": [[seconds, type(event).__name__.lower(), *_holds(event)] for seconds, event in trace.events],
-        "spans": [[span.part, span.start, span.end, span.size] for span in trace.spans],
+        "spans": [[span.part, span.start, span.end, span.size, span.hidden] for span in trace.spans],
     }
 
 
@@ -60,9 +61,11 @@ def _holds(event: Event) -> list[Any]:
     if isinstance(event, Opened):
         return [event.side]
     if isinstance(event, Drafted):
-        return [list(event.draft.tokens), list(event.draft.scores)]
+        return [list(event.draft.tokens), list(event.draft.scores), event.ahead]
     if isinstance(event, Escalated):
         return [event.sent]
+    if isinstance(event, Ahead):
+        return [list(event.tokens), event.made]
     if isinstance(event, Verified):
         return [event.verdict.accepted, event.verdict.token]
     if isinstance(event, Committed):
@@ -76,9 +79,11 @@ def _event(name: str, holds: list[Any], draft: Draft) -> Event:
     if name == "opened":
         return Opened(*holds)
     if name == "drafted":
-        return Drafted(Draft(tuple(holds[0]), tuple(holds[1])))
+        return Drafted(Draft(tuple(holds[0]), tuple(holds[1])), *holds[2:])
     if name == "escalated":
         return Escalated(draft, *holds)
+    if name == "ahead":
+        return Ahead(tuple(holds[0]), *holds[1:])
     if name == "verified":
         return Verified(draft, Verdict(*holds))
     if name == "committed":

@@ -58,10 +58,19 @@ def scenes(draw: st.DrawFn) -> Scene:
 
 ks = st.integers(1, 9)
 ranks = st.integers(1, VOCABULARY).map(acceptance.Rank)
+rates = st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0])
+synthetics = st.lists(rates, min_size=1, max_size=3).map(lambda found: acceptance.Synthetic(tuple(found)))
 gates = st.one_of(
     st.sampled_from([gate.ALWAYS, gate.NEVER]),
     st.floats(0.01, 2.0, allow_nan=False).map(gate.entropy),
 )
+
+
+@st.composite
+def stops(draw: st.DrawFn, chosen: gate.Gate) -> gate.Stop | None:
+    """What may end a draft early under a gate."""
+    text = draw(st.sampled_from(["none", "none", "entropy", "entropy={}", "margin={}"]))
+    return gate.parse_stop(text.format(draw(st.floats(0.01, 1.0))), chosen)
 
 
 def speculative(scene: Scene, k: int, chosen: gate.Gate = gate.ALWAYS) -> Decoding:
@@ -78,14 +87,20 @@ class Case:
     open: str = "eager"
 
     def play(self, stage: Stage) -> Trace:
-        return play(self.scene.prompt, self.scene.edge, self.scene.cloud, self.how, stage, self.rule, self.open)
+        """With the longer drafts of drafting ahead where no token depends on how drafts are cut."""
+        how = replace(self.how, strict=self.how.gate == gate.ALWAYS and self.rule == acceptance.GREEDY)
+        return play(self.scene.prompt, self.scene.edge, self.scene.cloud, how, stage, self.rule, self.open)
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     scene = draw(scenes())
     mode = draw(st.sampled_from(["speculative", "speculative", "cloud", "edge"]))
-    how = speculative(scene, draw(ks), draw(gates)) if mode == "speculative" else Decoding(mode, scene.stopping)
+    if mode != "speculative":
+        return Case(scene, Decoding(mode, scene.stopping), draw(ranks), draw(st.sampled_from(opening.WHEN)))
+    chosen = draw(gates)
+    ahead = draw(st.sampled_from([0, 0, 1, 3, 9]))
+    how = replace(speculative(scene, draw(ks), chosen), stop=draw(stops(chosen)), ahead=ahead)
     return Case(scene, how, draw(ranks), draw(st.sampled_from(opening.WHEN)))
 
 
@@ -95,7 +110,7 @@ def play(
     cloud: Model,
     how: Decoding,
     stage: Stage,
-    rule: acceptance.Rank = acceptance.GREEDY,
+    rule: acceptance.Rule = acceptance.GREEDY,
     when: str = "eager",
 ) -> Trace:
     """What `Captioner.trace` does, on any two models."""
@@ -106,7 +121,9 @@ def play(
             verifier = stage.opened(verifier, when)
         built = stage.prepared(lambda: prompt)
         yield Prepared(len(built.ids))
-        yield from decode(built, replace(how, gate=stage.gate(how.gate)), stage.edge(edge), verifier)
+        begin = stage.begin_verdict if how.ahead else None
+        on_stage = replace(how, gate=stage.gate(how.gate), stop=stage.stop(how.stop), begin=begin)
+        yield from decode(built, on_stage, stage.edge(edge), verifier)
 
     return stamp(events(), stage.watch)
 

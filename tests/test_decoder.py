@@ -29,7 +29,7 @@ from edgecloud_sd.verifier import LocalVerification, LocalVerifier
 from tests.strategies import Scene, gates, ks, ranks, scenes, speculative
 
 
-def run(scene: Scene, how: Decoding, rule: Rank = GREEDY) -> Trace:
+def run(scene: Scene, how: Decoding, rule: acceptance.Rule = GREEDY) -> Trace:
     return stamp(decode(scene.prompt, how, scene.edge, LocalVerifier(scene.cloud, rule)))
 
 

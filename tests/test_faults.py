@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgecloud_sd import gate, metrics
-from edgecloud_sd.acceptance import GREEDY, Rank
+from edgecloud_sd.acceptance import GREEDY, Rule
 from edgecloud_sd.clock import stamp
 from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.decoder import Decoding, decode
@@ -25,7 +25,7 @@ from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import CloudFault, LocalVerifier, Verification, Verifier
 from tests.proxy import SLOW, STREAMED, Fault, Proxy
 from tests.serving import ToyEngine, served
-from tests.strategies import VOCABULARY, Scene, gates, ks, ranks, scenes, speculative
+from tests.strategies import VOCABULARY, Scene, gates, ks, ranks, scenes, speculative, synthetics
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ class Plan:
 
     scene: Scene
     how: Decoding
-    rule: Rank
+    rule: Rule
     when: str
     faults: list[Fault]
     seed: int
@@ -76,7 +76,7 @@ class Plan:
 def plans(draw: st.DrawFn) -> Plan:
     scene = draw(scenes())
     kind = draw(st.sampled_from(["strict", "strict", "lossy", "cloud", "cloud"]))
-    rule = draw(ranks) if kind == "lossy" else GREEDY
+    rule = draw(ranks | synthetics) if kind == "lossy" else GREEDY
     how = speculative(scene, draw(ks), draw(gates) if kind == "lossy" else gate.ALWAYS)
     if kind == "cloud":
         how = Decoding("cloud", scene.stopping)
@@ -200,7 +200,7 @@ def test_two_hundred_schedules_and_not_one_caption_wrong(world: World, capsys: p
 @settings(max_examples=60)
 @given(plans(), st.sampled_from([0.0, 0.1, 0.5]))
 def test_an_edge_that_may_go_on_alone_finishes_every_caption(world: World, plan: Plan, patience: float) -> None:
-    how = speculative(plan.scene, plan.how.k)
+    how = replace(plan.how, mode="speculative", gate=gate.ALWAYS)
     plan = replace(plan, how=replace(how, alone=True), rule=GREEDY, asked=True)
     gave_up: list[CloudFault] = []
     trace = run(world, plan, patience, gave_up)
@@ -237,7 +237,8 @@ def alone(scene: Scene, kept: Sequence[int]) -> tuple[int, ...]:
 @given(plans())
 def test_without_patience_the_first_fault_is_the_end(world: World, plan: Plan) -> None:
     kinds = [kind for kind in plan.faults if kind not in (*STREAMED, *SLOW)]
-    plan = replace(plan, how=speculative(plan.scene, plan.how.k), rule=GREEDY, asked=True, faults=kinds)
+    how = replace(plan.how, mode="speculative", gate=gate.ALWAYS)
+    plan = replace(plan, how=how, rule=GREEDY, asked=True, faults=kinds)
     before = world.proxy.injected.copy()
     try:
         trace = run(world, plan, patience=0.0, timeout=10.0)  # a busy machine's pause is no fault

@@ -77,6 +77,7 @@ def test_counts_by_hand() -> None:
         ("edge_share", 2 / 7),
         ("cloud_token_share", 5 / 7),
         ("waste", 2 / 7),
+        ("waste_ahead", None),
     ],
 )
 def test_rates_by_hand(name: str, value: float) -> None:
@@ -158,9 +159,12 @@ def test_counts_keep_their_laws_shares_their_range_and_chunks_every_token(
     own = counts.correction + counts.bonus
     assert counts.tokens == len(trace.tokens) == counts.local + counts.accepted + own + counts.cloud
     assert counts.drafted == counts.local + counts.accepted + counts.discarded
-    assert 0 <= counts.discarded <= counts.verified <= counts.drafted
+    assert 0 <= counts.discarded <= counts.verified + counts.ahead_wasted
+    assert counts.verified <= counts.drafted
+    assert 0 <= counts.ahead_wasted <= counts.ahead
     assert own <= counts.cloud_calls <= counts.rounds
     assert all(0 <= share <= 1 for name in SHARES if (share := getattr(counts, name)) is not None)
+    assert isinstance(case.how.k, int)
     assert counts.mean_accepted_length is None or counts.mean_accepted_length <= case.how.k + 1
     assert all(0 <= p <= 1 for p in metrics.acceptance_by_position([trace]))
     chunks, gaps, last = metrics.chunks(trace), metrics.itl_per_chunk(trace), metrics.e2e(trace)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -122,12 +122,12 @@ def test_closing_never_raises(when: str, error: type[Exception]) -> None:
 
 
 def test_an_opening_that_fails_in_the_background_and_is_not_waited_for_is_forgotten() -> None:
-    def begin(call: Callable[[], Verification]) -> Callable[[], Verification]:
+    def begin(call: Callable[[], Verification]) -> Future[Verification]:
         done: Future[Verification] = Future()
         with pytest.raises(RuntimeError) as caught:
             call()
         done.set_exception(caught.value)
-        return done.result
+        return done
 
     cloud = Counting(fails=1, error=RuntimeError)
     Eager(cloud, begin).open(PROMPT).close()
@@ -135,9 +135,19 @@ def test_an_opening_that_fails_in_the_background_and_is_not_waited_for_is_forgot
     assert cloud.done[-1] == "close"
 
 
+@dataclass(frozen=True)
+class Late:
+    """Begins when it is waited for."""
+
+    result: Callable[[], Verification]
+
+    def done(self) -> bool:
+        return False
+
+
 def test_an_opening_that_only_begins_when_all_is_over_is_closed_and_not_waited_for() -> None:
     cloud = Counting()
-    Eager(cloud, lambda call: call).open(PROMPT).close()
+    Eager(cloud, Late).open(PROMPT).close()
     assert cloud.done == ["open", "close"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -60,13 +61,17 @@ def over(link: Link, value: float) -> object:
     return exactly(value) if math.isinf(link.up) else pytest.approx(value, rel=2e-3)
 
 
+def tokens_per_round(work: Workload) -> float:
+    return oracle.per_round(QUICK, links.NONE, work).tokens
+
+
 # --- the closed form ---
 
 
 @given(ks, chances)
 def test_expected_tokens_are_the_closed_form_of_leviathan(k: int, a: float) -> None:
     closed = (1 - a ** (k + 1)) / (1 - a) if a < 1 else k + 1  # equation 1
-    assert oracle.tokens_per_round(geometric(k, a)) == exactly(closed)
+    assert tokens_per_round(geometric(k, a)) == exactly(closed)
 
 
 @given(ks, chances, st.integers(1, 100).map(lambda n: n / 50), seconds)
@@ -80,12 +85,12 @@ def test_without_a_link_and_a_gate_it_is_the_walltime_improvement_of_leviathan(
 
 
 def test_a_draft_that_is_not_escalated_is_committed_whole() -> None:
-    assert oracle.tokens_per_round(Workload(4, (0.5, 0.25, 0.0, 0.0), 0.25)) == 0.25 * 1.75 + 0.75 * 4
+    assert tokens_per_round(Workload(4, (0.5, 0.25, 0.0, 0.0), 0.25)) == 0.25 * 1.75 + 0.75 * 4
 
 
 def test_without_the_bonus_a_draft_accepted_whole_earns_no_more() -> None:
-    assert oracle.tokens_per_round(geometric(3, 1.0, bonus=False)) == 3
-    assert oracle.tokens_per_round(geometric(1, 0.25, bonus=False)) == 1
+    assert tokens_per_round(geometric(3, 1.0, bonus=False)) == 3
+    assert tokens_per_round(geometric(1, 0.25, bonus=False)) == 1
 
 
 # --- the virtual clock ---
@@ -183,6 +188,29 @@ def test_a_whole_caption_is_its_opening_and_its_tokens(machines: Profile, link: 
     assert trace.seconds == over(link, opening + 6 * each[mode])
     if work := oracle.workload([trace], 2, eager=eager):
         assert oracle.forecast(machines, link, work).caption == over(link, trace.seconds)
+
+
+@settings(max_examples=15)
+@given(
+    ks,
+    st.sampled_from([1, 2, 4, 9, 30]),
+    st.booleans(),
+    profiles(edge_points=1),
+    any_link,
+    st.sampled_from([0.8, 0.95, 1.0]),
+)
+def test_an_edge_that_drafts_ahead_takes_what_is_forecast(
+    k: int, ahead: int, strict: bool, machines: Profile, link: Link, right: float
+) -> None:
+    machines, link, source = replace(machines, queue=0.0), steady(link), random.Random(3)
+    wrong = frozenset(place for place in range(3000) if source.random() > right)
+    how = Decoding("speculative", Stopping(frozenset(), 3000), k, gate.ALWAYS, ahead=ahead, strict=strict)
+    trace = play(PROMPT, Scripted(wrong), Scripted(), how, Stage(machines, link))
+    work = Workload(k, tuple(right**i for i in range(1, 41)), sent=1.0, ahead=ahead, strict=strict, guess=right)
+    forecast = 3000 * oracle.seconds_per_token(machines, link, work)
+    assert trace.seconds - oracle.opening_seconds(machines, link, "speculative", work) == pytest.approx(
+        forecast, rel=0.08
+    )
 
 
 def in_every_mode(case: Case) -> Iterator[Case]:

@@ -18,6 +18,7 @@ from edgecloud_sd.ledger import ledger
 from edgecloud_sd.link import Link
 from edgecloud_sd.profile import Costs, Profile
 from edgecloud_sd.records import (
+    Ahead,
     Committed,
     Draft,
     Drafted,
@@ -98,7 +99,7 @@ def test_a_lazy_cloud_is_opened_by_the_first_escalated_draft() -> None:
 
 def test_every_span_of_a_speculative_caption_by_hand() -> None:
     opening = wire.REQUEST_HEAD + len(wire.encode_prompt(PROMPT))
-    begun = wire.check_prompt(wire.encode_prompt(PROMPT), 1)
+    begun = wire.check_prompt(wire.encode_prompt(PROMPT), "greedy")
     first, second = wire.to_verify(begun, [6, 0, 0], 0, [0, 1]), wire.to_verify(begun, [6, 0, 0, 0, 0], 4, [0, 0])
     up = [wire.REQUEST_HEAD + len(wire.dumps(request)) for request in (first, second)]
     answers = wire.verdict(Verdict(1, 0), first["check"]), wire.verdict(Verdict(2, 0), second["check"])
@@ -140,6 +141,76 @@ def test_the_ledger_of_a_speculative_caption_by_hand() -> None:
         "other": 0.0,
     }
     assert kept.discarded == 0.5  # one of two tokens that took a second
+
+
+def ahead(stage: Stage, strict: bool = True) -> Trace:
+    """Drafts of two, up to four tokens ahead. The edge is wrong at the eighth of nine tokens."""
+    how = Decoding("speculative", Stopping(frozenset(), 9), 2, gate.ALWAYS, ahead=4, strict=strict)
+    return play(PROMPT, Scripted(wrong=frozenset({7})), Scripted(), how, stage)
+
+
+def test_every_moment_of_a_caption_drafted_ahead_by_hand() -> None:
+    first, second, third, last = Draft((0, 0)), Draft((0, 0, 0)), Draft((1, 0)), Draft((0,))
+    assert ahead(Stage(PROFILE, LINK)).events == (
+        (0.125, Prepared(2)),
+        (2.125, Opened("edge")),
+        (3.125, Drafted(first)),
+        (3.125, Escalated(first, 1)),
+        (5.625, Opened("cloud")),
+        (7.625, Ahead((0, 0, 0, 0), 4)),  # four steps of 0.5, of the 2.25 that the verdict takes
+        (7.875, Verified(first, Verdict(2, 0))),  # up 0.25, queue 0.25, a pass over 3, down 0.25
+        (7.875, Committed((0, 0), "accepted")),
+        (7.875, Committed((0,), "bonus")),
+        (7.875, Drafted(second, 3)),  # all that was made ahead but the guess of the bonus, and no step
+        (7.875, Escalated(second, 1)),
+        (9.375, Ahead((0, 1, 0), 3)),  # no more fit
+        (10.375, Verified(second, Verdict(3, 0))),  # a pass over 4
+        (10.375, Committed((0, 0, 0), "accepted")),
+        (10.375, Committed((0,), "bonus")),
+        (10.375, Drafted(third, 2)),
+        (10.375, Escalated(third, 1)),
+        (10.375, Ahead((), 0)),
+        (12.625, Verified(third, Verdict(0, 0))),
+        (12.625, Committed((0,), "correction")),
+        (13.125, Drafted(last)),  # made anew
+        (13.125, Escalated(last, 1)),
+        (13.125, Ahead((), 0)),
+        (15.125, Verified(last, Verdict(1, 0))),
+        (15.125, Committed((0,), "accepted")),
+        (15.125, Finished("length")),
+    )
+
+
+def test_drafting_ahead_where_the_output_depends_on_how_drafts_are_cut_makes_none_longer() -> None:
+    trace = ahead(Stage(PROFILE, LINK), strict=False)
+    drafted = [event for _, event in trace.events if isinstance(event, Drafted)]
+    assert [(len(event.draft.tokens), event.ahead) for event in drafted] == [(2, 0), (2, 2), (2, 2), (1, 0)]
+
+
+def test_the_ledger_of_a_caption_drafted_ahead_by_hand() -> None:
+    trace = ahead(Stage(PROFILE, LINK))
+    kept = ledger(trace)
+    assert (kept.exposed, kept.hidden) == (0.25 + 1.0 + 2.25 + 2.0, 2.0 + 1.5)
+    assert kept.parts["draft"] == 1.0 + 2.0 + 1.5 + 0.5
+    assert kept.parts["verify"] == 0.75 + 1.5 + 1.25  # the first was hidden, and 1.0 of the second
+    assert kept.parts["uplink"] == kept.parts["cloud_queue"] == 2 * 0.25
+    assert kept.parts["downlink"] == 4 * 0.25
+    assert kept.seconds == trace.seconds
+    assert kept.discarded == 1.0  # of the two that the third draft had of what was made ahead
+    assert metrics.right_guesses([trace]) == 1.0
+    verify = [span.seconds for span in trace.spans if span.part == "verify" and span.seconds]
+    assert verify == [1.5, 1.75, 1.5, 1.25]
+
+
+def test_a_verdict_that_is_there_first_is_taken_up_after_the_step_that_has_begun() -> None:
+    quick = replace(PROFILE, cloud=Costs(0.0, ((1, 0.25),)), queue=0.0)
+    trace = ahead(Stage(quick))
+    made = [(seconds, event.made) for seconds, event in trace.events if isinstance(event, Ahead)]
+    verified = [seconds for seconds, event in trace.events if isinstance(event, Verified)]
+    assert made[0] == (verified[0], 1)
+    assert ledger(trace).exposed == sum(
+        after - before for (before, n), after in zip(made, verified, strict=True) if n == 0
+    )
 
 
 def test_bytes_take_the_time_that_the_bandwidth_gives_them() -> None:
@@ -202,7 +273,9 @@ def test_the_clock_changes_no_event_and_a_virtual_one_no_moment(
     bare = stamp(decode(scene.prompt, case.how, scene.edge, LocalVerifier(scene.cloud, case.rule)))
     real, virtual = case.play(Stage()), case.play(Stage(profile, link, seed))
     for trace in (real, virtual):
-        assert [event for _, event in trace.events[1:]] == [event for _, event in bare.events]
+        assert trace.tokens == bare.tokens
+        if not case.how.ahead:  # what is drafted ahead depends on when the verdict comes
+            assert [event for _, event in trace.events[1:]] == [event for _, event in bare.events]
     assert case.play(Stage(profile, link, seed)) == virtual
     moments = [seconds for seconds, _ in virtual.events]
     assert moments == sorted(moments)

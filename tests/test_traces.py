@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from edgecloud_sd import traces
 from edgecloud_sd.link import Link
 from edgecloud_sd.profile import Profile
-from edgecloud_sd.records import Draft, Drafted, Escalated, Finished, Prepared, Span, Trace, Verdict, Verified
+from edgecloud_sd.records import Ahead, Draft, Drafted, Escalated, Finished, Prepared, Span, Trace, Verdict, Verified
 from edgecloud_sd.stage import Stage
 from tests.strategies import Case, any_link, cases, profiles
 
@@ -21,20 +21,24 @@ TRACE = Trace(
         (0.5, Prepared(9)),
         (1.0, Drafted(DRAFT)),
         (1.0, Escalated(DRAFT, 1)),
-        (1.5, Verified(DRAFT, Verdict(1, 8))),
+        (1.25, Ahead((6, 7), 2)),
+        (1.5, Verified(DRAFT, Verdict(2, 6))),
+        (1.75, Drafted(Draft((7, 9), (0.3, 0.2)), 1)),
         (2.0, Finished("eos")),
     ),
-    (Span("uplink", 1.0, 1.25, 16),),
+    (Span("uplink", 1.25, 1.25, 16, 0.25),),
 )
 SAVED: dict[str, Any] = {
     "events": [
         [0.5, "prepared", 9],
-        [1.0, "drafted", [4, 5], [0.1, 0.7]],
+        [1.0, "drafted", [4, 5], [0.1, 0.7], 0],
         [1.0, "escalated", 1],
-        [1.5, "verified", 1, 8],
+        [1.25, "ahead", [6, 7], 2],
+        [1.5, "verified", 2, 6],
+        [1.75, "drafted", [7, 9], [0.3, 0.2], 1],
         [2.0, "finished", "eos"],
     ],
-    "spans": [["uplink", 1.0, 1.25, 16]],
+    "spans": [["uplink", 1.25, 1.25, 16, 0.25]],
 }
 
 
