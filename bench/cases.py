@@ -9,7 +9,7 @@ import pytest
 
 from edgecloud_sd import link, pairs
 from edgecloud_sd.captioner import Cell, cells
-from edgecloud_sd.config import Settings
+from edgecloud_sd.config import AUTO, Settings
 
 SETTINGS = pytest.StashKey[Settings]()  # where the root conftest leaves what the run was asked for
 SHORT = {"chinese": "zh", "english": "en"}
@@ -26,12 +26,16 @@ class Case:
 
 def cases(settings: Settings) -> list[Case]:
     """The grid."""
-    pair = pairs.find(settings.pair, settings.edge_model, settings.cloud_model).name
+    pair = pairs.find(settings.pair, settings.edge_model, settings.cloud_model, settings.weights).name
     made = []
     for cell, language in itertools.product(cells(settings), settings.language):
         parts = [cell.mode, pair]
         if cell.mode == "speculative":
-            parts += [cell.gate.label, f"k{cell.k}", cell.rule.label]
+            parts += [cell.gate.label, f"k{cell.k or AUTO}", cell.rule.label]
+            if cell.stop:
+                parts.append(cell.stop.label)
+            if cell.ahead:
+                parts.append(f"ahead{cell.ahead}")
             if cell.open != "eager":
                 parts.append(cell.open)
         if cell.mode != "edge" and settings.cloud_url:

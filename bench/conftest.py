@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from bench import cases, load, rows, table, verdict
+from bench import cases, load, peers, rows, table, verdict
 from bench.comparison import Document
 from bench.unfinished import Unfinished
 from edgecloud_sd import dataset, metrics, oracle, quality, results
@@ -26,6 +26,7 @@ from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.process import connected
 from edgecloud_sd.config import MEASURE, Settings
 from edgecloud_sd.limits import InForce
+from edgecloud_sd.pairs import DUMMY
 from edgecloud_sd.profile import Profile
 from edgecloud_sd.records import Clip
 from edgecloud_sd.summary import ClipResult, Summary, summarise
@@ -40,6 +41,7 @@ class Done:
         self.summaries: dict[str, Summary] = {}
         self.documents: dict[str, Document] = {}
         self.loads: dict[str, tuple[load.Load, dict[str, float]]] = {}
+        self.peers: dict[str, list[dict[str, peers.Timed]]] = {}
         self.files: list[Path] = []
         self.profile: Profile | None = None  # of the virtual clock
 
@@ -49,7 +51,10 @@ MEASURED_CLIPS = 3  # that --profile measure decodes
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    unasked = collection_path.name == "test_load.py" and not load.loads(config.stash[cases.SETTINGS])
+    settings = config.stash[cases.SETTINGS]
+    unasked = (collection_path.name == "test_load.py" and not load.loads(settings)) or (
+        collection_path.name == "test_peers.py" and peers.unasked(settings)
+    )
     return True if unasked else None  # rather than a case that is skipped for want of parameters
 
 
@@ -202,8 +207,8 @@ class Progress:
         with self._quiet():
             self._bar = tqdm(total=total, desc=name, unit="clip", leave=False, disable=capture is None)
 
-    def advance(self, caption: ClipResult) -> None:
-        if caption.after_first:
+    def advance(self, caption: ClipResult | None = None) -> None:
+        if caption and caption.after_first:
             tokens, seconds = caption.after_first
             self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
         otps = metrics.otps(self._tokens + 1, 0.0, self._seconds)
@@ -242,7 +247,8 @@ def report(
     """Sums up a case for the tables, writes its results file, and returns what the file holds."""
 
     def add(case: cases.Case, captions: list[ClipResult], data: DataSet, held: InForce) -> dict[str, object]:
-        summary, scores = summarise(captions, case.language, settings.bertscore_model)
+        meaningless = "weights are random, so captions mean nothing" if settings.weights == DUMMY else None
+        summary, scores = summarise(captions, case.language, settings.bertscore_model, meaningless)
         experiment = table.describe(case, captioner, settings, profile)
         document = results.document(experiment, captions, summary, scores, held, data.skipped)
         file = table.results_file(settings, case)
@@ -288,6 +294,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if done.loads:
         terminalreporter.section("many edges on one cloud")
         terminalreporter.write_line(load.render(done.loads))
+    if done.peers:
+        terminalreporter.section("beside transformers' generate")
+        terminalreporter.write_line(peers.render(done.peers))
     for file in done.files:
         terminalreporter.write_line(f"wrote {file}")
 
@@ -297,10 +306,12 @@ def answers(done: Done, settings: Settings) -> dict[str, oracle.Forecast | str]:
     cells = {
         name: verdict.Decoded(
             case.cell.mode,
-            case.cell.k,
+            None if case.cell.stop else case.cell.k,
             case.cell.gate.score is not None,
             case.cell.link,
             case.cell.open == "eager",
+            case.cell.ahead,
+            case.cell.strict,
             [each.trace for each in captions],
         )
         for name, (case, captions) in done.captions.items()

@@ -19,8 +19,8 @@ from itertools import chain
 from typing import TypeVar
 
 import numpy as np
-from tabulate import tabulate
 
+from bench import table
 from bench.cases import SHORT
 from edgecloud_sd import pairs
 from edgecloud_sd.clock import real
@@ -85,7 +85,7 @@ def loads(settings: Settings) -> list[Load]:
     It takes a server. Where none is given one is started, beside the cloud that this process holds in memory already:
     only for the pocket pair, which is small.
     """
-    pair = pairs.find(settings.pair, settings.edge_model, settings.cloud_model)
+    pair = pairs.find(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
     small = pair == pairs.PAIRS["pocket"]
     if "speculative" not in settings.mode or settings.clock == "virtual" or not (settings.cloud_url or small):
         return []
@@ -287,11 +287,9 @@ def render(loads: Mapping[str, tuple[Load, Mapping[str, float]]]) -> str:
         [name, str(load.edges), *(format(factor * found[figure], form) for figure, form, factor in COLUMNS.values())]
         for name, (load, found) in loads.items()
     ]
-    headings = ["case", "edges", *COLUMNS]
     notes = [
         f"- {name}: {found['differing']:.0f} verdicts are not the recorded ones, as half precision allows"
         for name, (_, found) in loads.items()
         if found["differing"]
     ]
-    shown = tabulate(lines, headings, disable_numparse=True, colalign=["left"] + ["right"] * (len(headings) - 1))
-    return "\n".join([shown, *notes])
+    return "\n".join([table.grid(lines, ["case", "edges", *COLUMNS]), *notes])

@@ -13,20 +13,21 @@ from typing import Any
 
 from pytest_benchmark.stats import Stats
 
-from bench import load
+from bench import load, peers
 from edgecloud_sd.summary import FIGURES, Figure
 
 SERIES = {"ttft": "ttft", "e2e": "e2e"}  # figures that are means over clips -> what the results file calls a clip's
 
 
 def metric_rows(benchmark: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows beside one benchmark of the JSON, of captions or of a load; none for a figure that is null.
+    """The rows beside one benchmark of the JSON, of captions, a load or peers; none for a figure that is null.
 
     `total` has none: it is the benchmark's own row.
     """
-    loaded = benchmark["extra_info"].get("load")
-    if loaded is not None:
-        return [_row(benchmark, name, load.FIGURES[name], value) for name, value in loaded["figures"].items()]
+    for kind, known in (("load", load.FIGURES), ("peers", peers.FIGURES)):
+        found = benchmark["extra_info"].get(kind)
+        if found is not None:
+            return [_row(benchmark, name, known[name], value) for name, value in found["figures"].items()]
     found = benchmark["extra_info"].get("results")
     if found is None:
         return []

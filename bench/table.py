@@ -12,6 +12,7 @@ from tabulate import tabulate
 from bench import comparison
 from bench.cases import Case, cases
 from bench.comparison import Document
+from edgecloud_sd.acceptance import Rank
 from edgecloud_sd.captioner import Captioner
 from edgecloud_sd.config import AUTO, Settings
 from edgecloud_sd.ledger import PARTS
@@ -65,9 +66,11 @@ def describe(case: Case, captioner: Captioner, settings: Settings, profile: Prof
         "language": case.language,
         "gate": cell.gate.label if speculative else None,
         "entropy_threshold": cell.gate.threshold if cell.gate.score else None,
-        "k": cell.k if speculative else None,
+        "k": (cell.k or AUTO) if speculative else None,
+        "draft_stop": cell.stop.label if cell.stop else None,
+        "draft_ahead": cell.ahead if speculative else None,
         "rule": cell.rule.label if speculative else None,
-        "rank": cell.rule.r if speculative else None,
+        "rank": cell.rule.r if speculative and isinstance(cell.rule, Rank) else None,
         "link": cell.link.name if cell.mode != "edge" else None,
         "profile": settings.profile_name or None,
         "profile_costs": asdict(profile) if profile else None,
@@ -95,24 +98,27 @@ def render(rows: Mapping[str, Summary]) -> str:
             value = summary.figures[figure]
             line.append("-" if value is None else format(value * factor, form))
         lines.append(line)
-    return "\n".join([_grid(lines, ["case", "clips", *COLUMNS]), *_dashes(rows), *_clouds(rows)])
+    return "\n".join([grid(lines, ["case", "clips", *COLUMNS]), *_dashes(rows), *_clouds(rows)])
 
 
 def render_ledgers(rows: Mapping[str, Summary]) -> str:
     """Where the time of a caption goes, ms by part, and how near the parts come to the wall time."""
     used = [part for part in PARTS if any(summary.ledger.parts[part] for summary in rows.values())]
+    beside = {"discarded draft": "discarded"}
+    if any(summary.ledger.hidden for summary in rows.values()):
+        beside |= {"round trip exposed": "exposed", "hidden": "hidden"}
     lines = [
         [name]
         + [format(1e3 * summary.ledger.parts[part], ".1f") for part in used]
+        + [format(1e3 * getattr(summary.ledger, field), ".1f") for field in beside.values()]
         + [
-            format(1e3 * summary.ledger.discarded, ".1f"),
             "-" if summary.closure_median is None else f"{summary.closure_median:.2%}",
             "-" if summary.closure_worst is None else f"{summary.closure_worst:.2%}",
         ]
         for name, summary in rows.items()
     ]
     headings = [part.replace("_", " ") for part in used]
-    return _grid(lines, ["ms a caption", *headings, "discarded draft", "sum / wall", "worst clip"])
+    return grid(lines, ["ms a caption", *headings, *beside, "sum / wall", "worst clip"])
 
 
 def render_speedups(cells: Mapping[str, Document]) -> str:
@@ -129,14 +135,15 @@ def render_speedups(cells: Mapping[str, Document]) -> str:
         if set(columns) != {"-"}:
             lines.append([name, *columns])
     headings = ["speed-up", "over edge", "per token", "over cloud", "per token"]
-    return _grid(lines, headings) if lines else ""
+    return grid(lines, headings) if lines else ""
 
 
 def _shown(value: object | None) -> str:
     return "-" if value is None else str(value)
 
 
-def _grid(lines: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
+def grid(lines: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
+    """A table as a terminal shows it: the first column to the left, the others to the right, numbers as they are."""
     return tabulate(lines, headings, disable_numparse=True, colalign=["left"] + ["right"] * (len(headings) - 1))
 
 

@@ -70,6 +70,7 @@ def test_captioning(
     def one(clip: Clip, request: Request) -> None:
         if clip.file_id in saved.done:
             trace, used, hindsight = results.measurements(saved.done[clip.file_id])
+            captioner.remember(trace, case.cell, case.language, profile)
         elif profile:
             trace, hindsight = decode(clip, request), None
             used = unmeasured(trace.seconds, "the clock was virtual")

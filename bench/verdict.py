@@ -19,10 +19,12 @@ class Decoded:
     """One cell's captions, and what the oracle must know of the cell."""
 
     mode: str
-    k: int
+    k: int | None  # the length that drafts have but at the end of a caption; None where it varies
     gated: bool
     link: Link
     eager: bool
+    ahead: int
+    strict: bool
     traces: Sequence[Trace]
 
 
@@ -41,7 +43,7 @@ def verdicts(
     for name, cell in cells.items():
         if cell.mode != "speculative":
             continue
-        work = oracle.workload(cell.traces, cell.k, cell.gated, cell.eager)
+        work = oracle.workload(cell.traces, cell.k, cell.gated, cell.eager, cell.ahead, cell.strict)
         if seen is None:
             found[name] = "no answer: a step of the cloud alone was not timed (--mode edge,cloud,speculative)"
         elif work is None:

@@ -25,8 +25,9 @@ LEGEND = {
 }
 # Of the suite's options, those that make sense for one file; a list means its first value.
 SHARED = (
-    "gate", "entropy-threshold", "k", "rule", "rank", "pair", "edge-model", "cloud-model", "edge-device", "edge-dtype",
-    "cloud-device", "cloud-dtype", "cloud-url", "cloud-key-file", "cloud-timeout", "on-cloud-fault", "open",
+    "gate", "entropy-threshold", "k", "draft-stop", "draft-ahead", "rule", "rank", "pair", "edge-model", "cloud-model",
+    "weights", "edge-device", "edge-dtype", "cloud-device", "cloud-dtype", "cloud-url", "cloud-key-file",
+    "cloud-timeout", "on-cloud-fault", "open",
     "max-cpu-cores", "max-memory-gb", "threads", "link", "language", "prompt-type", "max-new-tokens",
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,14 +16,17 @@ from edgecloud_sd import acceptance, decoder, gate, limits, pairs, prompts
 from edgecloud_sd import link as links
 from edgecloud_sd.clock import stamp
 from edgecloud_sd.decoder import Decoding
+from edgecloud_sd.gate import Stop
 from edgecloud_sd.link import Link
+from edgecloud_sd.pace import Pace
 from edgecloud_sd.records import Event, Prepared, Prompt, Trace
 from edgecloud_sd.stage import Stage
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import LocalVerifier, Verifier
 
 if TYPE_CHECKING:
-    from edgecloud_sd.cloud.client import Connection, Remote
+    from edgecloud_sd.cloud.client import Connection
+    from edgecloud_sd.cloud.engine import Identity
     from edgecloud_sd.config import Settings
     from edgecloud_sd.models.hf import Frontend, HFModel
     from edgecloud_sd.profile import Profile
@@ -44,15 +48,17 @@ class Cell:
 
     mode: str
     gate: gate.Gate = gate.NEVER
-    rule: acceptance.Rank = acceptance.GREEDY
-    k: int = 1
+    rule: acceptance.Rule = acceptance.GREEDY
+    k: int | None = 1  # None: found anew each round
     link: Link = links.NONE
     open: str = "eager"
+    stop: Stop | None = None
+    ahead: int = 0
 
     @property
     def strict(self) -> bool:
         """Whether the output is promised to equal the cloud's own, token for token (in float32 and float64)."""
-        return self.mode == "speculative" and self.gate == gate.ALWAYS and self.rule == acceptance.GREEDY
+        return self.mode == "speculative" and self.gate == gate.ALWAYS and self.rule.strict
 
 
 def cells(settings: Settings) -> list[Cell]:
@@ -72,7 +78,13 @@ def cells(settings: Settings) -> list[Cell]:
             for threshold in (settings.entropy_threshold if name == "entropy" else (0.0,))
         ]
         rules = [acceptance.parse(rule, r) for rule in settings.rule for r in settings.rank]
-        found.extend(Cell(mode, *each) for each in itertools.product(gates, rules, settings.k, crossed, settings.open))
+        ways = itertools.product(
+            gates, rules, settings.k, crossed, settings.open, settings.draft_stop, settings.draft_ahead
+        )
+        found.extend(
+            Cell(mode, chosen, rule, k, link, when, gate.parse_stop(stop, chosen), ahead)
+            for chosen, rule, k, link, when, stop, ahead in ways
+        )
     return list(dict.fromkeys(found))
 
 
@@ -93,7 +105,7 @@ class Captioner:
     def of(cls, settings: Settings, connection: Connection | None = None) -> Captioner:
         """The captioner that a run asks for."""
         return cls(
-            pairs.find(settings.pair, settings.edge_model, settings.cloud_model),
+            pairs.find(settings.pair, settings.edge_model, settings.cloud_model, settings.weights),
             edge_device=settings.edge_device,
             edge_dtype=settings.edge_dtype,
             cloud_device=settings.cloud_device,
@@ -116,12 +128,20 @@ class Captioner:
         alone: bool = False,
     ) -> None:
         self.pair = pair
-        self._edge = (pair.edge, edge_device, edge_dtype)
-        self._cloud = (pair.cloud, cloud_device, cloud_dtype)
+        self._edge = (pair.edge, edge_device, edge_dtype, pair.weights)
+        self._cloud = (pair.cloud, cloud_device, cloud_dtype, pair.weights)
         self._threads = threads
         self._connection = connection
         self._alone = alone
+        self._paces: dict[tuple[Cell, str, Profile | None], Pace] = {}
         self._loaded: dict[str, tuple[Frontend, int]] = {}
+
+    def elsewhere(self, connection: Connection) -> Captioner:
+        """The same pair with its cloud at a server, on the same edge: it is not loaded again. A fault is an error."""
+        _ = self.edge  # or each of the two would load its own
+        other = copy.copy(self)
+        other._connection, other._alone, other._paces, other._loaded = connection, False, {}, {}
+        return other
 
     @cached_property
     def edge(self) -> HFModel:
@@ -138,7 +158,7 @@ class Captioner:
         """The edge's front end: where the cloud is elsewhere, cloud mode needs no weights here."""
         from edgecloud_sd.models import hf
 
-        return hf.load_frontend(self.pair.edge)
+        return hf.load_frontend(self.pair.edge, self.pair.weights)
 
     def load(self, mode: str) -> Frontend:
         """Load what `mode` needs, check that it fits together, and return the side that prepares its prompts."""
@@ -172,16 +192,36 @@ class Captioner:
         stage = stage or self._stage(cell)
         side = self.load(cell.mode)
         stopping = Stopping(side.eos, max_new_tokens)
-        how = Decoding(cell.mode, stopping, cell.k, stage.gate(cell.gate), self._alone)
+        pace = self._pace(cell, request.language, stage.profile) if cell.k is None else None
+        how = Decoding(
+            cell.mode,
+            stopping,
+            pace or cell.k or 1,
+            stage.gate(cell.gate),
+            self._alone,
+            stage.stop(cell.stop),
+            stage.begin_verdict if cell.ahead else None,
+            cell.ahead,
+            cell.strict,
+        )
         prompt = stage.prepared(lambda: self.prompt(request, cell.mode))
         yield Prepared(len(prompt.ids))
         edge = None if cell.mode == "cloud" else stage.edge(self.edge)
         cloud = None if cell.mode == "edge" else self.verifier(cell.rule, stage)
         if cloud and cell.mode == "speculative":
             cloud = stage.opened(cloud, cell.open)
-        yield from decoder.decode(prompt, how, edge, cloud)
+        decoded = decoder.decode(prompt, how, edge, cloud)
+        yield from pace.look(decoded, stage.watch.seconds) if pace else decoded
 
-    def verifier(self, rule: acceptance.Rank, stage: Stage | None = None) -> Verifier:
+    def remember(self, trace: Trace, cell: Cell, language: str, profile: Profile | None = None) -> None:
+        """A caption of an earlier run that this one goes on from: what it shows is not to be found out again."""
+        if cell.k is None:
+            self._pace(cell, language, profile).look_back(trace)
+
+    def _pace(self, cell: Cell, language: str, profile: Profile | None) -> Pace:
+        return self._paces.setdefault((cell, language, profile), Pace(cell.ahead, cell.strict, cell.open == "eager"))
+
+    def verifier(self, rule: acceptance.Rule, stage: Stage | None = None) -> Verifier:
         """The cloud, wherever it is, for one caption."""
         stage = stage or Stage()
         if self._connection:
@@ -213,7 +253,7 @@ class Captioner:
         return self._connection.remote.dtype if self._connection else self._cloud[2]
 
     @property
-    def remote(self) -> Remote | None:
+    def remote(self) -> Identity | None:
         """What the server says of itself, where the cloud is one."""
         return self._connection.remote if self._connection else None
 
@@ -223,10 +263,10 @@ class Captioner:
         return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-def _load(checkpoint: str, device: str, dtype: str) -> HFModel:
+def _load(checkpoint: str, device: str, dtype: str, weights: str) -> HFModel:
     from edgecloud_sd.models import hf  # brings torch and transformers, which no help text should wait for
 
-    return hf.load(checkpoint, device, dtype)
+    return hf.load(checkpoint, device, dtype, weights)
 
 
 def use_threads(asked: int | None, models: Sequence[HFModel]) -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from dataclasses import field as dataclass_field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,26 @@ def _one_of(known: tuple[str, ...]) -> Callable[[str], str]:
     return read
 
 
-def _count(text: str) -> int:
-    if not re.fullmatch(r"\d+", text) or int(text) < 1:
-        raise ValueError("is not a whole number of at least 1")
+def cloud_dtype(text: str) -> str:
+    """A number format of the cloud. ValueError for one that is none, or is an edge's alone."""
+    if text in pairs.QUANTISED:
+        raise ValueError(f"is for the edge alone (--edge-dtype): choose one of {', '.join(DTYPES)}")
+    return _one_of(DTYPES)(text)
+
+
+def _count(text: str, least: int = 1, also: str = "") -> int:
+    if not re.fullmatch(r"\d+", text) or int(text) < least:
+        raise ValueError(f"is not {also}a whole number of at least {least}")
     return int(text)
+
+
+def _draft_length(text: str) -> int | None:
+    return None if text == AUTO else _count(text, also=f"{AUTO} or ")
+
+
+def _draft_stop(text: str) -> str:
+    gate.parse_stop(text, gate.ALWAYS)
+    return text
 
 
 def _nats(text: str) -> float:
@@ -96,7 +113,8 @@ def _rule(text: str) -> str:
     try:
         acceptance.parse(text)
     except ValueError:
-        raise ValueError(f"is not one of {', '.join(acceptance.NAMES)} or rank(r) with r of at least 1") from None
+        known = ", ".join(acceptance.NAMES)
+        raise ValueError(f"is not one of {known}, with r of at least 1 and p of 0 to 1") from None
     return text
 
 
@@ -164,18 +182,48 @@ class Settings:
     entropy_threshold: tuple[float, ...] = _option(
         "nats above which gate entropy escalates a draft; 0 is always, inf is never", _nats, many=True
     )
-    k: tuple[int, ...] = _option("draft tokens a round, at most", _count, many=True)
+    k: tuple[int | None, ...] = _option(
+        "draft tokens a round, at most (more where they were drafted ahead); auto finds the fastest anew each round, "
+        "from what the rounds so far have taken and what the cloud has kept",
+        _draft_length,
+        many=True,
+    )
+    draft_stop: tuple[str, ...] = _option(
+        "end a draft early, with a token that is unsure: entropy (where the gate would escalate it), entropy=x (above "
+        "x nats), margin=x (its two likeliest tokens less than x apart) or none",
+        _draft_stop,
+        many=True,
+    )
+    draft_ahead: tuple[int, ...] = _option(
+        "tokens that the edge drafts on while a verdict is on its way, at most, as if all before were accepted and the "
+        "first were the bonus; 0: it waits",
+        partial(_count, least=0),
+        many=True,
+    )
     rule: tuple[str, ...] = _option(
-        "what the cloud keeps of a draft: greedy (its own tokens), rank (see --rank) or rank(r)", _rule, many=True
+        "what the cloud keeps of a draft: greedy (its own tokens), rank (see --rank) or rank(r); or, for dry runs of "
+        "hardware with random weights, synthetic(p), each token with chance p, or synthetic(p/p/...) by its place in "
+        "the draft",
+        _rule,
+        many=True,
     )
     rank: tuple[int, ...] = _option("rule rank keeps a token among the cloud's r most likely", _count, many=True)
     pair: str = _choice("the two checkpoints", tuple(PAIRS))
     edge_model: str | None = _option("edge checkpoint instead of the pair's: a folder or a hub name", optional=True)
     cloud_model: str | None = _option("cloud checkpoint instead of the pair's: a folder or a hub name", optional=True)
+    weights: str = _choice(
+        "of both models: real, or dummy, which are random: for how fast and how large, from a configuration alone",
+        pairs.WEIGHTS,
+    )
     edge_device: str = _option("torch device of the edge: cpu, cuda, cuda:1")
-    edge_dtype: str = _choice("number format of the edge", pairs.DTYPES)
+    edge_dtype: str = _choice(
+        "number format of the edge; int8 and int4 are of its text model's weights alone, on a CPU",
+        (*pairs.DTYPES, *pairs.QUANTISED),
+    )
     cloud_device: str = _option("torch device of the cloud; auto is a GPU where there is one")
-    cloud_dtype: str = _choice("number format of the cloud; auto is float16 on a GPU and float32 elsewhere", DTYPES)
+    cloud_dtype: str = _option(
+        f"number format of the cloud; auto is float16 on a GPU and float32 elsewhere: {', '.join(DTYPES)}", cloud_dtype
+    )
     cloud_url: str | None = _option(
         "the cloud is a server elsewhere, at this URL; auto starts one on loopback for the run and stops it",
         _url,
@@ -302,6 +350,11 @@ def _check(settings: Settings) -> None:
     if held and settings.mode != ("edge",) and not settings.cloud_url:
         raise ConfigError(
             f"--{held[0].replace('_', '-')}: would hold the cloud as well, in the same process; add --cloud-url auto"
+        )
+    if "entropy" in settings.draft_stop and "entropy" not in settings.gate:
+        raise ConfigError(
+            f"--draft-stop: entropy stops at the threshold of gate entropy, and --gate is {', '.join(settings.gate)}: "
+            "give entropy=x"
         )
     if settings.cloud_key_file and settings.cloud_url in (None, AUTO):
         raise ConfigError("--cloud-key-file: is for a server at --cloud-url http://...")

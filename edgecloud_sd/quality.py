@@ -70,8 +70,10 @@ def score(
     references: Sequence[Sequence[str]],
     language: str,
     bertscore_model: str | None = None,
+    meaningless: str | None = None,
 ) -> Quality:
-    """Every metric of METRICS. `bertscore_model` is a folder or a name on the hub; see `bertscore.load`.
+    """Every metric of METRICS. `bertscore_model` is a folder or a name on the hub; see `bertscore.load`. Of captions
+    that are `meaningless`, for a reason that it gives, nothing is measured.
 
     All but CIDEr (0 to 10) lie between 0 and 1. ROUGE-L, CIDEr, BERTScore and language_match of a corpus are means over
     its clips; BLEU and METEOR are made of summed counts. Raises ValueError unless every clip has references and every
@@ -95,8 +97,8 @@ def score(
     reasons = {}
     for names, measure in parts.items():
         try:
-            if not got:
-                raise NotMeasured("no clip was captioned")
+            if not got or meaningless:
+                raise NotMeasured(meaningless or "no clip was captioned")
             for name, (whole, each) in zip(names, measure(), strict=True):
                 corpus[name], per_clip[name] = float(whole), tuple(float(value) for value in each)
         except NotMeasured as error:

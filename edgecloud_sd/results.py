@@ -23,7 +23,7 @@ from edgecloud_sd.records import Prepared, Trace
 from edgecloud_sd.summary import ClipResult, Summary, least, mean, most
 from edgecloud_sd.utilization import Utilization
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
 
 

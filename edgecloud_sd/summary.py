@@ -48,6 +48,12 @@ FIGURES = {
         "meanwhile; mean over clips that waited",
     ),
     "discarded_draft": Figure("s", "lower", "spent on draft tokens that were thrown away; mean over clips"),
+    "round_trip_exposed": Figure(
+        "s", "lower", "waited for verdicts, from sending a draft or from drafting ahead to the answer; mean over clips"
+    ),
+    "round_trip_hidden": Figure(
+        "s", "higher", "of the way of verdicts, passed while the edge drafted ahead; mean over clips"
+    ),
     "cpu_percent": Figure("%", None, "CPU seconds of the process / wall seconds: above 100 on several cores"),
     "rss_peak": Figure("MB", "lower", "highest resident memory of the process while captioning; largest over clips"),
     "rss_mean": Figure("MB", "lower", "mean resident memory of the process while captioning; mean over clips"),
@@ -74,6 +80,7 @@ FIGURES = {
     "cloud_token_share": Figure("0 to 1", None, "tokens that the cloud verified or wrote / N"),
     "edge_share": Figure("0 to 1", None, "local tokens / N"),
     "waste": Figure("0 to 1", "lower", "discarded / drafted tokens"),
+    "waste_ahead": Figure("0 to 1", "lower", "wasted / made of the tokens drafted ahead of a verdict, with guesses"),
     "wire_up_per_token": Figure("bytes", "lower", "sent to the cloud / N: requests with their HTTP heads"),
     "wire_down_per_token": Figure("bytes", "lower", "sent back / N"),
     "never_sent": Figure("0 to 1", "higher", "captions of which nothing was sent to the cloud / captions"),
@@ -154,11 +161,15 @@ class Summary:
 
 
 def summarise(
-    results: Sequence[ClipResult], language: str, bertscore_model: str | None = None
+    results: Sequence[ClipResult],
+    language: str,
+    bertscore_model: str | None = None,
+    meaningless: str | None = None,
 ) -> tuple[Summary, quality.Quality]:
-    """The figures of one cell, and the quality that they rest on. `results` must not be empty."""
+    """The figures of one cell, and the quality that they rest on, as `quality.score` has it. `results` must not be
+    empty."""
     captions, references = [each.caption for each in results], [each.clip.references for each in results]
-    scores = quality.score(captions, references, language, bertscore_model)
+    scores = quality.score(captions, references, language, bertscore_model, meaningless)
     total: metrics.Counts = reduce(add, (each.counts for each in results))
     traces = [each.trace for each in results]
     spread = [part for each in results if (part := each.after_first)]
@@ -181,6 +192,8 @@ def summarise(
         "edge_opening": mean(metrics.opening(trace, "edge") for trace in traces),
         "cloud_opening": mean(metrics.opening(trace, "cloud") for trace in traces),
         "discarded_draft": fmean(each.ledger.discarded for each in results) if total.rounds else None,
+        "round_trip_exposed": fmean(each.ledger.exposed for each in results) if total.cloud_calls else None,
+        "round_trip_hidden": fmean(each.ledger.hidden for each in results) if total.ahead else None,
         "cpu_percent": 100 * sum(cpu) / sum(each.wall for each in used) if len(cpu) == len(used) else None,
         "rss_peak": most(each.rss_peak_mb for each in used),
         "rss_mean": mean(each.rss_mean_mb for each in used),
@@ -221,7 +234,7 @@ def summarise(
 # Figures that are properties of the counts
 RATES = (
     "acceptance_rate", "mean_accepted_length", "correction_rate", "cloud_call_rate", "cloud_calls_per_token",
-    "cloud_token_share", "edge_share", "waste",
+    "cloud_token_share", "edge_share", "waste", "waste_ahead",
 )  # fmt: skip
 
 
@@ -237,6 +250,7 @@ def _reasons(
         reasons |= {name.removesuffix("_mb"): reason for name, reason in each.used.reasons.items()}
     one_moment = "no caption has a token later than its first with text"
     no_link = "there is no link to cross"
+    no_ahead = "nothing was drafted ahead of a verdict (see --draft-ahead)"
     verified = "nothing was verified" if total.rounds else "this mode has no rounds"
     looked = "" if any(each.hindsight for each in results) else "the cloud was not asked afterwards (see --shadow)"
     if looked and not total.cloud_calls:
@@ -251,6 +265,9 @@ def _reasons(
         "cloud_opening": "no draft was escalated" if total.rounds else "this mode does not open the cloud",
         "discarded_draft": "this mode has no rounds",
         "waste": "this mode has no rounds",
+        "waste_ahead": no_ahead,
+        "round_trip_exposed": verified,
+        "round_trip_hidden": no_ahead,
         "cloud_call_rate": verified,
         "cloud_calls_per_token": verified,
         "acceptance_rate": verified,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench import cases
+from bench import cases, table
 from edgecloud_sd import config, profile
 
 
@@ -29,6 +29,18 @@ def test_a_grid_is_every_combination_in_order() -> None:
 def test_what_is_the_same_cell_is_made_once() -> None:
     found = ids(mode="speculative", gate="always,entropy", entropy_threshold="0,-1", rule="greedy,rank", rank="1,20")
     assert found == ["speculative-pocket-always-k3-greedy-zh", "speculative-pocket-always-k3-rank20-zh"]
+
+
+def test_a_synthetic_rule_stands_in_the_id_as_a_file_name_can_hold_it_and_is_lossy() -> None:
+    found = cases.cases(
+        config.resolve({"mode": "speculative", "gate": "always", "rule": "synthetic(0.9/0.8),greedy,synthetic(1)"})
+    )
+    assert [case.id for case in found] == [
+        "speculative-pocket-always-k3-synthetic0.9_0.8-zh",
+        "speculative-pocket-always-k3-greedy-zh",
+        "speculative-pocket-always-k3-synthetic1-zh",
+    ]
+    assert [table.promise(case, "float32") for case in found] == ["lossy", "exact", "lossy"]
 
 
 def test_own_models_stand_in_the_id_without_their_folders(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_text_that_never_becomes_a_character_is_shown_at_the_end(capsys: pytest.
     ("options", "message"),
     [
         (["absent.wav"], "absent.wav: no such audio file"),
-        (["clip.wav", "--k", "none"], "--k: 'none' is not a whole number of at least 1"),
+        (["clip.wav", "--k", "none"], "--k: 'none' is not auto or a whole number of at least 1"),
         (["clip.wav", "--mode", "hybrid"], "--mode: 'hybrid' is not one of edge, cloud, speculative"),
         (["clip.wav", "--edge-device", "abacus"], "device 'abacus' cannot be used here"),
         (["clip.wav", "--edge-model", "absent-folder"], "no checkpoint 'absent-folder': give a folder"),

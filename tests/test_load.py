@@ -13,7 +13,7 @@ import pytest
 from bench import load, rows
 from bench.load import Call, Lost, Recorded, Replay, Round
 from edgecloud_sd import config, gate
-from edgecloud_sd.acceptance import GREEDY, Rank
+from edgecloud_sd.acceptance import GREEDY, Rule
 from edgecloud_sd.clock import stamp
 from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.decoder import Decoding, decode
@@ -176,7 +176,7 @@ class Unruly(ToyEngine):
     model: ToyModel = CLOUD
     instead: Callable[[Verification], Verification] = field(default=lambda opened: opened)
 
-    def verifier(self, rule: Rank) -> Verifier:
+    def verifier(self, rule: Rule) -> Verifier:
         return _Between(super().verifier(rule), self)
 
 

@@ -60,7 +60,7 @@ def clip(name: str, text: str, seconds: float, **other: Any) -> Document:
         "not_measured": {},
         "cloud_faults": 0,
         "degraded": None,
-        "counts": counts | {"tokens": 5, "cloud": 0, "verified": 0},
+        "counts": counts | {"tokens": 5, "cloud": 0, "verified": 0, "ahead": 0, "ahead_wasted": 0},
         "ledger": dict.fromkeys(PARTS, 0.0),
         "discarded_draft": 0.0,
         "hindsight": None,
@@ -99,6 +99,8 @@ def cell(mode: str, clips: Sequence[Document] | None = None, machine: Document |
             "mode": mode,
             "gate": "H1" if speculative else None,
             "k": 2 if speculative else None,
+            "draft_stop": None,
+            "draft_ahead": 0 if speculative else None,
             "rule": "greedy" if speculative else None,
             "link": None if mode == "edge" else "none",
             "open": "eager" if speculative else None,
@@ -127,7 +129,9 @@ def cell(mode: str, clips: Sequence[Document] | None = None, machine: Document |
                 ("ttft_mean", "ttft_min", "ttft_max", "otps_mean", "total_time_mean", "cpu_percent_mean", "ram_mb_mean")
             )
             | {"gpu_util_mean": None},
-            "speculative_decoding_metrics": dict.fromkeys((*counts, "verified", "discarded"), 0)
+            "speculative_decoding_metrics": dict.fromkeys(
+                (*counts, "verified", "ahead", "ahead_wasted", "discarded"), 0
+            )
             | {"acceptance_by_position": [0.9, 0.6] if speculative else []},
             "figures": figures | said.get("figures", {}),
             "ledger": dict.fromkeys(PARTS, 0.0) | {"draft": 1.0, "verify": seconds - 1 + 0.25 * speculative},
@@ -382,7 +386,7 @@ def test_the_results_file_of_one_cell_has_its_answer_computed(tmp_path: Path) ->
         [0.1, "prepared", 5],
         [0.2, "opened", "edge"],
         [0.3, "opened", "cloud"],
-        [0.4, "drafted", [1, 2], [0.1, 0.2]],
+        [0.4, "drafted", [1, 2], [0.1, 0.2], 0],
         [0.4, "escalated", 1],
         [0.5, "verified", 1, 3],
         [0.5, "committed", [1], "accepted"],

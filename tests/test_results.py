@@ -107,6 +107,8 @@ EXPERIMENT = {
     "mode": "speculative",
     "gate": "entropy",
     "k": 2,
+    "draft_stop": None,
+    "draft_ahead": 0,
     "rule": "rank20",
     "link": "none",
     "open": "eager",
@@ -343,6 +345,8 @@ def test_the_speculative_metrics_add_up(made: dict[str, Any]) -> None:
             "cloud_calls": 3,
             "drafted": 8,
             "verified": 5,
+            "ahead": 0,
+            "ahead_wasted": 0,
             "discarded": 2,
         }
     )

@@ -18,6 +18,7 @@ from bench.conftest import problems_in_one_line
 from edgecloud_sd import config, link, pairs, profile, results
 from edgecloud_sd.captioner import Captioner
 from edgecloud_sd.ledger import PARTS
+from edgecloud_sd.models import hf
 from edgecloud_sd.path_options import join
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.summary import FIGURES
@@ -111,6 +112,26 @@ def test_a_grid_prints_one_table_writes_results_and_can_be_compared(
     assert f"test_captioning[{strict}]:otps" in compared.stdout, compared.stderr
 
 
+@pytest.mark.slow
+def test_each_side_is_loaded_once_for_all_cells_and_loads(
+    captioner: Captioner, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpuinfo.get_cpu_info", dict)
+    loaded: list[str] = []
+
+    load = hf.load
+
+    def counted(checkpoint: str, *how: str) -> hf.HFModel:
+        loaded.append(checkpoint)
+        return load(checkpoint, *how)
+
+    monkeypatch.setattr(hf, "load", counted)
+    done = run(pytester, "--max-samples", "1", "--max-new-tokens", "4", "--k", "1,2")
+    # cells, edges at once on a server, which loads its own, and what transformers does with the same two
+    done.assert_outcomes(passed=4 + 3 + 1)
+    assert sorted(loaded) == sorted([captioner.pair.edge, captioner.pair.cloud])
+
+
 def test_a_bad_clip_fails_the_case_and_writes_nothing(pytester: pytest.Pytester, manifest: Path) -> None:
     options = ("--mode", "edge", "--dataset-path", str(manifest))
     done = run(pytester, *options)
@@ -138,7 +159,7 @@ def test_one_cell_has_the_published_file_name_and_a_grid_one_file_a_cell() -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--k", "0"], "--k: '0' is not a whole number of at least 1"),
+        (["--k", "0"], "--k: '0' is not auto or a whole number of at least 1"),
         (["--mode", "edge,hybrid"], "--mode: 'hybrid' is not one of edge, cloud, speculative"),
         (["--config", "absent.yaml"], "absent.yaml: cannot be read"),
     ],
@@ -162,7 +183,7 @@ def test_the_help_and_the_readme_say_the_same_of_every_option(pytester: pytest.P
     defaults = config.read_file(config.defaults_file())
     for option in config.OPTIONS:
         default = defaults[option.name]
-        shown = ",".join(default) if isinstance(default, list) else "" if default is None else default
+        shown = ",".join(default) if isinstance(default, list) else "" if default is None else str(default)
         assert f"| `--{option.name}` | {shown} | {option.help} |" in readme
         assert f"--{option.name}" in help
         assert f"(default: {shown or 'none'})" in help[help.index(option.help) :][: len(option.help) + 90]

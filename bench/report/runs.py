@@ -13,6 +13,7 @@ from bench import verdict
 from bench.comparison import Document
 from edgecloud_sd import link, results, traces
 from edgecloud_sd import profile as profiles
+from edgecloud_sd.config import AUTO
 
 GIVE = (
     "give a file that pytest-benchmark saved (.benchmarks/*/0001_name.json, or that of --benchmark-json), or the "
@@ -124,7 +125,9 @@ def _answer(case: str, document: Document) -> dict[str, str]:
     try:
         decoded = [traces.from_json(clip["trace"]) for clip in document["detailed_results"]]
         crossed, eager = link.find(said["link"] or "none"), said["open"] == "eager"
-        cell = verdict.Decoded(said["mode"], said["k"] or 0, gated, crossed, eager, decoded)
+        k = None if said["k"] == AUTO or said["draft_stop"] else said["k"]
+        ahead, strict = said["draft_ahead"] or 0, said["output"] != "lossy"
+        cell = verdict.Decoded(said["mode"], k, gated, crossed, eager, ahead, strict, decoded)
         costs = said["profile_costs"]
         found = verdict.verdicts({case: cell}, profiles.from_json(costs) if costs else None, together)
     except (ValueError, KeyError, TypeError) as error:  # a trace or a link that this version does not know
