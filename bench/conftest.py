@@ -17,7 +17,7 @@ from tqdm import tqdm
 from bench import cases, load, peers, rows, table, verdict
 from bench.comparison import Document
 from bench.unfinished import Unfinished
-from edgecloud_sd import dataset, metrics, oracle, quality, results
+from edgecloud_sd import dataset, gate, metrics, oracle, quality, results
 from edgecloud_sd import profile as profiles
 from edgecloud_sd.calibrate import measure
 from edgecloud_sd.captioner import Captioner, Request
@@ -307,7 +307,7 @@ def answers(done: Done, settings: Settings) -> dict[str, oracle.Forecast | str]:
         name: verdict.Decoded(
             case.cell.mode,
             None if case.cell.stop else case.cell.k,
-            case.cell.gate.score is not None,
+            gate.statistics(case.cell.gate, case.cell.stop),
             case.cell.link,
             case.cell.open == "eager",
             case.cell.ahead,

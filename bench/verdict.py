@@ -20,7 +20,7 @@ class Decoded:
 
     mode: str
     k: int | None  # the length that drafts have but at the end of a caption; None where it varies
-    gated: bool
+    gated: int
     link: Link
     eager: bool
     ahead: int

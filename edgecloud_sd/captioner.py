@@ -170,7 +170,14 @@ class Captioner:
             if mode != "edge":
                 cloud = self._connection.remote if self._connection else None
                 there = cloud.traits if cloud else pairs.traits(self.cloud)
-                pairs.check(side.name, pairs.traits(side), cloud.name if cloud else self.cloud.name, there)
+                name = cloud.name if cloud else self.cloud.name
+                pairs.check(side.name, pairs.traits(side), name, there)
+                if cloud and (cloud.weights == pairs.DUMMY) != (self.pair.weights == pairs.DUMMY):
+                    raise ValueError(f"{name}, at the server, and {side.name} are not both of dummy weights: --weights")
+                if models and self.pair.weights == pairs.DUMMY:
+                    from edgecloud_sd.models import dummy
+
+                    dummy.check_rows(models[0].rows, cloud.rows if cloud else self.cloud.rows)
             self._loaded[mode] = side, _threads(self._threads, models)
         side, threads = self._loaded[mode]
         _use(threads)

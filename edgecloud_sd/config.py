@@ -114,7 +114,9 @@ def _rule(text: str) -> str:
         acceptance.parse(text)
     except ValueError:
         known = ", ".join(acceptance.NAMES)
-        raise ValueError(f"is not one of {known}, with r of at least 1 and p of 0 to 1") from None
+        raise ValueError(
+            f"is not one of {known}, with r of at least 1 and {acceptance.MOST_RATES} p of 0 to 1 at most"
+        ) from None
     return text
 
 

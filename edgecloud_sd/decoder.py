@@ -6,6 +6,7 @@ It holds no clock, no logger and no measurement: whoever iterates it may time th
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -137,9 +138,11 @@ def _ahead(
     try:
         made = drafter.ahead(n, pending.done)
         yield Ahead(drafter.tokens[drafted:], made)
-    finally:
-        verdict = pending.result()  # it must not run on into whatever comes next
-    return verdict
+    except BaseException:
+        with suppress(Exception):
+            pending.result()  # it must not run on into whatever comes next
+        raise
+    return pending.result()
 
 
 def _finished(how: Decoding, output: list[int]) -> Finished:

@@ -91,6 +91,11 @@ def parse_stop(text: str, gate: Gate) -> Stop | None:
     )
 
 
+def statistics(gate: Gate, stop: Stop | None) -> int:
+    """How many are computed of each drafted token."""
+    return int(gate.score is not None) + int(stop is not None and stop.score is not None)
+
+
 def _closeness(row: Tensor) -> float:
     return -probs.margin(row)
 

@@ -89,7 +89,7 @@ def ledger(trace: Trace) -> Ledger:
             draft, ahead = [*ahead[: event.ahead], *[seconds / max(new, 1)] * new], ahead[event.ahead :]
         elif isinstance(event, Ahead):
             ahead += [seconds / max(event.made, 1)] * event.made
-            guess = event.tokens[0] if event.tokens else None
+            guess = event.guess
         elif isinstance(event, Verified):
             if event.right(guess):
                 del ahead[0]

@@ -194,7 +194,7 @@ def counts(trace: Trace) -> Counts:
             guess = None
         elif isinstance(event, Ahead):
             ahead += event.made
-            guess = event.tokens[0] if event.tokens else None
+            guess = event.guess
         elif isinstance(event, Escalated):
             cloud_calls += 1
         elif isinstance(event, Verified):
@@ -232,8 +232,8 @@ def right_guesses(traces: Iterable[Trace]) -> float | None:
         for _, event in trace.events:
             if isinstance(event, Drafted):
                 guess = None
-            elif isinstance(event, Ahead) and event.tokens:
-                guess = event.tokens[0]
+            elif isinstance(event, Ahead):
+                guess = event.guess
             elif isinstance(event, Verified) and guess is not None:
                 whole += event.verdict.accepted == len(event.draft.tokens)
                 right += event.right(guess)

@@ -21,9 +21,9 @@ the drafter's step:
 
 An edge that drafts up to n tokens ahead while a verdict is on its way, W = L + q + V, makes m = min(n, ceil(W / e)) of
 them and sees the verdict after max(W, m e). Where the draft is accepted whole and its guess of the bonus is right, with
-chance c, the other m - 1 begin the next draft, of max(k, m - 1) tokens, or k where the output depends on how drafts are
-cut. With x the chance of that after a draft of k tokens and y after one that was begun so, a share x / (1 - y + x) of
-the rounds is of the second kind, and M and T are the means of both kinds.
+chance c, the other m - 1 begin the next draft, of max(k, m - 1) tokens (where the output depends on how drafts are cut,
+m is k + 1 at most). With x the chance of that after a draft of k tokens and y after one that was begun so, a share
+x / (1 - y + x) of the rounds is of the second kind, and M and T are the means of both kinds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Workload:
     k: int
     accepted: tuple[float, ...]  # p_i from i = 1; beyond the last, n, each token is as likely: p_i = p_n^(i/n)
     gate_rate: float = 1.0  # share of rounds escalated
-    gated: bool = False  # whether the gate reads a statistic of each drafted token
+    gated: int = 0  # statistics that gate and draft stop read of each drafted token
     bonus: bool = True  # whether a draft accepted whole earns the cloud's next token
     sent: float | None = None  # committed tokens sent with an escalated draft, mean; None: as m geometric has it
     tokens: float | None = None  # N of a caption, where whole captions are to be forecast
@@ -77,7 +77,8 @@ class Workload:
 
     def at(self, k: int) -> Workload:
         """The same with drafts of `k`: if each drafted token exceeds the gate's threshold independently."""
-        rate = 1 - (1 - self.gate_rate) ** (k / self.k)
+        local = math.log1p(-self.gate_rate) if self.gate_rate < 1 else -math.inf
+        rate = -math.expm1(k / self.k * local)  # 1 - (1 - g)^(k / k'), however small g is
         sent = self.sent
         if sent is not None and self.gate_rate < 1:  # as far from what m geometric has as at this k
             sent = 1 + (sent - 1) * (k * (1 - rate) / rate) / (self.k * (1 - self.gate_rate) / self.gate_rate)
@@ -115,11 +116,13 @@ def _kinds(profile: Profile, link: Link, work: Workload) -> Iterator[tuple[float
         return
     step = _step(profile, work)
     made = min(work.ahead, math.ceil(_crossing(profile, link, work) / step)) if step else work.ahead
-    begun = work.at(max(work.k, made - 1)) if work.strict else work
+    if not work.strict:
+        made = min(made, work.k + 1)  # what a round can use; more is left for the rounds after it
+    begun = work.at(max(work.k, made - 1))
     right, again = (each.gate_rate * each.p(each.k) * work.guess for each in (work, begun))
     share = right / (1 - again + right) if made and right else 0.0
     yield 1 - share, work, 0, made
-    yield share, begun, min(max(made - 1, 0), begun.k), made
+    yield share, begun, max(made - 1, 0), made
 
 
 def _round(profile: Profile, link: Link, work: Workload, there: int, made: int) -> Round:
@@ -167,7 +170,7 @@ def opening_seconds(profile: Profile, link: Link, mode: str, work: Workload) -> 
 
 
 def _step(profile: Profile, work: Workload) -> float:
-    return profile.edge.step + (profile.gate if work.gated else 0.0)
+    return profile.edge.step + work.gated * profile.gate
 
 
 def _fed(work: Workload) -> Iterable[tuple[float, float]]:
@@ -352,7 +355,7 @@ def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
 
 
 def workload(
-    traces: Sequence[Trace], k: int | None, gated: bool = False, eager: bool = True, ahead: int = 0, strict: bool = True
+    traces: Sequence[Trace], k: int | None, gated: int = 0, eager: bool = True, ahead: int = 0, strict: bool = True
 ) -> Workload | None:
     """What speculative captions with drafts of up to `k` were; None where nothing was verified.
 

@@ -15,7 +15,7 @@ from edgecloud_sd import link, oracle
 from edgecloud_sd.clock import Clock
 from edgecloud_sd.oracle import Workload
 from edgecloud_sd.profile import Costs, Profile
-from edgecloud_sd.records import Ahead, Drafted, Escalated, Event, Opened, Trace, Verified
+from edgecloud_sd.records import Ahead, Degraded, Drafted, Escalated, Event, Opened, Trace, Verified
 
 FIRST = 4  # before anything is known
 # Of the weight of a sum, at each thing that is added to it: half is forgotten after 14 and after 34. What a pass or a
@@ -25,6 +25,7 @@ COSTS, CHANCES = 0.95, 0.98
 # seen there. It is better than most, so that longer drafts are tried before they are thought worse; and what a place
 # has shown fades while no draft reaches it, so that they are tried again.
 LIKELY, WEIGHT = 0.95, 6.0
+RAREST = 1e-3  # share of escalated rounds below which none is believed
 
 
 @dataclass
@@ -82,6 +83,8 @@ class Pace:
     _round: float = 0.0  # s since the draft was sent
     _fed: int = 0
     _guess: int | None = None
+    _alone: bool = False  # whether the edge finishes a caption that the cloud has failed
+    _k: int = field(default=FIRST, compare=False)
 
     def see(self, event: Event, seconds: float) -> None:
         """`seconds`: since the event before."""
@@ -91,7 +94,8 @@ class Pace:
             self._drafted(seconds, len(event.draft.tokens) - event.ahead)
             if not event.ahead:
                 self.drafted.add(len(event.draft.tokens))
-            self.escalated.add(0.0)
+            if not self._alone:
+                self.escalated.add(0.0)
             self._guess = None
         elif isinstance(event, Escalated):
             self.escalated.y += 1
@@ -99,7 +103,7 @@ class Pace:
             self._fed = event.sent + len(event.draft.tokens)
         elif isinstance(event, Ahead):
             self._drafted(seconds, event.made)
-            self._guess = event.tokens[0] if event.tokens else None
+            self._guess = event.guess
         elif isinstance(event, Verified):
             self.trip.add(self._round, self._fed)
             reached = min(event.verdict.accepted + 1, len(event.draft.tokens))
@@ -108,6 +112,8 @@ class Pace:
                 kept.add(float(place < event.verdict.accepted), n=float(place < reached))
             if self._guess is not None and event.verdict.accepted == len(event.draft.tokens):
                 self.guessed.add(float(event.right(self._guess)))
+        elif isinstance(event, Degraded):
+            self._alone = True
         if not isinstance(event, Ahead):
             self._round = 0.0
 
@@ -117,6 +123,8 @@ class Pace:
         for event in events:
             self.see(event, clock() - before)
             yield event
+            if self.trip.n and (isinstance(event, Verified) or event == Opened("edge")):
+                self._k = self.fastest()  # here, where the time that it takes is no draft's
             before = clock()
 
     def look_back(self, trace: Trace) -> None:
@@ -125,14 +133,16 @@ class Pace:
             self.see(event, seconds - before)
 
     def __call__(self) -> int:
-        if not self.trip.n:
-            return FIRST
+        return self._k
+
+    def fastest(self) -> int:
+        """The length, as far as is known. Something must have been verified."""
         tokens = [self.trip.at(n) for n in (1, 2)]
         costs = Profile("seen", Costs(0.0, ((1, self.step.mean),)), Costs(0.0, tuple(enumerate(tokens, 1))))
         work = Workload(
             k=max(round(self.drafted.mean), 1),
             accepted=self.acceptance(),
-            gate_rate=self.escalated.mean,
+            gate_rate=max(self.escalated.mean, RAREST),
             sent=self.sent.mean,
             ahead=self.ahead,
             strict=self.strict,
@@ -152,7 +162,7 @@ class Pace:
     def _open(self, event: Event, seconds: float) -> None:
         """What the opening shows. A cloud that was not waited for was ready before, let us say by one step."""
         if isinstance(event, Opened) and event.side == "edge":
-            self._first = 0
+            self._first, self._alone = 0, False
         elif isinstance(event, Drafted) and self._first == 0:
             self._first = len(event.draft.tokens)
         elif isinstance(event, Opened) and self._first and self.eager:

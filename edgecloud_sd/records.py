@@ -108,6 +108,11 @@ class Ahead:
     tokens: tuple[int, ...]
     made: int
 
+    @property
+    def guess(self) -> int | None:
+        """Of the bonus; None before one is made."""
+        return self.tokens[0] if self.tokens else None
+
 
 @dataclass(frozen=True)
 class Verified:

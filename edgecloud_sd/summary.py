@@ -252,7 +252,11 @@ def _reasons(
     no_link = "there is no link to cross"
     no_ahead = "nothing was drafted ahead of a verdict (see --draft-ahead)"
     verified = "nothing was verified" if total.rounds else "this mode has no rounds"
-    looked = "" if any(each.hindsight for each in results) else "the cloud was not asked afterwards (see --shadow)"
+    looked = (
+        ""
+        if any(each.hindsight for each in results)
+        else "the cloud was not asked afterwards (see --shadow; not under rule synthetic)"
+    )
     if looked and not total.cloud_calls:
         looked = "no draft went to the cloud"
     guesses = {

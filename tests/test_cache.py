@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edgecloud_sd.models.cache import Cache
+from edgecloud_sd.models.cache import GROWTH, Cache
 
 SHAPE = (4, 1, 2, 3)  # keys and values of two layers, one stream, two heads, three numbers
 
@@ -65,7 +65,10 @@ def test_a_position_costs_no_copy_of_those_before(monkeypatch: pytest.MonkeyPatc
     cache = empty(4)
     for number in range(100):
         add(cache, [float(number)])
-    assert copies == [8, 16, 32, 64, 128]
+    assert copies == [4 + GROWTH]
+    for number in range(GROWTH):
+        add(cache, [float(number)])
+    assert copies == [4 + GROWTH, 4 + 2 * GROWTH]
 
 
 def test_a_copy_has_the_same_and_goes_its_own_way() -> None:

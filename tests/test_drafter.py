@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -17,9 +18,9 @@ from edgecloud_sd.drafter import Drafter
 from edgecloud_sd.gate import parse_stop
 from edgecloud_sd.models.toy import ToyModel
 from edgecloud_sd.opening import Pending
-from edgecloud_sd.records import Ahead, Committed, Draft, Drafted, Prompt, Trace, Verdict, Verified
+from edgecloud_sd.records import Ahead, Committed, Draft, Drafted, Event, Prompt, Trace, Verdict, Verified
 from edgecloud_sd.stopping import Stopping
-from edgecloud_sd.verifier import LocalVerifier
+from edgecloud_sd.verifier import CloudFault, LocalVerifier
 from tests.strategies import Case, Scene, Scripted, gates, ks, ranks, scenes, speculative, stops
 
 LIMITS = st.sampled_from([0, 1, 2, 5, 30])
@@ -232,3 +233,55 @@ def test_a_reader_that_leaves_while_a_verdict_is_on_its_way_waits_for_it() -> No
     assert waited == []
     events.close()  # type: ignore[attr-defined]
     assert waited == [True]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError, GeneratorExit])
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_stops_the_edge_while_it_drafts_ahead_is_not_lost_in_a_fault_of_the_cloud(
+    error: type[BaseException], alone: bool
+) -> None:
+    waited: list[bool] = []
+
+    def fails() -> Verdict:
+        raise CloudFault("gone")
+
+    def begin(call: Callable[[], Verdict]) -> Pending[Verdict]:
+        return Slow(fails, iter(()), waited)
+
+    stopping = Stopping(frozenset(), 8)
+    how = Decoding("speculative", stopping, 2, gate.ALWAYS, alone=alone, begin=begin, ahead=2)
+    events = decode(Prompt((5, 6)), how, Scripted(), LocalVerifier(Scripted(), GREEDY))
+    assert any(isinstance(event, Ahead) for event in events)
+    with pytest.raises(error):
+        events.throw(error())  # type: ignore[attr-defined]
+    assert waited == [True]
+
+
+@given(drafting())
+def test_stopping_drafts_early_changes_no_token_of_strict_output(case: Case) -> None:
+    stop = case.how.stop and replace(case.how.stop, score=case.how.stop.score or probs.entropy)
+    strict = replace(case, how=replace(case.how, gate=gate.ALWAYS, stop=stop), rule=GREEDY)
+    whole = replace(strict, how=replace(strict.how, stop=None))
+    assert run(strict, 0, [], strict=True).tokens == run(whole, 0, [], strict=True).tokens
+
+
+@pytest.mark.parametrize(("text", "stops"), [("margin=0.5", [False, True]), ("entropy=0.6", [False, True])])
+def test_a_margin_stops_where_it_is_small_and_an_entropy_where_it_is_large(text: str, stops: list[bool]) -> None:
+    rows = torch.tensor([[4.0, 0.0], [0.5, 0.0]])  # margins 0.96 and 0.24, entropies 0.09 and 0.66 nats
+    stop = parse_stop(text, gate.ALWAYS)
+    assert stop is not None
+    assert [stop(row, []) for row in rows] == stops
+
+
+def test_what_was_drafted_ahead_is_counted_once_and_wasted_where_it_does_not_stand() -> None:
+    first, second = Draft((1, 2)), Draft((4, 5, 6))
+    events: list[Event] = [
+        Drafted(first),
+        Ahead((3, 4, 5), 3),
+        Verified(first, Verdict(2, 3)),  # a right guess, and two that stand
+        Drafted(second, 2),
+        Ahead((7, 8), 2),
+        Verified(second, Verdict(1, 9)),  # both in vain
+    ]
+    counts = metrics.counts(Trace(tuple((0.0, event) for event in events)))
+    assert (counts.drafted, counts.ahead, counts.ahead_wasted, counts.waste_ahead) == (7, 5, 2, 0.4)

@@ -78,6 +78,8 @@ def plans(draw: st.DrawFn) -> Plan:
     kind = draw(st.sampled_from(["strict", "strict", "lossy", "cloud", "cloud"]))
     rule = draw(ranks | synthetics) if kind == "lossy" else GREEDY
     how = speculative(scene, draw(ks), draw(gates) if kind == "lossy" else gate.ALWAYS)
+    if draw(st.booleans()):
+        how = replace(how, ahead=6, strict=kind == "strict")
     if kind == "cloud":
         how = Decoding("cloud", scene.stopping)
     kinds = [*STREAMED, *UNSTREAMED] if kind == "cloud" else UNSTREAMED
@@ -132,7 +134,8 @@ def caption(
             verifier = stage.opened(verifier, plan.when)
         if gave_up is not None:
             verifier = Watched(verifier, gave_up)
-        yield from decode(plan.scene.prompt, plan.how, plan.scene.edge, verifier)
+        how = replace(plan.how, begin=stage.begin_verdict if plan.how.ahead else None)
+        yield from decode(plan.scene.prompt, how, plan.scene.edge, verifier)
 
     return stamp(events(), stage.watch)
 

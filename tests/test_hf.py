@@ -156,6 +156,8 @@ def test_a_prefix_is_what_stands_before_the_audio(captioner: Captioner) -> None:
     assert model.prefix(Prompt((5, 6, audio, 7))) == (5, 6)
     for ids in [(5, audio, 6, 7), (audio, 5, 6), (5, 6, 7)]:  # one position, none, and nothing that must differ
         assert model.prefix(Prompt(ids)) == ()
+    assert len(model.prefix(Prompt((5,) * hf.LONGEST + (audio, 7)))) == hf.LONGEST
+    assert model.prefix(Prompt((5,) * (hf.LONGEST + 1) + (audio, 7))) == ()  # nobody may have it held for good
 
 
 def test_a_prefix_is_computed_once_and_the_rest_for_every_clip(

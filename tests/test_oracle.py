@@ -190,6 +190,24 @@ def test_a_whole_caption_is_its_opening_and_its_tokens(machines: Profile, link: 
         assert oracle.forecast(machines, link, work).caption == over(link, trace.seconds)
 
 
+@pytest.mark.parametrize(("text", "n"), [("entropy=9", 1), ("margin=0.0001", 1), ("none", 0)])
+def test_what_a_draft_stop_reads_is_paid_for_each_token(text: str, n: int) -> None:
+    stop = gate.parse_stop(text, gate.ALWAYS)
+    assert gate.statistics(gate.ALWAYS, stop) == n
+    assert gate.statistics(gate.entropy(1.0), gate.parse_stop("margin=0.1", gate.entropy(1.0))) == 2
+    assert gate.statistics(gate.entropy(1.0), gate.parse_stop("entropy", gate.entropy(1.0))) == 1
+    machines = Profile("machines", Costs(0.0, ((1, 0.01),)), Costs(0.0, ((1, 0.02),)), gate=0.004)
+    how = Decoding("speculative", Stopping(frozenset(), 30), 2, gate.ALWAYS, stop=stop)
+    trace = play(PROMPT, Scripted(), Scripted(), how, Stage(machines))
+    work = replace(geometric(2, 1.0), gated=n)
+    assert trace.seconds == pytest.approx(30 * oracle.seconds_per_token(machines, links.NONE, work))
+    found = oracle.observed(
+        [trace, play(PROMPT, Scripted(), Scripted(), Decoding("cloud", how.stopping), Stage(machines))]
+    )
+    assert found is not None
+    assert found.gate == pytest.approx(0.004 if n else 0.0)
+
+
 @settings(max_examples=15)
 @given(
     ks,
@@ -203,11 +221,11 @@ def test_an_edge_that_drafts_ahead_takes_what_is_forecast(
     k: int, ahead: int, strict: bool, machines: Profile, link: Link, right: float
 ) -> None:
     machines, link, source = replace(machines, queue=0.0), steady(link), random.Random(3)
-    wrong = frozenset(place for place in range(3000) if source.random() > right)
-    how = Decoding("speculative", Stopping(frozenset(), 3000), k, gate.ALWAYS, ahead=ahead, strict=strict)
+    wrong = frozenset(place for place in range(1000) if source.random() > right)
+    how = Decoding("speculative", Stopping(frozenset(), 1000), k, gate.ALWAYS, ahead=ahead, strict=strict)
     trace = play(PROMPT, Scripted(wrong), Scripted(), how, Stage(machines, link))
     work = Workload(k, tuple(right**i for i in range(1, 41)), sent=1.0, ahead=ahead, strict=strict, guess=right)
-    forecast = 3000 * oracle.seconds_per_token(machines, link, work)
+    forecast = 1000 * oracle.seconds_per_token(machines, link, work)
     assert trace.seconds - oracle.opening_seconds(machines, link, "speculative", work) == pytest.approx(
         forecast, rel=0.08
     )

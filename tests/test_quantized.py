@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from edgecloud_sd import pairs
 from edgecloud_sd.captioner import Captioner
+from edgecloud_sd.cloud.__main__ import main
+from edgecloud_sd.config import ConfigError, resolve
 from edgecloud_sd.models import hf, memory, quantized
 from edgecloud_sd.models.quantized import GROUP, MANY, HalfEmbedding, HalfLinear, Int4Linear, Int8Linear
 from edgecloud_sd.records import Prompt
@@ -73,6 +75,8 @@ def test_rows_and_groups_of_zeros_stay_zeros() -> None:
     nn.init.zeros_(nothing.weight)
     for made in (Int8Linear(nothing), Int4Linear(nothing)):
         assert torch.equal(made(torch.randn(3, 64)), torch.zeros(3, 32))
+    assert quantized.int8(nothing.weight)[1].all()  # nothing was divided by 0
+    assert quantized.int4(nothing.weight)[1][..., 0].all()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, MANY - 1, MANY, 70])
@@ -189,6 +193,17 @@ def test_no_more_than_one_layer_is_there_twice() -> None:
     quantized.quantise(thinker, "int8", fill)
     assert len(done) > 10
     assert most <= 1
+
+
+@pytest.mark.parametrize("dtype", pairs.QUANTISED)
+def test_the_cloud_has_other_formats(dtype: str) -> None:
+    with pytest.raises(ConfigError, match=f"--cloud-dtype: '{dtype}' is for the edge alone .--edge-dtype.: choose one"):
+        resolve({"cloud-dtype": dtype})
+    with pytest.raises(
+        SystemExit, match=f"--dtype: '{dtype}' is for the edge alone .--edge-dtype.: choose one of auto"
+    ):
+        main(["serve", "--dtype", dtype])
+    assert resolve({"edge-dtype": dtype}).edge_dtype == dtype
 
 
 def test_a_gpu_has_other_formats() -> None:

@@ -119,7 +119,9 @@ def _saved(found: Document) -> str | None:
 def _answer(case: str, document: Document) -> dict[str, str]:
     """The oracle's, from the traces that the results file of one cell holds."""
     said = document["experiment_config"]
-    gated = said.get("entropy_threshold") is not None
+    stop = said["draft_stop"] or ""
+    gated = int(said.get("entropy_threshold") is not None)
+    gated += int(stop.startswith("stopM") or (stop != "" and not gated))  # a gate's own entropy serves both
     one_process = said["clock"] == "real" and not said["cloud_url"]
     together = one_process and said.get("edge_device") == said.get("cloud_device")
     try:

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default=pairs.PAIRS["pocket"].cloud, help="a folder or a hub name (default: the pocket pair's)")
     add("--engine", choices=engines.NAMES, default=engines.NAMES[0], help=f"what computes {shown}")
     add("--device", default="cpu", help=f"torch device, or auto: a GPU where there is one {shown}")
-    add("--weights", default="real", choices=pairs.WEIGHTS, help=f"dummy ones are random {shown}")
+    add("--weights", default=pairs.REAL, choices=pairs.WEIGHTS, help=f"dummy ones are random {shown}")
     dtypes = ", ".join(config.DTYPES)
     add("--dtype", default="float32", help=f"number format: {dtypes}; auto is by the device {shown}")
     add("--threads", type=int, help="CPU threads of torch (default: one for models under 50 M parameters)")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from edgecloud_sd.acceptance import Rank, Rule
-from edgecloud_sd.pairs import REAL, Traits, traits
+from edgecloud_sd.pairs import DUMMY, REAL, Traits, traits
 from edgecloud_sd.verifier import LocalVerifier, Verifier
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Identity:
     positions: int  # tokens of prompt and caption together, at most
     max_rank: int  # of rule rank(r)
     traits: Traits
-    weights: str = ""  # digest of the checkpoint's; empty where it has no files
+    weights: str = ""  # digest of the checkpoint's; `DUMMY` where they are random, empty where it has no files
     synthetic: bool = True  # whether it judges by rule synthetic(p)
 
     @property
@@ -68,6 +68,7 @@ class Transformers:
 
     model: HFModel
     dtype: str
+    weights: str = REAL
     slots: int = 1
 
     @property
@@ -84,7 +85,7 @@ class Transformers:
             positions=config.max_position_embeddings,
             max_rank=config.vocab_size,
             traits=traits(self.model),
-            weights=memory.digest(self.model.name),
+            weights=DUMMY if self.weights == DUMMY else memory.digest(self.model.name),
         )
 
     def verifier(self, rule: Rule) -> Verifier:
@@ -148,4 +149,4 @@ def load(name: str, checkpoint: str, device: str, dtype: str, flags: dict[str, o
         return VLLM(vllm_engine.load(checkpoint, dtype, flags), traits(front), dtype)
     if flags:
         raise ValueError(f"--engine-option: {next(iter(flags))} is for --engine vllm")
-    return Transformers(hf.load(checkpoint, device, dtype, weights), dtype)
+    return Transformers(hf.load(checkpoint, device, dtype, weights), dtype, weights)

@@ -1,8 +1,10 @@
-"""The keys and values of one stream, in one buffer that doubles when it is full and is cut back in no time."""
+"""The keys and values of one stream, in one buffer that grows when it is full and is cut back in no time."""
 
 from __future__ import annotations
 
 from torch import Tensor
+
+GROWTH = 256  # positions by which a buffer grows: a session holds hardly more than it is said to
 
 
 class Cache:
@@ -22,7 +24,7 @@ class Cache:
         end = self.length + n
         room = self._buffer.shape[-2]
         if end > room:
-            self._buffer = self._copied(max(end, 2 * room))
+            self._buffer = self._copied(max(end, room + GROWTH))
         return self._buffer.narrow(-2, self.length, n).unbind(), self._buffer.narrow(-2, 0, end).unbind()
 
     def copy(self, room: int) -> Cache:

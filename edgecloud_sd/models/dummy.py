@@ -93,6 +93,20 @@ def _empty(config: Any) -> Any:
     return thinker
 
 
+def spoken(rows: int) -> int:
+    """Rows that are no padding."""
+    return rows - max(rows // PADDING, 1)
+
+
+def check_rows(edge: int, cloud: int) -> None:
+    """ValueError where a side of a pair may say an id that the other has no row for."""
+    if spoken(edge) > cloud or spoken(cloud) > edge:
+        raise ValueError(
+            f"vocab_size {edge} of the edge and {cloud} of the cloud differ by more than a padding of 1 in {PADDING}: "
+            "each would say ids that the other does not know"
+        )
+
+
 def need(thinker: Any, dtype: str) -> Need:
     """What it needs in `dtype`: the largest tensor is there in several forms while it is made."""
     shapes = {name: tuple(each.shape) for name, each in thinker.named_parameters()}
@@ -115,7 +129,7 @@ def _materialise(thinker: Any, device: str, dtype: str) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             values = weights(*made_of[parameter], tuple(parameter.shape), made)
             if len(values) == thinker.config.text_config.vocab_size:
-                values[-(len(values) // PADDING) :] = 0
+                values[spoken(len(values)) :] = 0
             setattr(module, name, nn.Parameter(values.to(device), requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty_like(buffer, device=device))

@@ -26,14 +26,15 @@ from torch import Tensor
 
 from edgecloud_sd import limits, prompts
 from edgecloud_sd.models import memory, quantized
-from edgecloud_sd.models.cache import Cache
+from edgecloud_sd.models.cache import GROWTH, Cache
 from edgecloud_sd.models.text import TextModel
 from edgecloud_sd.pairs import DTYPES, DUMMY, QUANTISED, REAL
 from edgecloud_sd.records import Prompt
 from edgecloud_sd.session import check_truncation
 
 KINDS = ("qwen2_5_omni", "qwen2_5_omni_thinker")  # model types that hold a thinker
-PREFIXES = 8  # that a model keeps the keys and values of
+# Prefixes that a model keeps the keys and values of, and how long they may be: a client of a server makes its own
+PREFIXES, LONGEST = 8, 64
 
 
 class HFSession:
@@ -94,6 +95,12 @@ class HFModel(Frontend):
         """Encode the audio once and prefill all but the last prompt token."""
         return HFSession(self, prompt)
 
+    @property
+    def rows(self) -> int:
+        """Of the vocabulary: ids are below it."""
+        rows: int = self.thinker.config.text_config.vocab_size
+        return rows
+
     @cached_property
     def text(self) -> TextModel:
         """The text model, without its head. ValueError as `TextModel`."""
@@ -114,15 +121,15 @@ class HFModel(Frontend):
         """The audio encoded once, and the keys and values of all but the last prompt token."""
         end = len(prompt.ids) - 1
         shared = self.prefix(prompt)
-        cache = self._prefilled(shared).copy(end + 1) if shared else self.text.cache(end + 1)
+        cache = self._prefilled(shared).copy(end + GROWTH) if shared else self.text.cache(end + GROWTH)
         if cache.length < end:
             self.text.fill(self.embed_prompt(prompt)[0, cache.length : end], cache)
         return cache
 
     def prefix(self, prompt: Prompt) -> tuple[int, ...]:
-        """The ids that other clips' prompts share: those before the audio, where they are two or more."""
+        """The ids that other clips' prompts share: those before the audio, where they are two or more, and not many."""
         first = prompt.ids.index(self.audio_token) if self.audio_token in prompt.ids else 0
-        return prompt.ids[:first] if first > 1 else ()
+        return prompt.ids[:first] if 1 < first <= LONGEST else ()
 
     def _prefilled(self, ids: tuple[int, ...]) -> Cache:
         """What a prefix leaves in a cache: computed once, for as long as it is among the last few."""
