@@ -24,6 +24,8 @@ from edgecloud_sd.models import dummy, hf, memory
 from edgecloud_sd.pairs import DTYPES, DUMMY, PAIRS, QUANTISED
 from edgecloud_sd.records import Prompt
 
+pytestmark = pytest.mark.slow  # all of it takes long beside the rest
+
 PUBLISHED = PAIRS["qwen2.5-omni"]
 
 
@@ -106,7 +108,9 @@ def test_formats_and_runs_have_the_same_weights_and_sides_have_their_own_sizes(f
 def test_tables_of_positions_are_those_of_a_model_that_is_built_as_usual(folder: Path) -> None:
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-    usual = Qwen2_5OmniThinkerForConditionalGeneration(dummy.configuration(folder)).model
+    config = dummy.configuration(folder)
+    config.vision_config.depth, config.vision_config.hidden_size = 1, 64  # a tower of the usual size takes a minute
+    usual = Qwen2_5OmniThinkerForConditionalGeneration(config).model
     made = hf.load(folder, weights=DUMMY).thinker.model
     for part in ("audio_tower", "language_model"):
         expected = dict(getattr(usual, part).named_buffers())

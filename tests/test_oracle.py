@@ -208,6 +208,7 @@ def test_what_a_draft_stop_reads_is_paid_for_each_token(text: str, n: int) -> No
     assert found.gate == pytest.approx(0.004 if n else 0.0)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     ks,

@@ -17,6 +17,8 @@ from edgecloud_sd.captioner import Captioner, Cell, Request
 from edgecloud_sd.metrics import Interval
 from edgecloud_sd.pocket import clips
 
+pytestmark = pytest.mark.slow  # all of it takes long beside the rest
+
 CELL = Cell("speculative", gate.ALWAYS, GREEDY, K)
 LIMIT = 64
 

@@ -17,6 +17,8 @@ from edgecloud_sd.models import hf, memory, quantized
 from edgecloud_sd.models.quantized import GROUP, MANY, HalfEmbedding, HalfLinear, Int4Linear, Int8Linear
 from edgecloud_sd.records import Prompt
 
+pytestmark = pytest.mark.slow  # all of it takes long beside the rest
+
 SHAPES = [(640, 96), (96, 256), (48, 96), (1008, 2048), (16, 32)]  # of weights that both kernels take
 ODD = [(30, 50), (7, 100), (1, 1), (70, 64), (5, 2048)]  # and of weights that int4's, or both, do not
 
@@ -178,6 +180,7 @@ def test_tied_embeddings_are_rounded_for_the_head_and_looked_up_as_they_are() ->
         assert memory.held(tied, dtype) == memory.held(shapes, dtype)
 
 
+@pytest.mark.slow
 def test_no_more_than_one_layer_is_there_twice() -> None:
     thinker = hf.load(pairs.PAIRS["pocket"].edge).thinker
     done: list[weakref.ref[Tensor]] = []
