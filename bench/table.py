@@ -16,6 +16,7 @@ from edgecloud_sd.acceptance import Rank
 from edgecloud_sd.captioner import Captioner
 from edgecloud_sd.config import AUTO, Settings
 from edgecloud_sd.ledger import PARTS
+from edgecloud_sd.pairs import EXACT
 from edgecloud_sd.profile import Profile
 from edgecloud_sd.summary import Summary
 
@@ -86,7 +87,7 @@ def promise(case: Case, cloud_dtype: str) -> str | None:
         return "exact"
     if not case.cell.strict:
         return "lossy"
-    return "exact" if cloud_dtype in ("float32", "float64") else "near-exact"
+    return "exact" if cloud_dtype in EXACT else "near-exact"
 
 
 def render(rows: Mapping[str, Summary]) -> str:

@@ -25,6 +25,7 @@ from edgecloud_sd.clock import old_objects_left_alone
 from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.process import connected
 from edgecloud_sd.config import AUTO, Settings
+from edgecloud_sd.pairs import EXACT
 
 STRICT = Cell("speculative", gate.ALWAYS, GREEDY, k=4)  # asks the cloud about every draft
 
@@ -87,7 +88,7 @@ def test_load(
 ) -> None:
     remote = pair[1].remote
     verifier = partial(pair[1].verifier, GREEDY)
-    exact = remote.dtype in ("float32", "float64")
+    exact = remote.dtype in EXACT
     each = shares(clips, load.edges, load.clips)
     done: list[Replay] = []
     benchmark.group = "many edges on one cloud"  # seconds a replay: nothing to rank captions with

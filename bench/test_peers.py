@@ -16,6 +16,7 @@ from bench.peers import CLIPS, WAYS, Asked, Peers, Timed, asked, differing, figu
 from edgecloud_sd.captioner import Captioner
 from edgecloud_sd.clock import VirtualClock, old_objects_left_alone
 from edgecloud_sd.config import Settings
+from edgecloud_sd.pairs import EXACT
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -39,7 +40,7 @@ def test_peers(
         clips = [
             asked(captioner, chosen.request(clip), peer.cell, settings.max_new_tokens) for clip in chosen.clips[:CLIPS]
         ]
-    exact = captioner.cloud_dtype in ("float32", "float64")
+    exact = captioner.cloud_dtype in EXACT
     found = ways(captioner, peer.cell, settings.max_new_tokens)
     bar = progress(len(clips), peer.id)
     done: list[dict[str, Timed]] = []

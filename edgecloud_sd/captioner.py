@@ -203,13 +203,13 @@ class Captioner:
         how = Decoding(
             cell.mode,
             stopping,
-            pace or cell.k or 1,
-            stage.gate(cell.gate),
-            self._alone,
-            stage.stop(cell.stop),
-            stage.begin_verdict if cell.ahead else None,
-            cell.ahead,
-            cell.strict,
+            k=pace or cell.k or 1,
+            gate=stage.gate(cell.gate),
+            alone=self._alone,
+            stop=stage.stop(cell.stop),
+            begin=stage.begin_verdict if cell.ahead else None,
+            ahead=cell.ahead,
+            strict=cell.strict,
         )
         prompt = stage.prepared(lambda: self.prompt(request, cell.mode))
         yield Prepared(len(prompt.ids))

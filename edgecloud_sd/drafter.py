@@ -54,7 +54,7 @@ class Drafter:
         n = 0
         while n < k:
             if n == len(self._tokens):
-                self.more()
+                self._more()
             n += 1
             if self._unsure[n - 1] or self._tokens[n - 1] in self._eos:
                 break
@@ -64,10 +64,10 @@ class Drafter:
         """Make tokens until `n` stand after the context, EOS comes, or the `verdict` is there. Returns how many."""
         before = len(self._tokens)
         while len(self._tokens) < n and not self._ended and not verdict():
-            self.more()
+            self._more()
         return len(self._tokens) - before
 
-    def more(self) -> None:
+    def _more(self) -> None:
         """One more token, by one forward pass."""
         row = self._session.extend(self._tokens[-1:])[-1] if self._tokens else sync(self._session, self._context)[-1]
         self._tokens.append(int(row.argmax()))

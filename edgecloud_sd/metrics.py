@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -182,8 +182,8 @@ class Counts:
 def counts(trace: Trace) -> Counts:
     """Tokens by origin, rounds and cloud calls of one caption."""
     origins: Counter[str] = Counter()
-    rounds = cloud_calls = drafted = verified = ahead = kept = 0
-    guess: int | None = None
+    rounds = cloud_calls = drafted = verified = ahead = 0
+    kept = sum(event.right(guess) for event, guess in _guesses(trace))
     for _, event in trace.events:
         if isinstance(event, Committed):
             origins[event.origin] += len(event.tokens)
@@ -191,15 +191,12 @@ def counts(trace: Trace) -> Counts:
             rounds += 1
             drafted += len(event.draft.tokens)
             kept += event.ahead
-            guess = None
         elif isinstance(event, Ahead):
             ahead += event.made
-            guess = event.guess
         elif isinstance(event, Escalated):
             cloud_calls += 1
         elif isinstance(event, Verified):
             verified += len(event.draft.tokens)
-            kept += event.right(guess)
     return Counts(
         tokens=origins.total(),
         rounds=rounds,
@@ -227,17 +224,22 @@ def acceptance_by_position(traces: Sequence[Trace]) -> list[float]:
 def right_guesses(traces: Iterable[Trace]) -> float | None:
     """Of the drafts accepted whole beside which the edge had drafted ahead, the share whose bonus it had guessed."""
     right = whole = 0
-    for trace in traces:
-        guess: int | None = None
-        for _, event in trace.events:
-            if isinstance(event, Drafted):
-                guess = None
-            elif isinstance(event, Ahead):
-                guess = event.guess
-            elif isinstance(event, Verified) and guess is not None:
-                whole += event.verdict.accepted == len(event.draft.tokens)
-                right += event.right(guess)
+    for event, guess in itertools.chain.from_iterable(map(_guesses, traces)):
+        if guess is not None:
+            whole += event.verdict.accepted == len(event.draft.tokens)
+            right += event.right(guess)
     return _ratio(right, whole)
+
+
+def _guesses(trace: Trace) -> Iterator[tuple[Verified, int | None]]:
+    """The verdicts of a caption, each with what the edge had guessed of its bonus."""
+    guess: int | None = None
+    for _, event in trace.events:
+        if isinstance(event, Ahead):
+            guess = event.guess
+        elif isinstance(event, Verified):
+            yield event, guess
+            guess = None
 
 
 def wire_bytes(trace: Trace) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from edgecloud_sd.models.hf import Frontend
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")  # torch's names
+EXACT = ("float32", "float64")  # in which strict output is promised token for token
 QUANTISED = ("int8", "int4")  # of the weights alone, and of an edge's on a CPU alone
 REAL, DUMMY = WEIGHTS = ("real", "dummy")  # dummy ones are random: see models/dummy.py
 POCKET_WEIGHTS = Path(__file__).parent / "pocket" / "weights"

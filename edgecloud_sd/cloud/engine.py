@@ -81,9 +81,9 @@ class Transformers:
             engine="transformers",
             dtype=self.dtype,
             device=self.model.thinker.device.type,
-            rows=config.vocab_size,
+            rows=self.model.rows,
             positions=config.max_position_embeddings,
-            max_rank=config.vocab_size,
+            max_rank=self.model.rows,
             traits=traits(self.model),
             weights=DUMMY if self.weights == DUMMY else memory.digest(self.model.name),
         )
