@@ -22,8 +22,8 @@ the drafter's step:
 An edge that drafts up to n tokens ahead while a verdict is on its way, W = L + q + V, makes m = min(n, ceil(W / e)) of
 them and sees the verdict after max(W, m e). Where the draft is accepted whole and its guess of the bonus is right, with
 chance c, the other m - 1 begin the next draft, of max(k, m - 1) tokens (where the output depends on how drafts are cut,
-m is k + 1 at most). With x the chance of that after a draft of k tokens and y after one that was begun so, a share
-x / (1 - y + x) of the rounds is of the second kind, and M and T are the means of both kinds.
+of k; the rest begins the draft after it, and counts among the n). With x_j the chance of that in the j-th such round in
+a row, rounds of the j-th kind are as many as w_j = x_0 x_1 ... x_(j-1) has it, and M and T are the means of all kinds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from edgecloud_sd import link as links
@@ -95,12 +95,14 @@ class Round:
 
 def per_round(profile: Profile, link: Link, work: Workload) -> Round:
     """M and T of the module's formula: the mean of its kinds of rounds."""
-    tokens = seconds = 0.0
-    for share, kind, there, made in _kinds(profile, link, work):
-        each = _round(profile, link, kind, there, made)
-        tokens += share * each.tokens
-        seconds += share * each.seconds
-    return Round(tokens, seconds)
+    if not work.ahead:
+        return _round(profile, work, _crossing(profile, link, work))
+    kinds = _kinds(profile, link, work)
+    total = sum(weight for weight, _ in kinds)
+    return Round(
+        sum(weight * each.tokens for weight, each in kinds) / total,
+        sum(weight * each.seconds for weight, each in kinds) / total,
+    )
 
 
 def seconds_per_token(profile: Profile, link: Link, work: Workload) -> float:
@@ -109,24 +111,36 @@ def seconds_per_token(profile: Profile, link: Link, work: Workload) -> float:
     return mean.seconds / mean.tokens
 
 
-def _kinds(profile: Profile, link: Link, work: Workload) -> Iterator[tuple[float, Workload, int, int]]:
-    """(share of rounds, what they are, tokens of their drafts that are there when they begin, tokens drafted ahead)."""
-    if not work.ahead:
-        yield 1.0, work, 0, 0
-        return
+def _kinds(profile: Profile, link: Link, work: Workload) -> list[tuple[float, Round]]:
+    """(how many of a kind, the round), by what of the drafts is there when it begins: it grows until it stays as it is.
+
+    After a round that is not escalated nothing is taken to be there.
+    """
     step = _step(profile, work)
-    made = min(work.ahead, math.ceil(_crossing(profile, link, work) / step)) if step else work.ahead
-    if not work.strict:
-        made = min(made, work.k + 1)  # what a round can use; more is left for the rounds after it
-    begun = work.at(max(work.k, made - 1))
-    right, again = (each.gate_rate * each.p(each.k) * work.guess for each in (work, begun))
-    share = right / (1 - again + right) if made and right else 0.0
-    yield 1 - share, work, 0, made
-    yield share, begun, max(made - 1, 0), made
+    kinds: list[tuple[float, Round]] = []
+    weight, there = 1.0, 0
+    while True:
+        kind = work.at(max(work.k, there)) if work.strict else work
+        left = max(there - kind.k, 0)
+        crossing = _crossing(profile, link, kind)
+        made = min(work.ahead - left, math.ceil(crossing / step)) if step else work.ahead - left
+        each = _round(profile, kind, crossing, min(there, kind.k), made)
+        follows = max(left + made - 1, 0)
+        chance = kind.gate_rate * kind.p(kind.k) * work.guess if left + made else 0.0
+        if follows > there and weight > RARE:
+            kinds.append((weight, each))
+            weight, there = weight * chance, follows
+        elif chance < 1:
+            return [*kinds, (weight / (1 - chance), each)]
+        else:
+            return [(1.0, each)]
 
 
-def _round(profile: Profile, link: Link, work: Workload, there: int, made: int) -> Round:
-    """One kind of round. Without the bonus, only a draft that is not accepted whole earns the cloud's token."""
+def _round(profile: Profile, work: Workload, crossing: float, there: int = 0, made: int = 0) -> Round:
+    """One kind of round, `there` tokens of whose draft had been made before, with `made` more beside the verdict.
+
+    Without the bonus, only a draft that is not accepted whole earns the cloud's token.
+    """
     accepted = sum(work.accepted[: work.k]) + sum(work.p(i) for i in range(len(work.accepted) + 1, work.k + 1))
     own = 1.0 if work.bonus else 1 - work.p(work.k)
     step = _step(profile, work)
@@ -135,7 +149,7 @@ def _round(profile: Profile, link: Link, work: Workload, there: int, made: int) 
         draft += work.gate_rate * work.p(work.k) * (profile.edge.seconds(2) - profile.edge.step)
     return Round(
         work.gate_rate * (accepted + own) + (1 - work.gate_rate) * work.k,
-        draft + work.gate_rate * max(_crossing(profile, link, work), made * step),
+        draft + work.gate_rate * max(crossing, made * step),
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from edgecloud_sd.captioner import Captioner
 
@@ -14,7 +15,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 
 pytest_plugins = ["pytester"]
 
-settings.register_profile("default", deadline=None, max_examples=40)
+settings.register_profile("default", deadline=None, max_examples=20)
+settings.register_profile(  # tox's: more examples, the same in each run, and no minutes spent on a shorter one
+    "tox", deadline=None, max_examples=40, derandomize=True, phases=(Phase.explicit, Phase.generate, Phase.target)
+)
 settings.load_profile("default")
 
 
@@ -24,6 +28,11 @@ def captioner() -> Captioner:
     loaded = Captioner()
     loaded.load("speculative")
     return loaded
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What is slow from its first to its last test is not even imported where no slow test is to run."""
+    return True if collection_path.name == "test_fuzz.py" and config.getoption("markexpr") == "not slow" else None
 
 
 def pytest_collection_finish() -> None:

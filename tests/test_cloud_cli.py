@@ -51,6 +51,7 @@ def test_help_says_what_every_option_is_for(capsys: pytest.CaptureFixture[str]) 
         assert option in said
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_told_without_loading_torch() -> None:
     code = "import sys; from edgecloud_sd.cloud import __main__ as cli; assert 'torch' not in sys.modules; cli.main()"
     done = subprocess.run(
@@ -197,6 +198,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_server_of_ones_own_that_does_not_start_says_why() -> None:
     why = "^the cloud's server did not start: error: --threads: must be a number above 0, not 0$"
     with pytest.raises(OSError, match=why), process.running(POCKET, more=["--threads", "0"]):

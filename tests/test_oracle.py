@@ -222,15 +222,14 @@ def test_an_edge_that_drafts_ahead_takes_what_is_forecast(
     k: int, ahead: int, strict: bool, machines: Profile, link: Link, right: float
 ) -> None:
     machines, link, source = replace(machines, queue=0.0), steady(link), random.Random(3)
-    wrong = frozenset(place for place in range(1000) if source.random() > right)
-    how = Decoding("speculative", Stopping(frozenset(), 1000), k, gate.ALWAYS, ahead=ahead, strict=strict)
+    wrong = frozenset(place for place in range(2000) if source.random() > right)
+    rate = 1 - len(wrong) / 2000
+    how = Decoding("speculative", Stopping(frozenset(), 2000), k, gate.ALWAYS, ahead=ahead, strict=strict)
     trace = play(PROMPT, Scripted(wrong), Scripted(), how, Stage(machines, link))
-    work = Workload(k, tuple(right**i for i in range(1, 41)), sent=1.0, ahead=ahead, strict=strict, guess=right)
-    near = 0.08 if strict else 0.25  # what is left over for later rounds is not forecast
-    forecast = 1000 * oracle.seconds_per_token(machines, link, work)
-    assert trace.seconds - oracle.opening_seconds(machines, link, "speculative", work) == pytest.approx(
-        forecast, rel=near
-    )
+    work = Workload(k, tuple(rate**i for i in range(1, 41)), sent=1.0, ahead=ahead, strict=strict, guess=rate)
+    forecast = 2000 * oracle.seconds_per_token(machines, link, work)
+    taken = trace.seconds - oracle.opening_seconds(machines, link, "speculative", work)
+    assert taken == pytest.approx(forecast, rel=0.1)  # where the wrong places happen to lie: 5 % was seen
 
 
 def in_every_mode(case: Case) -> Iterator[Case]:

@@ -124,6 +124,7 @@ def test_the_pair_is_as_good_as_it_must_be(evaluation: Evaluation, figure: str, 
     assert least <= getattr(evaluation, figure) <= most
 
 
+@pytest.mark.slow
 def test_the_evaluation_prints_every_figure(evaluation: Evaluation) -> None:
     assert f"{evaluation.cloud_attributes:.1%}" in str(evaluation)
     assert f"{evaluation.acceptance:.3f}" in str(evaluation)
@@ -223,6 +224,7 @@ def loss_of(thinker: torch.nn.Module, tokens: object, data: list[train.Example])
     return train.caption_loss(thinker, tokens, heard, positions, data, np.random.default_rng(0)).item()
 
 
+@pytest.mark.slow
 def test_making_the_default_data_set_is_quick_against_captioning_it(tmp_path: Path, captioner: Captioner) -> None:
     start = time.perf_counter()
     clips.evaluation_set(tmp_path / "set")

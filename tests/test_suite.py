@@ -218,6 +218,7 @@ def test_the_readme_shows_the_table_that_is_printed() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_is_understood(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
     commands = re.findall(r"^\| [^|]+ \| `(pytest --benchmark-only [^`]*)` \|$", readme, re.M)
@@ -230,6 +231,7 @@ def test_every_command_of_the_readme_is_understood(pytester: pytest.Pytester, mo
         assert run(pytester, *options, "--collect-only", "-q").ret == pytest.ExitCode.OK, command
 
 
+@pytest.mark.slow
 def test_two_runs_on_the_virtual_clock_write_the_same_bytes(captioner: Captioner, pytester: pytest.Pytester) -> None:
     for folder in ("a", "b"):
         done = run(
