@@ -77,6 +77,8 @@ class Workload:
 
     def at(self, k: int) -> Workload:
         """The same with drafts of `k`: if each drafted token exceeds the gate's threshold independently."""
+        if k == self.k:
+            return self
         local = math.log1p(-self.gate_rate) if self.gate_rate < 1 else -math.inf
         rate = -math.expm1(k / self.k * local)  # 1 - (1 - g)^(k / k'), however small g is
         sent = self.sent
