@@ -97,6 +97,7 @@ def test_evaluating_too_few_clips_is_refused(capsys: pytest.CaptureFixture[str])
     assert "--clips must be at least 4, not 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_only_the_server_needs_is_not_needed_to_caption() -> None:
     server = ("fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic")
     code = f"import sys; sys.modules.update(dict.fromkeys({server})); import edgecloud_sd.__main__"

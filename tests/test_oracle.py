@@ -679,6 +679,7 @@ def forecast_error(captioner: Captioner) -> float:
     return median(errors)
 
 
+@pytest.mark.slow
 def test_half_of_the_clips_forecast_the_other_half_of_the_pocket_pair(captioner: Captioner) -> None:
     errors = [forecast_error(captioner)]
     while min(errors) >= 0.10 and len(errors) < 3:  # other work on the machine can spoil a measurement

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from edgecloud_sd import pairs
 from edgecloud_sd.captioner import Captioner
-from edgecloud_sd.models import hf, text
+from edgecloud_sd.models import text
 from edgecloud_sd.models.text import TextModel
 
 STEPS = [(0, 70), (70, 1), (71, 5), (73, 2), (75, 1), (76, 90), (80, 3)]  # (cached, and cut back to; fed)
@@ -60,9 +59,9 @@ def assert_same_bits(thinker: Any, steps: Sequence[tuple[int, int]] = STEPS) -> 
 
 
 @pytest.fixture
-def thinker() -> Any:
+def thinker(captioner: Captioner) -> Any:
     """One to change."""
-    return hf.load(pairs.PAIRS["pocket"].edge).thinker
+    return copy.deepcopy(captioner.edge.thinker)
 
 
 @pytest.mark.parametrize("side", ["edge", "cloud"])

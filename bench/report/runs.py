@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def check(path: Path, what: str, document: Any, with_traces: bool) -> None:
     if version != results.SCHEMA_VERSION:
         wanted = f"version {results.SCHEMA_VERSION}; run the benchmark again, or read it with the release that wrote it"
         raise Unusable(f"{path}: {what} holds results of version {version!r} and not of {wanted}")
-    error = next(_validator(with_traces).iter_errors(document), None)
+    error = next(results.validator(with_traces).iter_errors(document), None)
     if error is not None:
         where = "/".join(map(str, error.absolute_path)) or "the whole"
         raise Unusable(f"{path}: {what} is damaged ({where}: {error.message[:200]}); {GIVE}")
@@ -67,16 +66,6 @@ def check(path: Path, what: str, document: Any, with_traces: bool) -> None:
         json.dumps(document, allow_nan=False)
     except (ValueError, KeyError, TypeError) as error:
         raise Unusable(f"{path}: {what} holds a number that is none (NaN or Infinity); {GIVE}") from error
-
-
-@cache
-def _validator(with_traces: bool) -> Any:
-    import jsonschema
-
-    schema = json.loads(results.SCHEMA_FILE.read_text(encoding="utf-8"))
-    if not with_traces:
-        schema["properties"]["detailed_results"]["items"]["required"].remove("trace")
-    return jsonschema.Draft202012Validator(schema)
 
 
 def _saved_run(path: Path, found: Document) -> Run:
