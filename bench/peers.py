@@ -257,7 +257,7 @@ def watch(model: HFModel, spent: list[float]) -> HFModel:
 
         return run
 
-    made = replace(model)
+    made = copy.copy(model)
     vars(made).update({name: timed(getattr(model, name)) for name in ("prefill", "logits")})
     return made
 

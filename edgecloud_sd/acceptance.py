@@ -73,8 +73,8 @@ class Rank:
     def __call__(self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float] = ()) -> Verdict:
         best = logits.argmax(dim=-1).tolist()
         accepted = 0
-        for token, top, row in zip(draft, best, logits, strict=False):
-            if token != top and (self.strict or probs.rank(row, token) > self.r):
+        for token, top in zip(draft, best, strict=False):
+            if token != top and (self.strict or probs.rank(logits[accepted], token) > self.r):
                 break
             accepted += 1
         return Verdict(accepted, best[accepted])

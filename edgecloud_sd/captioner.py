@@ -248,8 +248,11 @@ class Captioner:
 
         `finished` is called at its last event, before anything is cleared away.
         """
+        import torch
+
         stage = self._stage(cell, profile, seed)
-        return stamp(self.events(request, cell, max_new_tokens, stage), stage.watch, finished)
+        with torch.inference_mode():
+            return stamp(self.events(request, cell, max_new_tokens, stage), stage.watch, finished)
 
     def _stage(self, cell: Cell, profile: Profile | None = None, seed: str = "") -> Stage:
         return Stage(profile, cell.link, seed, far=self._connection is not None and cell.mode != "edge")

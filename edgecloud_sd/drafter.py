@@ -69,11 +69,11 @@ class Drafter:
 
     def _more(self) -> None:
         """One more token, by one forward pass."""
-        row = self._session.extend(self._tokens[-1:])[-1] if self._tokens else sync(self._session, self._context)[-1]
-        self._tokens.append(int(row.argmax()))
+        row = self._session.extend(self._tokens[-1:]) if self._tokens else sync(self._session, self._context)
+        self._tokens.append(int(row.argmax().item()))
         if self._score is not None:
-            self._scores.append(self._score(row))
-        self._unsure.append(self._stop is not None and self._stop(row, self._scores))
+            self._scores.append(self._score(row[0]))
+        self._unsure.append(self._stop is not None and self._stop(row[0], self._scores))
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -57,4 +57,5 @@ def sync(session: Session, context: Sequence[int], rows: int = 1) -> Tensor:
         common += 1
     if common < len(held):
         session.truncate(common)
-    return session.extend(context[common:])[-rows:]
+    logits = session.extend(context[common:])
+    return logits if len(logits) == rows else logits[-rows:]

@@ -43,18 +43,23 @@ class HFSession:
     @torch.inference_mode()
     def __init__(self, model: HFModel, prompt: Prompt) -> None:
         self._model = model
-        self._device = model.thinker.device
+        self._device = model.text.device
         self._cache = model.prefill(prompt)
         self.tokens: list[int] = []
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # or whoever times the opening would time its launch
 
-    @torch.inference_mode()
     def extend(self, tokens: Sequence[int]) -> Tensor:
         """[len(tokens), vocab]; row i = logits for what follows tokens[i].
 
         FloatingPointError where a logit is not finite, as after an overflow in float16: no argmax of that is a token.
         """
+        if torch.is_inference_mode_enabled():  # for the whole caption: to enter it takes as long as an argmax
+            return self._extend(tokens)
+        with torch.inference_mode():
+            return self._extend(tokens)
+
+    def _extend(self, tokens: Sequence[int]) -> Tensor:
         if len(tokens) == 1:  # as most are: to fill in a number takes less than to copy a list to the device
             ids = torch.full((1,), tokens[0], device=self._device)
         else:

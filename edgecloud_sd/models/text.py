@@ -1,8 +1,9 @@
 """The text model of a Qwen2.5-Omni thinker, as a function of its weights.
 
 The same operations in the same order as transformers' own forward pass, so that its hidden states are the same bit for
-bit (`tests/test_text.py`), without what only costs: a step of a small model spends most of its time in calls of
-modules, in tables of positions and masks computed again, and in caches that are copied to grow by one position.
+bit in float32, bfloat16 and float16 (`tests/test_text.py`), without what only costs: a step of a small model spends
+most of its time in calls of modules, in tables of positions and masks computed again, and in caches that are copied to
+grow by one position.
 """
 
 from __future__ import annotations
@@ -59,17 +60,18 @@ class TextModel:
             known = ", ".join(ATTENTIONS)
             raise ValueError(f"attention {config._attn_implementation!r}: only {known} are known")
         self._weights = model.norm.weight  # their dtype and device are the model's
+        self.device = self._weights.device
         self._eps = model.norm.variance_epsilon
         self._size = model.layers[0].self_attn.head_dim
         self._heads = config.num_attention_heads
         self._held = config.num_key_value_heads
-        self._layers = [_layer(each, self._weights.device) for each in model.layers]
+        self._layers = [_layer(each, self.device) for each in model.layers]
         self._positions = self._table(1024)
 
     def cache(self, room: int) -> Cache:
         """An empty one, with room for so many positions before it has to grow."""
         shape = (2 * len(self._layers), 1, self._held, room, self._size)
-        return Cache(torch.empty(shape, dtype=self._weights.dtype, device=self._weights.device))
+        return Cache(torch.empty(shape, dtype=self._weights.dtype, device=self.device))
 
     def __call__(self, embeddings: Tensor, cache: Cache) -> Tensor:
         """Hidden states [n, hidden] of `embeddings` [n, hidden], which follow what is cached and are cached now."""
@@ -106,10 +108,9 @@ class TextModel:
         return hidden
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Root mean square norm over the last dimension, in float32 as transformers' is (Zhang and Sennrich 2019)."""
-        wide = x.float()
-        scale = (wide * wide).mean(-1, keepdim=True).add_(self._eps).rsqrt_()
-        return (wide * scale).to(x.dtype).mul_(weight)
+        """Root mean square norm over the last dimension (Zhang and Sennrich 2019), in float32 or wider; the weights
+        afterwards, in the dtype of `x`. transformers' rounds float64 to float32 here, this does not."""
+        return F.rms_norm(x, weight.shape, eps=self._eps).mul_(weight)
 
     def _rotation(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of positions: [end - begin, 1, head size] each."""
@@ -120,7 +121,7 @@ class TextModel:
 
     @torch.inference_mode()
     def _table(self, length: int) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(length, device=self._weights.device).expand(3, 1, length)  # of time, height and width
+        positions = torch.arange(length, device=self.device).expand(3, 1, length)  # of time, height and width
         cos, sin = self._rotary(self._weights, positions)
         sin[..., : self._size // 2].neg_()
         return cos[0][:, None], sin[0][:, None]
