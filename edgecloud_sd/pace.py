@@ -25,6 +25,8 @@ COSTS, CHANCES = 0.95, 0.98
 # seen there. It is better than most, so that longer drafts are tried before they are thought worse; and what a place
 # has shown fades while no draft reaches it, so that they are tried again.
 LIKELY, WEIGHT = 0.95, 6.0
+SHARED = 1.25  # times as long as usual: a step beside an opening that it shares a processor with
+NEAR = 2  # of the length of a caption's draft to that of the one before it, at most
 RAREST = 1e-3  # share of escalated rounds below which none is believed
 
 
@@ -42,8 +44,12 @@ class Mean:
 
     def add(self, y: float, x: float = 0.0, n: float = 1.0) -> None:
         """`n` things that are `y` in all, at `x` each."""
-        for name, value in (("n", n), ("x", n * x), ("y", y), ("xx", n * x * x), ("xy", x * y)):
-            setattr(self, name, self.keeps * getattr(self, name) + value)
+        keeps = self.keeps
+        self.n = keeps * self.n + n
+        self.x = keeps * self.x + n * x
+        self.y = keeps * self.y + y
+        self.xx = keeps * self.xx + n * x * x
+        self.xy = keeps * self.xy + x * y
 
     @property
     def mean(self) -> float:
@@ -65,7 +71,8 @@ class Pace:
     """What one way to decode has shown, over all its captions so far. Called, it says how long the next draft may be.
 
     `ahead`, `strict`, `eager`: as `Workload`. What the edge drafts while a cloud that is opened beside it is not ready
-    costs no time, so that the first draft of a caption may be longer.
+    costs no time, so that the first draft of a caption may be longer; but not where a step is slower beside an opening,
+    for then both share a processor, and the edge makes the cloud late.
     """
 
     ahead: int = 0
@@ -78,8 +85,10 @@ class Pace:
     escalated: Mean = field(default_factory=Mean)  # 1 for each round that went to the cloud, 0 for the others
     kept: list[Mean] = field(default_factory=list)  # by place in a draft: 1 where its token was kept, 0 where rejected
     guessed: Mean = field(default_factory=Mean)  # 1 for each right guess of a bonus, 0 for each wrong one
+    beside: Mean = field(default_factory=partial(Mean, COSTS))  # the same beside the opening of the cloud
     opening: Mean = field(default_factory=partial(Mean, COSTS))  # s that the cloud is ready after the edge
     _first: int | None = None  # tokens of the first draft, while nothing else has happened; 0 before it
+    _begun: float = 0.0  # s that they took
     _round: float = 0.0  # s since the draft was sent
     _fed: int = 0
     _guess: int | None = None
@@ -136,9 +145,12 @@ class Pace:
         return self._k
 
     def fastest(self) -> int:
-        """The length, as far as is known. Something must have been verified."""
+        """The length, as far as is known. Something must have been verified.
+
+        Within a caption only lengths near the one before are looked at: to look at all takes as long as some steps.
+        """
         tokens = [self.trip.at(n) for n in (1, 2)]
-        costs = Profile("seen", Costs(0.0, ((1, self.step.mean),)), Costs(0.0, tuple(enumerate(tokens, 1))))
+        costs = Profile("seen", Costs(0.0, ((1, self._step),)), Costs(0.0, tuple(enumerate(tokens, 1))))
         work = Workload(
             k=max(round(self.drafted.mean), 1),
             accepted=self.acceptance(),
@@ -148,7 +160,11 @@ class Pace:
             strict=self.strict,
             guess=(self.guessed.y + WEIGHT * LIKELY) / (self.guessed.n + WEIGHT),
         )
-        return oracle.fastest_k(costs, link.NONE, work, self.opening.mean if self._first == 0 else 0.0)
+        if self._first != 0:
+            among = range(max(self._k - NEAR, 1), min(self._k + NEAR, oracle.MAX_K) + 1)
+            return oracle.fastest_k(costs, link.NONE, work, among)
+        shared = self.beside.mean > SHARED * self._step
+        return oracle.fastest_k(costs, link.NONE, work, free=0.0 if shared else self.opening.mean)
 
     def acceptance(self) -> tuple[float, ...]:
         """p_i by the product of the chances to be kept of those that were reached (Kaplan and Meier 1958).
@@ -164,13 +180,17 @@ class Pace:
         if isinstance(event, Opened) and event.side == "edge":
             self._first, self._alone = 0, False
         elif isinstance(event, Drafted) and self._first == 0:
-            self._first = len(event.draft.tokens)
+            self._first, self._begun = len(event.draft.tokens), seconds
         elif isinstance(event, Opened) and self._first and self.eager:
-            waited = seconds if seconds > self.step.mean / 2 else -self.step.mean
-            self.opening.add(max(self._first * self.step.mean + waited, 0.0))
+            waited = seconds if seconds > self._step / 2 else -self._step
+            self.opening.add(max(self._begun + waited, 0.0))
         elif not isinstance(event, Escalated):
             self._first = None
 
     def _drafted(self, seconds: float, new: int) -> None:
         if new:
-            self.step.add(seconds, n=new)
+            (self.beside if self._first and self.eager else self.step).add(seconds, n=new)
+
+    @property
+    def _step(self) -> float:
+        return (self.step if self.step.n else self.beside).mean

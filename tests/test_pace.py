@@ -17,7 +17,7 @@ from edgecloud_sd.acceptance import GREEDY
 from edgecloud_sd.clock import stamp
 from edgecloud_sd.decoder import Decoding, decode
 from edgecloud_sd.link import Link
-from edgecloud_sd.pace import CHANCES, COSTS, FIRST, LIKELY, WEIGHT, Mean, Pace
+from edgecloud_sd.pace import CHANCES, COSTS, FIRST, LIKELY, NEAR, WEIGHT, Mean, Pace
 from edgecloud_sd.profile import Costs, Profile
 from edgecloud_sd.records import (
     Ahead,
@@ -147,6 +147,43 @@ def test_the_first_draft_is_as_long_as_the_cloud_takes_to_be_ready() -> None:
     assert eager.opening.mean == pytest.approx(0.115, abs=0.01)
     assert firsts[0] in (10, 11, 12)
     assert max(firsts[1:]) < 6
+
+
+def caption(pace: Pace, beside: float, step: float, k: int = 4, accepted: int = 4) -> None:
+    """Two rounds: a draft beside the opening of the cloud at `beside` s a step, then one at `step` s."""
+    draft = Draft(tuple(range(k)))
+    pace.see(Opened("edge"), 0.0)
+    for drafted, waited in ((beside, 0.1), (step, None)):
+        pace.see(Drafted(draft), k * drafted)
+        pace.see(Escalated(draft, 1), 0.0)
+        if waited is not None:
+            pace.see(Opened("cloud"), waited)
+        pace.see(Verified(draft, Verdict(accepted, 9)), 0.02)
+
+
+def test_drafting_beside_an_opening_is_free_but_on_a_processor_that_both_share() -> None:
+    apart, together, lazy = Pace(), Pace(), Pace(eager=False)
+    for _ in range(10):
+        caption(apart, 0.01, 0.01, accepted=2)
+        caption(together, 0.02, 0.01, accepted=2)
+        caption(lazy, 0.01, 0.01, accepted=2)
+    assert together.step.mean == apart.step.mean == pytest.approx(0.01)
+    assert together.opening.mean == pytest.approx(0.18)
+    for pace in (apart, together, lazy):
+        pace.see(Opened("edge"), 0.0)
+    assert apart.fastest() > together.fastest() == lazy.fastest()
+
+
+def test_within_a_caption_a_draft_is_about_as_long_as_the_one_before_it() -> None:
+    pace = Pace()
+    pace._k = 12
+    caption(pace, 0.01, 10.0, accepted=0)
+    assert pace.fastest() == 12 - NEAR
+    pace._k = 2
+    assert pace.fastest() == 1
+    pace._k = 16
+    pace.see(Opened("edge"), 0.0)
+    assert pace.fastest() == 1
 
 
 def test_the_time_of_who_reads_the_events_is_not_the_rounds() -> None:

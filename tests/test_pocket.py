@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from edgecloud_sd import gate, metrics, prompts
 from edgecloud_sd.captioner import Captioner, Cell, Request
 from edgecloud_sd.clock import stamp
 from edgecloud_sd.dataset import load_audio, load_manifest
+from edgecloud_sd.link import Link
 from edgecloud_sd.pocket import clips, tokenizer, train, voices
 from edgecloud_sd.pocket.evaluate import MAX_NEW_TOKENS, Evaluation, evaluate
+from edgecloud_sd.profile import Costs, Profile
 from edgecloud_sd.records import Opened
 
 SOME = [(0, "chinese"), (7, "chinese"), (21, "english"), (38, "english")]
@@ -54,6 +57,27 @@ def test_strict_speculative_equals_the_cloud(captioner: Captioner, k: int, index
     cloud = stamp(captioner.events(asked, Cell("cloud"), MAX_NEW_TOKENS))
     both = stamp(captioner.events(asked, Cell("speculative", gate.ALWAYS, k=k), MAX_NEW_TOKENS))
     assert both.tokens == cloud.tokens
+
+
+def per_token(captioner: Captioner, cell: Cell, machines: Profile) -> float:
+    """s a token after what came first, on a virtual clock, over clips of both languages."""
+    n, seconds = 0, 0.0
+    for index in (*range(6), *range(20, 26)):
+        asked = request(index, "chinese" if index < 20 else "english")
+        later = metrics.after_first_chunk(captioner.trace(asked, cell, MAX_NEW_TOKENS, machines))
+        assert later is not None
+        n, seconds = n + later[0], seconds + later[1]
+    return seconds / n
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("trips", "gain"), [(1, 1.4), (0, 0.98)])
+def test_drafting_ahead_hides_a_round_trip_as_long_as_a_draft(captioner: Captioner, trips: int, gain: float) -> None:
+    step, k = 0.01, 4
+    machines = Profile("drawn", Costs(0.1, ((1, step),)), Costs(0.1, ((1, 5 * step),)))
+    link = Link("drawn", trips * k * step, math.inf, math.inf)
+    waits, ahead = (Cell("speculative", gate.ALWAYS, k=k, link=link, ahead=n) for n in (0, 16))
+    assert per_token(captioner, waits, machines) >= gain * per_token(captioner, ahead, machines)
 
 
 def test_an_entropy_gate_mixes_both(captioner: Captioner) -> None:
