@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -34,15 +35,21 @@ def verdicts(
     """By id, the forecast of each speculative cell, or why there is none.
 
     `profile`: the virtual clock's. `together`: both sides run on one device, so that the drafter's step beside the
-    cloud is its own.
+    cloud is its own; and each slows the other down where the edge drafts ahead, so that costs seen with and without it
+    are kept apart.
     """
-    seen = profile or oracle.observed(trace for cell in cells.values() for trace in cell.traces)
-    if seen is not None and together:
-        seen = replace(seen, draft_at_cloud=seen.edge.step)
+
+    @cache
+    def costs(ahead: int) -> Profile | None:
+        alike = [each for each in cells.values() if each.mode == "cloud" or not together or each.ahead == ahead]
+        seen = profile or oracle.observed(trace for each in alike for trace in each.traces)
+        return replace(seen, draft_at_cloud=seen.edge.step) if seen is not None and together else seen
+
     found: dict[str, oracle.Forecast | str] = {}
     for name, cell in cells.items():
         if cell.mode != "speculative":
             continue
+        seen = costs(cell.ahead)
         work = oracle.workload(cell.traces, cell.k, cell.gated, cell.eager, cell.ahead, cell.strict)
         if seen is None:
             found[name] = "no answer: a step of the cloud alone was not timed (--mode edge,cloud,speculative)"
@@ -59,7 +66,7 @@ def crossed(cell: Decoded) -> Link:
     network = []
     for trace in cell.traces:
         opened = next((s for s, event in trace.events if event == Opened("cloud")), math.inf)
-        network += [span.end - span.start for span in trace.spans if span.part == "network" and span.end > opened]
+        network += [span.seconds for span in trace.spans if span.part == "network" and span.end > opened]
     return replace(cell.link, rtt=cell.link.rtt + median(network)) if network else cell.link
 
 

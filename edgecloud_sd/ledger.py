@@ -103,13 +103,14 @@ def ledger(trace: Trace) -> Ledger:
 
 def round_trips(trace: Trace) -> tuple[float, float]:
     """(s exposed, s hidden) of a caption's round trips, as `Ledger` has them; the opening of the cloud is none."""
-    exposed = sent = 0.0
+    exposed = sent = answered = 0.0
     for seconds, event in trace.events:
         if isinstance(event, Escalated | Opened | Ahead):
             sent = seconds
         elif isinstance(event, Verified):
             exposed += seconds - sent
-    return exposed, sum(span.hidden for span in trace.spans)
+            answered = seconds
+    return exposed, sum(span.hidden for span in trace.spans if span.end <= answered)  # what failed at last is no trip
 
 
 def intervals(trace: Trace) -> Iterator[tuple[Event, float]]:

@@ -13,12 +13,14 @@ from hypothesis import given
 from edgecloud_sd import gate, metrics
 from edgecloud_sd.captioner import Captioner, Cell, Request
 from edgecloud_sd.clock import Watch, stamp
-from edgecloud_sd.ledger import PARTS, Ledger, intervals, ledger, mean
+from edgecloud_sd.ledger import PARTS, Ledger, intervals, ledger, mean, round_trips
 from edgecloud_sd.link import Link
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.profile import Profile
 from edgecloud_sd.records import (
+    Ahead,
     Committed,
+    Degraded,
     Draft,
     Drafted,
     Escalated,
@@ -129,6 +131,16 @@ def test_the_mean_is_taken_part_by_part() -> None:
     average = mean(iter([both, cloud]))
     assert average.parts == {name: (both.parts[name] + cloud.parts[name]) / 2 for name in PARTS}
     assert average.discarded == both.discarded / 2
+
+
+def test_what_a_call_took_that_failed_at_last_is_no_round_trip() -> None:
+    draft = Draft((1, 2))
+    sent = ((0.0, Opened("edge")), (1.0, Drafted(draft)), (1.0, Escalated(draft, 1)), (2.0, Ahead((3,), 1)))
+    spans = (Span("network", 2.0, 4.0, 9, hidden=1.0),)
+    answered = Trace((*sent, (4.0, Verified(draft, Verdict(2, 3)))), spans)
+    failed = Trace((*sent, (4.0, Degraded("gone"))), spans)
+    assert round_trips(answered) == (2.0, 1.0)
+    assert round_trips(failed) == (0.0, 0.0)
 
 
 def test_there_is_no_mean_of_no_ledger() -> None:
