@@ -25,6 +25,7 @@ DIMENSIONS = Path(__file__).parent / "dimensions"
 # One row in so many is padding, the last ones: their logits are 0, which is never the largest. So a side of a pair says
 # no id that is beyond the other's rows, as both published models pad their vocabularies, each in its own way.
 PADDING = 100
+TABLES = ("embed_tokens.weight", "lm_head.weight")  # with a row an id
 SPREAD = 73.9  # standard deviation of whole numbers -128 to 127, all as likely
 
 
@@ -52,7 +53,8 @@ def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32") ->
     """
     config = configuration(checkpoint)
     front = load_frontend(checkpoint)
-    thinker = _empty(config)
+    with hf.one_line(str(checkpoint)):
+        thinker = _empty(config)
     memory.check(front.name, lambda each: need(thinker, each), device, dtype, limits.in_force().memory_bytes)
     _materialise(thinker, device, dtype)
     return hf.HFModel(**vars(front), thinker=thinker.eval())
@@ -80,7 +82,35 @@ def configuration(checkpoint: str | Path) -> Any:
             f"no dimensions of {str(checkpoint)!r}: give a folder with a config.json, or one of {', '.join(known)}"
         )
     with hf.one_line(str(checkpoint)):
-        return hf.thinker_config(hf.load_config(str(known.get(str(checkpoint), checkpoint))))
+        config = hf.thinker_config(hf.load_config(str(known.get(str(checkpoint), checkpoint))))
+        _check(config)
+    return config
+
+
+def _check(config: Any) -> None:
+    """ValueError for sizes that do not go together and that transformers notices late, if it says which they are."""
+    text, audio = config.text_config, config.audio_config
+    sizes = {
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "d_model": audio.d_model,
+        "encoder_attention_heads": audio.encoder_attention_heads,
+        "encoder_ffn_dim": audio.encoder_ffn_dim,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size}")
+    for whole, part in (
+        ("hidden_size", "num_attention_heads"),
+        ("num_attention_heads", "num_key_value_heads"),
+        ("d_model", "encoder_attention_heads"),
+    ):
+        if sizes[whole] % sizes[part]:
+            raise ValueError(f"{whole} {sizes[whole]} must be a multiple of {part} {sizes[part]}")
+    if audio.output_dim != text.hidden_size:
+        raise ValueError(f"output_dim {audio.output_dim} of the audio tower must be hidden_size {text.hidden_size}")
 
 
 def _empty(config: Any) -> Any:
@@ -127,8 +157,9 @@ def _materialise(thinker: Any, device: str, dtype: str) -> None:
 
     def fill(module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
-            values = weights(*made_of[parameter], tuple(parameter.shape), made)
-            if len(values) == thinker.config.text_config.vocab_size:
+            full, fan_in = made_of[parameter]
+            values = weights(full, fan_in, tuple(parameter.shape), made)
+            if full.endswith(TABLES):
                 values[spoken(len(values)) :] = 0
             setattr(module, name, nn.Parameter(values.to(device), requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):

@@ -224,10 +224,13 @@ def load_frontend(checkpoint: str | Path, weights: str = REAL) -> Frontend:
 @contextmanager
 def one_line(name: str) -> Iterator[None]:
     """What cannot be loaded is an OSError that says so in one line."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
+    except StrictDataclassError as error:  # its first line names no value
+        raise OSError(f"checkpoint {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     except (OSError, ValueError, SafetensorError, MemoryError, RuntimeError) as error:  # the last is torch's, of memory
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(f"checkpoint {name!r} cannot be loaded: {reason}") from error
