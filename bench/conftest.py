@@ -19,6 +19,7 @@ from bench.comparison import Document
 from bench.unfinished import Unfinished
 from edgecloud_sd import dataset, gate, metrics, oracle, quality, results
 from edgecloud_sd import profile as profiles
+from edgecloud_sd.acceptance import Synthetic
 from edgecloud_sd.calibrate import measure
 from edgecloud_sd.captioner import Captioner, Request
 from edgecloud_sd.clock import VirtualClock
@@ -247,7 +248,11 @@ def report(
     """Sums up a case for the tables, writes its results file, and returns what the file holds."""
 
     def add(case: cases.Case, captions: list[ClipResult], data: DataSet, held: InForce) -> dict[str, object]:
-        meaningless = "weights are random, so captions mean nothing" if settings.weights == DUMMY else None
+        meaningless = None
+        if settings.weights == DUMMY:
+            meaningless = "weights are random, so captions mean nothing"
+        elif isinstance(case.cell.rule, Synthetic):
+            meaningless = f"rule {case.cell.rule.text} keeps tokens by chance, so captions mean nothing"
         summary, scores = summarise(captions, case.language, settings.bertscore_model, meaningless)
         experiment = table.describe(case, captioner, settings, profile)
         document = results.document(experiment, captions, summary, scores, held, data.skipped)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from edgecloud_sd.models.hf import HFModel
 
-CLIPS = 6  # at most
+CLIPS = 6  # at most, but where the file is named
 K = 4  # where the run has no strict cell of its own
 
 WAYS = {

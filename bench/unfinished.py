@@ -73,11 +73,9 @@ class Unfinished:
         os.truncate(self.path, saved.rfind(b"\n") + 1)
 
     def _read_results(self, file: Path) -> None:
-        import jsonschema
-
         try:
             found = results.read(file)
-        except (ValueError, jsonschema.ValidationError) as error:
+        except ValueError as error:
             reason = str(error).splitlines()[0]
             raise CannotResume(f"{file}: is no results file of this version ({reason}); leave out --resume") from error
         self._check(file, {"experiment": found["experiment_config"], "environment": found["environment"]})

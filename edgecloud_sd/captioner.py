@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecloud_sd import acceptance, decoder, gate, limits, pairs, prompts
+from edgecloud_sd import acceptance, decoder, gate, limits, opening, pairs, prompts
 from edgecloud_sd import link as links
 from edgecloud_sd.clock import stamp
 from edgecloud_sd.decoder import Decoding
@@ -55,6 +55,18 @@ class Cell:
     stop: Stop | None = None
     ahead: int = 0
 
+    def __post_init__(self) -> None:
+        if self.mode not in decoder.MODES:
+            raise ValueError(f"unknown mode {self.mode!r}: choose one of {', '.join(decoder.MODES)}")
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"k must be at least 1, or None to have it found, not {self.k}")
+        if self.open not in opening.WHEN:
+            raise ValueError(f"open must be one of {', '.join(opening.WHEN)}, not {self.open!r}")
+        if self.ahead < 0:
+            raise ValueError(f"ahead must be 0 or more tokens, not {self.ahead}")
+        if self.stop and self.stop.score is None and self.gate.score is None:
+            raise ValueError(f"stop {self.stop.label} reads the gate's score, and gate {self.gate.label} has none")
+
     @property
     def strict(self) -> bool:
         """Whether the output is promised to equal the cloud's own, token for token (in float32 and float64)."""
@@ -81,10 +93,10 @@ def cells(settings: Settings) -> list[Cell]:
         ways = itertools.product(
             gates, rules, settings.k, crossed, settings.open, settings.draft_stop, settings.draft_ahead
         )
-        found.extend(
-            Cell(mode, chosen, rule, k, link, when, gate.parse_stop(stop, chosen), ahead)
-            for chosen, rule, k, link, when, stop, ahead in ways
-        )
+        for chosen, rule, k, link, when, stop, ahead in ways:
+            cell = Cell(mode, chosen, rule, k, link, when, gate.parse_stop(stop, chosen), ahead)
+            same = (each for each in found if not chosen.escalates and (each.mode, each.gate) == (mode, chosen))
+            found.append(next(same, cell))  # where nothing is sent, nothing else of a cell matters
     return list(dict.fromkeys(found))
 
 

@@ -178,7 +178,7 @@ def _cpu() -> str | None:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """Check against the schema, then write whole. Raises jsonschema.ValidationError, or ValueError for nan."""
+    """Check against the schema, then write whole. ValueError for what the schema refuses, and for nan."""
     validate(results)
     text = json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False)
     # a list of plain values takes one line; a string holds no newline, so none is changed
@@ -187,7 +187,7 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A results file, checked against the schema. Raises jsonschema.ValidationError, or ValueError for bad JSON."""
+    """A results file, checked against the schema. ValueError for what that refuses, and for bad JSON."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{path}: holds {constant}, which is no JSON number")
@@ -197,17 +197,18 @@ def read(path: Path) -> dict[str, Any]:
     return results
 
 
-def validate(results: dict[str, Any]) -> None:
-    """jsonschema.ValidationError unless `results` satisfies the schema."""
+def validate(results: Any, with_traces: bool = True) -> None:
+    """ValueError, naming the place, unless `results` satisfies the schema. `with_traces`: whether the clips' must be
+    there."""
     from jsonschema.exceptions import best_match
 
-    if error := best_match(validator().iter_errors(results)):
-        raise error
+    if error := best_match(_validator(with_traces).iter_errors(results)):
+        where = "/".join(map(str, error.absolute_path)) or "the whole"
+        raise ValueError(f"{where}: {error.message[:200]}")
 
 
 @cache
-def validator(with_traces: bool = True) -> Any:
-    """jsonschema's validator of results. `with_traces`: whether they must hold the clips' traces."""
+def _validator(with_traces: bool) -> Any:
     from jsonschema import Draft202012Validator
 
     schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))

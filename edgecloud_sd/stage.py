@@ -258,4 +258,4 @@ def _finished(call: Callable[[], T]) -> Future[T]:
 
 @cache
 def _background() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="opening")
+    return ThreadPoolExecutor(thread_name_prefix="beside")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from edgecloud_sd import gate, metrics, probs
@@ -24,6 +24,7 @@ from edgecloud_sd.verifier import CloudFault, LocalVerifier
 from tests.strategies import Case, Scene, Scripted, gates, ks, ranks, scenes, speculative, stops
 
 LIMITS = st.sampled_from([0, 1, 2, 5, 30])
+MANY = 300  # these run in milliseconds
 ANSWERS = st.lists(st.booleans(), max_size=8)
 
 
@@ -60,6 +61,7 @@ def drafting(draw: st.DrawFn) -> Case:
     return Case(scene, replace(speculative(scene, draw(ks), chosen), stop=draw(stops(chosen))), draw(ranks))
 
 
+@settings(max_examples=MANY)
 @given(drafting(), LIMITS, ANSWERS)
 def test_drafting_ahead_changes_no_token_under_any_gate_rule_and_stop(
     case: Case, ahead: int, answers: list[bool]
@@ -72,6 +74,7 @@ def test_drafting_ahead_changes_no_token_under_any_gate_rule_and_stop(
     ]
 
 
+@settings(max_examples=MANY)
 @given(drafting(), LIMITS, ANSWERS)
 def test_longer_drafts_of_what_was_made_ahead_change_no_token_of_strict_output(
     case: Case, ahead: int, answers: list[bool]

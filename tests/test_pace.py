@@ -243,6 +243,34 @@ def test_a_round_by_hand() -> None:
     assert [place.y for place in pace.kept] == [1 + CHANCES, CHANCES, CHANCES]
 
 
+def test_what_the_oracle_is_asked_of_a_gate_that_keeps_rounds_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[oracle.Workload] = []
+
+    def fastest_k(machines: Profile, link: Link, work: oracle.Workload, *_: object) -> int:
+        asked.append(work)
+        return 1
+
+    monkeypatch.setattr(oracle, "fastest_k", fastest_k)
+    first, second, third = Draft((1, 2, 3)), Draft((4, 5)), Draft((6,))
+    pace = Pace(ahead=5, strict=False)
+    events: list[Event] = [
+        *(Opened("edge"), Drafted(first), Drafted(second), Escalated(second, 4)),
+        *(Ahead((7, 8), 2), Verified(second, Verdict(2, 7))),
+        *(Drafted(third, 1), Escalated(third, 1), Ahead((9,), 1), Verified(third, Verdict(1, 3))),
+    ]
+    for event in events:
+        pace.see(event, 0.5)
+    pace.fastest()
+    (work,) = asked
+    old = CHANCES  # what was seen one step before counts so much
+    assert work.k == 2  # of the drafts begun anew, 3 and 2
+    assert work.gate_rate == pytest.approx((old + 1) / (old**2 + old + 1))
+    assert work.sent == pytest.approx((4 * old + 1) / (old + 1))
+    assert work.guess == pytest.approx((old + WEIGHT * LIKELY) / (old + 1 + WEIGHT))
+    assert (work.ahead, work.strict) == (5, False)
+    assert work.accepted == pace.acceptance()
+
+
 def test_acceptance_is_believed_better_than_most_until_it_is_seen() -> None:
     assert Pace().acceptance() == pytest.approx([LIKELY**i for i in range(1, oracle.MAX_K + 1)])
     pace = Pace()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgecloud_sd import gate, metrics, prompts
+from edgecloud_sd import gate, metrics, profile, prompts
+from edgecloud_sd import link as links
 from edgecloud_sd.captioner import Captioner, Cell, Request
 from edgecloud_sd.clock import stamp
 from edgecloud_sd.dataset import load_audio, load_manifest
@@ -78,6 +79,21 @@ def test_drafting_ahead_hides_a_round_trip_as_long_as_a_draft(captioner: Caption
     link = Link("drawn", trips * k * step, math.inf, math.inf)
     waits, ahead = (Cell("speculative", gate.ALWAYS, k=k, link=link, ahead=n) for n in (0, 16))
     assert per_token(captioner, waits, machines) >= gain * per_token(captioner, ahead, machines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("machines", "link"), [("laptop-gpu", "5g"), ("laptop-gpu", "4g"), ("published", "none")])
+def test_the_length_that_finds_itself_is_within_a_twentieth_of_the_best(
+    captioner: Captioner, machines: str, link: str
+) -> None:
+    asked = [request(index, "chinese") for index in range(12)]
+
+    def seconds(k: int | None) -> float:
+        cell = Cell("speculative", gate.ALWAYS, k=k, link=links.find(link))
+        costs = profile.load(machines)
+        return sum(captioner.trace(each, cell, MAX_NEW_TOKENS, costs, str(i)).seconds for i, each in enumerate(asked))
+
+    assert seconds(None) <= 1.05 * min(seconds(k) for k in range(1, 13))
 
 
 def test_an_entropy_gate_mixes_both(captioner: Captioner) -> None:

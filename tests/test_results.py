@@ -431,7 +431,7 @@ def test_an_invalid_document_is_refused_and_the_file_stays(made: dict[str, Any],
     path = tmp_path / "a.json"
     path.write_text("old")
     spoil(made)
-    with pytest.raises(jsonschema.ValidationError):
+    with pytest.raises(ValueError, match=r"^[\w/ ]+: "):
         results.write(path, made)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
@@ -462,7 +462,7 @@ def test_an_invalid_file_is_not_read(made: dict[str, Any], tmp_path: Path) -> No
     path = tmp_path / "a.json"
     del made["environment"]
     path.write_text(json.dumps(made), encoding="utf-8")
-    with pytest.raises(jsonschema.ValidationError, match="environment"):
+    with pytest.raises(ValueError, match="the whole: 'environment' is a required property"):
         results.read(path)
 
 

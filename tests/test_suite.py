@@ -303,3 +303,13 @@ def test_the_readme_says_what_each_figure_part_and_link_is() -> None:
         row = [f"{1e3 * each.rtt:g} ms", f"{each.up / 1e6:g}", f"{each.down / 1e6:g}", f"{1e3 * each.jitter:g} ms"]
         assert f"| `{each.name}` | {' | '.join(row)} |" in readme
     assert all(f"| `{name}` |" in readme for name in profile.NAMES)
+
+
+@pytest.mark.slow
+def test_captions_kept_by_chance_have_no_quality(captioner: Captioner, pytester: pytest.Pytester) -> None:
+    options = ("--mode", "speculative", "--gate", "always", "--rule", "synthetic(0.5)", "--max-samples", "1")
+    done = run(pytester, *options, "--max-new-tokens", "8", "--output-name", "a", "-k", "captioning")
+    done.assert_outcomes(passed=1, deselected=done.parseoutcomes()["deselected"])
+    metrics = results.read(pytester.path / "results" / "a.json")["metrics"]
+    assert metrics["figures"]["bleu4"] is None
+    assert metrics["reasons"]["bleu4"] == "rule synthetic(0.5) keeps tokens by chance, so captions mean nothing"

@@ -58,10 +58,10 @@ def check(path: Path, what: str, document: Any, with_traces: bool) -> None:
     if version != results.SCHEMA_VERSION:
         wanted = f"version {results.SCHEMA_VERSION}; run the benchmark again, or read it with the release that wrote it"
         raise Unusable(f"{path}: {what} holds results of version {version!r} and not of {wanted}")
-    error = next(results.validator(with_traces).iter_errors(document), None)
-    if error is not None:
-        where = "/".join(map(str, error.absolute_path)) or "the whole"
-        raise Unusable(f"{path}: {what} is damaged ({where}: {error.message[:200]}); {GIVE}")
+    try:
+        results.validate(document, with_traces)
+    except ValueError as error:
+        raise Unusable(f"{path}: {what} is damaged ({error}); {GIVE}") from None
     try:
         json.dumps(document, allow_nan=False)
     except (ValueError, KeyError, TypeError) as error:
