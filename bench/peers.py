@@ -51,8 +51,9 @@ WAYS = {
     "hearing_k": "the same made to hear, constant k",
     "cloud": "our cloud mode",
     "speculative": "our speculative mode, strict",
-    "lazy": "the same, the cloud opened after the edge's first draft",
-    "bound": "the same, its forward passes alone",
+    "auto": "the same, --k auto",
+    "lazy": "the same at k, the cloud opened after the edge's first draft",
+    "bound": "the same at k, its forward passes alone",
 }
 BASES = {
     "greedy": "over greedy",
@@ -66,6 +67,10 @@ FIGURES = {
     **{name: Figure("s", "lower", f"a token, prefill included: {meaning}") for name, meaning in WAYS.items()},
     **{
         f"over_{base}": Figure("ratio", "higher", f"a token's time, {WAYS[base]} / our speculative mode")
+        for base in BASES
+    },
+    **{
+        f"auto_over_{base}": Figure("ratio", "higher", f"a token's time, {WAYS[base]} / our speculative mode, --k auto")
         for base in BASES
     },
     "cloud_over_greedy": Figure("ratio", "higher", f"a token's time, {WAYS['greedy']} / our cloud mode"),
@@ -231,6 +236,7 @@ def ways(captioner: Captioner, cell: Cell, max_new_tokens: int) -> dict[str, Way
         "hearing_k": theirs(hearing(assistant(edge, **constant))),
         "cloud": ours(Cell("cloud")),
         "speculative": ours(cell),
+        "auto": ours(replace(cell, k=None)),
         "lazy": watched,
         "bound": lambda clip: Timed(clip.tokens, replay(models, clip.prompt, clip.passes)),
     }
@@ -374,6 +380,7 @@ def ratios(clips: Sequence[Mapping[str, Timed]]) -> dict[str, Interval]:
     assert beside is not None  # or there were no clips
     return {
         **{f"over_{base}": speedup(clips, base, "speculative") for base in BASES},
+        **{f"auto_over_{base}": speedup(clips, base, "auto") for base in BASES},
         "cloud_over_greedy": speedup(clips, "greedy", "cloud"),
         "share_of_bound": speedup(clips, "bound", "speculative"),
         "not_forward": beside,
@@ -404,7 +411,7 @@ def _lines(name: str, clips: Sequence[Mapping[str, Timed]]) -> Iterator[str]:
             meaning,
             format(1e3 * pace(clips, way), ".2f"),
             *("-" if way == base else str(speedup(clips, base, way)) for base in BASES),
-            speedup(clips, "bound", way).shown(".0%") if way in ("speculative", "lazy") else "-",
+            speedup(clips, "bound", way).shown(".0%") if way in ("speculative", "lazy") else "-",  # of the same passes
         ]
         for way, meaning in WAYS.items()
     ]

@@ -31,6 +31,7 @@ SECONDS = {
     "hearing_k": 1.5,
     "cloud": 2.5,
     "speculative": 1.0,
+    "auto": 0.5,
     "lazy": 1.25,
     "bound": 0.8,
 }
@@ -209,6 +210,8 @@ def test_ratios_are_of_sums_a_token() -> None:
         "over_hearing": 1.75,
         "over_hearing_k": 1.5,
         "over_cloud": 2.5,
+        "auto_over_greedy": 8.0,
+        "auto_over_cloud": 5.0,
         "cloud_over_greedy": 1.6,
         "share_of_bound": 0.8,
         "not_forward": 0.2,
