@@ -26,6 +26,7 @@ COSTS, CHANCES = 0.95, 0.98
 # has shown fades while no draft reaches it, so that they are tried again.
 LIKELY, WEIGHT = 0.95, 6.0
 SHARED = 1.25  # times as long as usual: a step beside an opening that it shares a processor with
+LOOKING = 0.01  # of a caption's time, for the length of its drafts
 NEAR = 2  # of the length of a caption's draft to that of the one before it, at most
 RAREST = 1e-3  # share of escalated rounds below which none is believed
 
@@ -127,14 +128,22 @@ class Pace:
             self._round = 0.0
 
     def look(self, events: Iterable[Event], clock: Clock) -> Iterator[Event]:
-        """The events as they come, seen. Whoever they are handed on to takes no time of theirs."""
+        """The events as they come, seen. Whoever they are handed on to takes no time of theirs.
+
+        After the caption's first, a length is looked for where that takes less than `LOOKING` of the time since the
+        last: so each round, but in rounds of a few ms.
+        """
         before = clock()
+        again = 0.0
         for event in events:
             self.see(event, clock() - before)
             yield event
-            if self.trip.n and (isinstance(event, Verified) or event == Opened("edge")):
-                self._k = self.fastest()  # here, where the time that it takes is no draft's
             before = clock()
+            opened = event == Opened("edge")
+            if self.trip.n and (opened or (isinstance(event, Verified) and before >= again)):
+                self._k = self.fastest()  # here, where the time that it takes is no draft's
+                looked = clock()
+                again, before = before + (looked - before) / LOOKING, looked
 
     def look_back(self, trace: Trace) -> None:
         """A caption that was decoded before."""

@@ -196,6 +196,35 @@ def test_the_time_of_who_reads_the_events_is_not_the_rounds() -> None:
     assert (pace.step.mean, pace.trip.mean) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize(("look", "looks"), [(0.0, 6), (0.0149, 6), (0.016, 3), (0.5, 1)])
+def test_to_look_for_a_length_takes_a_hundredth_of_the_time(
+    monkeypatch: pytest.MonkeyPatch, look: float, looks: int
+) -> None:
+    stage = Stage(IN_PROCESS, links.NONE)
+    pace = Pace()
+    caption(pace, 0.01, 0.01)
+    looked = []
+
+    def fastest() -> int:
+        stage.spend(look)
+        looked.append(look)
+        return 4
+
+    monkeypatch.setattr(pace, "fastest", fastest)
+
+    def rounds() -> Iterator[Event]:
+        draft = Draft((1, 2))
+        yield Opened("edge")
+        for _ in range(5):
+            for event in (Drafted(draft), Escalated(draft, 1), Verified(draft, Verdict(2, 3))):
+                stage.spend(0.5)
+                yield event
+
+    for _ in pace.look(rounds(), stage.watch.seconds):
+        pass
+    assert len(looked) == looks
+
+
 def test_thousands_of_rounds_that_stay_on_the_device_leave_a_length() -> None:
     pace = Pace()
     draft = Draft((1, 2, 3))
