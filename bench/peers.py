@@ -6,6 +6,7 @@ that is there (input tensors too) to the caption's last token: both audio encode
 are outside, for all ways. The bound is what the speculative caption's forward passes take alone: the same ids on the
 same cache lengths, embedding, text model and head, one after the other, with nothing between them. What precedes the
 audio is the same in every prompt: ours has computed it for the first clip, as in use, and transformers does every time.
+Drafts are of constant length, or find it: ours by `--k auto`, theirs by their default schedule.
 
 transformers' assisted generation gives its assistant the audio, but as of 5.23 tells it that its first pass is none
 (`is_first_iteration=not generation_config.is_assistant`), whereupon a Qwen2.5-Omni thinker drops the audio and drafts

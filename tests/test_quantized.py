@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -228,3 +229,15 @@ def test_a_machine_without_the_kernel_says_what_to_take(
     message = rf"'{dtype}' has no kernel here \(not implemented for this CPU\): choose one of float32, float16"
     with pytest.raises(ValueError, match=message):
         hf.load(pairs.PAIRS["pocket"].edge, dtype=dtype)
+
+
+@pytest.mark.parametrize(("n", "k", "taken"), [(16, 32, True), (48, 96, True), (24, 32, False), (16, 48, False)])
+def test_the_int4_kernel_takes_these_shapes_and_int8_the_others(n: int, k: int, taken: bool) -> None:
+    assert quantized.takes_int4(n, k) == taken
+    thinker: Any = nn.Module()
+    thinker.model = nn.Module()
+    thinker.model.audio_tower = nn.Module()
+    thinker.lm_head = nn.Linear(k, n)
+    quantized.quantise(thinker, "int4")
+    assert type(thinker.lm_head) is (quantized.Int4Linear if taken else quantized.Int8Linear)
+    assert thinker.lm_head(torch.ones(1, k)).isfinite().all()
