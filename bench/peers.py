@@ -64,14 +64,12 @@ BASES = {
     "hearing_k": "over hearing, k",
     "cloud": "over cloud mode",
 }
+OURS = {"over": ("speculative", "our speculative mode"), "auto_over": ("auto", "our speculative mode, --k auto")}
 FIGURES = {
     **{name: Figure("s", "lower", f"a token, prefill included: {meaning}") for name, meaning in WAYS.items()},
     **{
-        f"over_{base}": Figure("ratio", "higher", f"a token's time, {WAYS[base]} / our speculative mode")
-        for base in BASES
-    },
-    **{
-        f"auto_over_{base}": Figure("ratio", "higher", f"a token's time, {WAYS[base]} / our speculative mode, --k auto")
+        f"{name}_{base}": Figure("ratio", "higher", f"a token's time, {WAYS[base]} / {meaning}")
+        for name, (_, meaning) in OURS.items()
         for base in BASES
     },
     "cloud_over_greedy": Figure("ratio", "higher", f"a token's time, {WAYS['greedy']} / our cloud mode"),
@@ -380,8 +378,7 @@ def ratios(clips: Sequence[Mapping[str, Timed]]) -> dict[str, Interval]:
     beside = metrics.speedup([clip["lazy"].beside for clip in clips], [clip["lazy"].seconds for clip in clips])
     assert beside is not None  # or there were no clips
     return {
-        **{f"over_{base}": speedup(clips, base, "speculative") for base in BASES},
-        **{f"auto_over_{base}": speedup(clips, base, "auto") for base in BASES},
+        **{f"{name}_{base}": speedup(clips, base, way) for name, (way, _) in OURS.items() for base in BASES},
         "cloud_over_greedy": speedup(clips, "greedy", "cloud"),
         "share_of_bound": speedup(clips, "bound", "speculative"),
         "not_forward": beside,

@@ -40,8 +40,9 @@ def verdicts(
     """
 
     @cache
-    def costs(ahead: int) -> Profile | None:
-        alike = [each for each in cells.values() if each.mode == "cloud" or not together or each.ahead == ahead]
+    def costs(ahead: int | None) -> Profile | None:
+        """Of all cells for None, else of those that draft so far ahead and the cloud's own."""
+        alike = [each for each in cells.values() if ahead is None or ahead == each.ahead or each.mode == "cloud"]
         seen = profile or oracle.observed(trace for each in alike for trace in each.traces)
         return replace(seen, draft_at_cloud=seen.edge.step) if seen is not None and together else seen
 
@@ -49,7 +50,7 @@ def verdicts(
     for name, cell in cells.items():
         if cell.mode != "speculative":
             continue
-        seen = costs(cell.ahead)
+        seen = costs(cell.ahead if together else None)
         work = oracle.workload(cell.traces, cell.k, cell.gated, cell.eager, cell.ahead, cell.strict)
         if seen is None:
             found[name] = "no answer: a step of the cloud alone was not timed (--mode edge,cloud,speculative)"

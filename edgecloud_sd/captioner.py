@@ -56,8 +56,7 @@ class Cell:
     ahead: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in decoder.MODES:
-            raise ValueError(f"unknown mode {self.mode!r}: choose one of {', '.join(decoder.MODES)}")
+        decoder.check_mode(self.mode)
         if self.k is not None and self.k < 1:
             raise ValueError(f"k must be at least 1, or None to have it found, not {self.k}")
         if self.open not in opening.WHEN:
@@ -90,13 +89,15 @@ def cells(settings: Settings) -> list[Cell]:
             for threshold in (settings.entropy_threshold if name == "entropy" else (0.0,))
         ]
         rules = [acceptance.parse(rule, r) for rule in settings.rule for r in settings.rank]
-        ways = itertools.product(
-            gates, rules, settings.k, crossed, settings.open, settings.draft_stop, settings.draft_ahead
+        ways = list(
+            itertools.product(rules, settings.k, crossed, settings.open, settings.draft_stop, settings.draft_ahead)
         )
-        for chosen, rule, k, link, when, stop, ahead in ways:
-            cell = Cell(mode, chosen, rule, k, link, when, gate.parse_stop(stop, chosen), ahead)
-            same = (each for each in found if not chosen.escalates and (each.mode, each.gate) == (mode, chosen))
-            found.append(next(same, cell))  # where nothing is sent, nothing else of a cell matters
+        found.extend(
+            Cell(mode, chosen, rule, k, link, when, gate.parse_stop(stop, chosen), ahead)
+            for chosen in gates
+            # where nothing is sent, nothing else of a cell matters
+            for rule, k, link, when, stop, ahead in (ways if chosen.escalates else ways[:1])
+        )
     return list(dict.fromkeys(found))
 
 
@@ -211,11 +212,11 @@ class Captioner:
         stage = stage or self._stage(cell)
         side = self.load(cell.mode)
         stopping = Stopping(side.eos, max_new_tokens)
-        pace = self._pace(cell, request.language, stage.profile) if cell.k is None else None
+        k = self._pace(cell, request.language, stage.profile) if cell.k is None else cell.k
         how = Decoding(
             cell.mode,
             stopping,
-            k=pace or cell.k or 1,
+            k=k,
             gate=stage.gate(cell.gate),
             alone=self._alone,
             stop=stage.stop(cell.stop),
@@ -230,7 +231,7 @@ class Captioner:
         if cloud and cell.mode == "speculative":
             cloud = stage.opened(cloud, cell.open)
         decoded = decoder.decode(prompt, how, edge, cloud)
-        yield from pace.look(decoded, stage.watch.seconds) if pace else decoded
+        yield from k.look(decoded, stage.watch.seconds) if isinstance(k, Pace) else decoded
 
     def remember(self, trace: Trace, cell: Cell, language: str, profile: Profile | None = None) -> None:
         """A caption of an earlier run that this one goes on from: what it shows is not to be found out again."""

@@ -185,7 +185,7 @@ class Settings:
         "nats above which gate entropy escalates a draft; 0 is always, inf is never", _nats, many=True
     )
     k: tuple[int | None, ...] = _option(
-        "draft tokens a round, at most (more where they were drafted ahead); auto finds the fastest anew each round, "
+        "draft tokens a round, at most (more where they were drafted ahead); auto finds the fastest as it goes, "
         "from what the rounds so far have taken and what the cloud has kept",
         _draft_length,
         many=True,

@@ -51,10 +51,15 @@ class Decoding:
     strict: bool = False  # whether the output is the same however drafts are cut: all that was drafted ahead may be one
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
+        check_mode(self.mode)
         if isinstance(self.k, int) and self.k < 1:
             raise ValueError(f"k must be at least 1, not {self.k}")
+
+
+def check_mode(mode: str) -> None:
+    """ValueError, naming the known ones, for any other mode."""
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
 
 
 def decode(prompt: Prompt, how: Decoding, edge: Model | None = None, cloud: Verifier | None = None) -> Iterator[Event]:

@@ -80,13 +80,13 @@ class Pace:
     strict: bool = True
     eager: bool = True
     step: Mean = field(default_factory=partial(Mean, COSTS))  # s of an edge's step, its gate's statistic included
+    beside: Mean = field(default_factory=partial(Mean, COSTS))  # the same beside the opening of the cloud
     trip: Mean = field(default_factory=partial(Mean, COSTS))  # s from a draft sent to its verdict, by tokens fed
     sent: Mean = field(default_factory=Mean)  # committed tokens that go with a draft
     drafted: Mean = field(default_factory=Mean)  # tokens of a draft for which none were made ahead
     escalated: Mean = field(default_factory=Mean)  # 1 for each round that went to the cloud, 0 for the others
     kept: list[Mean] = field(default_factory=list)  # by place in a draft: 1 where its token was kept, 0 where rejected
     guessed: Mean = field(default_factory=Mean)  # 1 for each right guess of a bonus, 0 for each wrong one
-    beside: Mean = field(default_factory=partial(Mean, COSTS))  # the same beside the opening of the cloud
     opening: Mean = field(default_factory=partial(Mean, COSTS))  # s that the cloud is ready after the edge
     _first: int | None = None  # tokens of the first draft, while nothing else has happened; 0 before it
     _begun: float = 0.0  # s that they took

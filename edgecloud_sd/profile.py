@@ -35,8 +35,6 @@ class Costs:
     def seconds(self, n: float) -> float:
         """One forward pass over `n` >= 1 tokens (or a mean of so many) after what is cached."""
         (first, least), (last, most) = self.forward[0], self.forward[-1]
-        if n == first:
-            return least
         for (n0, s0), (n1, s1) in itertools.pairwise(self.forward):
             if n0 <= n <= n1:
                 return s0 + (s1 - s0) * (n - n0) / (n1 - n0)

@@ -58,4 +58,4 @@ def sync(session: Session, context: Sequence[int], rows: int = 1) -> Tensor:
     if common < len(held):
         session.truncate(common)
     logits = session.extend(context[common:])
-    return logits if len(logits) == rows else logits[-rows:]
+    return logits if len(logits) == rows else logits[-rows:]  # no view where all are wanted

@@ -23,6 +23,13 @@ def asked() -> Request:
     return Request(clips.make("evaluation", 4).samples, "chinese")  # of which the edge is unsure
 
 
+def fresh(captioner: Captioner) -> Captioner:
+    """One of the same models that has learnt nothing."""
+    made = Captioner()
+    made.__dict__.update(edge=captioner.edge, cloud=captioner.cloud)
+    return made
+
+
 def drafts(trace: Trace) -> list[int]:
     return [len(event.draft.tokens) for _, event in trace.events if isinstance(event, Drafted)]
 
@@ -61,22 +68,19 @@ def test_the_edge_drafts_ahead_where_it_is_told_to(captioner: Captioner, asked: 
 
 
 def test_what_finds_the_length_of_drafts_knows_the_cell_and_stays(captioner: Captioner, asked: Request) -> None:
-    fresh = Captioner()
-    fresh.__dict__.update(edge=captioner.edge, cloud=captioner.cloud)
+    learning = fresh(captioner)
     lossy = Cell("speculative", gate.entropy(1.5), k=None, open="lazy", ahead=7)
     for cell in (lossy, replace(ALWAYS, k=None)):
-        fresh.trace(asked, cell, 64, MACHINES)
-        pace = fresh._pace(cell, "chinese", MACHINES)
+        learning.trace(asked, cell, 64, MACHINES)
+        pace = learning._pace(cell, "chinese", MACHINES)
         assert (pace.ahead, pace.strict, pace.eager) == (cell.ahead, cell.strict, cell.open == "eager")
         assert pace.step.n + pace.beside.n > 0
-    assert len(fresh._paces) == 2
+    assert len(learning._paces) == 2
 
 
 def test_a_caption_that_is_remembered_teaches_what_it_taught_before(captioner: Captioner, asked: Request) -> None:
     cell = replace(OVER_4G, k=None)
-    first, second = Captioner(), Captioner()
-    for each in (first, second):
-        each.__dict__.update(edge=captioner.edge, cloud=captioner.cloud)
+    first, second = fresh(captioner), fresh(captioner)
     trace = first.trace(asked, cell, 64, MACHINES, "one")
     second.remember(trace, cell, "chinese", MACHINES)
     again = [each.trace(asked, cell, 64, MACHINES, "two") for each in (first, second)]

@@ -146,22 +146,22 @@ class HFModel(Frontend):
         @lru_cache(maxsize=PREFIXES)
         def compute(ids: tuple[int, ...]) -> Cache:
             cache = self.text.cache(len(ids))
-            self.text.fill(self.embed(torch.tensor(ids, device=self.thinker.device)), cache)
+            self.text.fill(self.embed(torch.tensor(ids, device=self.text.device)), cache)
             return cache
 
         return compute
 
     def embed_prompt(self, prompt: Prompt) -> Tensor:
         """[1, len(prompt.ids), hidden]: text embeddings with the audio encoder's output at the placeholders."""
-        thinker = self.thinker
-        ids = torch.tensor([prompt.ids], device=thinker.device)
+        thinker, device = self.thinker, self.text.device
+        ids = torch.tensor([prompt.ids], device=device)
         embeddings = self.embed(ids)
         if prompt.features is None:
             return embeddings
         places = ids[0] == self.audio_token
         prompts.check_placeholders(prompt, self.audio_token)
-        lengths = torch.tensor([prompt.features.shape[1]], device=thinker.device)
-        audio = thinker.model.audio_tower(prompt.features.to(thinker.device, thinker.dtype), feature_lens=lengths)
+        lengths = torch.tensor([prompt.features.shape[1]], device=device)
+        audio = thinker.model.audio_tower(prompt.features.to(device, thinker.dtype), feature_lens=lengths)
         return embeddings.masked_scatter(places[None, :, None], audio.last_hidden_state.to(embeddings.dtype))
 
 
@@ -229,10 +229,11 @@ def one_line(name: str) -> Iterator[None]:
 
     try:
         yield
-    except StrictDataclassError as error:  # its first line names no value
-        raise OSError(f"checkpoint {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
-    except (OSError, ValueError, SafetensorError, MemoryError, RuntimeError) as error:  # the last is torch's, of memory
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    # RuntimeError is torch's, of memory
+    except (OSError, ValueError, SafetensorError, StrictDataclassError, MemoryError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        # the first of a configuration's error names no value
+        reason = " ".join(map(str.strip, lines)) if isinstance(error, StrictDataclassError) else lines[0]
         raise OSError(f"checkpoint {name!r} cannot be loaded: {reason}") from error
 
 
