@@ -411,18 +411,22 @@ def test_many_threads_get_each_their_own(engine: FakeVLLM, batcher: Batcher) -> 
 
 
 def test_requests_that_wait_together_run_together(engine: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    gates = threading.Event()
+    begun, gates = threading.Event(), threading.Event()
     step = engine.step
 
     def gated() -> list[Output]:
+        begun.set()
         gates.wait(5)
         return step()
 
     monkeypatch.setattr(engine, "step", gated)
     batcher = Batcher(engine)
-    verifications = [VLLMVerifier(model(engine, batcher.submit), GREEDY).open(Prompt((n, 1))) for n in range(6)]
+    verifier = VLLMVerifier(model(engine, batcher.submit), GREEDY)
+    first = verifier.open(Prompt((0, 1)))
+    assert begun.wait(5)  # or it might wait with some of the others
+    others = [verifier.open(Prompt((n, 1))) for n in range(1, 6)]
     gates.set()
-    for each in verifications:
+    for each in (first, *others):
         each.wait()
     batcher.close()
     assert max(engine.batches) >= 5
