@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from edgecloud_sd import link, pairs
-from edgecloud_sd.captioner import Cell, cells
 from edgecloud_sd.config import AUTO, Settings
+from edgecloud_sd.models import pairs
+from edgecloud_sd.pipeline import Cell, cells
+from edgecloud_sd.timing import link
 
 SETTINGS = pytest.StashKey[Settings]()  # where the root conftest leaves what the run was asked for
 SHORT = {"chinese": "zh", "english": "en"}

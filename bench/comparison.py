@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from edgecloud_sd import metrics
-from edgecloud_sd.metrics import Interval
+from edgecloud_sd.measure import metrics
+from edgecloud_sd.measure.metrics import Interval
 
 Document = dict[str, Any]  # a cell's results, as edgecloud_sd/results.schema.json has them; the traces may be absent
 Clip = dict[str, Any]

@@ -14,23 +14,29 @@ import pytest
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from bench import cases, load, peers, rows, table, verdict
+from bench import baselines as peers
+from bench import cases, load, rows
+from bench import forecasts as verdict
+from bench import tables as table
+from bench.calibrate import measure
 from bench.comparison import Document
-from bench.unfinished import Unfinished
-from edgecloud_sd import dataset, gate, metrics, oracle, quality, results
-from edgecloud_sd import profile as profiles
+from bench.resume import Unfinished
+from edgecloud_sd import gate
 from edgecloud_sd.acceptance import Synthetic
-from edgecloud_sd.calibrate import measure
-from edgecloud_sd.captioner import Captioner, Request
-from edgecloud_sd.clock import VirtualClock
 from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.process import connected
 from edgecloud_sd.config import MEASURE, Settings
-from edgecloud_sd.limits import InForce
-from edgecloud_sd.pairs import DUMMY
-from edgecloud_sd.profile import Profile
-from edgecloud_sd.records import Clip
-from edgecloud_sd.summary import ClipResult, Summary, summarise
+from edgecloud_sd.data import dataset
+from edgecloud_sd.events import Clip
+from edgecloud_sd.forecast import model as oracle
+from edgecloud_sd.host.limits import InForce
+from edgecloud_sd.measure import metrics, quality, results
+from edgecloud_sd.measure.summary import ClipResult, Summary, summarise
+from edgecloud_sd.models.pairs import DUMMY
+from edgecloud_sd.pipeline import Captioner, Request
+from edgecloud_sd.timing import profile as profiles
+from edgecloud_sd.timing.clock import VirtualClock
+from edgecloud_sd.timing.profile import Profile
 from edgecloud_sd.verifier import CloudFault
 
 
@@ -54,7 +60,7 @@ MEASURED_CLIPS = 3  # that --profile measure decodes
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     settings = config.stash[cases.SETTINGS]
     unasked = (collection_path.name == "test_load.py" and not load.loads(settings)) or (
-        collection_path.name == "test_peers.py" and peers.unasked(settings)
+        collection_path.name == "test_baselines.py" and peers.unasked(settings)
     )
     return True if unasked else None  # rather than a case that is skipped for want of parameters
 

@@ -20,15 +20,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from bench import table
+from bench import tables as table
 from bench.cases import SHORT
-from edgecloud_sd import pairs
-from edgecloud_sd.clock import real
 from edgecloud_sd.config import AUTO, Settings
-from edgecloud_sd.metrics import degraded
-from edgecloud_sd.records import Committed, Escalated, Prompt, Span, Trace, Verdict, Verified
-from edgecloud_sd.stage import Stage
-from edgecloud_sd.summary import Figure
+from edgecloud_sd.events import Committed, Escalated, Prompt, Span, Trace, Verdict, Verified
+from edgecloud_sd.measure.metrics import degraded
+from edgecloud_sd.measure.summary import Figure
+from edgecloud_sd.models import pairs
+from edgecloud_sd.timing.clock import real
+from edgecloud_sd.timing.harness import Stage
 from edgecloud_sd.verifier import CloudFault, Verifier
 
 T = TypeVar("T")

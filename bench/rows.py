@@ -13,8 +13,9 @@ from typing import Any
 
 from pytest_benchmark.stats import Stats
 
-from bench import load, peers
-from edgecloud_sd.summary import FIGURES, Figure
+from bench import baselines as peers
+from bench import load
+from edgecloud_sd.measure.summary import FIGURES, Figure
 
 SERIES = {"ttft": "ttft", "e2e": "e2e"}  # figures that are means over clips -> what the results file calls a clip's
 

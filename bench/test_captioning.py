@@ -8,20 +8,21 @@ from contextlib import ExitStack, suppress
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import table
+from bench import tables as table
 from bench.cases import Case
 from bench.conftest import DataSet, Progress, problems_in_one_line
-from bench.unfinished import Unfinished
-from edgecloud_sd import limits, results, shadow
+from bench.resume import Unfinished
 from edgecloud_sd.acceptance import Synthetic
-from edgecloud_sd.captioner import Captioner, Cell, Request
-from edgecloud_sd.clock import VirtualClock, old_objects_left_alone
 from edgecloud_sd.config import Settings
-from edgecloud_sd.metrics import Hindsight, degraded
-from edgecloud_sd.profile import Profile
-from edgecloud_sd.records import Clip, Finished, Trace
-from edgecloud_sd.summary import ClipResult, clip_result
-from edgecloud_sd.utilization import Meter, Utilization, unmeasured
+from edgecloud_sd.events import Clip, Finished, Trace
+from edgecloud_sd.host import limits
+from edgecloud_sd.host.utilization import Meter, Utilization, unmeasured
+from edgecloud_sd.measure import results, shadow
+from edgecloud_sd.measure.metrics import Hindsight, degraded
+from edgecloud_sd.measure.summary import ClipResult, clip_result
+from edgecloud_sd.pipeline import Captioner, Cell, Request
+from edgecloud_sd.timing.clock import VirtualClock, old_objects_left_alone
+from edgecloud_sd.timing.profile import Profile
 from edgecloud_sd.verifier import CloudFault
 
 

@@ -20,12 +20,12 @@ from bench.conftest import DONE, DataSet, Done, problems_in_one_line
 from bench.load import CLIPS, Load, Lost, Recorded, Replay, figures, loads, recorded, replay, shares
 from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY
-from edgecloud_sd.captioner import Captioner, Cell
-from edgecloud_sd.clock import old_objects_left_alone
 from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.process import connected
 from edgecloud_sd.config import AUTO, Settings
-from edgecloud_sd.pairs import EXACT
+from edgecloud_sd.models.pairs import EXACT
+from edgecloud_sd.pipeline import Captioner, Cell
+from edgecloud_sd.timing.clock import old_objects_left_alone
 
 STRICT = Cell("speculative", gate.ALWAYS, GREEDY, k=4)  # asks the cloud about every draft
 

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from edgecloud_sd import config, limits, metrics
-from edgecloud_sd.captioner import Captioner, Request, cells
-from edgecloud_sd.clock import stream
+from edgecloud_sd import config
 from edgecloud_sd.cloud.process import connected
-from edgecloud_sd.dataset import load_audio
-from edgecloud_sd.records import Committed, Event, Trace
+from edgecloud_sd.data.dataset import load_audio
+from edgecloud_sd.events import Committed, Event, Trace
+from edgecloud_sd.host import limits
+from edgecloud_sd.measure import metrics
+from edgecloud_sd.pipeline import Captioner, Request, cells
+from edgecloud_sd.timing.clock import stream
 from edgecloud_sd.verifier import CloudFault
 
 COLOURS = {"local": 32, "accepted": 36, "correction": 31, "bonus": 35, "cloud": 34}  # ANSI

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from edgecloud_sd import probs
-from edgecloud_sd.records import Verdict
+from edgecloud_sd.events import Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,12 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgecloud_sd import acceptance, gate, link, pairs, profile
-from edgecloud_sd.dataset import CAPTION_TYPES, ON_BAD_CLIP
+from edgecloud_sd import acceptance, gate
+from edgecloud_sd.data.dataset import CAPTION_TYPES, ON_BAD_CLIP
+from edgecloud_sd.data.prompts import LANGUAGES, PROMPT_TYPES
 from edgecloud_sd.decoder import MODES
-from edgecloud_sd.opening import WHEN
-from edgecloud_sd.pairs import PAIRS
-from edgecloud_sd.prompts import LANGUAGES, PROMPT_TYPES
+from edgecloud_sd.models import pairs
+from edgecloud_sd.models.pairs import PAIRS
+from edgecloud_sd.prefill import WHEN
+from edgecloud_sd.timing import link, profile
 
 CLOCKS = ("real", "virtual")
 YES_NO = ("yes", "no")

@@ -13,8 +13,7 @@ from typing import TypeVar
 
 from edgecloud_sd import gate as gates
 from edgecloud_sd.drafter import Drafter
-from edgecloud_sd.opening import Begin
-from edgecloud_sd.records import (
+from edgecloud_sd.events import (
     Ahead,
     Committed,
     Degraded,
@@ -28,6 +27,7 @@ from edgecloud_sd.records import (
     Verdict,
     Verified,
 )
+from edgecloud_sd.prefill import Begin
 from edgecloud_sd.session import Model
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import CloudFault, Verifier

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from edgecloud_sd.records import Draft
+from edgecloud_sd.events import Draft
 from edgecloud_sd.session import Session, sync
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgecloud_sd import probs
-from edgecloud_sd.records import Draft
+from edgecloud_sd.events import Draft
 
 if TYPE_CHECKING:
     from torch import Tensor

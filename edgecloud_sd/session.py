@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgecloud_sd.records import Prompt
+    from edgecloud_sd.events import Prompt
 
 
 class Session(Protocol):

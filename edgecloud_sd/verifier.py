@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from edgecloud_sd.acceptance import Rule, uniform
-from edgecloud_sd.records import Prompt, Verdict
+from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.session import Model, Session, sync
 from edgecloud_sd.stopping import Stopping
 

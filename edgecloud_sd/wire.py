@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgecloud_sd.records import Prompt, Verdict
+from edgecloud_sd.events import Prompt, Verdict
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench import cases, table
-from edgecloud_sd import config, profile
+from bench import cases
+from bench import tables as table
+from edgecloud_sd import config
+from edgecloud_sd.timing import profile
 
 
 def ids(**options: str) -> list[str]:

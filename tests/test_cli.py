@@ -12,12 +12,12 @@ import soundfile
 
 from edgecloud_sd import gate
 from edgecloud_sd.__main__ import COLOURS, main, show, summary
-from edgecloud_sd.captioner import Captioner, Cell, Request
-from edgecloud_sd.clock import stamp
-from edgecloud_sd.dataset import load_audio
+from edgecloud_sd.data.dataset import load_audio
+from edgecloud_sd.events import Committed, Degraded, Event, Finished, Trace
+from edgecloud_sd.pipeline import Captioner, Cell, Request
 from edgecloud_sd.pocket import __main__ as pocket
 from edgecloud_sd.pocket import clips
-from edgecloud_sd.records import Committed, Degraded, Event, Finished, Trace
+from edgecloud_sd.timing.clock import stamp
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import pytest
 
 from edgecloud_sd import gate, wire
 from edgecloud_sd.acceptance import GREEDY, Rank, Rule, Synthetic
-from edgecloud_sd.clock import stamp
 from edgecloud_sd.cloud.client import (
     FIRST_DELAY,
     LARGEST_ANSWER,
@@ -25,14 +24,15 @@ from edgecloud_sd.cloud.client import (
     server_timing,
 )
 from edgecloud_sd.decoder import Decoding, decode
-from edgecloud_sd.models.toy import ToyModel, random_table
-from edgecloud_sd.records import Degraded, Prompt, Verdict
-from edgecloud_sd.stage import Stage
+from edgecloud_sd.events import Degraded, Prompt, Verdict
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.timing.clock import stamp
+from edgecloud_sd.timing.harness import Stage
 from edgecloud_sd.verifier import CloudFault, LocalVerifier
-from tests.proxy import ERRORS, Fault, Gone, Proxy, framed, read_request, said
-from tests.serving import ToyEngine, served
-from tests.strategies import VOCABULARY
+from tests.support.proxy import ERRORS, Fault, Gone, Proxy, framed, read_request, said
+from tests.support.serving import ToyEngine, served
+from tests.support.strategies import VOCABULARY
+from tests.support.toy import ToyModel, random_table
 
 pytestmark = pytest.mark.slow
 

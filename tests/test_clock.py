@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from edgecloud_sd.clock import VirtualClock, Watch, old_objects_left_alone, stamp, stream
-from edgecloud_sd.records import Event, Finished, Opened, Prepared, Span, Trace
+from edgecloud_sd.events import Event, Finished, Opened, Prepared, Span, Trace
+from edgecloud_sd.timing.clock import VirtualClock, Watch, old_objects_left_alone, stamp, stream
 
 EVENTS: list[Event] = [Opened("edge"), Finished("eos")]
 

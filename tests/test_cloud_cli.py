@@ -16,11 +16,12 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from edgecloud_sd import pairs, wire
+from edgecloud_sd import wire
 from edgecloud_sd.cloud import __main__ as cli
 from edgecloud_sd.cloud import process
-from edgecloud_sd.records import Prompt
-from tests.asgi import KEY
+from edgecloud_sd.events import Prompt
+from edgecloud_sd.models import pairs
+from tests.support.asgi import KEY
 
 RUN = [sys.executable, "-m", "edgecloud_sd.cloud"]
 POCKET = pairs.PAIRS["pocket"].cloud

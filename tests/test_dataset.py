@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgecloud_sd import dataset
-from edgecloud_sd.dataset import SAMPLE_RATE, BadClip, Skipped, load_audio, load_manifest, manifest_path
-from edgecloud_sd.files import write_whole
+from edgecloud_sd.data import dataset
+from edgecloud_sd.data.dataset import SAMPLE_RATE, BadClip, Skipped, load_audio, load_manifest, manifest_path
+from edgecloud_sd.host.files import write_whole
 
 Samples = NDArray[np.float64]
 SECONDS = 0.5
@@ -497,7 +497,7 @@ def test_a_folder_in_secaps_layout_gets_a_hint(secap: Path) -> None:
     with pytest.raises(BadClip) as error:
         manifest_path(secap, "chinese")
     assert str(error.value).startswith(f"{secap}: holds no manifest.json")
-    assert "python -m edgecloud_sd.dataset secap" in str(error.value)
+    assert "python -m edgecloud_sd.data.dataset secap" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "Pocket", "nowhere/manifest.json"])
@@ -674,7 +674,7 @@ def test_a_command_that_is_not_whole_exits_with_usage(arguments: list[str], caps
     with pytest.raises(SystemExit) as stop:
         dataset.main(arguments)
     assert stop.value.code == 2
-    assert "usage: python -m edgecloud_sd.dataset" in capsys.readouterr().err
+    assert "usage: python -m edgecloud_sd.data.dataset" in capsys.readouterr().err
 
 
 def test_a_file_is_written_in_utf_8_and_its_folder_made(tmp_path: Path) -> None:

@@ -8,25 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgecloud_sd import acceptance, gate, metrics, probs
+from edgecloud_sd import acceptance, gate, probs
 from edgecloud_sd.acceptance import GREEDY, Rank
-from edgecloud_sd.clock import stamp
 from edgecloud_sd.decoder import Decoding, decode
-from edgecloud_sd.models.toy import ToyModel, random_table
-from edgecloud_sd.records import (
-    Committed,
-    Drafted,
-    Escalated,
-    Event,
-    Finished,
-    Opened,
-    Prompt,
-    Trace,
-    Verified,
-)
+from edgecloud_sd.events import Committed, Drafted, Escalated, Event, Finished, Opened, Prompt, Trace, Verified
+from edgecloud_sd.measure import metrics
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.verifier import LocalVerification, LocalVerifier
-from tests.strategies import Scene, gates, ks, ranks, scenes, speculative
+from tests.support.strategies import Scene, gates, ks, ranks, scenes, speculative
+from tests.support.toy import ToyModel, random_table
 
 
 def run(scene: Scene, how: Decoding, rule: acceptance.Rule = GREEDY) -> Trace:

@@ -10,18 +10,19 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from edgecloud_sd import gate, metrics, probs
+from edgecloud_sd import gate, probs
 from edgecloud_sd.acceptance import GREEDY, Rank
-from edgecloud_sd.clock import stamp
 from edgecloud_sd.decoder import Decoding, decode
 from edgecloud_sd.drafter import Drafter
+from edgecloud_sd.events import Ahead, Committed, Draft, Drafted, Event, Prompt, Trace, Verdict, Verified
 from edgecloud_sd.gate import parse_stop
-from edgecloud_sd.models.toy import ToyModel
-from edgecloud_sd.opening import Pending
-from edgecloud_sd.records import Ahead, Committed, Draft, Drafted, Event, Prompt, Trace, Verdict, Verified
+from edgecloud_sd.measure import metrics
+from edgecloud_sd.prefill import Pending
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.verifier import CloudFault, LocalVerifier
-from tests.strategies import Case, Scene, Scripted, gates, ks, ranks, scenes, speculative, stops
+from tests.support.strategies import Case, Scene, Scripted, gates, ks, ranks, scenes, speculative, stops
+from tests.support.toy import ToyModel
 
 LIMITS = st.sampled_from([0, 1, 2, 5, 30])
 MANY = 300  # these run in milliseconds

@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from edgecloud_sd import gate, limits, pairs, quality
-from edgecloud_sd.captioner import Captioner, Cell, Request
+from edgecloud_sd import gate
 from edgecloud_sd.cloud import engine
 from edgecloud_sd.cloud.engine import Transformers
 from edgecloud_sd.config import resolve
-from edgecloud_sd.models import dummy, hf, memory
-from edgecloud_sd.pairs import DTYPES, DUMMY, PAIRS, QUANTISED
-from edgecloud_sd.records import Prompt
+from edgecloud_sd.events import Prompt
+from edgecloud_sd.host import limits
+from edgecloud_sd.measure import quality
+from edgecloud_sd.models import dummy, hf, memory, pairs
+from edgecloud_sd.models.pairs import DTYPES, DUMMY, PAIRS, QUANTISED
+from edgecloud_sd.pipeline import Captioner, Cell, Request
 
 pytestmark = pytest.mark.slow  # all of it takes long beside the rest
 
@@ -248,7 +250,7 @@ PEAK = r"""
 import re, sys
 from pathlib import Path
 from edgecloud_sd.models import hf
-from edgecloud_sd.pairs import PAIRS
+from edgecloud_sd.models.pairs import PAIRS
 def peak():  # getrusage's would be inherited from who started this
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 hf.load(PAIRS["pocket"].edge, dtype=sys.argv[2], weights="dummy")

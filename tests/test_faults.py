@@ -12,20 +12,21 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from edgecloud_sd import gate, metrics
+from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY, Rule
-from edgecloud_sd.clock import stamp
 from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.decoder import Decoding, decode
-from edgecloud_sd.ledger import intervals, ledger
-from edgecloud_sd.models.toy import ToyModel, random_table
-from edgecloud_sd.records import Committed, Degraded, Event, Finished, Prepared, Prompt, Trace, Verdict
-from edgecloud_sd.stage import Stage
+from edgecloud_sd.events import Committed, Degraded, Event, Finished, Prepared, Prompt, Trace, Verdict
+from edgecloud_sd.measure import metrics
+from edgecloud_sd.measure.breakdown import intervals, ledger
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.timing.clock import stamp
+from edgecloud_sd.timing.harness import Stage
 from edgecloud_sd.verifier import CloudFault, LocalVerifier, Verification, Verifier
-from tests.proxy import SLOW, STREAMED, Fault, Proxy
-from tests.serving import ToyEngine, served
-from tests.strategies import VOCABULARY, Scene, gates, ks, ranks, scenes, speculative, synthetics
+from tests.support.proxy import SLOW, STREAMED, Fault, Proxy
+from tests.support.serving import ToyEngine, served
+from tests.support.strategies import VOCABULARY, Scene, gates, ks, ranks, scenes, speculative, synthetics
+from tests.support.toy import ToyModel, random_table
 
 pytestmark = pytest.mark.slow
 

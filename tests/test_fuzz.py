@@ -24,12 +24,12 @@ from edgecloud_sd import wire
 from edgecloud_sd.acceptance import parse
 from edgecloud_sd.cloud.server import PROBLEMS, create_app
 from edgecloud_sd.cloud.sessions import Limits
-from edgecloud_sd.models.toy import ToyModel, random_table
-from edgecloud_sd.records import Prompt, Verdict
+from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.verifier import LocalVerifier
 from edgecloud_sd.wire import JSON, OCTETS
-from tests.asgi import AUDIO, KEY, OTHER_KEY, Edge, SpyEngine, play, started
-from tests.strategies import VOCABULARY
+from tests.support.asgi import AUDIO, KEY, OTHER_KEY, Edge, SpyEngine, play, started
+from tests.support.strategies import VOCABULARY
+from tests.support.toy import ToyModel, random_table
 
 pytest_plugins = ["schemathesis.pytest.plugin"]
 pytestmark = pytest.mark.slow
@@ -216,8 +216,8 @@ def test_whatever_one_client_asks_another_is_served_as_if_it_were_alone(seed: in
 SERVER = """
 import sys
 from edgecloud_sd.cloud.sessions import Limits
-from tests.asgi import KEY, OTHER_KEY, SpyEngine
-from tests.serving import served
+from tests.support.asgi import KEY, OTHER_KEY, SpyEngine
+from tests.support.serving import served
 
 class Forgetful(list):  # a spy that has to forget, or it would grow by what it is asked
     append = lambda self, each: None

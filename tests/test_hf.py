@@ -12,13 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgecloud_sd import pairs
-from edgecloud_sd.captioner import Captioner, Request
-from edgecloud_sd.models import hf
+from edgecloud_sd.events import Prompt
+from edgecloud_sd.models import hf, pairs
 from edgecloud_sd.models.cache import Cache
 from edgecloud_sd.models.text import TextModel
+from edgecloud_sd.pipeline import Captioner, Request
 from edgecloud_sd.pocket import clips
-from edgecloud_sd.records import Prompt
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from typing import NoReturn
 
 import pytest
 
-from edgecloud_sd import limits
-from edgecloud_sd.limits import InForce, LimitError, Limits, affinities, hold, in_force, memory_in_use
+from edgecloud_sd.host import limits
+from edgecloud_sd.host.limits import InForce, LimitError, Limits, affinities, hold, in_force, memory_in_use
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these limits")
@@ -338,7 +338,7 @@ def test_a_process_that_starts_in_the_block_inherits_both() -> None:
 IN_TORCH = """
 import json, sys, torch, numpy
 from safetensors import safe_open
-from edgecloud_sd.limits import Limits, affinities, hold, in_force, memory_in_use
+from edgecloud_sd.host.limits import Limits, affinities, hold, in_force, memory_in_use
 
 def fails(allocate):
     try:

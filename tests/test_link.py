@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgecloud_sd import link as links
-from edgecloud_sd.link import Link
-from tests.strategies import any_link
+from edgecloud_sd.timing import link as links
+from edgecloud_sd.timing.link import Link
+from tests.support.strategies import any_link
 
 SLOW = Link("slow", rtt=0.5, up=1024, down=2048, jitter=0.125)
 LAST = math.nextafter(1, 0)  # the largest that a draw may be

@@ -14,11 +14,9 @@ from bench import load, rows
 from bench.load import Call, Lost, Recorded, Replay, Round
 from edgecloud_sd import config, gate
 from edgecloud_sd.acceptance import GREEDY, Rule
-from edgecloud_sd.clock import stamp
 from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.decoder import Decoding, decode
-from edgecloud_sd.models.toy import ToyModel, random_table
-from edgecloud_sd.records import (
+from edgecloud_sd.events import (
     Committed,
     Degraded,
     Draft,
@@ -33,11 +31,13 @@ from edgecloud_sd.records import (
     Verdict,
     Verified,
 )
-from edgecloud_sd.stage import Stage
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.timing.clock import stamp
+from edgecloud_sd.timing.harness import Stage
 from edgecloud_sd.verifier import LocalVerifier, Verification, Verifier
-from tests.serving import ToyEngine, served
-from tests.strategies import VOCABULARY
+from tests.support.serving import ToyEngine, served
+from tests.support.strategies import VOCABULARY
+from tests.support.toy import ToyModel, random_table
 
 CLOUD = ToyModel(random_table(VOCABULARY, 1), frozenset())
 EDGE = ToyModel(CLOUD.table + 0.3 * random_table(VOCABULARY, 2), frozenset())  # right about some of it

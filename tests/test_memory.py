@@ -16,10 +16,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from edgecloud_sd import limits
+from edgecloud_sd.host import limits
 from edgecloud_sd.models import memory
 from edgecloud_sd.models.memory import BYTES, Need, digest, fits, needed, rooms
-from edgecloud_sd.pairs import DTYPES, PAIRS
+from edgecloud_sd.models.pairs import DTYPES, PAIRS
 
 MB = 1_000_000
 # In a process of its own: what the edge's loading imports and keeps is there before anything is counted.
@@ -28,7 +28,7 @@ import json, re, sys
 import torch
 from edgecloud_sd import pairs
 from edgecloud_sd.models import hf
-from edgecloud_sd.records import Prompt
+from edgecloud_sd.events import Prompt
 
 def maps():
     found = []

@@ -11,11 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgecloud_sd import metrics
-from edgecloud_sd.link import Link
-from edgecloud_sd.metrics import Hindsight, Interval
-from edgecloud_sd.profile import Profile
-from edgecloud_sd.records import (
+from edgecloud_sd.events import (
     Committed,
     Draft,
     Drafted,
@@ -28,8 +24,12 @@ from edgecloud_sd.records import (
     Verdict,
     Verified,
 )
-from edgecloud_sd.stage import Stage
-from tests.strategies import Case, any_link, cases, profiles
+from edgecloud_sd.measure import metrics
+from edgecloud_sd.measure.metrics import Hindsight, Interval
+from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.link import Link
+from edgecloud_sd.timing.profile import Profile
+from tests.support.strategies import Case, any_link, cases, profiles
 
 FIRST, SECOND, THIRD = Draft((1, 2, 3)), Draft((4, 5)), Draft((6, 7))
 TRACE = Trace(

@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgecloud_sd import gate, metrics, profile, prompts
-from edgecloud_sd import link as links
-from edgecloud_sd.captioner import Captioner, Cell, Request
-from edgecloud_sd.clock import stamp
-from edgecloud_sd.dataset import load_audio, load_manifest
-from edgecloud_sd.link import Link
+from edgecloud_sd import gate
+from edgecloud_sd.data import prompts
+from edgecloud_sd.data.dataset import load_audio, load_manifest
+from edgecloud_sd.events import Opened
+from edgecloud_sd.measure import metrics
+from edgecloud_sd.pipeline import Captioner, Cell, Request
 from edgecloud_sd.pocket import clips, tokenizer, train, voices
 from edgecloud_sd.pocket.evaluate import MAX_NEW_TOKENS, Evaluation, evaluate
-from edgecloud_sd.profile import Costs, Profile
-from edgecloud_sd.records import Opened
+from edgecloud_sd.timing import link as links
+from edgecloud_sd.timing import profile
+from edgecloud_sd.timing.clock import stamp
+from edgecloud_sd.timing.link import Link
+from edgecloud_sd.timing.profile import Costs, Profile
 
 SOME = [(0, "chinese"), (7, "chinese"), (21, "english"), (38, "english")]
 

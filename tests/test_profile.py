@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecloud_sd import profile
-from edgecloud_sd.profile import Costs, Profile, ProfileError
-from tests.strategies import costs, profiles
+from edgecloud_sd.timing import profile
+from edgecloud_sd.timing.profile import Costs, Profile, ProfileError
+from tests.support.strategies import costs, profiles
 
 GOOD = """
 source: timed by hand

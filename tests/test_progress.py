@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 
 from bench.conftest import Progress
-from edgecloud_sd.records import Committed, Draft, Drafted, Finished, Opened, Prepared, Trace
-from edgecloud_sd.summary import clip_result
-from edgecloud_sd.utilization import unmeasured
+from edgecloud_sd.events import Committed, Draft, Drafted, Finished, Opened, Prepared, Trace
+from edgecloud_sd.host.utilization import unmeasured
+from edgecloud_sd.measure.summary import clip_result
 from tests.test_results import clip, decode
 
 # 2 tokens after the first, in 0.5 s

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecloud_sd import prompts
-from edgecloud_sd.captioner import Captioner
+from edgecloud_sd.data import prompts
+from edgecloud_sd.pipeline import Captioner
 
 
 @settings(max_examples=25)

@@ -17,10 +17,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecloud_sd import bertscore, meteor, quality
-from edgecloud_sd.meteor import Meteor, NoMeteor
-from edgecloud_sd.prompts import LANGUAGES
-from edgecloud_sd.quality import BERTSCORE, BLEU, METRICS, Quality, check_bertscore_model, in_language, score, tokenize
+from edgecloud_sd.data.prompts import LANGUAGES
+from edgecloud_sd.measure import bertscore, meteor, quality
+from edgecloud_sd.measure.meteor import Meteor, NoMeteor
+from edgecloud_sd.measure.quality import (
+    BERTSCORE,
+    BLEU,
+    METRICS,
+    Quality,
+    check_bertscore_model,
+    in_language,
+    score,
+    tokenize,
+)
 
 CLOSE = 1e-6
 NO_MODEL = "no BERTScore model was given (--bertscore-model)"

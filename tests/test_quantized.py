@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgecloud_sd import pairs
-from edgecloud_sd.captioner import Captioner
 from edgecloud_sd.cloud.__main__ import main
 from edgecloud_sd.config import ConfigError, resolve
-from edgecloud_sd.models import hf, memory, quantized
+from edgecloud_sd.events import Prompt
+from edgecloud_sd.models import hf, memory, pairs, quantized
 from edgecloud_sd.models.quantized import GROUP, MANY, HalfEmbedding, HalfLinear, Int4Linear, Int8Linear
-from edgecloud_sd.records import Prompt
+from edgecloud_sd.pipeline import Captioner
 
 pytestmark = pytest.mark.slow  # all of it takes long beside the rest
 

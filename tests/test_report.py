@@ -22,11 +22,11 @@ from bench.report import __main__ as report
 from bench.report import labels, pictures, render
 from bench.report.differences import distance, marked
 from bench.report.page import Points, Text, change
-from edgecloud_sd import profile
-from edgecloud_sd.ledger import PARTS
-from edgecloud_sd.metrics import Interval
-from edgecloud_sd.results import SCHEMA_VERSION
-from edgecloud_sd.summary import FIGURES
+from edgecloud_sd.measure.breakdown import PARTS
+from edgecloud_sd.measure.metrics import Interval
+from edgecloud_sd.measure.results import SCHEMA_VERSION
+from edgecloud_sd.measure.summary import FIGURES
+from edgecloud_sd.timing import profile
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "path", "use", "rect", "circle"}
 SECTIONS = (

@@ -10,14 +10,15 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from edgecloud_sd import gate, pairs
-from edgecloud_sd.captioner import Captioner, Cell, Request
-from edgecloud_sd.clock import stamp
+from edgecloud_sd import gate
 from edgecloud_sd.cloud.client import PATIENCE, Connection
-from edgecloud_sd.ledger import ledger
+from edgecloud_sd.events import Committed, Degraded, Event, Finished, Trace, Verified
+from edgecloud_sd.measure.breakdown import ledger
+from edgecloud_sd.models import pairs
+from edgecloud_sd.pipeline import Captioner, Cell, Request
 from edgecloud_sd.pocket import clips
-from edgecloud_sd.records import Committed, Degraded, Event, Finished, Trace, Verified
-from edgecloud_sd.stage import Stage
+from edgecloud_sd.timing.clock import stamp
+from edgecloud_sd.timing.harness import Stage
 
 pytestmark = pytest.mark.slow
 STRICT = Cell("speculative", gate.ALWAYS, k=2)

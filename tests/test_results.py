@@ -14,11 +14,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from edgecloud_sd import metrics, quality, results
-from edgecloud_sd.dataset import Skipped
-from edgecloud_sd.ledger import PARTS
-from edgecloud_sd.limits import InForce
-from edgecloud_sd.records import (
+from edgecloud_sd.data.dataset import Skipped
+from edgecloud_sd.events import (
     Clip,
     Committed,
     Draft,
@@ -31,9 +28,12 @@ from edgecloud_sd.records import (
     Verdict,
     Verified,
 )
-from edgecloud_sd.results import document
-from edgecloud_sd.summary import FIGURES, ClipResult, Summary, clip_result, summarise
-from edgecloud_sd.utilization import Utilization
+from edgecloud_sd.host.limits import InForce
+from edgecloud_sd.host.utilization import Utilization
+from edgecloud_sd.measure import metrics, quality, results
+from edgecloud_sd.measure.breakdown import PARTS
+from edgecloud_sd.measure.results import document
+from edgecloud_sd.measure.summary import FIGURES, ClipResult, Summary, clip_result, summarise
 
 Spoil = Callable[[dict[str, Any]], None]
 CHARACTERS = "。她他很高兴又悲伤"  # token id -> text

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edgecloud_sd import acceptance, gate, probs
 from edgecloud_sd.cloud.server import MAX_RULE
-from edgecloud_sd.records import Draft, Verdict
+from edgecloud_sd.events import Draft, Verdict
 from edgecloud_sd.stopping import Stopping
 
 logits = st.lists(st.floats(-20, 20), min_size=2, max_size=12).map(lambda row: torch.tensor(row, dtype=torch.float64))

@@ -16,16 +16,16 @@ from safetensors.numpy import save
 
 from edgecloud_sd import wire
 from edgecloud_sd.acceptance import parse
+from edgecloud_sd.cloud.fair_queue import Ran
 from edgecloud_sd.cloud.server import Lines
 from edgecloud_sd.cloud.sessions import Limits
-from edgecloud_sd.cloud.turns import Ran
-from edgecloud_sd.models.toy import ToyModel, random_table
-from edgecloud_sd.records import Prompt, Verdict
+from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import LocalVerifier
 from edgecloud_sd.wire import JSON, OCTETS
-from tests.asgi import AUDIO, KEY, OTHER_KEY, Edge, Opened, Spy, SpyEngine, play, started, until
-from tests.strategies import VOCABULARY
+from tests.support.asgi import AUDIO, KEY, OTHER_KEY, Edge, Opened, Spy, SpyEngine, play, started, until
+from tests.support.strategies import VOCABULARY
+from tests.support.toy import ToyModel, random_table
 
 PROMPT = Prompt((1, 2, 3))
 NOT_THERE = {"detail": "no such session: open the prompt anew"}

@@ -7,14 +7,14 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from edgecloud_sd import prompts
-from edgecloud_sd.captioner import Captioner, Request
+from edgecloud_sd.data import prompts
+from edgecloud_sd.events import Prompt
 from edgecloud_sd.models.hf import HFModel, HFSession
-from edgecloud_sd.models.toy import ToyModel, ToySession, random_table
+from edgecloud_sd.pipeline import Captioner, Request
 from edgecloud_sd.pocket import clips
-from edgecloud_sd.records import Prompt
 from edgecloud_sd.session import Session, sync
-from tests.conformance import SessionMachine
+from tests.support.conformance import SessionMachine
+from tests.support.toy import ToyModel, ToySession, random_table
 
 TOY = ToyModel(random_table(11, seed=3), frozenset())
 TOY_PROMPT = Prompt((3, 1, 4))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecloud_sd.cloud.sessions import Full, Gone, Held, Sessions
-from edgecloud_sd.records import Verdict
+from edgecloud_sd.events import Verdict
 from edgecloud_sd.stopping import Stopping
 
 

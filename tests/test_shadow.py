@@ -7,15 +7,16 @@ from typing import NoReturn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgecloud_sd import acceptance, gate, metrics, probs, shadow
+from edgecloud_sd import acceptance, gate, probs
 from edgecloud_sd.acceptance import Rank
 from edgecloud_sd.decoder import Decoding
-from edgecloud_sd.metrics import Hindsight
-from edgecloud_sd.records import Committed, Draft, Drafted, Escalated, Finished, Prompt, Trace, Verdict, Verified
-from edgecloud_sd.stage import Stage
+from edgecloud_sd.events import Committed, Draft, Drafted, Escalated, Finished, Prompt, Trace, Verdict, Verified
+from edgecloud_sd.measure import metrics, shadow
+from edgecloud_sd.measure.metrics import Hindsight
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.timing.harness import Stage
 from edgecloud_sd.verifier import LocalVerifier, seed
-from tests.strategies import UNSURE, Case, Scene, Scripted, cases, play, ranks, rates, scenes, speculative
+from tests.support.strategies import UNSURE, Case, Scene, Scripted, cases, play, ranks, rates, scenes, speculative
 
 
 class Silent:

@@ -13,15 +13,18 @@ import pytest
 import soundfile  # noqa: F401
 import soxr  # noqa: F401
 
-from bench import cases, table
+from bench import cases
+from bench import tables as table
 from bench.conftest import problems_in_one_line
-from edgecloud_sd import config, link, pairs, profile, results
-from edgecloud_sd.captioner import Captioner
-from edgecloud_sd.ledger import PARTS
-from edgecloud_sd.models import hf
-from edgecloud_sd.path_options import join
+from edgecloud_sd import config
+from edgecloud_sd.measure import results
+from edgecloud_sd.measure.breakdown import PARTS
+from edgecloud_sd.measure.summary import FIGURES
+from edgecloud_sd.models import hf, pairs
+from edgecloud_sd.pipeline import Captioner
 from edgecloud_sd.pocket import clips
-from edgecloud_sd.summary import FIGURES
+from edgecloud_sd.pytest_plugin import join
+from edgecloud_sd.timing import link, profile
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from edgecloud_sd.captioner import Captioner
 from edgecloud_sd.models import text
 from edgecloud_sd.models.text import TextModel
+from edgecloud_sd.pipeline import Captioner
 
 STEPS = [(0, 70), (70, 1), (71, 5), (73, 2), (75, 1), (76, 90), (80, 3)]  # (cached, and cut back to; fed)
 

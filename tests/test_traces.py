@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from edgecloud_sd import traces
-from edgecloud_sd.link import Link
-from edgecloud_sd.profile import Profile
-from edgecloud_sd.records import Ahead, Draft, Drafted, Escalated, Finished, Prepared, Span, Trace, Verdict, Verified
-from edgecloud_sd.stage import Stage
-from tests.strategies import Case, any_link, cases, profiles
+from edgecloud_sd.events import Ahead, Draft, Drafted, Escalated, Finished, Prepared, Span, Trace, Verdict, Verified
+from edgecloud_sd.measure import traces
+from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.link import Link
+from edgecloud_sd.timing.profile import Profile
+from tests.support.strategies import Case, any_link, cases, profiles
 
 DRAFT = Draft((4, 5), (0.1, 0.7))
 TRACE = Trace(

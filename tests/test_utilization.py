@@ -13,8 +13,8 @@ from typing import NoReturn
 
 import pytest
 
-from edgecloud_sd import utilization
-from edgecloud_sd.utilization import HighWaterMark, Meter, Sampler, Utilization, mean_over_time, unmeasured
+from edgecloud_sd.host import utilization
+from edgecloud_sd.host.utilization import HighWaterMark, Meter, Sampler, Utilization, mean_over_time, unmeasured
 
 needs_peak = pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel's peak cannot be reset here"
@@ -181,7 +181,7 @@ def test_the_mean_of_one_amount_is_that_amount_to_the_last_bit() -> None:
 @pytest.mark.parametrize("gpu", [False, True])
 def test_one_thread_reads_all_there_is_and_stops_with_the_block(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     process, nvml = FakeProcess(first=10 * MB, rest=30 * MB), FakeNvml((50, 2 * MB))
-    monkeypatch.setattr("edgecloud_sd.utilization.psutil.Process", lambda: process)
+    monkeypatch.setattr("edgecloud_sd.host.utilization.psutil.Process", lambda: process)
     monkeypatch.setattr(utilization, "gpu", lambda device: (nvml, "gpu 0", "" if gpu else "no GPU here"))
     before = set(threading.enumerate())
     with Meter() as meter:
@@ -259,7 +259,9 @@ def test_a_peak_that_the_kernel_does_not_give_is_none_and_not_the_largest_readin
 def test_a_mark_that_lags_the_readings_never_puts_the_peak_below_the_mean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgecloud_sd.utilization.psutil.Process", lambda: FakeProcess(first=30 * MB, rest=30 * MB))
+    monkeypatch.setattr(
+        "edgecloud_sd.host.utilization.psutil.Process", lambda: FakeProcess(first=30 * MB, rest=30 * MB)
+    )
     (tmp_path / "status").write_bytes(b"VmHWM:\t       3 kB\n")
     monkeypatch.setattr(utilization, "PROC", tmp_path)
     assert HighWaterMark().read() == 3072

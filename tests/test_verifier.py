@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecloud_sd.acceptance import Rank, Rule, Synthetic, uniform
-from edgecloud_sd.models.toy import ToyModel, random_table
-from edgecloud_sd.records import Prompt
+from edgecloud_sd.events import Prompt
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import LocalVerification, LocalVerifier, seed
-from tests.strategies import VOCABULARY, Scene, ranks, rates, scenes, synthetics
+from tests.support.strategies import VOCABULARY, Scene, ranks, rates, scenes, synthetics
+from tests.support.toy import ToyModel, random_table
 
 tokens = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=5)
 

@@ -18,16 +18,17 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edgecloud_sd import gate, prompts
+from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY, Rank, Synthetic
 from edgecloud_sd.cloud import vllm_engine
 from edgecloud_sd.cloud.vllm_engine import Batcher, Options, Request, Stream, VLLMModel, VLLMVerifier, collapse
+from edgecloud_sd.data import prompts
 from edgecloud_sd.decoder import decode
-from edgecloud_sd.models.toy import ToyModel, random_table
-from edgecloud_sd.records import Committed, Prompt, Verdict
+from edgecloud_sd.events import Committed, Prompt, Verdict
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import LocalVerifier, Verification
-from tests.strategies import VOCABULARY, Scene, ks, ranks, scenes, speculative
+from tests.support.strategies import VOCABULARY, Scene, ks, ranks, scenes, speculative
+from tests.support.toy import ToyModel, random_table
 
 AUDIO = VOCABULARY  # an id that the toy models never write
 BLOCK = 3  # tokens of a block of the prefix cache

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from edgecloud_sd import gate, pairs
+from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY, Rank
-from edgecloud_sd.captioner import Captioner, Request
 from edgecloud_sd.cloud import vllm_engine
 from edgecloud_sd.cloud.vllm_engine import VLLMModel
 from edgecloud_sd.decoder import Decoding, decode
+from edgecloud_sd.events import Committed, Prompt, Verdict
+from edgecloud_sd.models import pairs
+from edgecloud_sd.pipeline import Captioner, Request
 from edgecloud_sd.pocket import clips
-from edgecloud_sd.records import Committed, Prompt, Verdict
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import LocalVerifier, Verification
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from edgecloud_sd import wire
 from edgecloud_sd.cloud.client import Connection
-from edgecloud_sd.records import Prompt, Verdict
+from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.verifier import seed as seed_of
 from edgecloud_sd.wire import JSON, OCTETS
-from tests.asgi import KEY
-from tests.serving import ToyEngine, served
+from tests.support.asgi import KEY
+from tests.support.serving import ToyEngine, served
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=8)
 checks = st.integers(0, 2**32 - 1)

@@ -16,8 +16,8 @@ from bench.report import pair, runs, single
 from bench.report.cells import Options
 from bench.report.page import Page
 from bench.report.render import as_html, as_markdown
-from edgecloud_sd import quality
-from edgecloud_sd.files import write_whole
+from edgecloud_sd.host.files import write_whole
+from edgecloud_sd.measure import quality
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from bench.comparison import Document
 from bench.report.page import DASH
 from bench.report.runs import Run
-from edgecloud_sd.metrics import Interval
+from edgecloud_sd.measure.metrics import Interval
 
 MAIN = (
     "ttft", "otps", "total", "bleu4", "cider", "meteor", "bertscore_f1", "acceptance_rate", "cloud_call_rate",

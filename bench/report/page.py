@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from bench.comparison import Document
 from bench.report.differences import Part
-from edgecloud_sd.summary import FIGURES
+from edgecloud_sd.measure.summary import FIGURES
 
 DASH = "-"
 

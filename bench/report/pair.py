@@ -29,7 +29,7 @@ from bench.report.page import (
 )
 from bench.report.runs import Run, Unusable
 from bench.report.single import ledgers
-from edgecloud_sd.limits import InForce
+from edgecloud_sd.host.limits import InForce
 
 MACHINE = ("system", "machine", "cpu", "cores", "gpu")  # of the environment: what makes two runs comparable in time
 PARTS = ("environment", "experiment_config")

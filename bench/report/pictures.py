@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bench.report.labels import Box, place
-from edgecloud_sd.ledger import PARTS
-from edgecloud_sd.metrics import Interval
+from edgecloud_sd.measure.breakdown import PARTS
+from edgecloud_sd.measure.metrics import Interval
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

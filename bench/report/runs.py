@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import verdict
+from bench import forecasts as verdict
 from bench.comparison import Document
-from edgecloud_sd import link, results, traces
-from edgecloud_sd import profile as profiles
 from edgecloud_sd.config import AUTO
+from edgecloud_sd.measure import results, traces
+from edgecloud_sd.timing import link
+from edgecloud_sd.timing import profile as profiles
 
 GIVE = (
     "give a file that pytest-benchmark saved (.benchmarks/*/0001_name.json, or that of --benchmark-json), or the "

@@ -29,8 +29,8 @@ from bench.report.page import (
     shown,
 )
 from bench.report.runs import Run
-from edgecloud_sd.ledger import PARTS
-from edgecloud_sd.summary import FIGURES
+from edgecloud_sd.measure.breakdown import PARTS
+from edgecloud_sd.measure.summary import FIGURES
 
 
 def page(run: Run, options: Options) -> Page:

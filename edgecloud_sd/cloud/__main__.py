@@ -17,11 +17,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgecloud_sd import config, pairs
-from edgecloud_sd.captioner import use_threads
+from edgecloud_sd import config
 from edgecloud_sd.cloud import engine as engines
 from edgecloud_sd.cloud.keys import read_keys
 from edgecloud_sd.cloud.sessions import Limits
+from edgecloud_sd.models import pairs
+from edgecloud_sd.pipeline import use_threads
 
 if TYPE_CHECKING:
     import uvicorn

@@ -28,10 +28,10 @@ import httpcore2
 from edgecloud_sd import wire
 from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.engine import Identity
-from edgecloud_sd.pairs import Traits
-from edgecloud_sd.records import Prompt, Verdict
-from edgecloud_sd.stage import Stage
+from edgecloud_sd.events import Prompt, Verdict
+from edgecloud_sd.models.pairs import Traits
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.timing.harness import Stage
 from edgecloud_sd.verifier import CloudFault
 
 T = TypeVar("T")

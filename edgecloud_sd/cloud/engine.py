@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from edgecloud_sd.acceptance import Rank, Rule
-from edgecloud_sd.pairs import DUMMY, REAL, Traits, traits
+from edgecloud_sd.models.pairs import DUMMY, REAL, Traits, traits
 from edgecloud_sd.verifier import LocalVerifier, Verifier
 
 if TYPE_CHECKING:

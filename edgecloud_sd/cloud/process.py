@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgecloud_sd import pairs
 from edgecloud_sd.cloud.client import PATIENCE, Connection
 from edgecloud_sd.cloud.keys import read_keys
 from edgecloud_sd.config import AUTO
-from edgecloud_sd.dataset import LONGEST
+from edgecloud_sd.data.dataset import LONGEST
+from edgecloud_sd.models import pairs
 from edgecloud_sd.verifier import CloudFault
 
 if TYPE_CHECKING:

@@ -22,11 +22,13 @@ from prometheus_client.process_collector import ProcessCollector
 from pydantic import BaseModel, Field, StrictInt
 from starlette.types import Receive, Scope, Send
 
-from edgecloud_sd import acceptance, prompts, records, wire
+from edgecloud_sd import acceptance, wire
+from edgecloud_sd import events as records
+from edgecloud_sd.cloud.admission import Guard
 from edgecloud_sd.cloud.engine import Engine
-from edgecloud_sd.cloud.guard import Guard
+from edgecloud_sd.cloud.fair_queue import Ran, Turns
 from edgecloud_sd.cloud.sessions import FRAMES_A_SECOND, Full, Gone, Held, Limits, Sessions
-from edgecloud_sd.cloud.turns import Ran, Turns
+from edgecloud_sd.data import prompts
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import Verification
 

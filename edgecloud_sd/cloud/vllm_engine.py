@@ -18,9 +18,9 @@ from queue import SimpleQueue
 from threading import Condition, Thread
 from typing import Any, Protocol
 
-from edgecloud_sd import prompts
 from edgecloud_sd.acceptance import Rank, Rule
-from edgecloud_sd.records import Prompt, Verdict
+from edgecloud_sd.data import prompts
+from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import check_base
 

@@ -1,1 +1,1 @@
-"""Models that open sessions: `hf` for transformers checkpoints, `toy` for tests."""
+"""Models that open sessions."""

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgecloud_sd import limits
+from edgecloud_sd.host import limits
 from edgecloud_sd.models import hf, memory, quantized
 from edgecloud_sd.models.memory import Need
-from edgecloud_sd.pairs import DUMMY, PAIRS, QUANTISED
+from edgecloud_sd.models.pairs import DUMMY, PAIRS, QUANTISED
 
 DIMENSIONS = Path(__file__).parent / "dimensions"
 # One row in so many is padding, the last ones: their logits are 0, which is never the largest. So a side of a pair says

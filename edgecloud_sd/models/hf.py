@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgecloud_sd import limits, prompts
+from edgecloud_sd.data import prompts
+from edgecloud_sd.events import Prompt
+from edgecloud_sd.host import limits
 from edgecloud_sd.models import memory, quantized
 from edgecloud_sd.models.cache import GROWTH, Cache
+from edgecloud_sd.models.pairs import DTYPES, DUMMY, QUANTISED, REAL
 from edgecloud_sd.models.text import TextModel
-from edgecloud_sd.pairs import DTYPES, DUMMY, QUANTISED, REAL
-from edgecloud_sd.records import Prompt
 from edgecloud_sd.session import check_truncation
 
 KINDS = ("qwen2_5_omni", "qwen2_5_omni_thinker")  # model types that hold a thinker

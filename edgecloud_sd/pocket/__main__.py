@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from edgecloud_sd.pairs import POCKET_WEIGHTS, Pair
+from edgecloud_sd.models.pairs import POCKET_WEIGHTS, Pair
 from edgecloud_sd.pocket import clips
 
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         train_pair(options.folder)
     else:
-        from edgecloud_sd.captioner import Captioner
+        from edgecloud_sd.pipeline import Captioner
         from edgecloud_sd.pocket import evaluate as evaluation
 
         if options.clips < 4:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.pocket import synthesis, voices
-from edgecloud_sd.prompts import LANGUAGES
 
 # Sets are disjoint by construction: the set's number is part of every clip's seed.
 SETS = {"train": 1, "evaluation": 2, "held-out": 3}

@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from edgecloud_sd import gate, metrics, prompts
-from edgecloud_sd.captioner import Captioner, Cell, Request
-from edgecloud_sd.clock import stamp
+from edgecloud_sd import gate
+from edgecloud_sd.data import prompts
+from edgecloud_sd.events import Prompt
+from edgecloud_sd.measure import metrics
+from edgecloud_sd.pipeline import Captioner, Cell, Request
 from edgecloud_sd.pocket import clips, voices
-from edgecloud_sd.records import Prompt
 from edgecloud_sd.session import Model
+from edgecloud_sd.timing.clock import stamp
 
 MAX_NEW_TOKENS = 48
 K = 4

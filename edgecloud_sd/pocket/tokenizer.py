@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from edgecloud_sd import prompts
+from edgecloud_sd.data import prompts
 from edgecloud_sd.pocket import voices
 
 VOCABULARY = 640

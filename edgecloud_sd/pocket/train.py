@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from edgecloud_sd import prompts
+from edgecloud_sd.data import prompts
 from edgecloud_sd.pocket import clips, tokenizer, voices
 
 EMBEDDING_STD = 0.5

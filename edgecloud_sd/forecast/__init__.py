@@ -1,0 +1,1 @@
+"""Expected times, and the draft length they favour."""

@@ -1,0 +1,1 @@
+"""Clocks, links and costs."""

@@ -1,0 +1,1 @@
+"""Fakes, strategies and servers that several tests share."""

@@ -1,0 +1,89 @@
+"""The cloud's server in a thread of the test's process, on toy models that may change between examples."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import uvicorn
+
+from edgecloud_sd.acceptance import Rule
+from edgecloud_sd.cloud.engine import Engine, Identity
+from edgecloud_sd.cloud.server import create_app
+from edgecloud_sd.cloud.sessions import Limits
+from edgecloud_sd.models.pairs import Traits
+from edgecloud_sd.session import Model
+from edgecloud_sd.verifier import LocalVerifier, Verifier
+from tests.support.strategies import VOCABULARY
+from tests.support.toy import ToyModel, random_table
+
+AUDIO_TOKEN = 10**6  # beyond the vocabulary: prompts of toy models are text
+
+
+@dataclass
+class ToyEngine:
+    """Serves whichever `model` it holds at the moment, under a made-up identity that stays the same."""
+
+    model: Model = field(default_factory=lambda: ToyModel(random_table(VOCABULARY, 0), frozenset()))
+    name: str = "toy"
+    slots: int = 1
+    rows: int = VOCABULARY
+    positions: int = 4096
+    max_rank: int = VOCABULARY
+    synthetic: bool = True
+    closed: bool = False
+
+    @property
+    def identity(self) -> Identity:
+        traits = Traits("toy", (), AUDIO_TOKEN, mel_bins=8, hop_length=160, n_fft=400)
+        return Identity(
+            self.name,
+            "toy",
+            "float64",
+            "cpu",
+            self.rows,
+            self.positions,
+            max_rank=self.max_rank,
+            traits=traits,
+            synthetic=self.synthetic,
+        )
+
+    def verifier(self, rule: Rule) -> Verifier:
+        return LocalVerifier(self.model, rule)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@contextmanager
+def served(engine: Engine, limits: Limits | None = None, keys: Sequence[str] = ()) -> Iterator[str]:
+    """The URL of a server on loopback, which is stopped at the end."""
+    # named as TCP, as `cloud.__main__.listen` does it: or asyncio would leave Nagle's algorithm on, 40 ms an answer
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(1024)
+    config = uvicorn.Config(
+        create_app(engine, limits, keys),
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listening],), name="server")
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()

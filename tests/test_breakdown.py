@@ -1,0 +1,216 @@
+"""The ledger: every part by hand, its conservation for whatever is decoded, and what keeping it costs."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from statistics import median
+
+import pytest
+from hypothesis import given
+
+from edgecloud_sd import gate
+from edgecloud_sd.events import (
+    Ahead,
+    Committed,
+    Degraded,
+    Draft,
+    Drafted,
+    Escalated,
+    Event,
+    Finished,
+    Opened,
+    Prepared,
+    Span,
+    Trace,
+    Verdict,
+    Verified,
+)
+from edgecloud_sd.measure import metrics
+from edgecloud_sd.measure.breakdown import PARTS, Ledger, intervals, ledger, mean, round_trips
+from edgecloud_sd.pipeline import Captioner, Cell, Request
+from edgecloud_sd.pocket import clips
+from edgecloud_sd.timing.clock import Watch, stamp
+from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.link import Link
+from edgecloud_sd.timing.profile import Profile
+from tests.support.strategies import Case, any_link, cases, profiles
+
+FIRST, SECOND = Draft((1, 2, 3), (0.1, 0.2, 0.9)), Draft((4, 5), (0.1, 0.2))
+BOTH = Trace(
+    (
+        (1.0, Prepared(20)),
+        (3.0, Opened("edge")),
+        (7.0, Opened("cloud")),  # 4 s, 2 of which are its request's way and wait
+        (8.5, Drafted(FIRST)),  # 1.5 s, 0.75 of which are the gate's
+        (8.625, Escalated(FIRST, 1)),
+        (10.625, Verified(FIRST, Verdict(1, 8))),  # 2 s, 1.25 of which are the link's, the queue's and the cache's
+        (10.75, Committed((1,), "accepted")),
+        (11.0, Committed((8,), "correction")),
+        (12.0, Drafted(SECOND)),  # 1 s, 0.5 of which are the gate's and the cache's
+        (12.5, Committed((4, 5), "local")),
+        (13.5, Finished("eos")),
+    ),
+    (
+        Span("uplink", 3.0, 4.0, 900),
+        Span("cloud_queue", 4.0, 5.0),
+        Span("gate", 7.25, 7.5),
+        Span("gate", 7.75, 8.0),
+        Span("gate", 8.25, 8.5),
+        Span("uplink", 8.625, 8.875, 20),
+        Span("cloud_queue", 8.875, 9.0),
+        Span("rollback", 9.0, 9.125),
+        Span("downlink", 9.875, 10.625, 8),
+        Span("rollback", 11.0, 11.125),
+        Span("gate", 11.25, 11.5),
+        Span("gate", 11.625, 11.75),
+    ),
+)
+CLOUD = Trace(
+    (
+        (0.25, Prepared(20)),
+        (1.0, Opened("cloud")),
+        (2.0, Committed((1,), "cloud")),
+        (2.5, Committed((2,), "cloud")),
+        (2.625, Finished("length")),
+    ),
+    (Span("uplink", 0.25, 0.5, 900), Span("downlink", 1.5, 2.0, 4), Span("downlink", 2.375, 2.5, 4)),
+)
+
+
+def test_every_part_of_a_speculative_caption_by_hand() -> None:
+    assert ledger(BOTH).parts == {
+        "features": 1.0,
+        "edge_prefill": 2.0,
+        "cloud_prefill": 2.0,
+        "draft": 0.75 + 0.5,
+        "gate": 0.75 + 0.125 + 0.375,
+        "uplink": 1.25,
+        "network": 0.0,
+        "cloud_queue": 1.125,
+        "verify": 0.75,
+        "cloud_decode": 0.0,
+        "downlink": 0.75,
+        "faults": 0.0,
+        "rollback": 0.25,
+        "other": 0.125 + 0.25 + 0.5 + 1.0,
+    }
+    assert ledger(BOTH).seconds == 13.5
+
+
+def test_every_part_of_a_cloud_caption_by_hand() -> None:
+    parts = {"features": 0.25, "uplink": 0.25, "cloud_prefill": 0.5, "cloud_decode": 0.875, "downlink": 0.625}
+    assert ledger(CLOUD).parts == dict.fromkeys(PARTS, 0.0) | parts | {"other": 0.125}
+    assert ledger(CLOUD).discarded == 0
+
+
+def test_discarded_seconds_are_those_of_the_drafted_tokens_thrown_away() -> None:
+    assert ledger(BOTH).discarded == 0.75 * 2 / 3  # two of the first draft's three tokens, none of the second's
+
+
+def test_a_span_leaves_the_interval_that_it_lies_in() -> None:
+    event = Verified(SECOND, Verdict(2, 6))
+    assert list(intervals(Trace(((4.0, event),)))) == [(event, 4.0)]
+    assert list(intervals(Trace(((4.0, event),), (Span("uplink", 1.0, 2.5),)))) == [(event, 2.5)]
+
+
+def test_a_span_that_ends_with_an_event_is_of_the_interval_before_it() -> None:
+    events: tuple[tuple[float, Event], ...] = ((1.0, Prepared(3)), (2.0, Opened("edge")))
+    assert [rest for _, rest in intervals(Trace(events, (Span("gate", 0.5, 1.0),)))] == [0.5, 1.0]
+
+
+def test_closure_and_what_no_part_names_are_shares_of_the_wall() -> None:
+    kept = Ledger(dict.fromkeys(PARTS, 0.0) | {"draft": 6.0, "verify": 3.0, "other": 0.5}, 0.0)
+    assert kept.seconds == 9.5
+    assert kept.closure(10) == 0.95
+    assert kept.unnamed(10) == pytest.approx(0.1)
+
+
+def test_the_mean_is_taken_part_by_part() -> None:
+    both, cloud = ledger(BOTH), ledger(CLOUD)
+    average = mean(iter([both, cloud]))
+    assert average.parts == {name: (both.parts[name] + cloud.parts[name]) / 2 for name in PARTS}
+    assert average.discarded == both.discarded / 2
+
+
+def test_what_a_call_took_that_failed_at_last_is_no_round_trip() -> None:
+    draft = Draft((1, 2))
+    sent = ((0.0, Opened("edge")), (1.0, Drafted(draft)), (1.0, Escalated(draft, 1)), (2.0, Ahead((3,), 1)))
+    spans = (Span("network", 2.0, 4.0, 9, hidden=1.0),)
+    answered = Trace((*sent, (4.0, Verified(draft, Verdict(2, 3)))), spans)
+    failed = Trace((*sent, (4.0, Degraded("gone"))), spans)
+    assert round_trips(answered) == (2.0, 1.0)
+    assert round_trips(failed) == (0.0, 0.0)
+
+
+def test_there_is_no_mean_of_no_ledger() -> None:
+    with pytest.raises(ValueError, match="no ledger"):
+        mean([])
+
+
+def check(trace: Trace) -> None:
+    kept, discarded = ledger(trace), metrics.counts(trace).discarded
+    assert list(kept.parts) == list(PARTS)
+    assert kept.seconds == pytest.approx(trace.seconds, rel=1e-9, abs=1e-9)
+    assert min(kept.parts.values()) >= -1e-9
+    assert -1e-9 <= kept.discarded <= kept.parts["draft"] + 1e-9
+    assert (kept.discarded > 1e-9) == (discarded > 0)
+
+
+@given(cases(), profiles(), any_link)
+def test_no_second_is_lost_or_counted_twice_under_any_profile_and_link(
+    case: Case, profile: Profile, link: Link
+) -> None:
+    check(case.play(Stage(profile, link)))
+
+
+@given(cases())
+def test_no_second_is_lost_or_counted_twice_where_every_look_at_the_clock_takes_one(case: Case) -> None:
+    stage = Stage()
+    stage.watch = Watch(itertools.count().__next__)
+    check(case.play(stage))
+
+
+SAMPLED = [
+    (0, "chinese", Cell("speculative", gate.ALWAYS, k=4)),
+    (7, "chinese", Cell("speculative", gate.entropy(0.5), k=3)),
+    (21, "english", Cell("edge")),
+]
+
+
+@pytest.fixture(scope="module")
+def timed(captioner: Captioner) -> list[tuple[Trace, float]]:
+    """Captions of the pocket pair, each with the wall seconds of another clock around it."""
+    found = []
+    for index, language, cell in [SAMPLED[2], *SAMPLED]:
+        request = Request(clips.make("evaluation", index).samples, language)
+        start = time.monotonic()
+        trace = captioner.trace(request, cell, 64)
+        found.append((trace, time.monotonic() - start))
+    return found[1:]  # the first call allocates
+
+
+def test_the_ledger_closes_on_the_pocket_pair(timed: list[tuple[Trace, float]]) -> None:
+    assert median(ledger(trace).closure(wall) for trace, wall in timed) == pytest.approx(1, abs=0.02)
+    assert median(ledger(trace).unnamed(wall) for trace, wall in timed) < 0.05
+
+
+def least(call: Callable[[], object], repeats: int = 5) -> float:
+    """CPU seconds of the quickest of some calls: what a busy machine adds is not the call's."""
+    spent = []
+    for _ in range(repeats):
+        start = time.process_time()
+        call()
+        spent.append(time.process_time() - start)
+    return min(spent)
+
+
+def test_keeping_time_costs_less_than_a_hundredth_of_a_caption(timed: list[tuple[Trace, float]]) -> None:
+    n = 5000
+    events: list[Event] = [Finished("eos")] * n
+    watch = Watch()
+    each_event = least(lambda: stamp(events)) / n
+    each_span = least(lambda: [watch.timed("gate", int) for _ in events]) / n
+    for trace, wall in timed:
+        assert len(trace.events) * each_event + len(trace.spans) * each_span < 0.01 * wall

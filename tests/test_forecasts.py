@@ -1,0 +1,93 @@
+"""What the oracle is asked for each cell of a run: its own link, and costs that hold for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bench.forecasts import Decoded, crossed, verdicts
+from edgecloud_sd.events import (
+    Ahead,
+    Committed,
+    Draft,
+    Drafted,
+    Escalated,
+    Finished,
+    Opened,
+    Prepared,
+    Span,
+    Trace,
+    Verdict,
+    Verified,
+)
+from edgecloud_sd.forecast import model as oracle
+from edgecloud_sd.timing import link as links
+
+DRAFT = Draft((1, 2))
+CLOUD = Trace(
+    (
+        (0.0, Prepared(3)),
+        (1.0, Opened("cloud")),
+        (5.0, Committed((1,), "cloud")),
+        (9.0, Committed((2,), "cloud")),
+        (9.0, Finished("length")),
+    )
+)
+
+
+def caption(step: float, ahead: bool = False, spans: tuple[Span, ...] = ()) -> Trace:
+    """One round of a draft of two, accepted whole, whose verdict takes 4 s."""
+    sent = 1 + 2 * step
+    made = ((sent + 3, Ahead((3,), 1)),) if ahead else ()
+    return Trace(
+        (
+            (0.0, Prepared(3)),
+            (1.0, Opened("edge")),
+            (sent, Drafted(DRAFT)),
+            (sent, Escalated(DRAFT, 1)),
+            (sent, Opened("cloud")),
+            *made,
+            (sent + 4, Verified(DRAFT, Verdict(2, 3))),
+            (sent + 4, Committed((1, 2), "accepted")),
+            (sent + 4, Committed((3,), "bonus")),
+            (sent + 4, Finished("length")),
+        ),
+        spans,
+    )
+
+
+def cell(mode: str, *traces: Trace, ahead: int = 0) -> Decoded:
+    return Decoded(mode, 2, 0, links.NONE, True, ahead, True, traces)
+
+
+def test_a_round_trip_to_a_service_counts_hidden_or_not() -> None:
+    sent = Span("network", 4.0, 5.0, 10, hidden=2.0)
+    opening = Span("network", 0.5, 1.0, 100)
+    served = caption(0.5, ahead=True, spans=(opening, sent))
+    assert crossed(cell("speculative", served, ahead=4)).rtt == 3.0
+    assert crossed(cell("speculative", caption(0.5))) == links.NONE
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_on_one_device_cells_that_draft_ahead_and_others_show_their_own_steps(together: bool) -> None:
+    found = verdicts(
+        {
+            "cloud": cell("cloud", CLOUD),
+            "waits": cell("speculative", caption(0.5)),
+            "ahead": cell("speculative", caption(2.0, ahead=True), ahead=1),
+        },
+        together=together,
+    )
+    waits, ahead = found["waits"], found["ahead"]
+    assert isinstance(waits, oracle.Forecast)
+    assert isinstance(ahead, oracle.Forecast)
+    pooled = (2 * 0.5 + 2 * 2.0 + 3.0) / 5
+    assert waits.edge == pytest.approx(0.5 if together else pooled)
+    assert ahead.edge == pytest.approx((2 * 2.0 + 3.0) / 3 if together else pooled)
+
+
+def test_without_a_caption_of_the_cloud_alone_there_is_no_answer() -> None:
+    trace = caption(0.5, ahead=True)
+    answer = verdicts({"ahead": replace(cell("speculative", trace), ahead=1)}, together=True)["ahead"]
+    assert str(answer).startswith("no answer: a step of the cloud alone was not timed")

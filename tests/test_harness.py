@@ -1,0 +1,298 @@
+"""The stage: the same events whatever the clock, and under a profile every moment by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgecloud_sd import gate, wire
+from edgecloud_sd.decoder import Decoding, decode
+from edgecloud_sd.events import (
+    Ahead,
+    Committed,
+    Draft,
+    Drafted,
+    Escalated,
+    Finished,
+    Opened,
+    Prepared,
+    Prompt,
+    Span,
+    Trace,
+    Verdict,
+    Verified,
+)
+from edgecloud_sd.measure import metrics
+from edgecloud_sd.measure.breakdown import ledger
+from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.timing import link as links
+from edgecloud_sd.timing.clock import stamp
+from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.link import Link
+from edgecloud_sd.timing.profile import Costs, Profile
+from edgecloud_sd.verifier import LocalVerifier
+from tests.support.strategies import UNSURE, Case, Scripted, any_link, cases, play, profiles
+
+PROMPT = Prompt((5, 6), torch.zeros(2, 3))
+PROFILE = Profile(
+    "scripted",
+    edge=Costs(prefill=2.0, forward=((1, 0.5), (2, 0.75))),
+    cloud=Costs(prefill=5.0, forward=((1, 1.0), (5, 2.0))),
+    features=0.125,
+    gate=0.0625,
+    queue=0.25,
+)
+LINK = Link("scripted", rtt=0.5, up=math.inf, down=math.inf)
+# Rounds of two: the first sure and so local, the second rejected at its second token, the third accepted whole with a
+# bonus, the fourth cut to one token by the limit.
+EDGE = Scripted(wrong=frozenset({3}), unsure=frozenset({3, 4}))
+CLOUD = Scripted()
+ALL = Stopping(frozenset(), 8)
+
+
+def caption(how: Decoding, stage: Stage) -> Trace:
+    return play(PROMPT, EDGE, CLOUD, how, stage)
+
+
+def speculative(stage: Stage) -> Trace:
+    return caption(Decoding("speculative", ALL, 2, UNSURE), stage)
+
+
+def test_every_moment_of_a_speculative_caption_by_hand() -> None:
+    local, rejected = Draft((0, 0), (0.0, 0.0)), Draft((0, 1), (0.0, 1.0))
+    whole, last = Draft((0, 0), (1.0, 0.0)), Draft((0,), (0.0,))
+    assert speculative(Stage(PROFILE, LINK)).events == (
+        (0.125, Prepared(2)),
+        (2.125, Opened("edge")),
+        (3.25, Drafted(local)),  # two steps of 0.5, two statistics of 0.0625
+        (3.25, Committed((0, 0), "local")),
+        (4.375, Drafted(rejected)),
+        (4.375, Escalated(rejected, 3)),  # the last prompt token and two local ones
+        (5.625, Opened("cloud")),  # since 0.125: up 0.25, queue 0.25, prefill 5
+        (8.375, Verified(rejected, Verdict(1, 0))),  # up 0.25, queue, a pass over 5, down 0.25
+        (8.375, Committed((0,), "accepted")),
+        (8.375, Committed((0,), "correction")),
+        (9.5, Drafted(whole)),
+        (9.5, Escalated(whole, 1)),
+        (11.75, Verified(whole, Verdict(2, 0))),  # up 0.25, queue, a pass over 3, down 0.25
+        (11.75, Committed((0, 0), "accepted")),
+        (11.75, Committed((0,), "bonus")),
+        (12.5625, Drafted(last)),  # one pass over the last draft token and the bonus, one statistic
+        (12.5625, Committed((0,), "local")),
+        (12.5625, Finished("length")),
+    )
+
+
+def test_a_lazy_cloud_is_opened_by_the_first_escalated_draft() -> None:
+    lazy = play(PROMPT, EDGE, CLOUD, Decoding("speculative", ALL, 2, UNSURE), Stage(PROFILE, LINK), when="lazy")
+    eager = speculative(Stage(PROFILE, LINK))
+    late = 4.375 + 0.25 + 0.25 + 5.0 - 5.625
+    for (soon, event), (seconds, same) in zip(eager.events, lazy.events, strict=True):
+        assert (seconds, same) == (soon + late * (soon > 4.375), event)
+    assert ledger(lazy).parts["cloud_prefill"] == 5.0
+    assert metrics.wire_bytes(lazy) == metrics.wire_bytes(eager)
+
+
+def test_every_span_of_a_speculative_caption_by_hand() -> None:
+    opening = wire.REQUEST_HEAD + len(wire.encode_prompt(PROMPT))
+    begun = wire.check_prompt(wire.encode_prompt(PROMPT), "greedy")
+    first, second = wire.to_verify(begun, [6, 0, 0], 0, [0, 1]), wire.to_verify(begun, [6, 0, 0, 0, 0], 4, [0, 0])
+    up = [wire.REQUEST_HEAD + len(wire.dumps(request)) for request in (first, second)]
+    answers = wire.verdict(Verdict(1, 0), first["check"]), wire.verdict(Verdict(2, 0), second["check"])
+    down = [wire.ANSWER_HEAD + len(wire.dumps(answer)) for answer in answers]
+    spans = speculative(Stage(PROFILE, LINK)).spans
+    assert [span for span in spans if span.part not in ("gate", "rollback")] == [
+        Span("uplink", 0.0, 0.0),  # there is a link
+        Span("uplink", 4.375, 4.375, opening),  # crossed while the edge was at work
+        Span("cloud_queue", 4.375, 4.375),
+        Span("uplink", 5.625, 5.875, up[0]),
+        Span("cloud_queue", 5.875, 6.125),
+        Span("downlink", 8.125, 8.375, down[0]),
+        Span("uplink", 9.5, 9.75, up[1]),
+        Span("cloud_queue", 9.75, 10.0),
+        Span("downlink", 11.5, 11.75, down[1]),
+    ]
+    gates = [span for span in spans if span.part == "gate"]
+    assert gates[:2] == [Span("gate", 2.625, 2.6875), Span("gate", 3.1875, 3.25)]
+    assert len(gates) == 7
+    assert any(span.part == "rollback" for span in spans)  # in the cloud, of the rejected token
+
+
+def test_the_ledger_of_a_speculative_caption_by_hand() -> None:
+    kept = ledger(speculative(Stage(PROFILE, LINK)))
+    assert kept.parts == {
+        "features": 0.125,
+        "edge_prefill": 2.0,
+        "cloud_prefill": 1.25,
+        "draft": 3 * 1.0 + 0.75,
+        "gate": 7 * 0.0625,
+        "uplink": 2 * 0.25,
+        "network": 0.0,
+        "cloud_queue": 2 * 0.25,
+        "verify": 2.0 + 1.5,
+        "cloud_decode": 0.0,
+        "downlink": 2 * 0.25,
+        "faults": 0.0,
+        "rollback": 0.0,
+        "other": 0.0,
+    }
+    assert kept.discarded == 0.5  # one of two tokens that took a second
+
+
+def ahead(stage: Stage, strict: bool = True) -> Trace:
+    """Drafts of two, up to four tokens ahead. The edge is wrong at the eighth of nine tokens."""
+    how = Decoding("speculative", Stopping(frozenset(), 9), 2, gate.ALWAYS, ahead=4, strict=strict)
+    return play(PROMPT, Scripted(wrong=frozenset({7})), Scripted(), how, stage)
+
+
+def test_every_moment_of_a_caption_drafted_ahead_by_hand() -> None:
+    first, second, third, last = Draft((0, 0)), Draft((0, 0, 0)), Draft((1, 0)), Draft((0,))
+    assert ahead(Stage(PROFILE, LINK)).events == (
+        (0.125, Prepared(2)),
+        (2.125, Opened("edge")),
+        (3.125, Drafted(first)),
+        (3.125, Escalated(first, 1)),
+        (5.625, Opened("cloud")),
+        (7.625, Ahead((0, 0, 0, 0), 4)),  # four steps of 0.5, of the 2.25 that the verdict takes
+        (7.875, Verified(first, Verdict(2, 0))),  # up 0.25, queue 0.25, a pass over 3, down 0.25
+        (7.875, Committed((0, 0), "accepted")),
+        (7.875, Committed((0,), "bonus")),
+        (7.875, Drafted(second, 3)),  # all that was made ahead but the guess of the bonus, and no step
+        (7.875, Escalated(second, 1)),
+        (9.375, Ahead((0, 1, 0), 3)),  # no more fit
+        (10.375, Verified(second, Verdict(3, 0))),  # a pass over 4
+        (10.375, Committed((0, 0, 0), "accepted")),
+        (10.375, Committed((0,), "bonus")),
+        (10.375, Drafted(third, 2)),
+        (10.375, Escalated(third, 1)),
+        (10.375, Ahead((), 0)),
+        (12.625, Verified(third, Verdict(0, 0))),
+        (12.625, Committed((0,), "correction")),
+        (13.125, Drafted(last)),  # made anew
+        (13.125, Escalated(last, 1)),
+        (13.125, Ahead((), 0)),
+        (15.125, Verified(last, Verdict(1, 0))),
+        (15.125, Committed((0,), "accepted")),
+        (15.125, Finished("length")),
+    )
+
+
+def test_drafting_ahead_where_the_output_depends_on_how_drafts_are_cut_makes_none_longer() -> None:
+    trace = ahead(Stage(PROFILE, LINK), strict=False)
+    drafted = [event for _, event in trace.events if isinstance(event, Drafted)]
+    assert [(len(event.draft.tokens), event.ahead) for event in drafted] == [(2, 0), (2, 2), (2, 2), (1, 0)]
+
+
+def test_the_ledger_of_a_caption_drafted_ahead_by_hand() -> None:
+    trace = ahead(Stage(PROFILE, LINK))
+    kept = ledger(trace)
+    assert (kept.exposed, kept.hidden) == (0.25 + 1.0 + 2.25 + 2.0, 2.0 + 1.5)
+    assert kept.parts["draft"] == 1.0 + 2.0 + 1.5 + 0.5
+    assert kept.parts["verify"] == 0.75 + 1.5 + 1.25  # the first was hidden, and 1.0 of the second
+    assert kept.parts["uplink"] == kept.parts["cloud_queue"] == 2 * 0.25
+    assert kept.parts["downlink"] == 4 * 0.25
+    assert kept.seconds == trace.seconds
+    assert kept.discarded == 1.0  # of the two that the third draft had of what was made ahead
+    assert metrics.right_guesses([trace]) == 1.0
+    verify = [span.seconds for span in trace.spans if span.part == "verify" and span.seconds]
+    assert verify == [1.5, 1.75, 1.5, 1.25]
+
+
+def test_a_verdict_that_is_there_first_is_taken_up_after_the_step_that_has_begun() -> None:
+    quick = replace(PROFILE, cloud=Costs(0.0, ((1, 0.25),)), queue=0.0)
+    trace = ahead(Stage(quick))
+    made = [(seconds, event.made) for seconds, event in trace.events if isinstance(event, Ahead)]
+    verified = [seconds for seconds, event in trace.events if isinstance(event, Verified)]
+    assert made[0] == (verified[0], 1)
+    assert ledger(trace).exposed == sum(
+        after - before for (before, n), after in zip(made, verified, strict=True) if n == 0
+    )
+
+
+def test_bytes_take_the_time_that_the_bandwidth_gives_them() -> None:
+    fast, slow = (speculative(Stage(PROFILE, replace(LINK, up=up, down=2 * up))) for up in (math.inf, 8000))
+    for sure, span in zip(fast.spans, slow.spans, strict=True):
+        if span.part in ("uplink", "downlink") and span.end > 4.375 + 8 * span.size / 8000:
+            rate = {"uplink": 8000, "downlink": 16000}[span.part]
+            assert span.end - span.start == pytest.approx(sure.end - sure.start + 8 * span.size / rate)
+    assert slow.seconds > fast.seconds
+
+
+def test_every_moment_of_a_cloud_caption_by_hand() -> None:
+    trace = caption(Decoding("cloud", replace(ALL, max_new_tokens=3)), Stage(PROFILE, LINK))
+    assert trace.events == (
+        (0.125, Prepared(2)),
+        (5.625, Opened("cloud")),
+        (6.875, Committed((0,), "cloud")),  # a step of 1, down 0.25: the latency, once
+        (7.875, Committed((0,), "cloud")),
+        (8.875, Committed((0,), "cloud")),
+        (8.875, Finished("length")),
+    )
+    sizes = metrics.wire_bytes(trace)
+    assert sizes is not None
+    assert sizes[0] == wire.REQUEST_HEAD + len(wire.encode_prompt(PROMPT))
+    assert sizes[1] > wire.ANSWER_HEAD + 3 * wire.CHUNK_HEAD
+
+
+def test_every_moment_of_an_edge_caption_by_hand() -> None:
+    trace = caption(Decoding("edge", replace(ALL, max_new_tokens=2)), Stage(PROFILE, LINK))
+    assert [seconds for seconds, _ in trace.events] == [0.125, 2.125, 2.625, 2.625, 3.125, 3.125, 3.125]
+    assert metrics.wire_bytes(trace) is None
+
+
+def test_without_a_link_nothing_crosses_but_the_queue_is_waited_for() -> None:
+    kept = ledger(speculative(Stage(PROFILE)))
+    assert (kept.parts["uplink"], kept.parts["downlink"], kept.parts["cloud_queue"]) == (0, 0, 0.5)
+    assert kept.seconds == 12.5625 - 0.25 - 2 * 2 * 0.25  # the way there of the opening, and both ways of two calls
+
+
+def test_a_gate_that_reads_nothing_costs_nothing() -> None:
+    trace = caption(Decoding("speculative", ALL, 2, gate.ALWAYS), Stage(PROFILE, LINK))
+    assert ledger(trace).parts["gate"] == 0
+
+
+def test_on_the_real_clock_a_link_takes_its_time() -> None:
+    link = Link("short", rtt=0.01, up=math.inf, down=math.inf)
+    trace = speculative(Stage(link=link))
+    assert trace.tokens == speculative(Stage(PROFILE, LINK)).tokens
+    crossed = [span for span in trace.spans if span.part in ("uplink", "downlink") and span.start > 0]
+    assert len(crossed) == 5
+    assert all(span.end - span.start >= 0.005 for span in crossed[1:])
+
+
+@settings(max_examples=25)  # four captions each
+@given(cases(), profiles(), any_link, st.text(max_size=3))
+def test_the_clock_changes_no_event_and_a_virtual_one_no_moment(
+    case: Case, profile: Profile, link: Link, seed: str
+) -> None:
+    scene = case.scene
+    bare = stamp(decode(scene.prompt, case.how, scene.edge, LocalVerifier(scene.cloud, case.rule)))
+    real, virtual = case.play(Stage()), case.play(Stage(profile, link, seed))
+    for trace in (real, virtual):
+        assert trace.tokens == bare.tokens
+        if not case.how.ahead:  # what is drafted ahead depends on when the verdict comes
+            assert [event for _, event in trace.events[1:]] == [event for _, event in bare.events]
+    assert case.play(Stage(profile, link, seed)) == virtual
+    moments = [seconds for seconds, _ in virtual.events]
+    assert moments == sorted(moments)
+
+
+@pytest.mark.parametrize("mode", ["cloud", "speculative"])
+def test_another_seed_draws_another_jitter(mode: str) -> None:
+    how = Decoding(mode, ALL, 2, gate.ALWAYS)
+    traces = [caption(how, Stage(PROFILE, links.find("4g"), seed)) for seed in ("a", "b", "a")]
+    assert traces[0] == traces[2]
+    assert traces[0] != traces[1]
+    assert traces[0].tokens == traces[1].tokens
+
+
+def test_jitter_is_drawn_anew_for_every_message() -> None:
+    spans = speculative(Stage(PROFILE, replace(LINK, jitter=0.125))).spans
+    trips = [span.end - span.start for span in spans if span.part in ("uplink", "downlink") and span.end > span.start]
+    assert len({round(trip, 9) for trip in trips}) == 4  # the opening's is hidden
+    assert all(0.125 <= trip <= 0.375 for trip in trips)

@@ -1,0 +1,276 @@
+"""When the cloud is opened: what is sent, what is waited for, and what a failed opening does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from edgecloud_sd import gate
+from edgecloud_sd.acceptance import GREEDY
+from edgecloud_sd.cloud.client import Connection
+from edgecloud_sd.decoder import Decoding, decode
+from edgecloud_sd.events import Degraded, Escalated, Event, Finished, Opened, Prepared, Prompt, Span, Trace, Verdict
+from edgecloud_sd.measure import metrics
+from edgecloud_sd.measure.breakdown import intervals, ledger
+from edgecloud_sd.prefill import Eager
+from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.timing.clock import stamp
+from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.link import Link
+from edgecloud_sd.timing.profile import Costs, Profile
+from edgecloud_sd.verifier import CloudFault, LocalVerifier, Verification
+from tests.support.proxy import Fault, Proxy
+from tests.support.serving import ToyEngine, served
+from tests.support.strategies import UNSURE, Scripted
+
+PROMPT = Prompt((5, 6), torch.zeros(2, 3))
+STOPPING = Stopping(frozenset(), 6)
+WHEN = ["eager", "lazy"]
+
+
+class Counting:
+    """A cloud that notes what is done with it, and fails as often as told."""
+
+    def __init__(self, fails: int = 0, error: type[Exception] = CloudFault) -> None:
+        self.done: list[str] = []
+        self._fails = fails
+        self._error = error
+
+    def open(self, prompt: Prompt) -> Counting:
+        self.done.append("open")
+        return self
+
+    def wait(self) -> None:
+        self.done.append("wait")
+        if self._fails:
+            self._fails -= 1
+            raise self._error("cannot be had")
+
+    def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
+        self.done.append("verify")
+        return Verdict(len(draft), 0)
+
+    def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
+        self.done.append("generate")
+        return iter(())
+
+    def close(self) -> None:
+        self.done.append("close")
+
+
+def opened(cloud: Counting, when: str, stage: Stage | None = None) -> Verification:
+    return (stage or Stage()).opened(cloud, when).open(PROMPT)
+
+
+def test_a_lazy_cloud_that_is_never_needed_hears_nothing() -> None:
+    cloud = Counting()
+    opened(cloud, "lazy").close()
+    assert cloud.done == []
+
+
+def test_an_eager_cloud_that_is_never_needed_is_opened_and_closed() -> None:
+    cloud = Counting()
+    opened(cloud, "eager").close()
+    assert set(cloud.done) - {"wait"} == {"close", "open"}  # told in time, it need not wait to be ready
+    assert cloud.done[-1] == "close"
+    assert cloud.done.count("open") == 1
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_whatever_is_asked_first_opens_and_nothing_opens_twice(when: str) -> None:
+    for first in ("wait", "verify", "generate"):
+        cloud = Counting()
+        verification = opened(cloud, when)
+        for name in (first, "wait", "verify", "generate", "wait"):
+            if name == "wait":
+                verification.wait()
+            elif name == "verify":
+                verification.verify(0, [1], [1])
+            else:
+                verification.generate(STOPPING)
+        verification.close()
+        assert cloud.done[:2] == ["open", "wait"]
+        assert cloud.done.count("open") == 1
+        assert cloud.done[-1] == "close"
+        assert cloud.done.count("close") == 1
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_a_fault_of_the_opening_surfaces_where_it_is_waited_for_and_closing_does_not_try_again(when: str) -> None:
+    cloud = Counting(fails=1)
+    verification = opened(cloud, when)
+    with pytest.raises(CloudFault, match="cannot be had"):
+        verification.wait()
+    verification.close()
+    assert [name for name in cloud.done if name != "close"] == ["open", "wait"]
+    assert cloud.done[-1] == "close"  # there may be something to give back even so
+
+
+@pytest.mark.parametrize("error", [CloudFault, ValueError, RuntimeError, MemoryError])
+@pytest.mark.parametrize("when", WHEN)
+def test_closing_never_raises(when: str, error: type[Exception]) -> None:
+    cloud = Counting(fails=9, error=error)
+    opened(cloud, when).close()
+    verification = opened(cloud, when)
+    with pytest.raises(error):
+        verification.wait()
+    verification.close()
+
+
+def test_an_opening_that_fails_in_the_background_and_is_not_waited_for_is_forgotten() -> None:
+    def begin(call: Callable[[], Verification]) -> Future[Verification]:
+        done: Future[Verification] = Future()
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        done.set_exception(caught.value)
+        return done
+
+    cloud = Counting(fails=1, error=RuntimeError)
+    Eager(cloud, begin).open(PROMPT).close()
+    assert cloud.done[:2] == ["open", "wait"]
+    assert cloud.done[-1] == "close"
+
+
+@dataclass(frozen=True)
+class Late:
+    """Begins when it is waited for."""
+
+    result: Callable[[], Verification]
+
+    def done(self) -> bool:
+        return False
+
+
+def test_an_opening_that_only_begins_when_all_is_over_is_closed_and_not_waited_for() -> None:
+    cloud = Counting()
+    Eager(cloud, Late).open(PROMPT).close()
+    assert cloud.done == ["open", "close"]
+
+
+def test_after_a_failed_opening_another_wait_opens_anew() -> None:
+    for when in WHEN:
+        cloud = Counting(fails=1)
+        verification = opened(cloud, when)
+        with pytest.raises(CloudFault):
+            verification.wait()
+        assert verification.verify(0, [1], [1, 1]) == Verdict(2, 0)
+        assert cloud.done.count("open") == 2
+        verification.close()
+
+
+def test_what_nobody_needs_any_more_is_not_tried_again() -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        time.sleep(0.005)
+
+    with served(ToyEngine()) as url, Proxy(url) as proxy:
+        connection = Connection(proxy.url, patience=1000.0, sleep=sleep)
+        stage = Stage(far=True)
+        verifier = connection.verifier(GREEDY, stage)
+        proxy.plan([Fault.REFUSED] * 1000)
+        stage.opened(verifier, "eager").open(Prompt((1, 2))).close()
+        connection.close()
+    assert len(slept) < 100  # of some 270
+
+
+# On the virtual clock, by hand: what is prepared takes 0.125 s
+
+PROFILE = Profile(
+    "scripted",
+    edge=Costs(prefill=2.0, forward=((1, 0.5), (2, 0.75))),
+    cloud=Costs(prefill=3.0, forward=((1, 1.0), (5, 2.0))),
+    features=0.125,
+    gate=0.0625,
+    queue=0.25,
+)
+LINK = Link("scripted", rtt=0.5, up=8192, down=8192)
+EDGE = Scripted(wrong=frozenset({3}), unsure=frozenset({3, 4}))  # rounds of two: the second and third escalate
+
+
+def caption(when: str, chosen: gate.Gate, profile: Profile = PROFILE) -> Trace:
+    stage = Stage(profile, LINK)
+
+    def events() -> Iterator[Event]:
+        prompt = stage.prepared(lambda: PROMPT)
+        yield Prepared(2)
+        verifier = stage.opened(stage.linked(LocalVerifier(stage.cloud(Scripted()), GREEDY)), when)
+        how = Decoding("speculative", STOPPING, 2, stage.gate(chosen))
+        yield from decode(prompt, how, stage.edge(EDGE), verifier)
+
+    return stamp(events(), stage.watch)
+
+
+def moment(trace: Trace, what: Event | type[Event]) -> float:
+    return next(seconds for seconds, event in trace.events if event == what or event.__class__ is what)
+
+
+def opening(trace: Trace) -> float:
+    """How long the cloud takes on it, alone: its request's way, queue and prefill."""
+    size = max(span.size for span in trace.spans)
+    return 0.25 + 8 * size / LINK.up + PROFILE.queue + PROFILE.cloud.prefill
+
+
+@pytest.mark.parametrize("prefill", [0.5, 2.0, 8.0])
+def test_an_eager_opening_takes_the_longer_of_both_sides_and_not_their_sum(prefill: float) -> None:
+    profile = replace(PROFILE, edge=replace(PROFILE.edge, prefill=prefill))
+    eager, lazy = caption("eager", gate.ALWAYS, profile), caption("lazy", gate.ALWAYS, profile)
+    escalated = 0.125 + prefill + 2 * 0.5  # one draft of two tokens
+    assert moment(eager, Escalated) == moment(lazy, Escalated) == escalated
+    assert moment(eager, Opened("cloud")) == pytest.approx(max(escalated, 0.125 + opening(eager)))
+    assert moment(lazy, Opened("cloud")) == pytest.approx(escalated + opening(lazy))
+    assert eager.tokens == lazy.tokens
+    # and only that much earlier is all that follows
+    gain = moment(lazy, Opened("cloud")) - moment(eager, Opened("cloud"))
+    assert lazy.seconds - eager.seconds == pytest.approx(gain)
+    assert metrics.wire_bytes(eager) == metrics.wire_bytes(lazy)
+
+
+@pytest.mark.parametrize("prefill", [0.5, 2.0, 2.625, 8.0])
+def test_only_what_was_waited_for_is_in_the_ledger(prefill: float) -> None:
+    profile = replace(PROFILE, edge=replace(PROFILE.edge, prefill=prefill))
+    trace = caption("eager", gate.ALWAYS, profile)
+    escalated, waited = moment(trace, Escalated), moment(trace, Opened("cloud"))
+    beside = [span for span in trace.spans if escalated <= span.start and span.end <= waited]
+    assert all(rest >= -1e-9 for _, rest in intervals(trace))
+    assert sum(span.end - span.start for span in beside) <= waited - escalated + 1e-9
+    kept = ledger(trace)
+    assert kept.seconds == pytest.approx(trace.seconds)
+    exposed = waited - escalated
+    assert kept.parts["cloud_prefill"] == pytest.approx(min(exposed, PROFILE.cloud.prefill))
+    assert (exposed == 0) == (prefill == 8.0)
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_a_caption_that_never_escalates_pays_for_no_cloud(when: str) -> None:
+    sure = replace(UNSURE, threshold=1.5)
+    trace = caption(when, sure)
+    assert not any(isinstance(event, Escalated) or event == Opened("cloud") for _, event in trace.events)
+    assert trace.seconds == pytest.approx(0.125 + 2.0 + 6 * (0.5 + 0.0625))
+    kept = ledger(trace)
+    assert kept.seconds == pytest.approx(trace.seconds)
+    assert kept.parts["cloud_prefill"] == kept.parts["uplink"] == kept.parts["cloud_queue"] == 0
+    found = metrics.wire_bytes(trace)
+    assert found is not None
+    # what was sent has crossed, needed or not
+    assert (found[0] > 0) == (when == "eager")
+
+
+def test_a_failed_opening_is_noted_once() -> None:
+    class Failing:
+        def open(self, prompt: Prompt) -> Verification:
+            stage.up(1000)
+            raise CloudFault("cannot be had")
+
+    stage = Stage(PROFILE, LINK)
+    how = Decoding("speculative", STOPPING, 2, gate.ALWAYS, alone=True)
+    trace = stamp(decode(PROMPT, how, stage.edge(EDGE), stage.opened(Failing(), "eager")), stage.watch)
+    assert [event for _, event in trace.events if isinstance(event, Degraded)] == [Degraded("cannot be had")]
+    assert isinstance(trace.events[-1][1], Finished)
+    assert [span for span in trace.spans if span.size] == [Span("uplink", 3.0, 3.0, 1000)]
