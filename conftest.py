@@ -9,7 +9,7 @@ import pytest
 from pytest_benchmark import plugin as pytest_benchmark
 
 from bench.cases import SETTINGS
-from bench.rows import metric
+from bench.rows import row_metric
 from edgecloud_sd import config as settings_room
 
 REQUIREMENTS = ("gpu",)  # markers whose skip --require turns into a failure
@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     defaults = settings_room.read_file(settings_room.defaults_file())
     for option in settings_room.OPTIONS:
-        default = settings_room.shown(defaults[option.name])
+        default = settings_room.show_default(defaults[option.name])
         many = "; a comma-separated list makes a grid" if option.many else ""
         names = dict.fromkeys([f"--{option.name}", f"--{option.name.replace('-', '_')}"])
         help = f"{option.help}{many} (default: {default})".replace("%", "%%")
@@ -51,7 +51,7 @@ def pytest_benchmark_scale_unit(
     config: Any, unit: str, benchmarks: list[dict[str, Any]], best: Any, worst: Any, sort: str
 ) -> tuple[str, float]:
     """Rows of metrics are shown as they are; the rest as pytest-benchmark does. Its own command calls this too."""
-    if any(metric(each["name"]) for each in benchmarks):
+    if any(row_metric(each["name"]) for each in benchmarks):
         return "", 1.0
     scale: tuple[str, float] = pytest_benchmark.pytest_benchmark_scale_unit(config, unit, benchmarks, best, worst, sort)
     return scale

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from bench.cases import SHORT
+from bench.cases import LANGUAGE_CODES
 from bench.tables import grid
 from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY
@@ -30,7 +30,7 @@ from edgecloud_sd.decoder import Decoding, decode
 from edgecloud_sd.events import Prompt, Trace
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.measure.metrics import Interval
-from edgecloud_sd.measure.summary import Figure
+from edgecloud_sd.measure.summary import Metric
 from edgecloud_sd.models import pairs
 from edgecloud_sd.pipeline import Captioner, Cell, Request, cells
 from edgecloud_sd.session import Model, Session
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
     from edgecloud_sd.models.hf import HFModel
 
-CLIPS = 6  # at most, but where the file is named
-K = 4  # where the run has no strict cell of its own
+BASELINE_CLIPS = 6  # at most, but where the file is named
+BASELINE_K = 4  # where the run has no strict cell of its own
 
 WAYS = {
     "greedy": "transformers' generate, greedy",
@@ -58,7 +58,7 @@ WAYS = {
     "lazy": "the same at k, the cloud opened after the edge's first draft",
     "bound": "the same at k, its forward passes alone",
 }
-BASES = {
+BASE_WAYS = {
     "greedy": "over greedy",
     "assisted": "over assisted",
     "assisted_k": "over assisted, k",
@@ -66,24 +66,24 @@ BASES = {
     "hearing_k": "over hearing, k",
     "cloud": "over cloud mode",
 }
-OURS = {"over": ("speculative", "our speculative mode"), "auto_over": ("auto", "our speculative mode, --k auto")}
-FIGURES = {
-    **{name: Figure("s", "lower", f"a token, prefill included: {meaning}") for name, meaning in WAYS.items()},
+OWN_WAYS = {"over": ("speculative", "our speculative mode"), "auto_over": ("auto", "our speculative mode, --k auto")}
+BASELINE_METRICS = {
+    **{name: Metric("s", "lower", f"a token, prefill included: {meaning}") for name, meaning in WAYS.items()},
     **{
-        f"{name}_{base}": Figure("ratio", "higher", f"a token's time, {WAYS[base]} / {meaning}")
-        for name, (_, meaning) in OURS.items()
-        for base in BASES
+        f"{name}_{base}": Metric("ratio", "higher", f"a token's time, {WAYS[base]} / {meaning}")
+        for name, (_, meaning) in OWN_WAYS.items()
+        for base in BASE_WAYS
     },
-    "cloud_over_greedy": Figure("ratio", "higher", f"a token's time, {WAYS['greedy']} / our cloud mode"),
-    "share_of_bound": Figure("ratio", "higher", "the forward passes alone / our speculative mode; they may overlap"),
-    "not_forward": Figure("of wall time", "lower", "speculative mode, opened lazily, less its own forward passes"),
-    "not_forward_replay": Figure("of wall time", "lower", "the same, less its forward passes alone"),
-    "differing": Figure("captions", "lower", "unlike greedy's; where float32 promises that none is, a failure"),
+    "cloud_over_greedy": Metric("ratio", "higher", f"a token's time, {WAYS['greedy']} / our cloud mode"),
+    "share_of_bound": Metric("ratio", "higher", "the forward passes alone / our speculative mode; they may overlap"),
+    "not_forward": Metric("of wall time", "lower", "speculative mode, opened lazily, less its own forward passes"),
+    "not_forward_replay": Metric("of wall time", "lower", "the same, less its forward passes alone"),
+    "differing": Metric("captions", "lower", "unlike greedy's; where float32 promises that none is, a failure"),
 }
 
 
 @dataclass(frozen=True)
-class Peers:
+class BaselineCase:
     """One benchmark."""
 
     id: str
@@ -96,23 +96,23 @@ class Peers:
         return Cell("speculative", gate.ALWAYS, GREEDY, self.k)
 
 
-def peers(settings: Settings) -> list[Peers]:
+def baseline_cases(settings: Settings) -> list[BaselineCase]:
     """What a run asks for: nothing without speculative cells, on a virtual clock or with a cloud elsewhere.
 
     k is that of the run's first strict cell with a fixed one; one language, the first.
     """
     if "speculative" not in settings.mode or settings.clock == "virtual" or settings.cloud_url:
         return []
-    pair = pairs.find(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
+    pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
     language = settings.language[0]
-    k = next((cell.k for cell in cells(settings) if cell.strict and cell.k and not cell.stop), K)
-    return [Peers(f"peers-{pair.name}-k{k}-{SHORT[language]}", k, language)]
+    k = next((cell.k for cell in cells(settings) if cell.is_lossless and cell.k and not cell.stop), BASELINE_K)
+    return [BaselineCase(f"peers-{pair.name}-k{k}-{LANGUAGE_CODES[language]}", k, language)]
 
 
-def unasked(settings: Settings) -> bool:
+def is_left_out(settings: Settings) -> bool:
     """Whether a run of the whole suite leaves it out: also for pairs of which nine captions a clip take minutes."""
-    pair = pairs.find(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
-    return pair != pairs.PAIRS["pocket"] or not peers(settings)
+    pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
+    return pair != pairs.PAIRS["pocket"] or not baseline_cases(settings)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PreparedClip:
     """A clip with all that is made of it beforehand. `tokens` and `passes` are the speculative caption's."""
 
     request: Request
@@ -136,7 +136,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Timed:
+class TimedCaption:
     """A caption in one way. `beside`: those of its seconds that no forward pass took, where that was looked at."""
 
     tokens: tuple[int, ...]
@@ -144,10 +144,10 @@ class Timed:
     beside: float = 0.0
 
 
-Way = Callable[[Asked], Timed]
+Way = Callable[[PreparedClip], TimedCaption]
 
 
-def asked(captioner: Captioner, request: Request, cell: Cell, max_new_tokens: int) -> Asked:
+def prepare_clip(captioner: Captioner, request: Request, cell: Cell, max_new_tokens: int) -> PreparedClip:
     """Off the clock."""
     import torch
 
@@ -162,16 +162,16 @@ def asked(captioner: Captioner, request: Request, cell: Cell, max_new_tokens: in
         "input_features": prompt.features[None].to(device, dtype),
         "feature_attention_mask": heard,
     }
-    return Asked(request, prompt, inputs, *recorded(captioner, prompt, cell, max_new_tokens))
+    return PreparedClip(request, prompt, inputs, *record_passes(captioner, prompt, cell, max_new_tokens))
 
 
-def recorded(
+def record_passes(
     captioner: Captioner, prompt: Prompt, cell: Cell, max_new_tokens: int
 ) -> tuple[tuple[int, ...], tuple[Pass, ...]]:
     """The tokens of a speculative caption, and the forward passes that it takes after the prompt, in their order."""
     passes: list[Pass] = []
     edge, cloud = (_Recorder(side, getattr(captioner, side), passes) for side in ("edge", "cloud"))
-    how = Decoding(cell.mode, Stopping(captioner.cloud.eos, max_new_tokens), cell.k or K, cell.gate)
+    how = Decoding(cell.mode, Stopping(captioner.cloud.eos, max_new_tokens), cell.k or BASELINE_K, cell.gate)
     events = decode(prompt, how, edge, LocalVerifier(cloud, cell.rule))
     return Trace(tuple((0.0, event) for event in events)).tokens, tuple(passes)
 
@@ -216,7 +216,7 @@ def ways(captioner: Captioner, cell: Cell, max_new_tokens: int) -> dict[str, Way
     def ours(way: Cell) -> Way:
         return lambda clip: timed(captioner.trace(clip.request, way, max_new_tokens))
 
-    def watched(clip: Asked) -> Timed:
+    def watched(clip: PreparedClip) -> TimedCaption:
         spent: list[float] = []
         looked_at = copy.copy(captioner)
         vars(looked_at).update({side: watch(model, spent) for side, model in models.items()})
@@ -239,14 +239,14 @@ def ways(captioner: Captioner, cell: Cell, max_new_tokens: int) -> dict[str, Way
         "speculative": ours(cell),
         "auto": ours(replace(cell, k=None)),
         "lazy": watched,
-        "bound": lambda clip: Timed(clip.tokens, replay(models, clip.prompt, clip.passes)),
+        "bound": lambda clip: TimedCaption(clip.tokens, replay_passes(models, clip.prompt, clip.passes)),
     }
     return {name: found[name] for name in WAYS}
 
 
-def timed(trace: Trace) -> Timed:
+def timed(trace: Trace) -> TimedCaption:
     """A caption of ours, from its prompt on."""
-    return Timed(trace.tokens, trace.seconds - (metrics.features(trace) or 0.0))
+    return TimedCaption(trace.tokens, trace.seconds - (metrics.feature_seconds(trace) or 0.0))
 
 
 def watch(model: HFModel, spent: list[float]) -> HFModel:
@@ -277,7 +277,7 @@ def settle(model: HFModel) -> Callable[[], None]:
     return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
 
-def generated(model: HFModel, clip: Asked, max_new_tokens: int, helper: Any = None) -> Timed:
+def generated(model: HFModel, clip: PreparedClip, max_new_tokens: int, helper: Any = None) -> TimedCaption:
     """A caption by transformers, helped by an `assistant` where there is one."""
     import torch
 
@@ -295,7 +295,7 @@ def generated(model: HFModel, clip: Asked, max_new_tokens: int, helper: Any = No
             pad_token_id=eos[0],
         )
         tokens = tuple(output[0, len(clip.prompt.ids) :].tolist())
-        return Timed(tokens, real() - start)
+        return TimedCaption(tokens, real() - start)
 
 
 def assistant(thinker: Any, **schedule: object) -> Any:
@@ -331,7 +331,7 @@ def hearing(assistant: Any) -> Any:
     return made
 
 
-def replay(models: Mapping[str, HFModel], prompt: Prompt, passes: Sequence[Pass]) -> float:
+def replay_passes(models: Mapping[str, HFModel], prompt: Prompt, passes: Sequence[Pass]) -> float:
     """s that both prefills and the passes take alone."""
     import torch
 
@@ -355,34 +355,36 @@ def turns(number: int) -> list[str]:
     return [*names[number % len(names) :], *names[: number % len(names)]]
 
 
-def differing(captions: Mapping[str, Timed]) -> list[str]:
+def differing(captions: Mapping[str, TimedCaption]) -> list[str]:
     """The ways in which one clip's caption is another than transformers' greedy one."""
     return [way for way, timed in captions.items() if timed.tokens != captions["greedy"].tokens]
 
 
-def pace(clips: Sequence[Mapping[str, Timed]], way: str) -> float:
+def way_seconds_per_token(clips: Sequence[Mapping[str, TimedCaption]], way: str) -> float:
     """Seconds a token, summed over the clips."""
     return sum(clip[way].seconds for clip in clips) / sum(len(clip[way].tokens) for clip in clips)
 
 
-def speedup(clips: Sequence[Mapping[str, Timed]], base: str, way: str) -> Interval:
+def way_speedup(clips: Sequence[Mapping[str, TimedCaption]], base: str, way: str) -> Interval:
     """Pace of `base` / pace of `way`, with its interval. ValueError for no clips."""
     both = ([(len(clip[each].tokens), clip[each].seconds) for clip in clips] for each in (base, way))
-    found = metrics.pace_speedup(*both)
+    found = metrics.length_matched_speedup(*both)
     if found is None:
         raise ValueError("no clips to compare on")
     return found
 
 
-def ratios(clips: Sequence[Mapping[str, Timed]]) -> dict[str, Interval]:
+def way_ratios(clips: Sequence[Mapping[str, TimedCaption]]) -> dict[str, Interval]:
     """Those of FIGURES that have an interval, by name."""
-    forward = speedup(clips, "bound", "lazy")
+    forward = way_speedup(clips, "bound", "lazy")
     beside = metrics.speedup([clip["lazy"].beside for clip in clips], [clip["lazy"].seconds for clip in clips])
     assert beside is not None  # or there were no clips
     return {
-        **{f"{name}_{base}": speedup(clips, base, way) for name, (way, _) in OURS.items() for base in BASES},
-        "cloud_over_greedy": speedup(clips, "greedy", "cloud"),
-        "share_of_bound": speedup(clips, "bound", "speculative"),
+        **{
+            f"{name}_{base}": way_speedup(clips, base, way) for name, (way, _) in OWN_WAYS.items() for base in BASE_WAYS
+        },
+        "cloud_over_greedy": way_speedup(clips, "greedy", "cloud"),
+        "share_of_bound": way_speedup(clips, "bound", "speculative"),
         "not_forward": beside,
         "not_forward_replay": Interval(
             1 - forward.value, *(None if x is None else 1 - x for x in (forward.high, forward.low))
@@ -390,34 +392,36 @@ def ratios(clips: Sequence[Mapping[str, Timed]]) -> dict[str, Interval]:
     }
 
 
-def figures(clips: Sequence[Mapping[str, Timed]]) -> dict[str, float]:
+def baseline_metrics(clips: Sequence[Mapping[str, TimedCaption]]) -> dict[str, float]:
     """By the names of FIGURES. ValueError for no clips."""
     found = {
-        **{name: interval.value for name, interval in ratios(clips).items()},
-        **{way: pace(clips, way) for way in WAYS},
+        **{name: interval.value for name, interval in way_ratios(clips).items()},
+        **{way: way_seconds_per_token(clips, way) for way in WAYS},
         "differing": float(sum(bool(differing(clip)) for clip in clips)),
     }
-    return {name: found[name] for name in FIGURES}
+    return {name: found[name] for name in BASELINE_METRICS}
 
 
-def render(runs: Mapping[str, Sequence[Mapping[str, Timed]]]) -> str:
+def render_baselines(runs: Mapping[str, Sequence[Mapping[str, TimedCaption]]]) -> str:
     """A row a way with its ratios and their 95 % intervals, and what is no forward pass, for each run."""
     return "\n\n".join("\n".join(_lines(name, clips)) for name, clips in runs.items())
 
 
-def _lines(name: str, clips: Sequence[Mapping[str, Timed]]) -> Iterator[str]:
+def _lines(name: str, clips: Sequence[Mapping[str, TimedCaption]]) -> Iterator[str]:
     rows = [
         [
             meaning,
-            format(1e3 * pace(clips, way), ".2f"),
-            *("-" if way == base else str(speedup(clips, base, way)) for base in BASES),
-            speedup(clips, "bound", way).shown(".0%") if way in ("speculative", "lazy") else "-",  # of the same passes
+            format(1e3 * way_seconds_per_token(clips, way), ".2f"),
+            *("-" if way == base else str(way_speedup(clips, base, way)) for base in BASE_WAYS),
+            way_speedup(clips, "bound", way).shown(".0%")
+            if way in ("speculative", "lazy")
+            else "-",  # of the same passes
         ]
         for way, meaning in WAYS.items()
     ]
-    headings = [f"{name}, {len(clips)} clips", "ms a token", *BASES.values(), "share of the bound"]
+    headings = [f"{name}, {len(clips)} clips", "ms a token", *BASE_WAYS.values(), "share of the bound"]
     yield grid(rows, headings)
-    found = ratios(clips)
+    found = way_ratios(clips)
     seen, replayed = (found[each].shown(".1%") for each in ("not_forward", "not_forward_replay"))
     yield f"- opened after the first draft, {seen} of a caption's time is no forward pass, {replayed} by the replay"
     if others := sum(bool(differing(clip)) for clip in clips):

@@ -13,7 +13,7 @@ from edgecloud_sd.pipeline import Cell, cells
 from edgecloud_sd.timing import link
 
 SETTINGS = pytest.StashKey[Settings]()  # where the root conftest leaves what the run was asked for
-SHORT = {"chinese": "zh", "english": "en"}
+LANGUAGE_CODES = {"chinese": "zh", "english": "en"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Case:
 
 def cases(settings: Settings) -> list[Case]:
     """The grid."""
-    pair = pairs.find(settings.pair, settings.edge_model, settings.cloud_model, settings.weights).name
+    pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights).name
     made = []
     for cell, language in itertools.product(cells(settings), settings.language):
         parts = [cell.mode, pair]
@@ -45,9 +45,9 @@ def cases(settings: Settings) -> list[Case]:
             parts.append(f"cpu{settings.max_cpu_cores}")
         if settings.max_memory_gb:
             parts.append(f"mem{settings.max_memory_gb:g}")
-        if cell.link != link.NONE:
+        if cell.link != link.NO_LINK:
             parts.append(cell.link.name)
         if settings.clock == "virtual":
             parts += ["virtual", settings.profile_name]
-        made.append(Case("-".join([*parts, SHORT[language]]), cell, language))
+        made.append(Case("-".join([*parts, LANGUAGE_CODES[language]]), cell, language))
     return made

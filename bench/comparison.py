@@ -9,31 +9,31 @@ from edgecloud_sd.measure import metrics
 from edgecloud_sd.measure.metrics import Interval
 
 Document = dict[str, Any]  # a cell's results, as edgecloud_sd/results.schema.json has them; the traces may be absent
-Clip = dict[str, Any]
+ClipRecord = dict[str, Any]
 
 
-def clips(document: Document) -> dict[str, Clip]:
+def clips_by_id(document: Document) -> dict[str, ClipRecord]:
     """A cell's clips by file_id, in their order."""
     return {clip["file_id"]: clip for clip in document["detailed_results"]}
 
 
-def paired(base: Document, ours: Document) -> list[tuple[Clip, Clip]]:
+def paired(base: Document, ours: Document) -> list[tuple[ClipRecord, ClipRecord]]:
     """The clips that both cells have, in the order of `base`."""
-    others = clips(ours)
-    return [(clip, others[name]) for name, clip in clips(base).items() if name in others]
+    others = clips_by_id(ours)
+    return [(clip, others[name]) for name, clip in clips_by_id(base).items() if name in others]
 
 
-def speedup(base: Document, ours: Document) -> Interval | None:
+def caption_speedup(base: Document, ours: Document) -> Interval | None:
     """By seconds a caption, over the clips that both have: above 1, `ours` is faster."""
     pairs = paired(base, ours)
     return metrics.speedup([b["total_time"] for b, _ in pairs], [o["total_time"] for _, o in pairs])
 
 
-def length_matched(base: Document, ours: Document) -> Interval | None:
+def token_speedup(base: Document, ours: Document) -> Interval | None:
     """By seconds a token after the first chunk, over the clips in which both have such tokens."""
     pairs = [(b["after_first_chunk"], o["after_first_chunk"]) for b, o in paired(base, ours)]
     both = [(b, o) for b, o in pairs if b is not None and o is not None]
-    return metrics.pace_speedup([b for b, _ in both], [o for _, o in both])
+    return metrics.length_matched_speedup([b for b, _ in both], [o for _, o in both])
 
 
 def score_difference(base: Document, ours: Document, quality: str) -> Interval | None:
@@ -43,14 +43,14 @@ def score_difference(base: Document, ours: Document, quality: str) -> Interval |
     return metrics.difference([b for b, _ in both], [o for _, o in both])
 
 
-def gap_closed(ours: Document, edge: Document | None, cloud: Document | None, quality: str) -> float | None:
+def quality_gap_closed(ours: Document, edge: Document | None, cloud: Document | None, quality: str) -> float | None:
     """`metrics.gap_closed` of the mean score over the clips that all three have; None where clips have no such score.
 
     The noise is half the width of the interval of that mean's difference between edge and cloud.
     """
     if edge is None or cloud is None:
         return None
-    all_three = [clips(each) for each in (ours, edge, cloud)]
+    all_three = [clips_by_id(each) for each in (ours, edge, cloud)]
     names = [name for name in all_three[0] if all(name in each for each in all_three)]
     scores = [[each[name]["scores"].get(quality) for name in names] for each in all_three]
     if not names or any(score is None for each in scores for score in each):
@@ -62,13 +62,13 @@ def gap_closed(ours: Document, edge: Document | None, cloud: Document | None, qu
     return metrics.gap_closed(own, low, high, (spread.high - spread.low) / 2)
 
 
-def figure(document: Document, name: str) -> float | None:
+def metric_value(document: Document, name: str) -> float | None:
     """A cell's figure, by its name in summary.FIGURES."""
     found: float | None = document["metrics"]["figures"].get(name)
     return found
 
 
-def baseline(ours: Document, mode: str, cells: Iterable[Document]) -> Document | None:
+def find_baseline(ours: Document, mode: str, cells: Iterable[Document]) -> Document | None:
     """The cell of `mode` alone to compare `ours` with: same pair, language and clock, and the cloud's link."""
     alike = ["pair", "language", "clock", "profile"] + (["link"] if mode == "cloud" else [])
     said = ours["experiment_config"]
@@ -79,7 +79,7 @@ def baseline(ours: Document, mode: str, cells: Iterable[Document]) -> Document |
     return None
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Of (latency, quality), the places of those that no other beats: the Pareto front, from fast to good.
 
     A point is beaten by one that is not worse in either and better in one, so equal points are on it together.

@@ -14,17 +14,14 @@ import pytest
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from bench import baselines as peers
-from bench import cases, load, rows
-from bench import forecasts as verdict
-from bench import tables as table
+from bench import baselines, cases, forecasts, load, rows, tables
 from bench.calibrate import measure
 from bench.comparison import Document
 from bench.resume import Unfinished
 from edgecloud_sd import gate
 from edgecloud_sd.acceptance import Synthetic
 from edgecloud_sd.cloud.client import Connection
-from edgecloud_sd.cloud.process import connected
+from edgecloud_sd.cloud.process import connect
 from edgecloud_sd.config import MEASURE, Settings
 from edgecloud_sd.data import dataset
 from edgecloud_sd.events import Clip
@@ -47,8 +44,8 @@ class Done:
         self.captions: dict[str, tuple[cases.Case, list[ClipResult]]] = {}
         self.summaries: dict[str, Summary] = {}
         self.documents: dict[str, Document] = {}
-        self.loads: dict[str, tuple[load.Load, dict[str, float]]] = {}
-        self.peers: dict[str, list[dict[str, peers.Timed]]] = {}
+        self.loads: dict[str, tuple[load.LoadCase, dict[str, float]]] = {}
+        self.peers: dict[str, list[dict[str, baselines.TimedCaption]]] = {}
         self.files: list[Path] = []
         self.profile: Profile | None = None  # of the virtual clock
 
@@ -59,8 +56,8 @@ MEASURED_CLIPS = 3  # that --profile measure decodes
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     settings = config.stash[cases.SETTINGS]
-    unasked = (collection_path.name == "test_load.py" and not load.loads(settings)) or (
-        collection_path.name == "test_baselines.py" and peers.unasked(settings)
+    unasked = (collection_path.name == "test_load.py" and not load.load_cases(settings)) or (
+        collection_path.name == "test_baselines.py" and baselines.is_left_out(settings)
     )
     return True if unasked else None  # rather than a case that is skipped for want of parameters
 
@@ -107,7 +104,7 @@ def connection(settings: Settings) -> Iterator[Connection | None]:
     """The server that a run asks for, started before this process is held to any limit."""
     with ExitStack() as stack:
         with problems_in_one_line():
-            found = stack.enter_context(connected(settings))
+            found = stack.enter_context(connect(settings))
         yield found
 
 
@@ -149,14 +146,14 @@ def profile(
         chosen = data(settings.language[0])
         file = Path(settings.results_dir) / f"{settings.output_name}-profile.yaml"
         if pytestconfig.getoption("--resume") and file.exists():
-            measured = replace(profiles.load(str(file)), name=MEASURE)
+            measured = replace(profiles.load_profile(str(file)), name=MEASURE)
         else:
             requests = [chosen.request(clip) for clip in chosen.clips[:MEASURED_CLIPS]]
             measured = measure(captioner, requests, settings.max_new_tokens)
-            profiles.save(measured, file)
+            profiles.save_profile(measured, file)
             pytestconfig.stash.setdefault(DONE, Done()).files.append(file)
         return measured if settings.clock == "virtual" else None
-    return profiles.load(settings.profile) if settings.profile else None
+    return profiles.load_profile(settings.profile) if settings.profile else None
 
 
 @pytest.fixture
@@ -193,9 +190,9 @@ def unfinished(
     to_begin = [] if resume else [params["case"] for params in specs if "case" in params]
 
     def saved(case: cases.Case) -> Unfinished:
-        experiment = table.describe(case, captioner, settings, profile)
+        experiment = tables.describe_case(case, captioner, settings, profile)
         header = {"experiment": experiment, "environment": environment}
-        return Unfinished(table.results_file(settings, case), header, resume)
+        return Unfinished(tables.results_file(settings, case), header, resume)
 
     def find(case: cases.Case) -> Unfinished:
         while to_begin:
@@ -260,10 +257,10 @@ def report(
         elif isinstance(case.cell.rule, Synthetic):
             meaningless = f"rule {case.cell.rule.text} keeps tokens by chance, so captions mean nothing"
         summary, scores = summarise(captions, case.language, settings.bertscore_model, meaningless)
-        experiment = table.describe(case, captioner, settings, profile)
-        document = results.document(experiment, captions, summary, scores, held, data.skipped)
-        file = table.results_file(settings, case)
-        results.write(file, document)
+        experiment = tables.describe_case(case, captioner, settings, profile)
+        document = results.results_document(experiment, captions, summary, scores, held, data.skipped)
+        file = tables.results_file(settings, case)
+        results.write_results(file, document)
         done = pytestconfig.stash.setdefault(DONE, Done())
         done.captions[case.id] = (case, captions)
         done.summaries[case.id] = summary
@@ -282,7 +279,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     """A row a metric beside each captioning row, and the oracle's answers."""
     output_json["benchmarks"] += [row for each in output_json["benchmarks"] for row in rows.metric_rows(each)]
     found = answers(config.stash.get(DONE, Done()), config.stash[cases.SETTINGS])
-    output_json["verdicts"] = {name: verdict.as_json(each) for name, each in found.items()}
+    output_json["verdicts"] = {name: forecasts.forecast_to_json(each) for name, each in found.items()}
 
 
 @pytest.hookimpl(trylast=True)
@@ -292,22 +289,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     if done.summaries:
         terminalreporter.section("captions")
-        terminalreporter.write_line(table.render(done.summaries))
+        terminalreporter.write_line(tables.render_summaries(done.summaries))
         terminalreporter.section("where the time goes")
-        terminalreporter.write_line(table.render_ledgers(done.summaries))
-        speedups = table.render_speedups(done.documents)
+        terminalreporter.write_line(tables.render_breakdowns(done.summaries))
+        speedups = tables.render_speedups(done.documents)
         if speedups:
             terminalreporter.section("does it pay?")
             terminalreporter.write_line(speedups)
         settings = config.stash[cases.SETTINGS]
         for name, answer in answers(done, settings).items():
-            terminalreporter.write_line(f"{name}: {verdict.sentence(answer)}")
+            terminalreporter.write_line(f"{name}: {forecasts.forecast_sentence(answer)}")
     if done.loads:
         terminalreporter.section("many edges on one cloud")
-        terminalreporter.write_line(load.render(done.loads))
+        terminalreporter.write_line(load.render_load(done.loads))
     if done.peers:
         terminalreporter.section("beside transformers' generate")
-        terminalreporter.write_line(peers.render(done.peers))
+        terminalreporter.write_line(baselines.render_baselines(done.peers))
     for file in done.files:
         terminalreporter.write_line(f"wrote {file}")
 
@@ -315,17 +312,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def answers(done: Done, settings: Settings) -> dict[str, oracle.Forecast | str]:
     """What the oracle says of each speculative cell."""
     cells = {
-        name: verdict.Decoded(
+        name: forecasts.Decoded(
             case.cell.mode,
             None if case.cell.stop else case.cell.k,
-            gate.statistics(case.cell.gate, case.cell.stop),
+            gate.statistics_per_token(case.cell.gate, case.cell.stop),
             case.cell.link,
             case.cell.open == "eager",
             case.cell.ahead,
-            case.cell.strict,
+            case.cell.is_lossless,
             [each.trace for each in captions],
         )
         for name, (case, captions) in done.captions.items()
     }
     together = settings.edge_device == settings.cloud_device and settings.clock == "real" and not settings.cloud_url
-    return verdict.verdicts(cells, done.profile, together)
+    return forecasts.forecast_cells(cells, done.profile, together)

@@ -25,11 +25,11 @@ class Decoded:
     link: Link
     eager: bool
     ahead: int
-    strict: bool
+    is_lossless: bool
     traces: Sequence[Trace]
 
 
-def verdicts(
+def forecast_cells(
     cells: Mapping[str, Decoded], profile: Profile | None = None, together: bool = False
 ) -> dict[str, oracle.Forecast | str]:
     """By id, the forecast of each speculative cell, or why there is none.
@@ -51,17 +51,17 @@ def verdicts(
         if cell.mode != "speculative":
             continue
         seen = costs(cell.ahead if together else None)
-        work = oracle.workload(cell.traces, cell.k, cell.gated, cell.eager, cell.ahead, cell.strict)
+        work = oracle.workload(cell.traces, cell.k, cell.gated, cell.eager, cell.ahead, cell.is_lossless)
         if seen is None:
             found[name] = "no answer: a step of the cloud alone was not timed (--mode edge,cloud,speculative)"
         elif work is None:
             found[name] = "no answer: nothing was verified"
         else:
-            found[name] = oracle.forecast(seen, crossed(cell), work)
+            found[name] = oracle.forecast(seen, link_with_network(cell), work)
     return found
 
 
-def crossed(cell: Decoded) -> Link:
+def link_with_network(cell: Decoded) -> Link:
     """The link of a cell, with the round trip to a real service on top of what is emulated: the median of the calls
     that verify."""
     network = []
@@ -71,11 +71,11 @@ def crossed(cell: Decoded) -> Link:
     return replace(cell.link, rtt=cell.link.rtt + median(network)) if network else cell.link
 
 
-def sentence(answer: oracle.Forecast | str) -> str:
+def forecast_sentence(answer: oracle.Forecast | str) -> str:
     """What to say of a cell."""
     return answer if isinstance(answer, str) else answer.sentence
 
 
-def as_json(answer: oracle.Forecast | str) -> dict[str, Any]:
-    """`sentence`, and `forecast` with its fields or None."""
-    return {"sentence": sentence(answer), "forecast": None if isinstance(answer, str) else asdict(answer)}
+def forecast_to_json(answer: oracle.Forecast | str) -> dict[str, Any]:
+    """`forecast_sentence`, and `forecast` with its fields or None."""
+    return {"sentence": forecast_sentence(answer), "forecast": None if isinstance(answer, str) else asdict(answer)}

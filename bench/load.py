@@ -20,44 +20,44 @@ from typing import TypeVar
 
 import numpy as np
 
-from bench import tables as table
-from bench.cases import SHORT
+from bench import tables
+from bench.cases import LANGUAGE_CODES
 from edgecloud_sd.config import AUTO, Settings
 from edgecloud_sd.events import Committed, Escalated, Prompt, Span, Trace, Verdict, Verified
 from edgecloud_sd.measure.metrics import degraded
-from edgecloud_sd.measure.summary import Figure
+from edgecloud_sd.measure.summary import Metric
 from edgecloud_sd.models import pairs
 from edgecloud_sd.timing.clock import real
-from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault, Verifier
 
-T = TypeVar("T")
-CLIPS = 6  # that drafts are recorded of, at most
+_T = TypeVar("_T")
+LOAD_CLIPS = 6  # that drafts are recorded of, at most
 STARTING = 60.0  # s, at most, for the threads to be there
 
-FIGURES = {
-    "verifications": Figure("1/s", "higher", "verifications answered, of all edges together"),
-    "p50": Figure("s", "lower", "a verification, as its edge sees it: median"),
-    "p99": Figure("s", "lower", "a verification, as its edge sees it: 99th percentile, linear between two"),
-    "opening": Figure("s", "lower", "a prompt opened, as its edge sees it: median"),
-    "queue": Figure("s", "lower", "a verification's wait for its turn, as the server says: mean"),
-    "fairness": Figure(
+LOAD_METRICS = {
+    "verifications": Metric("1/s", "higher", "verifications answered, of all edges together"),
+    "p50": Metric("s", "lower", "a verification, as its edge sees it: median"),
+    "p99": Metric("s", "lower", "a verification, as its edge sees it: 99th percentile, linear between two"),
+    "opening": Metric("s", "lower", "a prompt opened, as its edge sees it: median"),
+    "queue": Metric("s", "lower", "a verification's wait for its turn, as the server says: mean"),
+    "fairness": Metric(
         "1/N to 1",
         "higher",
         "Jain's index over the edges' verifications a second, counted until the first edge is done; mean over replays",
     ),
-    "slowest": Figure("0 to 1", "higher", "the slowest edge's verifications a second / the fastest's, counted so too"),
-    "model_share": Figure(
+    "slowest": Metric("0 to 1", "higher", "the slowest edge's verifications a second / the fastest's, counted so too"),
+    "model_share": Metric(
         "of wall time",
         None,
         "calls less queue and network; about 1 where the model never rests, an edge's own work in it",
     ),
-    "differing": Figure(
+    "differing": Metric(
         "verdicts", "lower", "unlike the recorded ones; where float32 promises that none is, a failure"
     ),
 }
 # heading -> name in FIGURES, format, factor
-COLUMNS = {
+LOAD_COLUMNS = {
     "verifications/s": ("verifications", ".1f", 1.0),
     "p50 ms": ("p50", ".1f", 1e3),
     "p99 ms": ("p99", ".1f", 1e3),
@@ -69,7 +69,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadCase:
     """One benchmark: so many edges, each of which replays `clips` captions, `rounds` times over."""
 
     id: str
@@ -79,27 +79,33 @@ class Load:
     language: str
 
 
-def loads(settings: Settings) -> list[Load]:
+def load_cases(settings: Settings) -> list[LoadCase]:
     """What a run asks for: nothing without speculative cells or on a virtual clock, and one language, the first.
 
     It takes a server. Where none is given one is started, beside the cloud that this process holds in memory already:
     only for the pocket pair, which is small.
     """
-    pair = pairs.find(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
+    pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
     small = pair == pairs.PAIRS["pocket"]
     if "speculative" not in settings.mode or settings.clock == "virtual" or not (settings.cloud_url or small):
         return []
     elsewhere = [] if settings.cloud_url in (None, AUTO) else ["elsewhere"]
     language = settings.language[0]
     return [
-        Load("-".join(["load", pair.name, str(edges), *elsewhere, SHORT[language]]), edges, clips, rounds, language)
+        LoadCase(
+            "-".join(["load", pair.name, str(edges), *elsewhere, LANGUAGE_CODES[language]]),
+            edges,
+            clips,
+            rounds,
+            language,
+        )
         # the more edges, the fewer captions each: together some hundred verifications
         for edges, clips, rounds in ((1, 4, 2), (4, 3, 1), (16, 2, 1))
     ]
 
 
 @dataclass(frozen=True)
-class Round:
+class RecordedRound:
     """A draft after a context, and the cloud's verdict on it."""
 
     context: tuple[int, ...]
@@ -108,37 +114,37 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedCaption:
     """What one caption asked of the cloud."""
 
     clip: str
     prompt: Prompt
-    rounds: tuple[Round, ...]
+    rounds: tuple[RecordedRound, ...]
 
 
-class Lost(Exception):
+class LoadError(Exception):
     """An edge was not answered as it should be: the message names edge, clip and round."""
 
 
-def recorded(clip: str, prompt: Prompt, trace: Trace) -> Recorded:
+def record_rounds(clip: str, prompt: Prompt, trace: Trace) -> RecordedCaption:
     """Lost for a caption that the edge had to finish alone."""
     why = degraded(trace)
     if why is not None:
-        raise Lost(f"{clip}: the cloud failed while its drafts were recorded: {why}")
-    rounds: list[Round] = []
+        raise LoadError(f"{clip}: the cloud failed while its drafts were recorded: {why}")
+    rounds: list[RecordedRound] = []
     committed = [prompt.last]
     context: tuple[int, ...] = ()
     for _, event in trace.events:
         if isinstance(event, Escalated):
             context = tuple(committed)
         elif isinstance(event, Verified):
-            rounds.append(Round(context, event.draft.tokens, event.verdict))
+            rounds.append(RecordedRound(context, event.draft.tokens, event.verdict))
         elif isinstance(event, Committed):
             committed += event.tokens
-    return Recorded(clip, prompt, tuple(rounds))
+    return RecordedCaption(clip, prompt, tuple(rounds))
 
 
-def shares(clips: Sequence[Recorded], edges: int, each: int) -> list[list[Recorded]]:
+def shares(clips: Sequence[RecordedCaption], edges: int, each: int) -> list[list[RecordedCaption]]:
     """The captions of each edge: each begins at another, so that neighbours ask for different things."""
     return [[clips[(edge + place) % len(clips)] for place in range(min(each, len(clips)))] for edge in range(edges)]
 
@@ -175,7 +181,9 @@ class Replay:
         return [sum(call.verify and call.end <= end for call in calls) / (end - self.start) for calls in self.edges]
 
 
-def replay(shares: Sequence[Sequence[Recorded]], verifier: Callable[[Stage], Verifier], exact: bool = True) -> Replay:
+def replay_rounds(
+    shares: Sequence[Sequence[RecordedCaption]], verifier: Callable[[Harness], Verifier], exact: bool = True
+) -> Replay:
     """All edges at once, each on a thread, let go together. Lost for a call that is not answered, or not at the first
     attempt; and where `exact`, for a verdict that is not the recorded one."""
     started: list[float] = []
@@ -205,24 +213,24 @@ def replay(shares: Sequence[Sequence[Recorded]], verifier: Callable[[Stage], Ver
     return Replay(started[0], edges)
 
 
-def _caption(clip: Recorded, verifier: Callable[[Stage], Verifier], where: str, exact: bool) -> list[Call]:
-    stage = Stage()
+def _caption(clip: RecordedCaption, verifier: Callable[[Harness], Verifier], where: str, exact: bool) -> list[Call]:
+    stage = Harness()
     calls: list[Call] = []
 
-    def timed(where: str, call: Callable[[], T], expected: T) -> T:
+    def timed(where: str, call: Callable[[], _T], expected: _T) -> _T:
         noted = len(stage.watch.spans)
         start = real()
         try:
             result = call()
         except CloudFault as fault:
-            raise Lost(f"{where}: {fault}") from fault
+            raise LoadError(f"{where}: {fault}") from fault
         end = real()
         spans = stage.watch.spans[noted:]
         queue = spent(spans, "cloud_queue")
         if any(span.part == "faults" for span in spans):
-            raise Lost(f"{where}: was not answered at the first attempt")
+            raise LoadError(f"{where}: was not answered at the first attempt")
         if exact and result != expected:
-            raise Lost(f"{where}: the answer is {result}, not {expected} as it was when recorded")
+            raise LoadError(f"{where}: the answer is {result}, not {expected} as it was when recorded")
         model = end - start - spent(spans, "network") - queue
         calls.append(Call(expected is not None, start, end, queue, model, result == expected))
         return result
@@ -250,7 +258,7 @@ def spent(spans: Sequence[Span], part: str) -> float:
     return sum(span.end - span.start for span in spans if span.part == part)
 
 
-def figures(replays: Sequence[Replay]) -> dict[str, float]:
+def load_metrics(replays: Sequence[Replay]) -> dict[str, float]:
     """By the names of FIGURES, over several replays of one load."""
     calls = list(chain.from_iterable(calls for each in replays for calls in each.edges))
     verifications = [call for call in calls if call.verify]
@@ -268,7 +276,7 @@ def figures(replays: Sequence[Replay]) -> dict[str, float]:
         "model_share": sum(call.model for call in calls) / seconds,
         "differing": float(sum(not call.same for call in calls)),
     }
-    return {name: found[name] for name in FIGURES}
+    return {name: found[name] for name in LOAD_METRICS}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -281,10 +289,14 @@ def fairness(rates: Sequence[float]) -> float:
     return sum(rates) ** 2 / (len(rates) * sum(rate**2 for rate in rates))
 
 
-def render(loads: Mapping[str, tuple[Load, Mapping[str, float]]]) -> str:
+def render_load(loads: Mapping[str, tuple[LoadCase, Mapping[str, float]]]) -> str:
     """One row a load, and what is to be said of one whose verdicts were others than when recorded."""
     lines = [
-        [name, str(load.edges), *(format(factor * found[figure], form) for figure, form, factor in COLUMNS.values())]
+        [
+            name,
+            str(load.edges),
+            *(format(factor * found[figure], form) for figure, form, factor in LOAD_COLUMNS.values()),
+        ]
         for name, (load, found) in loads.items()
     ]
     notes = [
@@ -292,4 +304,4 @@ def render(loads: Mapping[str, tuple[Load, Mapping[str, float]]]) -> str:
         for name, (_, found) in loads.items()
         if found["differing"]
     ]
-    return "\n".join([table.grid(lines, ["case", "edges", *COLUMNS]), *notes])
+    return "\n".join([tables.grid(lines, ["case", "edges", *LOAD_COLUMNS]), *notes])

@@ -65,7 +65,7 @@ class Unfinished:
         try:
             header, *records = [json.loads(line) for line in lines]
             self._check(self.path, header)
-            self.done = {record["file_id"]: record for record in records if results.measurements(record)}
+            self.done = {record["file_id"]: record for record in records if results.measurement_from_json(record)}
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, CannotResume):
                 raise
@@ -74,7 +74,7 @@ class Unfinished:
 
     def _read_results(self, file: Path) -> None:
         try:
-            found = results.read(file)
+            found = results.read_results(file)
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise CannotResume(f"{file}: is no results file of this version ({reason}); leave out --resume") from error

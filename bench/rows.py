@@ -13,11 +13,13 @@ from typing import Any
 
 from pytest_benchmark.stats import Stats
 
-from bench import baselines as peers
-from bench import load
-from edgecloud_sd.measure.summary import FIGURES, Figure
+from bench import baselines, load
+from edgecloud_sd.measure.summary import METRICS, Metric
 
-SERIES = {"ttft": "ttft", "e2e": "e2e"}  # figures that are means over clips -> what the results file calls a clip's
+PER_CLIP_METRICS = {
+    "ttft": "ttft",
+    "e2e": "e2e",
+}  # figures that are means over clips -> what the results file calls a clip's
 
 
 def metric_rows(benchmark: dict[str, Any]) -> list[dict[str, Any]]:
@@ -25,7 +27,7 @@ def metric_rows(benchmark: dict[str, Any]) -> list[dict[str, Any]]:
 
     `total` has none: it is the benchmark's own row.
     """
-    for kind, known in (("load", load.FIGURES), ("peers", peers.FIGURES)):
+    for kind, known in (("load", load.LOAD_METRICS), ("peers", baselines.BASELINE_METRICS)):
         found = benchmark["extra_info"].get(kind)
         if found is not None:
             return [_row(benchmark, name, known[name], value) for name, value in found["figures"].items()]
@@ -35,21 +37,21 @@ def metric_rows(benchmark: dict[str, Any]) -> list[dict[str, Any]]:
     figures = found["metrics"]["figures"]
     return [
         _row(benchmark, name, figure, figures[name], found["detailed_results"])
-        for name, figure in FIGURES.items()
+        for name, figure in METRICS.items()
         if name != "total" and figures[name] is not None
     ]
 
 
-def metric(name: str) -> str | None:
+def row_metric(name: str) -> str | None:
     """The figure that a row of this name is about, as written or as shown; None for a benchmark's own row."""
     found = re.search(r"\]:(\w+)( \(|$)", name)
     return found[1] if found else None
 
 
 def _row(
-    benchmark: dict[str, Any], name: str, figure: Figure, value: float, clips: Sequence[dict[str, Any]] = ()
+    benchmark: dict[str, Any], name: str, figure: Metric, value: float, clips: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    series = SERIES.get(name) if clips else None
+    series = PER_CLIP_METRICS.get(name) if clips else None
     values = [clip[series] for clip in clips if clip[series] is not None] if series else [value]
     stats = Stats()
     for each in values:

@@ -16,12 +16,12 @@ from edgecloud_sd.acceptance import Rank
 from edgecloud_sd.config import AUTO, Settings
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.summary import Summary
-from edgecloud_sd.models.pairs import EXACT
+from edgecloud_sd.models.pairs import LOSSLESS_DTYPES
 from edgecloud_sd.pipeline import Captioner
 from edgecloud_sd.timing.profile import Profile
 
 # heading -> name in summary.FIGURES, format, factor
-COLUMNS: dict[str, tuple[str, str, float]] = {
+SUMMARY_COLUMNS: dict[str, tuple[str, str, float]] = {
     "TTFT ms": ("ttft", ".1f", 1e3),
     "OTPS": ("otps", ".1f", 1),
     "total ms": ("total", ".1f", 1e3),
@@ -46,7 +46,7 @@ def results_file(settings: Settings, case: Case) -> Path:
     return Path(settings.results_dir) / f"{name}.json"
 
 
-def describe(case: Case, captioner: Captioner, settings: Settings, profile: Profile | None) -> dict[str, Any]:
+def describe_case(case: Case, captioner: Captioner, settings: Settings, profile: Profile | None) -> dict[str, Any]:
     """What a cell was: for `extra_info` and the results file. The settings that make the grid are the cell's own."""
     cell = case.cell
     speculative = cell.mode == "speculative"
@@ -75,43 +75,43 @@ def describe(case: Case, captioner: Captioner, settings: Settings, profile: Prof
         "link": cell.link.name if cell.mode != "edge" else None,
         "profile": settings.profile_name or None,
         "profile_costs": asdict(profile) if profile else None,
-        "output": promise(case, captioner.cloud_dtype if cell.mode != "edge" else ""),
+        "output": output_promise(case, captioner.cloud_dtype if cell.mode != "edge" else ""),
     }
 
 
-def promise(case: Case, cloud_dtype: str) -> str | None:
+def output_promise(case: Case, cloud_dtype: str) -> str | None:
     """How the output relates to the cloud's own: exact, near-exact (half precision) or lossy; None for the edge's."""
     if case.cell.mode == "edge":
         return None
     if case.cell.mode == "cloud":
         return "exact"
-    if not case.cell.strict:
+    if not case.cell.is_lossless:
         return "lossy"
-    return "exact" if cloud_dtype in EXACT else "near-exact"
+    return "exact" if cloud_dtype in LOSSLESS_DTYPES else "near-exact"
 
 
-def render(rows: Mapping[str, Summary]) -> str:
+def render_summaries(rows: Mapping[str, Summary]) -> str:
     """One row a cell, then the reason for each dash."""
     lines = []
     for name, summary in rows.items():
         line = [name, str(summary.clips)]
-        for figure, form, factor in COLUMNS.values():
+        for figure, form, factor in SUMMARY_COLUMNS.values():
             value = summary.figures[figure]
             line.append("-" if value is None else format(value * factor, form))
         lines.append(line)
-    return "\n".join([grid(lines, ["case", "clips", *COLUMNS]), *_dashes(rows), *_clouds(rows)])
+    return "\n".join([grid(lines, ["case", "clips", *SUMMARY_COLUMNS]), *_dashes(rows), *_clouds(rows)])
 
 
-def render_ledgers(rows: Mapping[str, Summary]) -> str:
+def render_breakdowns(rows: Mapping[str, Summary]) -> str:
     """Where the time of a caption goes, ms by part, and how near the parts come to the wall time."""
-    used = [part for part in PARTS if any(summary.ledger.parts[part] for summary in rows.values())]
+    used = [part for part in PARTS if any(summary.breakdown.parts[part] for summary in rows.values())]
     beside = {"discarded draft": "discarded"}
-    if any(summary.ledger.hidden for summary in rows.values()):
+    if any(summary.breakdown.hidden for summary in rows.values()):
         beside |= {"round trip exposed": "exposed", "hidden": "hidden"}
     lines = [
         [name]
-        + [format(1e3 * summary.ledger.parts[part], ".1f") for part in used]
-        + [format(1e3 * getattr(summary.ledger, field), ".1f") for field in beside.values()]
+        + [format(1e3 * summary.breakdown.parts[part], ".1f") for part in used]
+        + [format(1e3 * getattr(summary.breakdown, field), ".1f") for field in beside.values()]
         + [
             "-" if summary.closure_median is None else f"{summary.closure_median:.2%}",
             "-" if summary.closure_worst is None else f"{summary.closure_worst:.2%}",
@@ -130,8 +130,8 @@ def render_speedups(cells: Mapping[str, Document]) -> str:
             continue
         columns = []
         for mode in ("edge", "cloud"):
-            base = comparison.baseline(ours, mode, cells.values())
-            for by in (comparison.speedup, comparison.length_matched):
+            base = comparison.find_baseline(ours, mode, cells.values())
+            for by in (comparison.caption_speedup, comparison.token_speedup):
                 columns.append(_shown(by(base, ours) if base else None))
         if set(columns) != {"-"}:
             lines.append([name, *columns])
@@ -164,7 +164,7 @@ def _clouds(rows: Mapping[str, Summary]) -> list[str]:
 
 
 def _dashes(rows: Mapping[str, Summary]) -> list[str]:
-    headings = {figure: heading for heading, (figure, _, _) in COLUMNS.items()}
+    headings = {figure: heading for heading, (figure, _, _) in SUMMARY_COLUMNS.items()}
     reasons: dict[str, list[str]] = {}
     for summary in rows.values():
         for figure, reason in summary.reasons.items():

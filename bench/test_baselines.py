@@ -10,22 +10,35 @@ from collections.abc import Callable
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.baselines import CLIPS, WAYS, Asked, Peers, Timed, asked, differing, figures, peers, ratios, turns, ways
+from bench.baselines import (
+    BASELINE_CLIPS,
+    WAYS,
+    BaselineCase,
+    PreparedClip,
+    TimedCaption,
+    baseline_cases,
+    baseline_metrics,
+    differing,
+    prepare_clip,
+    turns,
+    way_ratios,
+    ways,
+)
 from bench.cases import SETTINGS
 from bench.conftest import DONE, DataSet, Done, Progress, problems_in_one_line
 from edgecloud_sd.config import Settings
-from edgecloud_sd.models.pairs import EXACT
+from edgecloud_sd.models.pairs import LOSSLESS_DTYPES
 from edgecloud_sd.pipeline import Captioner
-from edgecloud_sd.timing.clock import VirtualClock, old_objects_left_alone
+from edgecloud_sd.timing.clock import VirtualClock, garbage_collector_frozen
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    made = peers(metafunc.config.stash[SETTINGS])
+    made = baseline_cases(metafunc.config.stash[SETTINGS])
     metafunc.parametrize("peer", made, ids=[each.id for each in made])
 
 
 def test_peers(
-    peer: Peers,
+    peer: BaselineCase,
     run_clock: VirtualClock,  # before `benchmark`, which takes it for its timer
     benchmark: BenchmarkFixture,
     captioner: Captioner,
@@ -38,14 +51,14 @@ def test_peers(
     named = pytestconfig.args_source is pytest.Config.ArgsSource.ARGS
     with problems_in_one_line():
         captioner.load(peer.cell.mode)
-        heard = chosen.clips if named else chosen.clips[:CLIPS]
-        clips = [asked(captioner, chosen.request(clip), peer.cell, settings.max_new_tokens) for clip in heard]
-    exact = captioner.cloud_dtype in EXACT
+        heard = chosen.clips if named else chosen.clips[:BASELINE_CLIPS]
+        clips = [prepare_clip(captioner, chosen.request(clip), peer.cell, settings.max_new_tokens) for clip in heard]
+    exact = captioner.cloud_dtype in LOSSLESS_DTYPES
     found = ways(captioner, peer.cell, settings.max_new_tokens)
     bar = progress(len(clips), peer.id)
-    done: list[dict[str, Timed]] = []
+    done: list[dict[str, TimedCaption]] = []
 
-    def one(clip: Asked, number: int) -> dict[str, Timed]:
+    def one(clip: PreparedClip, number: int) -> dict[str, TimedCaption]:
         captions = {way: found[way](clip) for way in turns(number)}
         if exact and (others := differing(captions)):
             name = chosen.clips[number].file_id
@@ -53,20 +66,20 @@ def test_peers(
             pytest.fail(f"{name}: not the tokens of transformers' greedy generate: {said}", pytrace=False)
         return captions
 
-    def timed(clip: Asked, number: int) -> None:
+    def timed(clip: PreparedClip, number: int) -> None:
         done.append(one(clip, number))
         run_clock.advance(done[-1]["speculative"].seconds)
 
     one(clips[0], 0)  # whatever is done once is done now
     waiting = iter([(clip, number) for number, clip in enumerate(clips)])
     benchmark.group = "beside transformers"
-    with old_objects_left_alone():
+    with garbage_collector_frozen():
         benchmark.pedantic(
             timed, setup=lambda: (next(waiting), {}), teardown=lambda *_: bar.advance(), rounds=len(clips), iterations=1
         )
     benchmark.extra_info["peers"] = {
-        "figures": figures(done),
-        "intervals": {name: [each.low, each.high] for name, each in ratios(done).items()},
+        "figures": baseline_metrics(done),
+        "intervals": {name: [each.low, each.high] for name, each in way_ratios(done).items()},
         "clips": [clip.file_id for clip in heard],
         "tokens": [len(each["speculative"].tokens) for each in done],
         "seconds": {way: [each[way].seconds for each in done] for way in WAYS},

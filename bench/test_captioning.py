@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import tables as table
+from bench import tables
 from bench.cases import Case
 from bench.conftest import DataSet, Progress, problems_in_one_line
 from bench.resume import Unfinished
@@ -21,7 +21,7 @@ from edgecloud_sd.measure import results, shadow
 from edgecloud_sd.measure.metrics import Hindsight, degraded
 from edgecloud_sd.measure.summary import ClipResult, clip_result
 from edgecloud_sd.pipeline import Captioner, Cell, Request
-from edgecloud_sd.timing.clock import VirtualClock, old_objects_left_alone
+from edgecloud_sd.timing.clock import VirtualClock, garbage_collector_frozen
 from edgecloud_sd.timing.profile import Profile
 from edgecloud_sd.verifier import CloudFault
 
@@ -46,7 +46,7 @@ def test_captioning(
         captioner.load(case.cell.mode)
         saved = unfinished(case)
     bar = progress(len(chosen.clips), case.id)
-    exact = table.promise(case, captioner.cloud_dtype if case.cell.mode != "edge" else "") == "exact"
+    exact = tables.output_promise(case, captioner.cloud_dtype if case.cell.mode != "edge" else "") == "exact"
     text = captioner.text(case.cell.mode)
 
     def decode(
@@ -71,7 +71,7 @@ def test_captioning(
 
     def one(clip: Clip, request: Request) -> None:
         if clip.file_id in saved.done:
-            trace, used, hindsight = results.measurements(saved.done[clip.file_id])
+            trace, used, hindsight = results.measurement_from_json(saved.done[clip.file_id])
             captioner.remember(trace, case.cell, case.language, profile)
         elif profile:
             trace, hindsight = decode(clip, request), None
@@ -91,18 +91,18 @@ def test_captioning(
             if settings.shadow == "yes" and case.cell.mode == "speculative" and not drawn:
                 prompt = captioner.prompt(request, case.cell.mode)
                 with suppress(CloudFault):  # what is not known is null
-                    hindsight = shadow.look_back(trace, prompt, captioner.verifier(case.cell.rule))
-            saved.add(results.measured(clip.file_id, trace, used, hindsight))
+                    hindsight = shadow.shadow_verify(trace, prompt, captioner.verifier(case.cell.rule))
+            saved.add(results.measurement_to_json(clip.file_id, trace, used, hindsight))
         captions.append(clip_result(clip, trace, used, text, hindsight))
         bar.advance(captions[-1])
 
-    with old_objects_left_alone():
+    with garbage_collector_frozen():
         benchmark.pedantic(
             one, setup=lambda: (next(waiting), {}), teardown=keep, rounds=len(chosen.clips), iterations=1
         )
     eos = captioner.load(case.cell.mode).eos
     for each in captions:
-        check(each.trace, eos, settings.max_new_tokens)
+        check_trace(each.trace, eos, settings.max_new_tokens)
         if exact and (tokens := promised(each.trace)):  # and where cloud mode ran before, on every clip
             own_tokens = cloud_tokens.setdefault(f"{case.language} {each.clip.file_id}", tokens)
             assert tokens == own_tokens, f"{each.clip.file_id}: the output differs from the cloud's own"
@@ -117,7 +117,7 @@ def promised(trace: Trace) -> tuple[int, ...] | None:
     return None if degraded(trace) else trace.tokens
 
 
-def check(trace: Trace, eos: frozenset[int], limit: int) -> None:
+def check_trace(trace: Trace, eos: frozenset[int], limit: int) -> None:
     """What must hold of every caption: one end, where it says."""
     finished = trace.events[-1][1]
     assert isinstance(finished, Finished)

@@ -17,15 +17,26 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.cases import SETTINGS
 from bench.conftest import DONE, DataSet, Done, problems_in_one_line
-from bench.load import CLIPS, Load, Lost, Recorded, Replay, figures, loads, recorded, replay, shares
+from bench.load import (
+    LOAD_CLIPS,
+    LoadCase,
+    LoadError,
+    RecordedCaption,
+    Replay,
+    load_cases,
+    load_metrics,
+    record_rounds,
+    replay_rounds,
+    shares,
+)
 from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY
 from edgecloud_sd.cloud.client import Connection
-from edgecloud_sd.cloud.process import connected
+from edgecloud_sd.cloud.process import connect
 from edgecloud_sd.config import AUTO, Settings
-from edgecloud_sd.models.pairs import EXACT
+from edgecloud_sd.models.pairs import LOSSLESS_DTYPES
 from edgecloud_sd.pipeline import Captioner, Cell
-from edgecloud_sd.timing.clock import old_objects_left_alone
+from edgecloud_sd.timing.clock import garbage_collector_frozen
 
 STRICT = Cell("speculative", gate.ALWAYS, GREEDY, k=4)  # asks the cloud about every draft
 
@@ -34,7 +45,7 @@ CLOUD = ("name", "engine", "dtype", "device", "max_rank", "fingerprint")  # what
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    made = loads(metafunc.config.stash[SETTINGS])
+    made = load_cases(metafunc.config.stash[SETTINGS])
     metafunc.parametrize("load", made, ids=[load.id for load in made])
 
 
@@ -43,7 +54,7 @@ def lost_in_one_line() -> Iterator[None]:
     """What an edge was not answered is no fault of the code that a traceback would show."""
     try:
         yield
-    except Lost as lost:
+    except LoadError as lost:
         raise pytest.fail.Exception(str(lost), pytrace=False) from None
 
 
@@ -58,46 +69,50 @@ def pair(
     served = replace(settings, cloud_url=AUTO, on_cloud_fault="error")
     with ExitStack() as stack:
         with problems_in_one_line():
-            started = stack.enter_context(connected(served))
+            started = stack.enter_context(connect(served))
             assert started is not None
             served_by = captioner.elsewhere(started)
         yield served_by, started
 
 
 @pytest.fixture(scope="module")
-def clips(settings: Settings, pair: tuple[Captioner, Connection], data: Callable[[str], DataSet]) -> list[Recorded]:
+def clips(
+    settings: Settings, pair: tuple[Captioner, Connection], data: Callable[[str], DataSet]
+) -> list[RecordedCaption]:
     """The drafts of some captions and the verdicts on them, from one edge alone."""
     captioner, _ = pair
     chosen = data(settings.language[0])
     found = []
-    for clip in chosen.clips[:CLIPS]:
+    for clip in chosen.clips[:LOAD_CLIPS]:
         with problems_in_one_line(), lost_in_one_line():
             request = chosen.request(clip)
             trace = captioner.trace(request, STRICT, settings.max_new_tokens)
-            found.append(recorded(clip.file_id, captioner.prompt(request, STRICT.mode), trace))
+            found.append(record_rounds(clip.file_id, captioner.prompt(request, STRICT.mode), trace))
     return found
 
 
 def test_load(
-    load: Load,
+    load: LoadCase,
     benchmark: BenchmarkFixture,
     pair: tuple[Captioner, Connection],
-    clips: list[Recorded],
+    clips: list[RecordedCaption],
     settings: Settings,
     pytestconfig: pytest.Config,
 ) -> None:
     remote = pair[1].remote
     verifier = partial(pair[1].verifier, GREEDY)
-    exact = remote.dtype in EXACT
+    exact = remote.dtype in LOSSLESS_DTYPES
     each = shares(clips, load.edges, load.clips)
     done: list[Replay] = []
     benchmark.group = "many edges on one cloud"  # seconds a replay: nothing to rank captions with
     with lost_in_one_line():
         # so that every edge's connection stands before anything is timed
-        replay([[replace(share[0], rounds=share[0].rounds[:1])] for share in each], verifier, exact)
-        with old_objects_left_alone():
-            benchmark.pedantic(lambda: done.append(replay(each, verifier, exact)), rounds=load.rounds, iterations=1)
-    found = figures(done)
+        replay_rounds([[replace(share[0], rounds=share[0].rounds[:1])] for share in each], verifier, exact)
+        with garbage_collector_frozen():
+            benchmark.pedantic(
+                lambda: done.append(replay_rounds(each, verifier, exact)), rounds=load.rounds, iterations=1
+            )
+    found = load_metrics(done)
     benchmark.extra_info["load"] = {
         "figures": found,
         "edges": load.edges,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edgecloud_sd import config
-from edgecloud_sd.cloud.process import connected
+from edgecloud_sd.cloud.process import connect
 from edgecloud_sd.data.dataset import load_audio
 from edgecloud_sd.events import Committed, Event, Trace
 from edgecloud_sd.host import limits
@@ -26,7 +26,7 @@ LEGEND = {
     "cloud": "the cloud's, alone",
 }
 # Of the suite's options, those that make sense for one file; a list means its first value.
-SHARED = (
+CAPTION_OPTIONS = (
     "gate", "entropy-threshold", "k", "draft-stop", "draft-ahead", "rule", "rank", "pair", "edge-model", "cloud-model",
     "weights", "edge-device", "edge-dtype", "cloud-device", "cloud-dtype", "cloud-url", "cloud-key-file",
     "cloud-timeout", "on-cloud-fault", "open",
@@ -35,26 +35,26 @@ SHARED = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
-    given = {name: getattr(options, name.replace("-", "_")) for name in SHARED}
+    options = caption_parser().parse_args(arguments)
+    given = {name: getattr(options, name.replace("-", "_")) for name in CAPTION_OPTIONS}
     try:
         settings = config.resolve(given | {"mode": options.mode})
         cell = cells(settings)[0]
         samples = load_audio(options.file)
         colour = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
         held = limits.Limits(settings.max_cpu_cores, settings.max_memory_gb)
-        with connected(settings) as connection, limits.hold(held):
+        with connect(settings) as connection, limits.hold(held):
             captioner = Captioner.of(settings, connection)
             captioner.load(cell.mode)
             request = Request(samples, settings.language[0], settings.prompt_type, options.transcription)
             events = captioner.events(request, cell, settings.max_new_tokens)
-            trace = show(events, captioner.text(cell.mode), colour)
+            trace = print_caption(events, captioner.text(cell.mode), colour)
     except (ValueError, OSError, CloudFault) as error:
         sys.exit(f"error: {error}")
-    print(summary(trace), file=sys.stderr)
+    print(summary_line(trace), file=sys.stderr)
 
 
-def parser() -> argparse.ArgumentParser:
+def caption_parser() -> argparse.ArgumentParser:
     """The command line; options and help texts are the suite's own."""
     made = argparse.ArgumentParser(prog="python -m edgecloud_sd", description=__doc__)
     commands = made.add_subparsers(dest="command", required=True)
@@ -65,8 +65,8 @@ def parser() -> argparse.ArgumentParser:
     )
     defaults = config.read_file(config.defaults_file())
     for option in config.OPTIONS:
-        if option.name in SHARED:
-            default = config.shown(defaults[option.name])
+        if option.name in CAPTION_OPTIONS:
+            default = config.show_default(defaults[option.name])
             help = f"{option.help} (default: {default})".replace("%", "%%")
             caption.add_argument(f"--{option.name}", help=help)
     caption.add_argument("--transcription", help="what is said, where the prompt may use it")
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def show(events: Iterator[Event], decode: metrics.Text, colour: bool) -> Trace:
+def print_caption(events: Iterator[Event], decode: metrics.DecodeText, colour: bool) -> Trace:
     """Print the caption as it is committed, and return its trace."""
     seen: list[int] = []
     printed = text = ""
@@ -101,7 +101,7 @@ def show(events: Iterator[Event], decode: metrics.Text, colour: bool) -> Trace:
     return Trace(tuple(stamped))
 
 
-def summary(trace: Trace) -> str:
+def summary_line(trace: Trace) -> str:
     """One line: tokens by origin, cloud calls, seconds."""
     counts = metrics.counts(trace)
     parts = [f"{getattr(counts, origin)} {origin}" for origin in COLOURS if getattr(counts, origin)]

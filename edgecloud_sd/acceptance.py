@@ -19,9 +19,9 @@ from edgecloud_sd.events import Verdict
 if TYPE_CHECKING:
     from torch import Tensor
 
-NAMES = ("greedy", "rank", "rank(r)", "synthetic(p)")
-RATE = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-[0-9]+)?"
-MOST_RATES = 10  # of rule synthetic
+RULE_NAMES = ("greedy", "rank", "rank(r)", "synthetic(p)")
+RATE_PATTERN = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-[0-9]+)?"
+MAX_SYNTHETIC_RATES = 10  # of rule synthetic
 PUBLISHED_RANK = 20
 
 
@@ -30,14 +30,14 @@ class Rule(Protocol):
 
     @property
     def text(self) -> str:
-        """What `parse` makes this rule of: letters, digits and what else may stand in a URL's query."""
+        """What `parse_rule` makes this rule of: letters, digits and what else may stand in a URL's query."""
 
     @property
     def label(self) -> str:
         """In the ids of cases, and so in the names of files."""
 
     @property
-    def strict(self) -> bool:
+    def is_lossless(self) -> bool:
         """Whether all that it lets pass are the cloud's own tokens; a rule that is not strict is lossy."""
 
     def __call__(self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float]) -> Verdict:
@@ -60,21 +60,21 @@ class Rank:
 
     @property
     def text(self) -> str:
-        return "greedy" if self.strict else f"rank({self.r})"
+        return "greedy" if self.is_lossless else f"rank({self.r})"
 
     @property
     def label(self) -> str:
-        return "greedy" if self.strict else f"rank{self.r}"
+        return "greedy" if self.is_lossless else f"rank{self.r}"
 
     @property
-    def strict(self) -> bool:
+    def is_lossless(self) -> bool:
         return self.r == 1
 
     def __call__(self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float] = ()) -> Verdict:
         best = logits.argmax(dim=-1).tolist()
         accepted = 0
         for token, top in zip(draft, best, strict=False):
-            if token != top and (self.strict or probs.rank(logits[accepted], token) > self.r):
+            if token != top and (self.is_lossless or probs.rank(logits[accepted], token) > self.r):
                 break
             accepted += 1
         return Verdict(accepted, best[accepted])
@@ -94,8 +94,8 @@ class Synthetic:
     rates: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.rates) <= MOST_RATES:
-            raise ValueError(f"synthetic takes 1 to {MOST_RATES} rates, not {len(self.rates)}")
+        if not 1 <= len(self.rates) <= MAX_SYNTHETIC_RATES:
+            raise ValueError(f"synthetic takes 1 to {MAX_SYNTHETIC_RATES} rates, not {len(self.rates)}")
         for rate in self.rates:
             if not 0 <= rate <= 1:
                 raise ValueError(f"a rate of synthetic must be 0 to 1, not {rate}")
@@ -109,7 +109,7 @@ class Synthetic:
         return f"synthetic{self._joined('_')}"
 
     @property
-    def strict(self) -> bool:
+    def is_lossless(self) -> bool:
         return False
 
     def __call__(self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float]) -> Verdict:
@@ -137,7 +137,7 @@ def uniform(seed: bytes, place: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-def parse(rule: str, r: int = PUBLISHED_RANK) -> Rule:
+def parse_rule(rule: str, r: int = PUBLISHED_RANK) -> Rule:
     """`greedy`, `rank` (with `r`), `rank(7)`, `synthetic(0.78)`, or `synthetic(0.9/0.8/0.6)` by the place in the draft.
 
     ValueError, naming the known rules, for anything else.
@@ -148,6 +148,6 @@ def parse(rule: str, r: int = PUBLISHED_RANK) -> Rule:
         return Rank(r)
     if match := re.fullmatch(r"rank\(([0-9]+)\)", rule):
         return Rank(int(match[1]))
-    if match := re.fullmatch(rf"synthetic\(({RATE}(?:/{RATE})*)\)", rule):
+    if match := re.fullmatch(rf"synthetic\(({RATE_PATTERN}(?:/{RATE_PATTERN})*)\)", rule):
         return Synthetic(tuple(map(float, match[1].split("/"))))
-    raise ValueError(f"unknown acceptance rule {rule!r}: choose one of {', '.join(NAMES)}")
+    raise ValueError(f"unknown acceptance rule {rule!r}: choose one of {', '.join(RULE_NAMES)}")

@@ -20,14 +20,14 @@ from edgecloud_sd.data.prompts import LANGUAGES, PROMPT_TYPES
 from edgecloud_sd.decoder import MODES
 from edgecloud_sd.models import pairs
 from edgecloud_sd.models.pairs import PAIRS
-from edgecloud_sd.prefill import WHEN
+from edgecloud_sd.prefill import PREFILL_TIMES
 from edgecloud_sd.timing import link, profile
 
 CLOCKS = ("real", "virtual")
 YES_NO = ("yes", "no")
 MEASURE = "measure"  # the profile of this machine
 AUTO = "auto"  # of a device: a GPU where there is one; of a number format: what suits the device; of a cloud: our own
-DTYPES = (AUTO, *pairs.DTYPES)
+DTYPES_OR_AUTO = (AUTO, *pairs.DTYPES)
 ON_CLOUD_FAULT = ("wait", "edge", "error")
 
 
@@ -79,11 +79,11 @@ def _one_of(known: tuple[str, ...]) -> Callable[[str], str]:
     return read
 
 
-def cloud_dtype(text: str) -> str:
+def parse_cloud_dtype(text: str) -> str:
     """A number format of the cloud. ValueError for one that is none, or is an edge's alone."""
-    if text in pairs.QUANTISED:
-        raise ValueError(f"is for the edge alone (--edge-dtype): choose one of {', '.join(DTYPES)}")
-    return _one_of(DTYPES)(text)
+    if text in pairs.QUANTISED_DTYPES:
+        raise ValueError(f"is for the edge alone (--edge-dtype): choose one of {', '.join(DTYPES_OR_AUTO)}")
+    return _one_of(DTYPES_OR_AUTO)(text)
 
 
 def _count(text: str, least: int = 1, also: str = "") -> int:
@@ -97,7 +97,7 @@ def _draft_length(text: str) -> int | None:
 
 
 def _draft_stop(text: str) -> str:
-    gate.parse_stop(text, gate.ALWAYS)
+    gate.parse_draft_stop(text, gate.ALWAYS)
     return text
 
 
@@ -113,11 +113,11 @@ def _nats(text: str) -> float:
 
 def _rule(text: str) -> str:
     try:
-        acceptance.parse(text)
+        acceptance.parse_rule(text)
     except ValueError:
-        known = ", ".join(acceptance.NAMES)
+        known = ", ".join(acceptance.RULE_NAMES)
         raise ValueError(
-            f"is not one of {known}, with r of at least 1 and {acceptance.MOST_RATES} p of 0 to 1 at most"
+            f"is not one of {known}, with r of at least 1 and {acceptance.MAX_SYNTHETIC_RATES} p of 0 to 1 at most"
         ) from None
     return text
 
@@ -147,7 +147,7 @@ def _above_zero(text: str, what: str) -> float:
 
 
 def _link(text: str) -> str:
-    link.parse(text)
+    link.parse_link(text)
     return text
 
 
@@ -182,7 +182,7 @@ class Settings:
     """What a run was asked to do. Tuples make a grid."""
 
     mode: tuple[str, ...] = _choice("who decodes", MODES, many=True)
-    gate: tuple[str, ...] = _choice("which drafts go to the cloud", gate.NAMES, many=True)
+    gate: tuple[str, ...] = _choice("which drafts go to the cloud", gate.GATE_NAMES, many=True)
     entropy_threshold: tuple[float, ...] = _option(
         "nats above which gate entropy escalates a draft; 0 is always, inf is never", _nats, many=True
     )
@@ -222,11 +222,12 @@ class Settings:
     edge_device: str = _option("torch device of the edge: cpu, cuda, cuda:1")
     edge_dtype: str = _choice(
         "number format of the edge; int8 and int4 are of its text model's weights alone, on a CPU",
-        (*pairs.DTYPES, *pairs.QUANTISED),
+        (*pairs.DTYPES, *pairs.QUANTISED_DTYPES),
     )
     cloud_device: str = _option("torch device of the cloud; auto is a GPU where there is one")
     cloud_dtype: str = _option(
-        f"number format of the cloud; auto is float16 on a GPU and float32 elsewhere: {', '.join(DTYPES)}", cloud_dtype
+        f"number format of the cloud; auto is float16 on a GPU and float32 elsewhere: {', '.join(DTYPES_OR_AUTO)}",
+        parse_cloud_dtype,
     )
     cloud_url: str | None = _option(
         "the cloud is a server elsewhere, at this URL; auto starts one on loopback for the run and stops it",
@@ -242,7 +243,7 @@ class Settings:
     )
     open: tuple[str, ...] = _choice(
         "when a prompt is sent to the cloud: beside the edge's own prefill, or with the first escalated draft",
-        WHEN,
+        PREFILL_TIMES,
         many=True,
     )
     max_cpu_cores: int | None = _option(
@@ -260,15 +261,15 @@ class Settings:
         "time captions for real, or let the same tokens take the time that a profile gives to each call", CLOCKS
     )
     profile: str | None = _option(
-        f"costs for the virtual clock: {', '.join(profile.NAMES)}, a YAML file, or measure, which first writes the "
-        "one of this machine to the results folder",
+        f"costs for the virtual clock: {', '.join(profile.PROFILE_NAMES)}, a YAML file, or measure, which first "
+        "writes the one of this machine to the results folder",
         optional=True,
     )
     link: tuple[str, ...] = _option(
-        f"emulated between edge and cloud: {', '.join(link.LINKS)}, or one like {link.CUSTOM}",
+        f"emulated between edge and cloud: {', '.join(link.LINKS)}, or one like {link.CUSTOM_LINK_EXAMPLE}",
         _link,
         many=True,
-        split=link.split,
+        split=link.split_links,
     )
     shadow: str = _choice(
         "ask the cloud afterwards, off the clock, about the tokens it was not asked: tells what the gate missed", YES_NO
@@ -304,7 +305,7 @@ def defaults_file() -> Path:
     return packaged if packaged.is_file() else Path(__file__).parents[1] / "bench" / "configs" / "default.yaml"
 
 
-def shown(default: Any) -> str:
+def show_default(default: Any) -> str:
     """A default as help texts write it."""
     return ",".join(map(str, default)) if isinstance(default, list) else "none" if default is None else str(default)
 
@@ -321,12 +322,12 @@ def resolve(command_line: Mapping[str, str | None], file: Path | None = None) ->
     settings = Settings(**{option.name.replace("-", "_"): option.parse(merged[option.name]) for option in OPTIONS})
     _check(settings)
     if settings.cloud_url in (None, AUTO):
-        device, dtype = automatic(settings.cloud_device, settings.cloud_dtype)
+        device, dtype = resolve_device(settings.cloud_device, settings.cloud_dtype)
         settings = replace(settings, cloud_device=device, cloud_dtype=dtype)
     return settings
 
 
-def automatic(device: str, dtype: str) -> tuple[str, str]:
+def resolve_device(device: str, dtype: str) -> tuple[str, str]:
     """A device and a number format, each chosen where it is `AUTO`."""
     if device == AUTO:
         import torch
@@ -339,7 +340,7 @@ def automatic(device: str, dtype: str) -> tuple[str, str]:
 
 def _check(settings: Settings) -> None:
     """ConfigError for values that are good each but make no sense together."""
-    known = ", ".join((*profile.NAMES, MEASURE))
+    known = ", ".join((*profile.PROFILE_NAMES, MEASURE))
     if settings.clock == "virtual" and settings.profile is None:
         raise ConfigError(f"--clock: virtual needs --profile: {known} or a YAML file")
     if settings.clock == "real" and settings.profile not in (None, MEASURE):
@@ -364,7 +365,7 @@ def _check(settings: Settings) -> None:
         raise ConfigError("--cloud-key-file: is for a server at --cloud-url http://...")
     if settings.profile not in (None, MEASURE):
         try:
-            profile.load(settings.profile)
+            profile.load_profile(settings.profile)
         except profile.ProfileError as error:
             raise ConfigError(f"--profile: {error}") from None
 

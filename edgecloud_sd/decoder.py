@@ -33,7 +33,7 @@ from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import CloudFault, Verifier
 
 MODES = ("edge", "cloud", "speculative")
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,12 @@ class Decoding:
     k: int | Callable[[], int] = 1  # or asked for before each draft
     gate: gates.Gate = gates.NEVER
     alone: bool = False  # whether the edge finishes a caption that the cloud fails
-    stop: gates.Stop | None = None  # what ends a draft early
+    stop: gates.DraftStop | None = None  # what ends a draft early
     begin: Begin[Verdict] | None = None  # of a call that the edge drafts ahead beside; None: it waits
     ahead: int = 0  # tokens that it drafts then, at most
-    strict: bool = False  # whether the output is the same however drafts are cut: all that was drafted ahead may be one
+    is_lossless: bool = (
+        False  # whether the output is the same however drafts are cut: all that was drafted ahead may be one
+    )
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
@@ -96,7 +98,7 @@ def _rounds(prompt: Prompt, how: Decoding, edge: Model, cloud: Verifier | None) 
             ahead = drafter.follow(context)
             room = how.stopping.room(len(context) - 1)
             k = how.k if isinstance(how.k, int) else how.k()
-            drafted = drafter.draft(min(max(k, ahead) if how.strict else k, room))
+            drafted = drafter.draft(min(max(k, ahead) if how.is_lossless else k, room))
             yield Drafted(drafted, min(ahead, len(drafted.tokens)))
             parts: list[tuple[tuple[int, ...], Origin]] = [(drafted.tokens, "local")]
             if verification and escalates(drafted):
@@ -157,7 +159,7 @@ def _finished(how: Decoding, output: list[int]) -> Finished:
     return Finished(reason)
 
 
-def _needed(part: T | None, side: str) -> T:
+def _needed(part: _T | None, side: str) -> _T:
     if part is None:
         raise ValueError(f"this mode needs the {side} model, and none was given")
     return part

@@ -11,7 +11,7 @@ from edgecloud_sd.session import Session, sync
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgecloud_sd.gate import Stop
+    from edgecloud_sd.gate import DraftStop
 
 
 class Drafter:
@@ -25,7 +25,7 @@ class Drafter:
         session: Session,
         eos: frozenset[int],
         score: Callable[[Tensor], float] | None = None,
-        stop: Stop | None = None,
+        stop: DraftStop | None = None,
     ) -> None:
         self._session = session
         self._eos = eos

@@ -149,7 +149,7 @@ Event = Prepared | Opened | Drafted | Escalated | Ahead | Verified | Committed |
 
 @dataclass(frozen=True)
 class Span:
-    """Time inside an interval between two events that belongs to a part of the ledger of its own.
+    """Time inside an interval between two events that belongs to a part of the latency breakdown of its own.
 
     `start` and `end` are seconds since the request; `size` is the payload in bytes, for what crosses a link. `hidden`,
     of a verdict's round trip, are the seconds of it that passed before `start`, while the edge drafted ahead.

@@ -13,9 +13,9 @@ from edgecloud_sd.events import Draft
 if TYPE_CHECKING:
     from torch import Tensor
 
-NAMES = ("entropy", "always", "never")
+GATE_NAMES = ("entropy", "always", "never")
 Score = Callable[["Tensor"], float]
-STOPS = ("none", "entropy", "entropy=x", "margin=x")
+DRAFT_STOP_FORMS = ("none", "entropy", "entropy=x", "margin=x")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ ALWAYS = Gate("always", -math.inf)
 NEVER = Gate("never", math.inf)
 
 
-def entropy(threshold: float) -> Gate:
+def entropy_gate(threshold: float) -> Gate:
     """Escalate when the largest entropy (nats) in the draft exceeds `threshold`.
 
     At 0 or below it is `ALWAYS`, at inf `NEVER`. ValueError for nan.
@@ -56,7 +56,7 @@ def entropy(threshold: float) -> Gate:
 
 
 @dataclass(frozen=True)
-class Stop:
+class DraftStop:
     """A draft ends with its first token whose score exceeds `threshold`. `score` None is the gate's own score."""
 
     label: str
@@ -68,11 +68,11 @@ class Stop:
         return (scores[-1] if self.score is None else self.score(row)) > self.threshold
 
 
-def parse_stop(text: str, gate: Gate) -> Stop | None:
+def parse_draft_stop(text: str, gate: Gate) -> DraftStop | None:
     """A rule to stop drafts by, under `gate`; None for no rule. ValueError, naming the known ones, for any other text.
 
-    `entropy` stops at the gate's own threshold, so at a token that escalates the draft anyway: no rule where the gate
-    has none. `entropy=x` has a threshold of its own, in nats; `margin=x` stops where the two most likely tokens are
+    `entropy` stops at the threshold of the gate, so at a token that escalates the draft; it is None for other gates.
+    `entropy=x` has a threshold of its own, in nats; `margin=x` stops where the two most likely tokens are
     less than x apart.
     """
     name, _, number = text.partition("=")
@@ -83,15 +83,16 @@ def parse_stop(text: str, gate: Gate) -> Stop | None:
     except ValueError:
         x = math.nan
     if name == "entropy" and x > 0:
-        return Stop(f"stopH{x:g}", x, None if gate.score is probs.entropy else probs.entropy)
+        return DraftStop(f"stopH{x:g}", x, None if gate.score is probs.entropy else probs.entropy)
     if name == "margin" and 0 < x <= 1:
-        return Stop(f"stopM{x:g}", -x, _closeness)
+        return DraftStop(f"stopM{x:g}", -x, _closeness)
     raise ValueError(
-        f"is not one of {', '.join(STOPS)} (nats above 0 for entropy, a difference of chances, to 1, for margin)"
+        f"is not one of {', '.join(DRAFT_STOP_FORMS)} "
+        "(nats above 0 for entropy, a difference of chances, to 1, for margin)"
     )
 
 
-def statistics(gate: Gate, stop: Stop | None) -> int:
+def statistics_per_token(gate: Gate, stop: DraftStop | None) -> int:
     """How many are computed of each drafted token."""
     return int(gate.score is not None) + int(stop is not None and stop.score is not None)
 
@@ -100,12 +101,12 @@ def _closeness(row: Tensor) -> float:
     return -probs.margin(row)
 
 
-def parse(name: str, threshold: float) -> Gate:
-    """A gate by name; only `entropy` reads `threshold`. ValueError, naming the known gates, for any other name."""
+def parse_gate(name: str, threshold: float) -> Gate:
+    """A gate by name; only `entropy_gate` reads `threshold`. ValueError, naming the known gates, for any other name."""
     if name == "entropy":
-        return entropy(threshold)
+        return entropy_gate(threshold)
     if name == "always":
         return ALWAYS
     if name == "never":
         return NEVER
-    raise ValueError(f"unknown gate {name!r}: choose one of {', '.join(NAMES)}")
+    raise ValueError(f"unknown gate {name!r}: choose one of {', '.join(GATE_NAMES)}")

@@ -17,14 +17,14 @@ from edgecloud_sd import prefill as opening
 from edgecloud_sd.data import prompts
 from edgecloud_sd.decoder import Decoding
 from edgecloud_sd.events import Event, Prepared, Prompt, Trace
-from edgecloud_sd.forecast.adaptive_k import Pace
-from edgecloud_sd.gate import Stop
+from edgecloud_sd.forecast.adaptive_k import AdaptiveK
+from edgecloud_sd.gate import DraftStop
 from edgecloud_sd.host import limits
 from edgecloud_sd.models import pairs
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.timing import link as links
 from edgecloud_sd.timing.clock import stamp
-from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.verifier import LocalVerifier, Verifier
 
@@ -54,32 +54,32 @@ class Cell:
     gate: gate.Gate = gate.NEVER
     rule: acceptance.Rule = acceptance.GREEDY
     k: int | None = 1  # None: found anew each round
-    link: Link = links.NONE
+    link: Link = links.NO_LINK
     open: str = "eager"
-    stop: Stop | None = None
+    stop: DraftStop | None = None
     ahead: int = 0
 
     def __post_init__(self) -> None:
         decoder.check_mode(self.mode)
         if self.k is not None and self.k < 1:
             raise ValueError(f"k must be at least 1, or None to have it found, not {self.k}")
-        if self.open not in opening.WHEN:
-            raise ValueError(f"open must be one of {', '.join(opening.WHEN)}, not {self.open!r}")
+        if self.open not in opening.PREFILL_TIMES:
+            raise ValueError(f"open must be one of {', '.join(opening.PREFILL_TIMES)}, not {self.open!r}")
         if self.ahead < 0:
             raise ValueError(f"ahead must be 0 or more tokens, not {self.ahead}")
         if self.stop and self.stop.score is None and self.gate.score is None:
             raise ValueError(f"stop {self.stop.label} reads the gate's score, and gate {self.gate.label} has none")
 
     @property
-    def strict(self) -> bool:
+    def is_lossless(self) -> bool:
         """Whether the output is promised to equal the cloud's own, token for token (in float32 and float64)."""
-        return self.mode == "speculative" and self.gate == gate.ALWAYS and self.rule.strict
+        return self.mode == "speculative" and self.gate == gate.ALWAYS and self.rule.is_lossless
 
 
 def cells(settings: Settings) -> list[Cell]:
     """Each different way to decode that a run asks for, once, in the order of its settings."""
     found: list[Cell] = []
-    crossed = [links.parse(text) for text in settings.link]
+    crossed = [links.parse_link(text) for text in settings.link]
     for mode in settings.mode:
         if mode == "edge":
             found.append(Cell(mode))
@@ -88,16 +88,16 @@ def cells(settings: Settings) -> list[Cell]:
             found.extend(Cell(mode, link=link) for link in crossed)
             continue
         gates = [
-            gate.parse(name, threshold)
+            gate.parse_gate(name, threshold)
             for name in settings.gate
             for threshold in (settings.entropy_threshold if name == "entropy" else (0.0,))
         ]
-        rules = [acceptance.parse(rule, r) for rule in settings.rule for r in settings.rank]
+        rules = [acceptance.parse_rule(rule, r) for rule in settings.rule for r in settings.rank]
         ways = list(
             itertools.product(rules, settings.k, crossed, settings.open, settings.draft_stop, settings.draft_ahead)
         )
         found.extend(
-            Cell(mode, chosen, rule, k, link, when, gate.parse_stop(stop, chosen), ahead)
+            Cell(mode, chosen, rule, k, link, when, gate.parse_draft_stop(stop, chosen), ahead)
             for chosen in gates
             # where nothing is sent, nothing else of a cell matters
             for rule, k, link, when, stop, ahead in (ways if chosen.escalates else ways[:1])
@@ -122,7 +122,7 @@ class Captioner:
     def of(cls, settings: Settings, connection: Connection | None = None) -> Captioner:
         """The captioner that a run asks for."""
         return cls(
-            pairs.find(settings.pair, settings.edge_model, settings.cloud_model, settings.weights),
+            pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights),
             edge_device=settings.edge_device,
             edge_dtype=settings.edge_dtype,
             cloud_device=settings.cloud_device,
@@ -150,7 +150,7 @@ class Captioner:
         self._threads = threads
         self._connection = connection
         self._alone = alone
-        self._paces: dict[tuple[Cell, str, Profile | None], Pace] = {}
+        self._paces: dict[tuple[Cell, str, Profile | None], AdaptiveK] = {}
         self._loaded: dict[str, tuple[Frontend, int]] = {}
 
     def elsewhere(self, connection: Connection) -> Captioner:
@@ -186,15 +186,15 @@ class Captioner:
             side = models[0] if models else self.front
             if mode != "edge":
                 cloud = self._connection.remote if self._connection else None
-                there = cloud.traits if cloud else pairs.traits(self.cloud)
+                there = cloud.traits if cloud else pairs.frontend_traits(self.cloud)
                 name = cloud.name if cloud else self.cloud.name
-                pairs.check(side.name, pairs.traits(side), name, there)
+                pairs.check_pair(side.name, pairs.frontend_traits(side), name, there)
                 if cloud and (cloud.weights == pairs.DUMMY) != (self.pair.weights == pairs.DUMMY):
                     raise ValueError(f"{name}, at the server, and {side.name} are not both of dummy weights: --weights")
                 if models and self.pair.weights == pairs.DUMMY:
                     from edgecloud_sd.models import dummy
 
-                    dummy.check_rows(models[0].rows, cloud.rows if cloud else self.cloud.rows)
+                    dummy.check_vocab_sizes(models[0].vocab_size, cloud.vocab_size if cloud else self.cloud.vocab_size)
             self._loaded[mode] = side, _threads(self._threads, models)
         side, threads = self._loaded[mode]
         _use(threads)
@@ -202,7 +202,7 @@ class Captioner:
 
     def prompt(self, request: Request, mode: str) -> Prompt:
         side = self.load(mode)
-        return prompts.build(
+        return prompts.build_prompt(
             request.samples,
             side.tokenizer,
             side.extractor,
@@ -211,7 +211,9 @@ class Captioner:
             transcription=request.transcription,
         )
 
-    def events(self, request: Request, cell: Cell, max_new_tokens: int, stage: Stage | None = None) -> Iterator[Event]:
+    def events(
+        self, request: Request, cell: Cell, max_new_tokens: int, stage: Harness | None = None
+    ) -> Iterator[Event]:
         """Everything that happens to one request, from its features to its last token."""
         stage = stage or self._stage(cell)
         side = self.load(cell.mode)
@@ -226,7 +228,7 @@ class Captioner:
             stop=stage.stop(cell.stop),
             begin=stage.begin_verdict if cell.ahead else None,
             ahead=cell.ahead,
-            strict=cell.strict,
+            is_lossless=cell.is_lossless,
         )
         prompt = stage.prepared(lambda: self.prompt(request, cell.mode))
         yield Prepared(len(prompt.ids))
@@ -235,19 +237,21 @@ class Captioner:
         if cloud and cell.mode == "speculative":
             cloud = stage.opened(cloud, cell.open)
         decoded = decoder.decode(prompt, how, edge, cloud)
-        yield from k.look(decoded, stage.watch.seconds) if isinstance(k, Pace) else decoded
+        yield from k.look(decoded, stage.watch.seconds) if isinstance(k, AdaptiveK) else decoded
 
     def remember(self, trace: Trace, cell: Cell, language: str, profile: Profile | None = None) -> None:
         """A caption of an earlier run that this one goes on from: what it shows is not to be found out again."""
         if cell.k is None:
             self._pace(cell, language, profile).look_back(trace)
 
-    def _pace(self, cell: Cell, language: str, profile: Profile | None) -> Pace:
-        return self._paces.setdefault((cell, language, profile), Pace(cell.ahead, cell.strict, cell.open == "eager"))
+    def _pace(self, cell: Cell, language: str, profile: Profile | None) -> AdaptiveK:
+        return self._paces.setdefault(
+            (cell, language, profile), AdaptiveK(cell.ahead, cell.is_lossless, cell.open == "eager")
+        )
 
-    def verifier(self, rule: acceptance.Rule, stage: Stage | None = None) -> Verifier:
+    def verifier(self, rule: acceptance.Rule, stage: Harness | None = None) -> Verifier:
         """The cloud, wherever it is, for one caption."""
-        stage = stage or Stage()
+        stage = stage or Harness()
         if self._connection:
             return self._connection.verifier(rule, stage)
         return stage.linked(LocalVerifier(stage.cloud(self.cloud), rule))
@@ -271,8 +275,8 @@ class Captioner:
         with torch.inference_mode():
             return stamp(self.events(request, cell, max_new_tokens, stage), stage.watch, finished)
 
-    def _stage(self, cell: Cell, profile: Profile | None = None, seed: str = "") -> Stage:
-        return Stage(profile, cell.link, seed, far=self._connection is not None and cell.mode != "edge")
+    def _stage(self, cell: Cell, profile: Profile | None = None, seed: str = "") -> Harness:
+        return Harness(profile, cell.link, seed, far=self._connection is not None and cell.mode != "edge")
 
     @property
     def cloud_dtype(self) -> str:
@@ -293,7 +297,7 @@ class Captioner:
 def _load(checkpoint: str, device: str, dtype: str, weights: str) -> HFModel:
     from edgecloud_sd.models import hf  # brings torch and transformers, which no help text should wait for
 
-    return hf.load(checkpoint, device, dtype, weights)
+    return hf.load_model(checkpoint, device, dtype, weights)
 
 
 def use_threads(asked: int | None, models: Sequence[HFModel]) -> None:

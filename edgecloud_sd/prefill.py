@@ -11,22 +11,22 @@ from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import Verification, Verifier
 
-WHEN = ("eager", "lazy")
-T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
+PREFILL_TIMES = ("eager", "lazy")
+_T = TypeVar("_T")
+_T_co = TypeVar("_T_co", covariant=True)
 
 
-class Pending(Protocol[T_co]):
+class Pending(Protocol[_T_co]):
     """A call that was begun: a `concurrent.futures.Future`, or its like on a virtual clock."""
 
     def done(self) -> bool:
         """Whether `result` need not wait."""
 
-    def result(self) -> T_co:
+    def result(self) -> _T_co:
         """What the call returns, or raises what it has raised."""
 
 
-Begin = Callable[[Callable[[], T]], Pending[T]]  # starts a call beside what follows
+Begin = Callable[[Callable[[], _T]], Pending[_T]]  # starts a call beside what follows
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class LocalVerification:
 
     @cached_property
     def _seed(self) -> bytes:
-        return seed(self._prompt)
+        return prompt_seed(self._prompt)
 
     def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
         """Greedy decoding by the same session code."""
@@ -99,7 +99,7 @@ class LocalVerification:
         self._session.truncate(0)
 
 
-def seed(prompt: Prompt) -> bytes:
+def prompt_seed(prompt: Prompt) -> bytes:
     """16 bytes that stand for a clip and what is asked of it, the same on both sides of a link."""
     said = hashlib.blake2b(np.asarray(prompt.ids, dtype="<i4").tobytes(), digest_size=16)
     if prompt.features is not None:

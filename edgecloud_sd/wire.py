@@ -47,12 +47,12 @@ class WireError(ValueError):
     """A message that is not what it should be: the message names what is wrong with it."""
 
 
-def check(ids: Iterable[int], begun: int = 0) -> int:
+def checksum(ids: Iterable[int], begun: int = 0) -> int:
     """CRC-32 over `ids` as little-endian int32, going on from `begun`."""
     return zlib.crc32(np.fromiter(ids, dtype="<i4").tobytes(), begun)
 
 
-def check_prompt(body: bytes, rule: str) -> int:
+def prompt_checksum(body: bytes, rule: str) -> int:
     """The check of a prompt and of the rule, as text, that it is opened with: what every later check goes on from."""
     return zlib.crc32(body, zlib.crc32(rule.encode()))
 
@@ -105,7 +105,7 @@ def opened(session: str, model: str, sent: int) -> dict[str, Any]:
 def to_verify(begun: int, context: Sequence[int], base: int, draft: Sequence[int]) -> dict[str, Any]:
     """Request to judge `draft` after `context`, of which the cloud holds the first `base` tokens."""
     fed = [*context, *draft]
-    return {"base": base, "tokens": list(context[base:]), "draft": list(draft), "check": check(fed, begun)}
+    return {"base": base, "tokens": list(context[base:]), "draft": list(draft), "check": checksum(fed, begun)}
 
 
 def verdict(given: Verdict, asked: int) -> dict[str, Any]:
@@ -113,25 +113,25 @@ def verdict(given: Verdict, asked: int) -> dict[str, Any]:
     return {
         "accepted": given.accepted,
         "token": given.token,
-        "check": check((given.accepted, given.token), asked),
+        "check": checksum((given.accepted, given.token), asked),
     }
 
 
 def to_generate(begun: int, output: Sequence[int], eos: Iterable[int], max_new_tokens: int) -> dict[str, Any]:
     """Request for the cloud's own tokens after `output`."""
     ends = sorted(eos)
-    what = check((*output, *ends, max_new_tokens), begun)
+    what = checksum((*output, *ends, max_new_tokens), begun)
     return {"output": list(output), "eos": ends, "max_new_tokens": max_new_tokens, "check": what}
 
 
 def written(output: Sequence[int], asked: int) -> dict[str, Any]:
     """One line of the stream: the last of `output`, all that was written in answer to the request."""
-    return {"token": output[-1], "check": check(output, asked)}
+    return {"token": output[-1], "check": checksum(output, asked)}
 
 
 def ended(output: Sequence[int], asked: int) -> dict[str, Any]:
     """The last line of the stream."""
-    return {"end": len(output), "check": check((*output, len(output)), asked)}
+    return {"end": len(output), "check": checksum((*output, len(output)), asked)}
 
 
 def read_verdict(answer: bytes, drafted: int, asked: int) -> Verdict:

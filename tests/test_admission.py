@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from edgecloud_sd.cloud import admission as guard
-from edgecloud_sd.cloud.admission import Guard
+from edgecloud_sd.cloud.admission import Admission
 from edgecloud_sd.cloud.keys import read_keys
 from edgecloud_sd.wire import JSON, OCTETS
 from tests.support.asgi import KEY, OTHER_KEY, Edge, play
@@ -38,7 +38,7 @@ class Guarded:
     def __init__(self, inner: App | None = None, keys: tuple[str, ...] = (KEY, OTHER_KEY), at_once: int = 9) -> None:
         self.inner = Inner()
         self.told: list[tuple[str, int]] = []
-        self.app = Guard(
+        self.app = Admission(
             inner or self.inner, keys, 100, 10, at_once, lambda call, status: self.told.append((call, status))
         )
 

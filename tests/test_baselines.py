@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import baselines as peers
-from bench import rows
-from bench.baselines import WAYS, Asked, K, Timed
+from bench import baselines, rows
+from bench.baselines import BASELINE_K, WAYS, PreparedClip, TimedCaption
 from edgecloud_sd import config, gate
 from edgecloud_sd.acceptance import GREEDY
 from edgecloud_sd.measure.metrics import Interval
@@ -20,7 +19,7 @@ from edgecloud_sd.pocket import clips
 
 pytestmark = pytest.mark.slow  # all of it takes long beside the rest
 
-CELL = Cell("speculative", gate.ALWAYS, GREEDY, K)
+CELL = Cell("speculative", gate.ALWAYS, GREEDY, BASELINE_K)
 LIMIT = 64
 
 # seconds a clip of 10 tokens, by the names of WAYS
@@ -38,27 +37,27 @@ SECONDS = {
 }
 
 
-def captions(scale: float = 1.0, n: int = 10) -> dict[str, Timed]:
-    return {way: Timed((7,) * n, scale * SECONDS[way], beside=scale * 0.25 * (way == "lazy")) for way in WAYS}
+def captions(scale: float = 1.0, n: int = 10) -> dict[str, TimedCaption]:
+    return {way: TimedCaption((7,) * n, scale * SECONDS[way], beside=scale * 0.25 * (way == "lazy")) for way in WAYS}
 
 
 @pytest.fixture(scope="module")
-def heard(captioner: Captioner) -> list[Asked]:
+def heard(captioner: Captioner) -> list[PreparedClip]:
     """In the first the edge is less sure of some of its drafts than the default threshold."""
     requests = [
-        Request(clips.make("evaluation", i).samples, language) for i, language in [(4, "chinese"), (0, "english")]
+        Request(clips.make_clip("evaluation", i).samples, language) for i, language in [(4, "chinese"), (0, "english")]
     ]
-    return [peers.asked(captioner, request, CELL, LIMIT) for request in requests]
+    return [baselines.prepare_clip(captioner, request, CELL, LIMIT) for request in requests]
 
 
 @pytest.fixture(scope="module")
-def ways(captioner: Captioner) -> dict[str, peers.Way]:
-    return peers.ways(captioner, CELL, LIMIT)
+def ways(captioner: Captioner) -> dict[str, baselines.Way]:
+    return baselines.ways(captioner, CELL, LIMIT)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_writes_the_same_tokens(
-    captioner: Captioner, heard: list[Asked], ways: dict[str, peers.Way], way: str
+    captioner: Captioner, heard: list[PreparedClip], ways: dict[str, baselines.Way], way: str
 ) -> None:
     for clip in heard:
         found = ways[way](clip)
@@ -68,9 +67,9 @@ def test_every_way_writes_the_same_tokens(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_stops_at_the_same_length(captioner: Captioner, heard: list[Asked], way: str) -> None:
-    short = peers.asked(captioner, heard[0].request, CELL, 7)
-    assert peers.ways(captioner, CELL, 7)[way](short).tokens == heard[0].tokens[:7]
+def test_every_way_stops_at_the_same_length(captioner: Captioner, heard: list[PreparedClip], way: str) -> None:
+    short = baselines.prepare_clip(captioner, heard[0].request, CELL, 7)
+    assert baselines.ways(captioner, CELL, 7)[way](short).tokens == heard[0].tokens[:7]
 
 
 def passes(thinker: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -88,7 +87,7 @@ def passes(thinker: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_an_assistant_hears_where_it_is_made_to(
-    captioner: Captioner, heard: list[Asked], ways: dict[str, peers.Way], monkeypatch: pytest.MonkeyPatch
+    captioner: Captioner, heard: list[PreparedClip], ways: dict[str, baselines.Way], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tower = captioner.edge.thinker.model.audio_tower
     forward = tower.forward
@@ -106,30 +105,30 @@ def test_an_assistant_hears_where_it_is_made_to(
 
 
 def test_a_constant_schedule_drafts_k_tokens(
-    captioner: Captioner, heard: list[Asked], ways: dict[str, peers.Way], monkeypatch: pytest.MonkeyPatch
+    captioner: Captioner, heard: list[PreparedClip], ways: dict[str, baselines.Way], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = passes(captioner.cloud.thinker, monkeypatch)
     for way in ("assisted_k", "hearing_k"):
         seen.clear()
         ways[way](heard[0])
-        assert set(seen[1:-1]) == {K + 1}
+        assert set(seen[1:-1]) == {BASELINE_K + 1}
     seen.clear()
     ways["hearing"](heard[0])
-    assert max(seen[1:]) > K + 1
+    assert max(seen[1:]) > BASELINE_K + 1
 
 
-def test_the_models_settings_stay_as_they_are(captioner: Captioner, heard: list[Asked]) -> None:
+def test_the_models_settings_stay_as_they_are(captioner: Captioner, heard: list[PreparedClip]) -> None:
     edge = captioner.edge.thinker
     before = copy.deepcopy(edge.generation_config)
-    made = peers.hearing(peers.assistant(edge, num_assistant_tokens=9))
-    peers.generated(captioner.cloud, heard[0], LIMIT, made)
+    made = baselines.hearing(baselines.assistant(edge, num_assistant_tokens=9))
+    baselines.generated(captioner.cloud, heard[0], LIMIT, made)
     assert edge.generation_config == before
     assert made.generation_config.num_assistant_tokens == 9
     assert "prepare_inputs_for_generation" not in vars(edge)
     assert made.lm_head.weight is edge.lm_head.weight
 
 
-def test_the_bound_is_of_the_passes_that_a_caption_takes(captioner: Captioner, heard: list[Asked]) -> None:
+def test_the_bound_is_of_the_passes_that_a_caption_takes(captioner: Captioner, heard: list[PreparedClip]) -> None:
     clip = heard[0]
     sides = {side: [each for each in clip.passes if each.side == side] for side in ("edge", "cloud")}
     assert [(sides[side][0].held, sides[side][0].ids[0]) for side in sides] == [(0, clip.prompt.last)] * 2
@@ -142,7 +141,7 @@ def test_the_bound_is_of_the_passes_that_a_caption_takes(captioner: Captioner, h
 
 
 def test_the_replay_makes_those_passes_and_no_others(
-    captioner: Captioner, heard: list[Asked], monkeypatch: pytest.MonkeyPatch
+    captioner: Captioner, heard: list[PreparedClip], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = heard[0]
     made: list[tuple[str, int, int]] = []
@@ -167,13 +166,13 @@ def test_the_replay_makes_those_passes_and_no_others(
         vars(other).update(logits=run, prefill=fill)
         return other
 
-    assert peers.replay({side: noted(side) for side in models}, clip.prompt, clip.passes) > 0
+    assert baselines.replay_passes({side: noted(side) for side in models}, clip.prompt, clip.passes) > 0
     assert made == [(each.side, each.held, len(each.ids)) for each in clip.passes]
     assert prefilled == ["edge", "cloud"]
 
 
 def test_what_is_beside_the_passes_is_seen_and_nothing_else_is_watched(
-    captioner: Captioner, heard: list[Asked], ways: dict[str, peers.Way]
+    captioner: Captioner, heard: list[PreparedClip], ways: dict[str, baselines.Way]
 ) -> None:
     found = ways["lazy"](heard[0])
     assert 0 < found.beside < found.seconds / 2
@@ -181,28 +180,28 @@ def test_what_is_beside_the_passes_is_seen_and_nothing_else_is_watched(
     assert not {"prefill", "logits"} & (vars(captioner.edge).keys() | vars(captioner.cloud).keys())
 
 
-def test_the_features_are_outside(captioner: Captioner, heard: list[Asked]) -> None:
+def test_the_features_are_outside(captioner: Captioner, heard: list[PreparedClip]) -> None:
     trace = captioner.trace(heard[0].request, CELL, LIMIT)
-    found = peers.timed(trace)
+    found = baselines.timed(trace)
     assert found.seconds == trace.seconds - trace.events[0][0] < trace.seconds
 
 
 def test_each_way_has_its_turn_to_be_first() -> None:
     n = len(WAYS)
-    orders = [peers.turns(number) for number in range(n + 1)]
+    orders = [baselines.turns(number) for number in range(n + 1)]
     assert [order[0] for order in orders] == [*WAYS, "greedy"]
     assert {tuple(sorted(order)) for order in orders} == {tuple(sorted(WAYS))}
 
 
 def test_other_tokens_are_named() -> None:
-    found = captions() | {"cloud": Timed((7, 8), 1.0)}
-    assert peers.differing(captions()) == []
-    assert peers.differing(found) == ["cloud"]
-    assert peers.figures([captions(), found])["differing"] == 1
+    found = captions() | {"cloud": TimedCaption((7, 8), 1.0)}
+    assert baselines.differing(captions()) == []
+    assert baselines.differing(found) == ["cloud"]
+    assert baselines.baseline_metrics([captions(), found])["differing"] == 1
 
 
 def test_ratios_are_of_sums_a_token() -> None:
-    found = peers.figures([captions(), captions(3.0, 20)])
+    found = baselines.baseline_metrics([captions(), captions(3.0, 20)])
     assert found["greedy"] == pytest.approx(16 / 30)
     expected = {
         "over_greedy": 4.0,
@@ -219,13 +218,13 @@ def test_ratios_are_of_sums_a_token() -> None:
         "not_forward_replay": 1 - 0.8 / 1.25,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    assert list(found) == list(peers.FIGURES)
-    assert peers.ratios([captions()])["over_greedy"] == Interval(4.0, None, None)
+    assert list(found) == list(baselines.BASELINE_METRICS)
+    assert baselines.way_ratios([captions()])["over_greedy"] == Interval(4.0, None, None)
 
 
 def test_the_interval_of_what_is_left_is_turned_round() -> None:
-    other = captions() | {"lazy": Timed((7,) * 10, 1.0, 0.1)}
-    found = peers.ratios([captions(), other, captions()])["not_forward_replay"]
+    other = captions() | {"lazy": TimedCaption((7,) * 10, 1.0, 0.1)}
+    found = baselines.way_ratios([captions(), other, captions()])["not_forward_replay"]
     assert found.low == pytest.approx(0.2)
     assert found.high == pytest.approx(1 - 0.8 / 1.25)
     assert 0.2 < found.value < 0.36
@@ -233,11 +232,11 @@ def test_the_interval_of_what_is_left_is_turned_round() -> None:
 
 def test_no_clips_are_an_error() -> None:
     with pytest.raises(ValueError, match="no clips to compare on"):
-        peers.figures([])
+        baselines.baseline_metrics([])
 
 
 def test_the_table_has_a_row_a_way() -> None:
-    shown = peers.render({"peers-pocket-k4-zh": [captions(), captions(2.0)]})
+    shown = baselines.render_baselines({"peers-pocket-k4-zh": [captions(), captions(2.0)]})
     lines = shown.splitlines()
     assert [line.split("  ")[0] for line in lines[2 : 2 + len(WAYS)]] == list(WAYS.values())
     assert "peers-pocket-k4-zh, 2 clips" in lines[0]
@@ -251,8 +250,8 @@ def test_the_table_has_a_row_a_way() -> None:
         "- opened after the first draft, 20.0% [20.0%, 20.0%] of a caption's time is no forward"
     )
     assert "36.0%" in lines[-1]
-    other = captions() | {"cloud": Timed((7, 8), 1.0)}
-    assert "- 1 captions are not the same" in peers.render({"a": [captions(), other]})
+    other = captions() | {"cloud": TimedCaption((7, 8), 1.0)}
+    assert "- 1 captions are not the same" in baselines.render_baselines({"a": [captions(), other]})
 
 
 @pytest.mark.parametrize(
@@ -270,21 +269,21 @@ def test_the_table_has_a_row_a_way() -> None:
 )
 def test_what_a_run_asks_for(asked: dict[str, Any], ids: list[str]) -> None:
     settings = config.resolve(asked)
-    assert [each.id for each in peers.peers(settings)] == ids
-    assert peers.unasked(settings) == (not ids)
+    assert [each.id for each in baselines.baseline_cases(settings)] == ids
+    assert baselines.is_left_out(settings) == (not ids)
 
 
 def test_a_large_pair_is_compared_only_where_that_is_asked_for() -> None:
     settings = config.resolve({"pair": "qwen2.5-omni"})
-    assert [each.id for each in peers.peers(settings)] == ["peers-qwen2.5-omni-k4-zh"]
-    assert peers.unasked(settings)
+    assert [each.id for each in baselines.baseline_cases(settings)] == ["peers-qwen2.5-omni-k4-zh"]
+    assert baselines.is_left_out(settings)
 
 
 def test_every_figure_is_a_row() -> None:
-    extra = {"peers": {"figures": peers.figures([captions(), captions()])}}
+    extra = {"peers": {"figures": baselines.baseline_metrics([captions(), captions()])}}
     saved = {"name": "test_peers[x]", "fullname": "bench/test_peers.py::test_peers[x]", "extra_info": extra}
     found = {row["name"]: row for row in rows.metric_rows(saved | {"params": None, "param": None, "options": {}})}
-    assert list(found) == [f"test_peers[x]:{name}" for name in peers.FIGURES]
+    assert list(found) == [f"test_peers[x]:{name}" for name in baselines.BASELINE_METRICS]
     assert found["test_peers[x]:over_greedy"]["group"] == "over_greedy (ratio, higher is better)"
     assert found["test_peers[x]:over_greedy"]["stats"]["ops"] == pytest.approx(4.0)
     assert found["test_peers[x]:bound"]["stats"]["mean"] == pytest.approx(0.08)
@@ -295,10 +294,10 @@ def test_the_benchmark_says_which_way_wrote_something_else(
     captioner: Captioner, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cpuinfo.get_cpu_info", dict)  # which pytest-benchmark asks for seconds about the machine
-    broken = peers.ways
+    broken = baselines.ways
 
-    def wrong(*given: Any) -> dict[str, Callable[[Asked], Timed]]:
-        return broken(*given) | {"cloud": lambda clip: Timed(clip.tokens[:-1], 1.0)}
+    def wrong(*given: Any) -> dict[str, Callable[[PreparedClip], TimedCaption]]:
+        return broken(*given) | {"cloud": lambda clip: TimedCaption(clip.tokens[:-1], 1.0)}
 
     from tests.test_suite import run
 

@@ -1,4 +1,4 @@
-"""The ledger: every part by hand, its conservation for whatever is decoded, and what keeping it costs."""
+"""The latency breakdown: every part by hand, its conservation for whatever is decoded, and what keeping it costs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,18 @@ from edgecloud_sd.events import (
     Verified,
 )
 from edgecloud_sd.measure import metrics
-from edgecloud_sd.measure.breakdown import PARTS, Ledger, intervals, ledger, mean, round_trips
+from edgecloud_sd.measure.breakdown import (
+    PARTS,
+    LatencyBreakdown,
+    intervals,
+    latency_breakdown,
+    mean_breakdown,
+    round_trips,
+)
 from edgecloud_sd.pipeline import Captioner, Cell, Request
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.timing.clock import Watch, stamp
-from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Profile
 from tests.support.strategies import Case, any_link, cases, profiles
@@ -80,7 +87,7 @@ CLOUD = Trace(
 
 
 def test_every_part_of_a_speculative_caption_by_hand() -> None:
-    assert ledger(BOTH).parts == {
+    assert latency_breakdown(BOTH).parts == {
         "features": 1.0,
         "edge_prefill": 2.0,
         "cloud_prefill": 2.0,
@@ -96,17 +103,19 @@ def test_every_part_of_a_speculative_caption_by_hand() -> None:
         "rollback": 0.25,
         "other": 0.125 + 0.25 + 0.5 + 1.0,
     }
-    assert ledger(BOTH).seconds == 13.5
+    assert latency_breakdown(BOTH).seconds == 13.5
 
 
 def test_every_part_of_a_cloud_caption_by_hand() -> None:
     parts = {"features": 0.25, "uplink": 0.25, "cloud_prefill": 0.5, "cloud_decode": 0.875, "downlink": 0.625}
-    assert ledger(CLOUD).parts == dict.fromkeys(PARTS, 0.0) | parts | {"other": 0.125}
-    assert ledger(CLOUD).discarded == 0
+    assert latency_breakdown(CLOUD).parts == dict.fromkeys(PARTS, 0.0) | parts | {"other": 0.125}
+    assert latency_breakdown(CLOUD).discarded == 0
 
 
 def test_discarded_seconds_are_those_of_the_drafted_tokens_thrown_away() -> None:
-    assert ledger(BOTH).discarded == 0.75 * 2 / 3  # two of the first draft's three tokens, none of the second's
+    assert (
+        latency_breakdown(BOTH).discarded == 0.75 * 2 / 3
+    )  # two of the first draft's three tokens, none of the second's
 
 
 def test_a_span_leaves_the_interval_that_it_lies_in() -> None:
@@ -121,15 +130,15 @@ def test_a_span_that_ends_with_an_event_is_of_the_interval_before_it() -> None:
 
 
 def test_closure_and_what_no_part_names_are_shares_of_the_wall() -> None:
-    kept = Ledger(dict.fromkeys(PARTS, 0.0) | {"draft": 6.0, "verify": 3.0, "other": 0.5}, 0.0)
+    kept = LatencyBreakdown(dict.fromkeys(PARTS, 0.0) | {"draft": 6.0, "verify": 3.0, "other": 0.5}, 0.0)
     assert kept.seconds == 9.5
     assert kept.closure(10) == 0.95
     assert kept.unnamed(10) == pytest.approx(0.1)
 
 
 def test_the_mean_is_taken_part_by_part() -> None:
-    both, cloud = ledger(BOTH), ledger(CLOUD)
-    average = mean(iter([both, cloud]))
+    both, cloud = latency_breakdown(BOTH), latency_breakdown(CLOUD)
+    average = mean_breakdown(iter([both, cloud]))
     assert average.parts == {name: (both.parts[name] + cloud.parts[name]) / 2 for name in PARTS}
     assert average.discarded == both.discarded / 2
 
@@ -144,13 +153,13 @@ def test_what_a_call_took_that_failed_at_last_is_no_round_trip() -> None:
     assert round_trips(failed) == (0.0, 0.0)
 
 
-def test_there_is_no_mean_of_no_ledger() -> None:
-    with pytest.raises(ValueError, match="no ledger"):
-        mean([])
+def test_there_is_no_mean_of_no_breakdown() -> None:
+    with pytest.raises(ValueError, match="no breakdown"):
+        mean_breakdown([])
 
 
 def check(trace: Trace) -> None:
-    kept, discarded = ledger(trace), metrics.counts(trace).discarded
+    kept, discarded = latency_breakdown(trace), metrics.counts(trace).discarded
     assert list(kept.parts) == list(PARTS)
     assert kept.seconds == pytest.approx(trace.seconds, rel=1e-9, abs=1e-9)
     assert min(kept.parts.values()) >= -1e-9
@@ -162,19 +171,19 @@ def check(trace: Trace) -> None:
 def test_no_second_is_lost_or_counted_twice_under_any_profile_and_link(
     case: Case, profile: Profile, link: Link
 ) -> None:
-    check(case.play(Stage(profile, link)))
+    check(case.play(Harness(profile, link)))
 
 
 @given(cases())
 def test_no_second_is_lost_or_counted_twice_where_every_look_at_the_clock_takes_one(case: Case) -> None:
-    stage = Stage()
+    stage = Harness()
     stage.watch = Watch(itertools.count().__next__)
     check(case.play(stage))
 
 
 SAMPLED = [
     (0, "chinese", Cell("speculative", gate.ALWAYS, k=4)),
-    (7, "chinese", Cell("speculative", gate.entropy(0.5), k=3)),
+    (7, "chinese", Cell("speculative", gate.entropy_gate(0.5), k=3)),
     (21, "english", Cell("edge")),
 ]
 
@@ -184,16 +193,16 @@ def timed(captioner: Captioner) -> list[tuple[Trace, float]]:
     """Captions of the pocket pair, each with the wall seconds of another clock around it."""
     found = []
     for index, language, cell in [SAMPLED[2], *SAMPLED]:
-        request = Request(clips.make("evaluation", index).samples, language)
+        request = Request(clips.make_clip("evaluation", index).samples, language)
         start = time.monotonic()
         trace = captioner.trace(request, cell, 64)
         found.append((trace, time.monotonic() - start))
     return found[1:]  # the first call allocates
 
 
-def test_the_ledger_closes_on_the_pocket_pair(timed: list[tuple[Trace, float]]) -> None:
-    assert median(ledger(trace).closure(wall) for trace, wall in timed) == pytest.approx(1, abs=0.02)
-    assert median(ledger(trace).unnamed(wall) for trace, wall in timed) < 0.05
+def test_the_breakdown_closes_on_the_pocket_pair(timed: list[tuple[Trace, float]]) -> None:
+    assert median(latency_breakdown(trace).closure(wall) for trace, wall in timed) == pytest.approx(1, abs=0.02)
+    assert median(latency_breakdown(trace).unnamed(wall) for trace, wall in timed) < 0.05
 
 
 def least(call: Callable[[], object], repeats: int = 5) -> float:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench import cases
-from bench import tables as table
+from bench import cases, tables
 from edgecloud_sd import config
 from edgecloud_sd.timing import profile
 
@@ -42,7 +41,7 @@ def test_a_synthetic_rule_stands_in_the_id_as_a_file_name_can_hold_it_and_is_los
         "speculative-pocket-always-k3-greedy-zh",
         "speculative-pocket-always-k3-synthetic1-zh",
     ]
-    assert [table.promise(case, "float32") for case in found] == ["lossy", "exact", "lossy"]
+    assert [tables.output_promise(case, "float32") for case in found] == ["lossy", "exact", "lossy"]
 
 
 def test_own_models_stand_in_the_id_without_their_folders(tmp_path: Path) -> None:
@@ -62,5 +61,5 @@ def test_links_and_the_virtual_clock_stand_in_the_id_and_edge_mode_has_no_link()
 
 def test_an_own_profile_stands_in_the_id_without_its_folder(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    profile.save(profile.load("published"), file)
+    profile.save_profile(profile.load_profile("published"), file)
     assert ids(mode="edge", clock="virtual", profile=str(file)) == ["edge-pocket-virtual-mine-zh"]

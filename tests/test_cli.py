@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from edgecloud_sd import gate
-from edgecloud_sd.__main__ import COLOURS, main, show, summary
+from edgecloud_sd.__main__ import COLOURS, main, print_caption, summary_line
 from edgecloud_sd.data.dataset import load_audio
 from edgecloud_sd.events import Committed, Degraded, Event, Finished, Trace
 from edgecloud_sd.pipeline import Captioner, Cell, Request
@@ -23,7 +23,7 @@ from edgecloud_sd.timing.clock import stamp
 @pytest.fixture
 def wav(tmp_path: Path) -> Path:
     file = tmp_path / "clip.wav"
-    soundfile.write(file, clips.make("evaluation", 2).samples, 16_000)
+    soundfile.write(file, clips.make_clip("evaluation", 2).samples, 16_000)
     return file
 
 
@@ -53,7 +53,7 @@ def test_each_token_has_the_colour_of_its_origin(capsys: pytest.CaptureFixture[s
     events: list[Event] = [Committed((1, 2), "local"), Committed((3,), "correction"), Finished("eos")]
     # token 2 is the first half of what token 3 completes
     text = {(1,): "a", (1, 2): "a\ufffd", (1, 2, 3): "a。"}
-    show(iter(events), lambda ids: text[tuple(ids)], colour=True)
+    print_caption(iter(events), lambda ids: text[tuple(ids)], colour=True)
     printed = capsys.readouterr()
     assert printed.out == f"\x1b[{COLOURS['local']}ma\x1b[0m\x1b[{COLOURS['correction']}m。\x1b[0m\n"
     assert "local" in printed.err
@@ -61,7 +61,7 @@ def test_each_token_has_the_colour_of_its_origin(capsys: pytest.CaptureFixture[s
 
 
 def test_text_that_never_becomes_a_character_is_shown_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    show(iter([Committed((1,), "cloud"), Finished("length")]), lambda ids: "a\ufffd", colour=False)
+    print_caption(iter([Committed((1,), "cloud"), Finished("length")]), lambda ids: "a\ufffd", colour=False)
     assert capsys.readouterr().out == "a\ufffd\n"
 
 
@@ -106,4 +106,6 @@ def test_what_only_the_server_needs_is_not_needed_to_caption() -> None:
 
 def test_a_caption_that_the_edge_had_to_finish_says_so() -> None:
     trace = Trace(((0.1, Degraded("the cloud failed once")), (0.2, Committed((1,), "local")), (0.2, Finished("eos"))))
-    assert summary(trace) == "1 tokens (1 local), 0.200 s, degraded, the edge finished alone: the cloud failed once"
+    assert (
+        summary_line(trace) == "1 tokens (1 local), 0.200 s, degraded, the edge finished alone: the cloud failed once"
+    )

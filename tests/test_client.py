@@ -27,7 +27,7 @@ from edgecloud_sd.decoder import Decoding, decode
 from edgecloud_sd.events import Degraded, Prompt, Verdict
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.timing.clock import stamp
-from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault, LocalVerifier
 from tests.support.proxy import ERRORS, Fault, Gone, Proxy, framed, read_request, said
 from tests.support.serving import ToyEngine, served
@@ -40,7 +40,7 @@ KEY = "a key of sixteen characters or more".replace(" ", "-")
 MODEL = ToyModel(random_table(VOCABULARY, 0), frozenset())
 PROMPT = Prompt((1, 2, 3))
 ALL = Stopping(frozenset(), 6)
-BEGUN = wire.check_prompt(wire.encode_prompt(PROMPT), "greedy")
+BEGUN = wire.prompt_checksum(wire.encode_prompt(PROMPT), "greedy")
 SHORT = 0.15  # s, of requests that are meant to be too late
 
 
@@ -72,8 +72,8 @@ def connected(url: str, patience: float = 60.0, timeout: float = 10.0, key: str 
         connection.close()
 
 
-def opened(connection: Connection, rule: Rule = GREEDY, stage: Stage | None = None) -> RemoteVerification:
-    verification = connection.verifier(rule, stage or Stage(far=True)).open(PROMPT)
+def opened(connection: Connection, rule: Rule = GREEDY, stage: Harness | None = None) -> RemoteVerification:
+    verification = connection.verifier(rule, stage or Harness(far=True)).open(PROMPT)
     verification.wait()
     return verification
 
@@ -141,13 +141,13 @@ def test_what_a_server_says_of_itself(url: str) -> None:
 
 def test_a_rank_that_the_engine_cannot_judge_by_is_refused(url: str) -> None:
     with connected(url) as connection, pytest.raises(Refused, match="by rank 7 at most, not 8"):
-        connection.verifier(Rank(8), Stage())
+        connection.verifier(Rank(8), Harness())
 
 
 def test_a_synthetic_rule_that_the_engine_cannot_judge_by_is_refused_at_once() -> None:
     with served(ToyEngine(synthetic=False), keys=(KEY,)) as url, connected(url) as connection:
         with pytest.raises(Refused, match=r"judges by greedy and rank\(r\) alone, not by synthetic\(0\.9/0\.8\)"):
-            connection.verifier(Synthetic((0.9, 0.8)), Stage())
+            connection.verifier(Synthetic((0.9, 0.8)), Harness())
         assert opened(connection, Rank(3)).verify(0, [3], []).accepted == 0
 
 
@@ -295,7 +295,7 @@ def test_a_lost_session_is_opened_anew_and_fed_the_whole_context(proxy: Proxy) -
 
 
 def test_where_the_sides_no_longer_agree_the_whole_context_is_sent(proxy: Proxy) -> None:
-    stage = Stage(far=True)
+    stage = Harness(far=True)
     with connected(proxy.url) as connection:
         verification = opened(connection, stage=stage)
         proxy.plan(())
@@ -339,7 +339,7 @@ def test_a_stream_may_be_left_early_and_the_session_still_serves(proxy: Proxy) -
 
 
 def test_what_is_too_large_is_refused_at_once() -> None:
-    with served(ToyEngine(MODEL, positions=5)) as url, Proxy(url) as proxy, connected(proxy.url) as connection:
+    with served(ToyEngine(MODEL, max_length=5)) as url, Proxy(url) as proxy, connected(proxy.url) as connection:
         verification = opened(connection)
         proxy.plan(())
         with pytest.raises(Refused, match="413"):
@@ -355,8 +355,8 @@ def test_what_is_too_large_is_refused_at_once() -> None:
 def test_an_edge_that_may_go_on_alone_does_so_when_it_is_refused() -> None:
     edge = ToyModel(random_table(VOCABULARY, 1), frozenset())
     how = Decoding("speculative", replace(ALL, max_new_tokens=12), 3, gate.ALWAYS, alone=True)
-    with served(ToyEngine(MODEL, positions=8)) as url, connected(url) as connection:
-        trace = stamp(decode(PROMPT, how, edge, connection.verifier(GREEDY, Stage())))
+    with served(ToyEngine(MODEL, max_length=8)) as url, connected(url) as connection:
+        trace = stamp(decode(PROMPT, how, edge, connection.verifier(GREEDY, Harness())))
     (degraded,) = [event for _, event in trace.events if isinstance(event, Degraded)]
     assert "413" in degraded.reason
     assert len(trace.tokens) == 12
@@ -396,7 +396,7 @@ def test_after_its_end_a_connection_opens_no_other(url: str) -> None:
 
 def test_closing_ends_the_attempts_of_whoever_still_waits(proxy: Proxy) -> None:
     connection = Connection(proxy.url, KEY, sleep=lambda seconds: verification.close())
-    verification = connection.verifier(GREEDY, Stage()).open(PROMPT)
+    verification = connection.verifier(GREEDY, Harness()).open(PROMPT)
     proxy.plan([Fault.LOST])
     with pytest.raises(CloudFault, match="the caption was over"):
         verification.wait()
@@ -433,7 +433,7 @@ def test_an_interrupted_call_leaves_everything_usable(proxy: Proxy) -> None:
 
 
 def test_the_first_opening_is_no_fault_though_an_attempt_before_it_was(proxy: Proxy) -> None:
-    stage = Stage(far=True)
+    stage = Harness(far=True)
     with connected(proxy.url) as connection:
         verifier = connection.verifier(GREEDY, stage)
         proxy.plan([Fault.ERROR_503])
@@ -450,7 +450,7 @@ def test_the_first_opening_is_no_fault_though_an_attempt_before_it_was(proxy: Pr
 
 
 def test_an_attempt_that_was_the_last_is_time_lost_too(proxy: Proxy) -> None:
-    stage = Stage(far=True)
+    stage = Harness(far=True)
     with connected(proxy.url, patience=0.0) as connection:
         verification = opened(connection, stage=stage)
         known = len(stage.watch.spans)
@@ -469,7 +469,7 @@ def test_the_time_of_a_stream_is_told_apart_by_what_the_server_says_of_its_first
     whole = told(output, lambda asked: [wire.dumps(wire.ended(output, asked))])(0)
     timing = b"Server-Timing: queue;dur=1e9,model;dur=0\r\n"
     answer = whole.replace(b"\r\n", b"\r\n" + timing, 1)
-    stage = Stage(far=True)
+    stage = Harness(far=True)
     with Canned(lambda heard: answer) as other, connected(other.url, patience=0.0) as connection:
         assert list(streaming(connection, stage)) == output
     network, queue = (span for span in stage.watch.spans if not span.size)
@@ -562,21 +562,21 @@ TOY = ToyEngine().identity
 
 def verifying(connection: Connection) -> None:
     connection.remote = TOY
-    verification = connection.verifier(GREEDY, Stage(far=True)).open(PROMPT)
+    verification = connection.verifier(GREEDY, Harness(far=True)).open(PROMPT)
     verification.verify(0, [3], [1])
 
 
 def judging(connection: Connection) -> None:
     """On a session that was opened when all was well."""
     connection.remote = TOY
-    verification = connection.verifier(GREEDY, Stage(far=True)).open(PROMPT)
+    verification = connection.verifier(GREEDY, Harness(far=True)).open(PROMPT)
     verification._session = "there"
     verification.verify(0, [3], [1])
 
 
 def generating(connection: Connection) -> None:
     connection.remote = TOY
-    verification = connection.verifier(GREEDY, Stage(far=True)).open(PROMPT)
+    verification = connection.verifier(GREEDY, Harness(far=True)).open(PROMPT)
     verification._session = "there"
     list(verification.generate(ALL))
 
@@ -599,7 +599,7 @@ def test_a_session_whose_name_no_path_can_hold_is_garbage(session: str) -> None:
     answer = said(201, wire.dumps(wire.opened(session, TOY.fingerprint, BEGUN)))
     with Canned(lambda heard: answer) as other, connected(other.url, patience=0.0) as connection:
         connection.remote = TOY
-        verification = connection.verifier(GREEDY, Stage()).open(PROMPT)
+        verification = connection.verifier(GREEDY, Harness()).open(PROMPT)
         with pytest.raises(CloudFault, match="names no session"):
             verification.wait()
 
@@ -727,8 +727,8 @@ def test_a_stream_that_ends_before_the_caption_is_a_fault() -> None:
             next(tokens)
 
 
-def streaming(connection: Connection, stage: Stage | None = None) -> Iterator[int]:
+def streaming(connection: Connection, stage: Harness | None = None) -> Iterator[int]:
     connection.remote = TOY
-    verification = connection.verifier(GREEDY, stage or Stage(far=True)).open(PROMPT)
+    verification = connection.verifier(GREEDY, stage or Harness(far=True)).open(PROMPT)
     verification._session = "there"
     return verification.generate(ALL)

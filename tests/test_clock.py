@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from edgecloud_sd.events import Event, Finished, Opened, Prepared, Span, Trace
-from edgecloud_sd.timing.clock import VirtualClock, Watch, old_objects_left_alone, stamp, stream
+from edgecloud_sd.timing.clock import VirtualClock, Watch, garbage_collector_frozen, stamp, stream
 
 EVENTS: list[Event] = [Opened("edge"), Finished("eos")]
 
@@ -80,7 +80,7 @@ def test_stamping_without_a_watch_counts_real_seconds_from_now() -> None:
 def test_collections_look_at_new_objects_alone_and_at_all_afterwards() -> None:
     gc.unfreeze()
     try:
-        with old_objects_left_alone():
+        with garbage_collector_frozen():
             assert gc.get_freeze_count() > 1000
         assert gc.get_freeze_count() == 0
     finally:

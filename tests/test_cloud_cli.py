@@ -153,7 +153,7 @@ def test_a_server_says_where_it_is_and_stops_within_seconds_even_in_a_stream(how
             said(f"{url}/v1/model", key="none")
         assert b'"engine":"transformers"' in said(f"{url}/v1/model")
         body = wire.encode_prompt(Prompt((30, 31, 32)))
-        begun = wire.check_prompt(body, "greedy")
+        begun = wire.prompt_checksum(body, "greedy")
         opened = said(f"{url}/v1/sessions?rule=greedy&check={begun}", body, content=wire.OCTETS)
         session, _ = wire.read_opened(opened, begun)
         asked = wire.dumps(wire.to_generate(begun, [], (), 400))
@@ -202,12 +202,12 @@ def alive(pid: int) -> bool:
 @pytest.mark.slow
 def test_a_server_of_ones_own_that_does_not_start_says_why() -> None:
     why = "^the cloud's server did not start: error: --threads: must be a number above 0, not 0$"
-    with pytest.raises(OSError, match=why), process.running(POCKET, more=["--threads", "0"]):
+    with pytest.raises(OSError, match=why), process.run_server(POCKET, more=["--threads", "0"]):
         raise AssertionError("it started")
 
 
 @pytest.mark.slow
 def test_a_server_of_ones_own_without_its_model_says_so() -> None:
     why = "^the cloud's server did not start: error: no checkpoint 'nowhere'"
-    with pytest.raises(OSError, match=why), process.running("nowhere"):
+    with pytest.raises(OSError, match=why), process.run_server("nowhere"):
         raise AssertionError("it started")

@@ -424,7 +424,7 @@ def test_a_clip_that_is_too_short(folder: Path) -> None:
 
 
 def test_a_clip_that_is_too_long(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "LONGEST", 0.25)
+    monkeypatch.setattr(dataset, "MAX_CLIP_SECONDS", 0.25)
     with pytest.raises(BadClip) as error:
         load_manifest(manifest(folder, entry()), "chinese")
     assert f"{folder / 'wav' / 'a.wav'}: lasts 0.500 s" in str(error.value)

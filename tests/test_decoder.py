@@ -114,7 +114,7 @@ def test_every_verified_token_has_at_most_the_rules_rank(scene: Scene, k: int, c
 @given(scenes(), ks, gates)
 def test_rank_1_is_the_greedy_rule(scene: Scene, k: int, chosen: gate.Gate) -> None:
     how = speculative(scene, k, chosen)
-    assert run(scene, how, Rank(1)).tokens == run(scene, how, acceptance.parse("greedy")).tokens
+    assert run(scene, how, Rank(1)).tokens == run(scene, how, acceptance.parse_rule("greedy")).tokens
 
 
 @given(scenes(), ks, ranks)
@@ -133,7 +133,7 @@ def test_a_rejected_draft_is_corrected_at_its_first_rejected_token(scene: Scene,
 def test_the_entropy_gate_escalates_exactly_the_uncertain_drafts(scene: Scene, k: int, threshold: float) -> None:
     context = list(scene.prompt.ids)
     drafted: list[float] = []
-    for _, event in run(scene, speculative(scene, k, gate.entropy(threshold))).events:
+    for _, event in run(scene, speculative(scene, k, gate.entropy_gate(threshold))).events:
         if isinstance(event, Drafted):
             drafts = [[*context, *event.draft.tokens[:i]] for i in range(len(event.draft.tokens))]
             drafted = [probs.entropy(scene.edge.logits(before)) for before in drafts]

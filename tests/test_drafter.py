@@ -15,7 +15,7 @@ from edgecloud_sd.acceptance import GREEDY, Rank
 from edgecloud_sd.decoder import Decoding, decode
 from edgecloud_sd.drafter import Drafter
 from edgecloud_sd.events import Ahead, Committed, Draft, Drafted, Event, Prompt, Trace, Verdict, Verified
-from edgecloud_sd.gate import parse_stop
+from edgecloud_sd.gate import parse_draft_stop
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.prefill import Pending
 from edgecloud_sd.stopping import Stopping
@@ -45,14 +45,14 @@ class Slow:
         return self.call()
 
 
-def run(case: Case, ahead: int, answers: list[bool], strict: bool) -> Trace:
+def run(case: Case, ahead: int, answers: list[bool], is_lossless: bool) -> Trace:
     """The case with verdicts that let so much be drafted ahead of them."""
     left = iter(answers)
 
     def begin(call: Callable[[], Verdict]) -> Pending[Verdict]:
         return Slow(call, left, [])
 
-    how = replace(case.how, begin=begin if ahead else None, ahead=ahead, strict=strict)
+    how = replace(case.how, begin=begin if ahead else None, ahead=ahead, is_lossless=is_lossless)
     return stamp(decode(case.scene.prompt, how, case.scene.edge, LocalVerifier(case.scene.cloud, case.rule)))
 
 
@@ -67,8 +67,8 @@ def drafting(draw: st.DrawFn) -> Case:
 def test_drafting_ahead_changes_no_token_under_any_gate_rule_and_stop(
     case: Case, ahead: int, answers: list[bool]
 ) -> None:
-    waits = run(case, 0, [], strict=False)
-    trace = run(case, ahead, answers, strict=False)
+    waits = run(case, 0, [], is_lossless=False)
+    trace = run(case, ahead, answers, is_lossless=False)
     assert trace.tokens == waits.tokens
     assert [each for _, each in trace.events if isinstance(each, Committed)] == [
         each for _, each in waits.events if isinstance(each, Committed)
@@ -80,20 +80,20 @@ def test_drafting_ahead_changes_no_token_under_any_gate_rule_and_stop(
 def test_longer_drafts_of_what_was_made_ahead_change_no_token_of_strict_output(
     case: Case, ahead: int, answers: list[bool]
 ) -> None:
-    strict = replace(case, how=replace(case.how, gate=gate.ALWAYS, stop=None), rule=GREEDY)
-    assert run(strict, ahead, answers, strict=True).tokens == run(strict, 0, [], strict=True).tokens
+    is_lossless = replace(case, how=replace(case.how, gate=gate.ALWAYS, stop=None), rule=GREEDY)
+    assert run(is_lossless, ahead, answers, is_lossless=True).tokens == run(is_lossless, 0, [], is_lossless=True).tokens
 
 
 @given(drafting(), LIMITS, ANSWERS, st.booleans())
 def test_what_is_drafted_ahead_goes_on_from_the_draft_and_is_kept_where_the_guess_was_right(
-    case: Case, ahead: int, answers: list[bool], strict: bool
+    case: Case, ahead: int, answers: list[bool], is_lossless: bool
 ) -> None:
     stood: tuple[int, ...] = ()
-    for _, event in run(case, ahead, answers, strict).events:
+    for _, event in run(case, ahead, answers, is_lossless).events:
         if isinstance(event, Drafted):
             assert event.draft.tokens[: event.ahead] == stood[: event.ahead]
             assert event.ahead == min(len(stood), len(event.draft.tokens))
-            if not strict:
+            if not is_lossless:
                 assert len(event.draft.tokens) <= int(str(case.how.k))
             stood = stood[len(event.draft.tokens) :]
         elif isinstance(event, Ahead):
@@ -131,7 +131,7 @@ class Counting:
 def test_no_token_that_is_kept_is_drafted_again(scene: Scene, k: int, ahead: int, answers: list[bool]) -> None:
     edge = Counting(scene.edge)
     case = Case(replace(scene, edge=edge), speculative(scene, k), GREEDY)  # type: ignore[arg-type]
-    trace = run(case, ahead, answers, strict=True)
+    trace = run(case, ahead, answers, is_lossless=True)
     new = sum(len(event.draft.tokens) - event.ahead for _, event in trace.events if isinstance(event, Drafted))
     assert len(edge.fed) == new + metrics.counts(trace).ahead
 
@@ -140,7 +140,7 @@ def test_no_token_that_is_kept_is_drafted_again(scene: Scene, k: int, ahead: int
 def test_a_right_drafter_that_is_never_interrupted_makes_each_token_once(scene: Scene, k: int) -> None:
     edge = Counting(scene.cloud)
     case = Case(replace(scene, edge=edge), speculative(scene, k), GREEDY)  # type: ignore[arg-type]
-    trace = run(case, 30, [], strict=True)
+    trace = run(case, 30, [], is_lossless=True)
     counts = metrics.counts(trace)
     assert len(edge.fed) == len(trace.tokens)
     assert (counts.ahead_wasted, counts.correction) == (0, 0)
@@ -188,7 +188,7 @@ def test_a_draft_stops_at_its_first_unsure_token_and_no_earlier(case: Case) -> N
     assert stop is not None
     score = stop.score or probs.entropy
     k, context = int(str(case.how.k)), list(scene.prompt.ids)
-    for _, event in run(case, 0, [], strict=False).events:
+    for _, event in run(case, 0, [], is_lossless=False).events:
         if isinstance(event, Drafted):
             draft = event.draft.tokens
             unsure = [score(scene.edge.logits([*context, *draft[:i]])) > stop.threshold for i in range(len(draft))]
@@ -203,9 +203,9 @@ def test_a_draft_stops_at_its_first_unsure_token_and_no_earlier(case: Case) -> N
 def test_stopping_where_the_gate_escalates_never_adds_an_escalation_that_a_shorter_draft_has_not(
     scene: Scene, k: int, threshold: float
 ) -> None:
-    chosen = gate.entropy(threshold)
-    how = replace(speculative(scene, k, chosen), stop=parse_stop("entropy", chosen))
-    for _, event in run(Case(scene, how, Rank(3)), 0, [], strict=False).events:
+    chosen = gate.entropy_gate(threshold)
+    how = replace(speculative(scene, k, chosen), stop=parse_draft_stop("entropy", chosen))
+    for _, event in run(Case(scene, how, Rank(3)), 0, [], is_lossless=False).events:
         if isinstance(event, Drafted):
             assert chosen(event.draft) == (event.draft.scores[-1] > threshold)
 
@@ -215,9 +215,9 @@ def test_stopping_where_the_gate_escalates_never_adds_an_escalation_that_a_short
     [("entropy", "stopH1.5"), ("entropy=0.5", "stopH0.5"), ("margin=0.25", "stopM0.25"), ("none", None)],
 )
 def test_a_stop_is_known_by_its_rule_and_threshold(text: str, label: str | None) -> None:
-    found = parse_stop(text, gate.entropy(1.5))
+    found = parse_draft_stop(text, gate.entropy_gate(1.5))
     assert (found and found.label) == label
-    assert parse_stop("entropy", gate.ALWAYS) is None
+    assert parse_draft_stop("entropy", gate.ALWAYS) is None
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_stop_is_known_by_its_rule_and_threshold(text: str, label: str | None)
 )
 def test_what_is_no_stop_is_an_error_that_names_those_there_are(text: str) -> None:
     with pytest.raises(ValueError, match="none, entropy, entropy=x, margin=x"):
-        parse_stop(text, gate.ALWAYS)
+        parse_draft_stop(text, gate.ALWAYS)
 
 
 def test_a_reader_that_leaves_while_a_verdict_is_on_its_way_waits_for_it() -> None:
@@ -264,15 +264,15 @@ def test_what_stops_the_edge_while_it_drafts_ahead_is_not_lost_in_a_fault_of_the
 @given(drafting())
 def test_stopping_drafts_early_changes_no_token_of_strict_output(case: Case) -> None:
     stop = case.how.stop and replace(case.how.stop, score=case.how.stop.score or probs.entropy)
-    strict = replace(case, how=replace(case.how, gate=gate.ALWAYS, stop=stop), rule=GREEDY)
-    whole = replace(strict, how=replace(strict.how, stop=None))
-    assert run(strict, 0, [], strict=True).tokens == run(whole, 0, [], strict=True).tokens
+    is_lossless = replace(case, how=replace(case.how, gate=gate.ALWAYS, stop=stop), rule=GREEDY)
+    whole = replace(is_lossless, how=replace(is_lossless.how, stop=None))
+    assert run(is_lossless, 0, [], is_lossless=True).tokens == run(whole, 0, [], is_lossless=True).tokens
 
 
 @pytest.mark.parametrize(("text", "stops"), [("margin=0.5", [False, True]), ("entropy=0.6", [False, True])])
 def test_a_margin_stops_where_it_is_small_and_an_entropy_where_it_is_large(text: str, stops: list[bool]) -> None:
     rows = torch.tensor([[4.0, 0.0], [0.5, 0.0]])  # margins 0.96 and 0.24, entropies 0.09 and 0.66 nats
-    stop = parse_stop(text, gate.ALWAYS)
+    stop = parse_draft_stop(text, gate.ALWAYS)
     assert stop is not None
     assert [stop(row, []) for row in rows] == stops
 

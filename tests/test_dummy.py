@@ -22,7 +22,7 @@ from edgecloud_sd.events import Prompt
 from edgecloud_sd.host import limits
 from edgecloud_sd.measure import quality
 from edgecloud_sd.models import dummy, hf, memory, pairs
-from edgecloud_sd.models.pairs import DTYPES, DUMMY, PAIRS, QUANTISED
+from edgecloud_sd.models.pairs import DTYPES, DUMMY, PAIRS, QUANTISED_DTYPES
 from edgecloud_sd.pipeline import Captioner, Cell, Request
 
 pytestmark = pytest.mark.slow  # all of it takes long beside the rest
@@ -68,23 +68,23 @@ def said(model: hf.HFModel, count: int = 12) -> tuple[list[int], torch.Tensor]:
 def test_the_published_sizes_are_known(model: str, parameters: float, rows: int) -> None:
     config = dummy.configuration(model)
     assert config.text_config.vocab_size == rows
-    assert dummy.need(dummy._empty(config), "float32").parameters == pytest.approx(parameters, rel=2e-3)
+    assert dummy.memory_need(dummy._empty(config), "float32").parameters == pytest.approx(parameters, rel=2e-3)
 
 
 def test_of_the_published_edge_int8_takes_a_third_of_float32() -> None:
     thinker = dummy._empty(dummy.configuration(PUBLISHED.edge))
-    assert dummy.need(thinker, "int8").loaded < 0.35 * dummy.need(thinker, "float32").loaded
-    assert dummy.need(thinker, "float32").loading < 24e9
+    assert dummy.memory_need(thinker, "int8").loaded < 0.35 * dummy.memory_need(thinker, "float32").loaded
+    assert dummy.memory_need(thinker, "float32").loading < 24e9
 
 
-@pytest.mark.parametrize("dtype", DTYPES + QUANTISED)
+@pytest.mark.parametrize("dtype", DTYPES + QUANTISED_DTYPES)
 def test_a_config_alone_makes_a_model_that_says_different_finite_things(dtype: str, folder: Path) -> None:
-    model = hf.load(folder, dtype=dtype, weights=DUMMY)
+    model = hf.load_model(folder, dtype=dtype, weights=DUMMY)
     ids, logits = said(model)
     assert len(set(ids)) > 3
     assert logits.isfinite().all()
     assert 0.5 < logits.float().std() < 2.5
-    need = dummy.need(dummy._empty(dummy.configuration(folder)), dtype)
+    need = dummy.memory_need(dummy._empty(dummy.configuration(folder)), dtype)
     scales = [each for name, each in model.thinker.named_buffers() if "scale" in name]
     assert need.loaded == sum(each.numel() * each.itemsize for each in (*model.thinker.parameters(), *scales))
     assert not any(each.is_meta for each in (*model.thinker.parameters(), *model.thinker.buffers()))
@@ -92,14 +92,14 @@ def test_a_config_alone_makes_a_model_that_says_different_finite_things(dtype: s
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_deep_model_keeps_its_scale(dtype: str, tmp_path: Path) -> None:
-    model = hf.load(write(tmp_path / "deep", num_hidden_layers=64), dtype=dtype, weights=DUMMY)
+    model = hf.load_model(write(tmp_path / "deep", num_hidden_layers=64), dtype=dtype, weights=DUMMY)
     ids, logits = said(model)
     assert len(set(ids)) > 3
     assert 0.5 < logits.float().std() < 2.5
 
 
 def test_formats_and_runs_have_the_same_weights_and_sides_have_their_own_sizes(folder: Path) -> None:
-    one, same, half = (hf.load(folder, dtype=each, weights=DUMMY) for each in ("float32", "float32", "bfloat16"))
+    one, same, half = (hf.load_model(folder, dtype=each, weights=DUMMY) for each in ("float32", "float32", "bfloat16"))
     for name, value in one.thinker.state_dict().items():
         assert torch.equal(value, same.thinker.state_dict()[name])
         assert torch.equal(value, half.thinker.state_dict()[name].float())
@@ -113,7 +113,7 @@ def test_tables_of_positions_are_those_of_a_model_that_is_built_as_usual(folder:
     config = dummy.configuration(folder)
     config.vision_config.depth, config.vision_config.hidden_size = 1, 64  # a tower of the usual size takes a minute
     usual = Qwen2_5OmniThinkerForConditionalGeneration(config).model
-    made = hf.load(folder, weights=DUMMY).thinker.model
+    made = hf.load_model(folder, weights=DUMMY).thinker.model
     for part in ("audio_tower", "language_model"):
         expected = dict(getattr(usual, part).named_buffers())
         found = dict(getattr(made, part).named_buffers())
@@ -125,16 +125,16 @@ def test_tied_embeddings_are_one_tensor(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    thinker = hf.load(folder, weights=DUMMY).thinker
+    thinker = hf.load_model(folder, weights=DUMMY).thinker
     assert thinker.lm_head.weight is thinker.get_input_embeddings().weight
-    rounded = hf.load(folder, dtype="int8", weights=DUMMY).thinker
+    rounded = hf.load_model(folder, dtype="int8", weights=DUMMY).thinker
     head, table = rounded.lm_head, rounded.get_input_embeddings().weight.float()
     assert torch.allclose(head.weight * head.scale.float()[:, None], table, atol=float(head.scale.max()))
 
 
 def test_every_id_has_text_or_none_and_both_published_sides_are_a_pair() -> None:
     edge, cloud = (hf.load_frontend(each, DUMMY) for each in (PUBLISHED.edge, PUBLISHED.cloud))
-    pairs.check(edge.name, pairs.traits(edge), cloud.name, pairs.traits(cloud))
+    pairs.check_pair(edge.name, pairs.frontend_traits(edge), cloud.name, pairs.frontend_traits(cloud))
     tokens = len(edge.tokenizer.tokenizer)
     known = [300, 151_935 % tokens]
     assert edge.tokenizer.decode([7 * tokens + 300, 151_935]) == edge.tokenizer.tokenizer.decode(known)
@@ -145,7 +145,7 @@ def test_a_tower_for_other_spectrograms_gets_them(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["audio_config"]["num_mel_bins"] = 80
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    captioner = Captioner(pairs.find("pocket", str(folder), str(folder), DUMMY))
+    captioner = Captioner(pairs.find_pair("pocket", str(folder), str(folder), DUMMY))
     prompt = captioner.prompt(Request(np.zeros(16_000, dtype=np.float32)), "edge")
     assert prompt.features is not None
     assert prompt.features.shape[0] == 80
@@ -154,7 +154,7 @@ def test_a_tower_for_other_spectrograms_gets_them(folder: Path) -> None:
 
 def test_a_pair_of_configs_is_strict_and_says_what_it_is(tmp_path: Path) -> None:
     small, large = write(tmp_path / "small"), write(tmp_path / "large", num_hidden_layers=4, vocab_size=1008)
-    pair = pairs.find("pocket", str(small), str(large), DUMMY)
+    pair = pairs.find_pair("pocket", str(small), str(large), DUMMY)
     assert pair.name == "small+large-dummy"
     captioner = Captioner(pair, edge_dtype="int8")
     request = Request(np.random.default_rng(1).normal(0, 0.1, 16_000).astype(np.float32))
@@ -163,7 +163,7 @@ def test_a_pair_of_configs_is_strict_and_says_what_it_is(tmp_path: Path) -> None
 
 
 def test_no_side_says_an_id_that_the_other_may_not_have(folder: Path) -> None:
-    model = hf.load(folder, weights=DUMMY)
+    model = hf.load_model(folder, weights=DUMMY)
     assert not model.thinker.lm_head.weight[-10:].any()
     assert model.thinker.lm_head.weight[:-10].any(1).all()
     _, logits = said(model, 40)
@@ -172,36 +172,36 @@ def test_no_side_says_an_id_that_the_other_may_not_have(folder: Path) -> None:
 
 def test_ids_and_settings_say_that_weights_are_dummy() -> None:
     settings = resolve({"pair": "qwen2.5-omni", "weights": DUMMY})
-    found = pairs.find(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
+    found = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
     assert found.name == "qwen2.5-omni-dummy"
-    assert pairs.find("qwen2.5-omni") == PUBLISHED
+    assert pairs.find_pair("qwen2.5-omni") == PUBLISHED
 
 
 def test_vllm_has_no_dummy_weights(folder: Path) -> None:
     with pytest.raises(ValueError, match="--weights: dummy is for --engine transformers"):
-        engine.load("vllm", str(folder), "cpu", "float32", {}, DUMMY)
+        engine.load_engine("vllm", str(folder), "cpu", "float32", {}, DUMMY)
 
 
 def test_quality_that_means_nothing_is_null_with_its_reason() -> None:
     scores = quality.score(["他很高兴"], [["他很高兴"]], "chinese", meaningless="weights are random")
-    assert scores.corpus == dict.fromkeys(quality.METRICS)
-    assert scores.per_clip == dict.fromkeys(quality.METRICS, (None,))
-    assert scores.reasons == dict.fromkeys(quality.METRICS, "weights are random")
+    assert scores.corpus == dict.fromkeys(quality.QUALITY_METRICS)
+    assert scores.per_clip == dict.fromkeys(quality.QUALITY_METRICS, (None,))
+    assert scores.reasons == dict.fromkeys(quality.QUALITY_METRICS, "weights are random")
 
 
 def test_what_has_no_dimensions_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no dimensions of 'Qwen/Other': give a folder with a config\.json"):
-        hf.load("Qwen/Other", weights=DUMMY)
+        hf.load_model("Qwen/Other", weights=DUMMY)
     with pytest.raises(OSError, match="cannot be loaded"):
-        hf.load(tmp_path, weights=DUMMY)
+        hf.load_model(tmp_path, weights=DUMMY)
     with pytest.raises(ValueError, match="has 100 rows for the 640 tokens of its tokenizer"):
-        hf.load(write(tmp_path / "short", vocab_size=100), weights=DUMMY)
+        hf.load_model(write(tmp_path / "short", vocab_size=100), weights=DUMMY)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "rooms", lambda *_: iter([memory.Room(200_000, "0 GB are free", "loaded", "buy more")]))
     with pytest.raises(ValueError, match=r"small-dummy' needs 0\.001 GB in float32, and 0 GB are free: buy more$"):
-        hf.load(folder, weights=DUMMY)
+        hf.load_model(folder, weights=DUMMY)
 
 
 @pytest.mark.parametrize(
@@ -228,13 +228,15 @@ def test_sizes_that_do_not_go_together_are_one_line(
     config["audio_config"] |= audio
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(OSError, match=message) as refused:
-        hf.load(folder, weights=DUMMY)
+        hf.load_model(folder, weights=DUMMY)
     assert len(str(refused.value).splitlines()) == 1
 
 
 def test_only_tables_of_ids_end_in_padding(tmp_path: Path) -> None:
-    thinker = hf.load(write(tmp_path / "square", vocab_size=704, hidden_size=704), weights=DUMMY).thinker
-    ends = {name: value[dummy.spoken(704) :] for name, value in thinker.state_dict().items() if len(value) == 704}
+    thinker = hf.load_model(write(tmp_path / "square", vocab_size=704, hidden_size=704), weights=DUMMY).thinker
+    ends = {
+        name: value[dummy.unpadded_size(704) :] for name, value in thinker.state_dict().items() if len(value) == 704
+    }
     padded = {name for name, value in ends.items() if not name.endswith("bias") and not value.any()}
     assert padded == {"model.language_model.embed_tokens.weight", "lm_head.weight"}
     assert len(ends) > 10
@@ -243,7 +245,7 @@ def test_only_tables_of_ids_end_in_padding(tmp_path: Path) -> None:
 def test_the_memory_that_a_process_is_held_to_holds_for_it_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "in_force", lambda: SimpleNamespace(memory_bytes=1))
     with pytest.raises(ValueError, match="small-dummy' needs"):
-        hf.load(folder, weights=DUMMY)
+        hf.load_model(folder, weights=DUMMY)
 
 
 PEAK = r"""
@@ -265,7 +267,7 @@ print(peak() - before)
 @pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
 def test_a_model_is_never_there_twice(dtype: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "wide", hidden_size=1024, intermediate_size=4096, num_hidden_layers=16)
-    need = dummy.need(dummy._empty(dummy.configuration(folder)), dtype)
+    need = dummy.memory_need(dummy._empty(dummy.configuration(folder)), dtype)
     done = subprocess.run([sys.executable, "-c", PEAK, folder, dtype], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert 1024 * int(done.stdout) < 1.3 * need.loading + 50e6
@@ -273,25 +275,25 @@ def test_a_model_is_never_there_twice(dtype: str, tmp_path: Path) -> None:
 
 
 def test_both_sides_must_know_the_ids_that_either_may_say() -> None:
-    dummy.check_rows(151_936, 152_064)
-    dummy.check_rows(152_064, 151_936)
-    assert (dummy.spoken(1000), dummy.spoken(50)) == (990, 49)
+    dummy.check_vocab_sizes(151_936, 152_064)
+    dummy.check_vocab_sizes(152_064, 151_936)
+    assert (dummy.unpadded_size(1000), dummy.unpadded_size(50)) == (990, 49)
     for edge, cloud in ((5000, 700), (700, 5000)):
         with pytest.raises(ValueError, match=f"vocab_size {edge} of the edge and {cloud} of the cloud"):
-            dummy.check_rows(edge, cloud)
+            dummy.check_vocab_sizes(edge, cloud)
 
 
 def test_folders_of_which_one_knows_more_ids_are_refused_before_a_caption(tmp_path: Path) -> None:
     edge, cloud = write(tmp_path / "edge", vocab_size=5000), write(tmp_path / "cloud", vocab_size=1000)
-    captioner = Captioner(pairs.find("pocket", str(edge), str(cloud), DUMMY))
+    captioner = Captioner(pairs.find_pair("pocket", str(edge), str(cloud), DUMMY))
     with pytest.raises(ValueError, match="vocab_size 5000 of the edge and 1000"):
         captioner.load("speculative")
 
 
 @pytest.mark.parametrize(("here", "there"), [(DUMMY, pairs.REAL), (pairs.REAL, DUMMY)])
 def test_a_server_and_an_edge_are_both_of_dummy_weights_or_neither(here: str, there: str) -> None:
-    served = Transformers(hf.load(PAIRS["pocket"].cloud, weights=there), "float32", there)
+    served = Transformers(hf.load_model(PAIRS["pocket"].cloud, weights=there), "float32", there)
     connection: Any = SimpleNamespace(remote=served.identity)
-    captioner = Captioner(pairs.find("pocket", weights=here), connection=connection)
+    captioner = Captioner(pairs.find_pair("pocket", weights=here), connection=connection)
     with pytest.raises(ValueError, match="not both of dummy weights: --weights"):
         captioner.load("speculative")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecloud_sd.cloud.fair_queue import Turns
+from edgecloud_sd.cloud.fair_queue import FairQueue
 from tests.support.asgi import play, until
 
 
@@ -35,7 +35,7 @@ class Work:
 
 def test_one_who_asks_for_much_waits_behind_itself() -> None:
     async def scene() -> None:
-        turns, work = Turns(1), Work()
+        turns, work = FairQueue(1), Work()
         names = ["a0", "a1", "a2", "a3", "b0", "c0", "b1"]  # as they come
         tasks = []
         for name in names:
@@ -71,7 +71,7 @@ def test_all_are_run_each_client_in_its_order_and_never_too_many_at_once(
             raise LookupError(number)
 
     async def scene() -> None:
-        turns = Turns(slots)
+        turns = FairQueue(slots)
         asked = [turns.run(owner, lambda number=number: call(number)) for number, owner in enumerate(owners)]  # type: ignore[misc]
         got = await asyncio.gather(*asked, return_exceptions=True)
         assert [isinstance(each, LookupError) for each in got] == fails
@@ -95,7 +95,7 @@ def test_all_are_run_each_client_in_its_order_and_never_too_many_at_once(
 
 def test_what_waits_and_is_cancelled_leaves_its_place() -> None:
     async def scene() -> None:
-        turns, work = Turns(1), Work()
+        turns, work = FairQueue(1), Work()
         running, waiting, last = (
             asyncio.create_task(turns.run("a", work.call(name))) for name in ("running", "waiting", "last")
         )
@@ -114,7 +114,7 @@ def test_what_waits_and_is_cancelled_leaves_its_place() -> None:
 
 def test_what_is_cancelled_with_its_turn_just_given_passes_it_on() -> None:
     async def scene() -> None:
-        turns = Turns(1)
+        turns = FairQueue(1)
         turns._free = 0
         first, second = (asyncio.create_task(turns._turn("a")) for _ in range(2))
         await asyncio.sleep(0)
@@ -129,7 +129,7 @@ def test_what_is_cancelled_with_its_turn_just_given_passes_it_on() -> None:
 
 def test_a_running_call_that_is_cancelled_keeps_its_thread_to_the_end() -> None:
     async def scene() -> None:
-        turns, work = Turns(1), Work()
+        turns, work = FairQueue(1), Work()
         running = asyncio.create_task(turns.run("a", work.call("running")))
         await until(lambda: bool(work.order))
         running.cancel()
@@ -148,7 +148,7 @@ def test_a_running_call_that_is_cancelled_keeps_its_thread_to_the_end() -> None:
 
 def test_the_time_in_the_queue_is_told_from_the_time_at_work() -> None:
     async def scene() -> None:
-        turns = Turns(1)
+        turns = FairQueue(1)
         first, second = await asyncio.gather(
             turns.run("a", lambda: time.sleep(0.05)), turns.run("a", lambda: time.sleep(0.02))
         )

@@ -18,10 +18,10 @@ from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.decoder import Decoding, decode
 from edgecloud_sd.events import Committed, Degraded, Event, Finished, Prepared, Prompt, Trace, Verdict
 from edgecloud_sd.measure import metrics
-from edgecloud_sd.measure.breakdown import intervals, ledger
+from edgecloud_sd.measure.breakdown import intervals, latency_breakdown
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.timing.clock import stamp
-from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault, LocalVerifier, Verification, Verifier
 from tests.support.proxy import SLOW, STREAMED, Fault, Proxy
 from tests.support.serving import ToyEngine, served
@@ -80,7 +80,7 @@ def plans(draw: st.DrawFn) -> Plan:
     rule = draw(ranks | synthetics) if kind == "lossy" else GREEDY
     how = speculative(scene, draw(ks), draw(gates) if kind == "lossy" else gate.ALWAYS)
     if draw(st.booleans()):
-        how = replace(how, ahead=6, strict=kind == "strict")
+        how = replace(how, ahead=6, is_lossless=kind == "strict")
     if kind == "cloud":
         how = Decoding("cloud", scene.stopping)
     kinds = [*STREAMED, *UNSTREAMED] if kind == "cloud" else UNSTREAMED
@@ -123,10 +123,10 @@ class WatchedVerification:
 
 
 def caption(
-    plan: Plan, connection: Connection, gave_up: list[CloudFault] | None = None, stage: Stage | None = None
+    plan: Plan, connection: Connection, gave_up: list[CloudFault] | None = None, stage: Harness | None = None
 ) -> Trace:
     """As `Captioner` does it."""
-    stage = stage or Stage(far=True)
+    stage = stage or Harness(far=True)
 
     def events() -> Iterator[Event]:
         yield Prepared(len(plan.scene.prompt.ids))
@@ -163,7 +163,7 @@ def run(
         connection.close()
 
 
-def check_ledger(trace: Trace) -> None:
+def check_breakdown(trace: Trace) -> None:
     """Nothing is counted twice, and nothing is lost."""
     end = 0.0
     for span in trace.spans:
@@ -171,7 +171,7 @@ def check_ledger(trace: Trace) -> None:
         assert span.start <= span.end <= trace.seconds + 1e-9
         end = span.end
     assert all(rest >= -1e-9 for _, rest in intervals(trace))
-    kept = ledger(trace)
+    kept = latency_breakdown(trace)
     assert all(seconds >= -1e-9 for seconds in kept.parts.values())
     assert kept.seconds == pytest.approx(trace.seconds)
 
@@ -187,7 +187,7 @@ def test_two_hundred_schedules_and_not_one_caption_wrong(world: World, capsys: p
         trace = run(world, plan, FOREVER)
         assert trace.tokens == without_faults(plan)
         assert not any(isinstance(event, Degraded) for _, event in trace.events)
-        check_ledger(trace)
+        check_breakdown(trace)
         survived.append(world.proxy.injected.total() - before)
 
     for kind in Fault:  # what is drawn may leave one out
@@ -211,7 +211,7 @@ def test_an_edge_that_may_go_on_alone_finishes_every_caption(world: World, plan:
     events = [event for _, event in trace.events]
     marks = [place for place, event in enumerate(events) if isinstance(event, Degraded)]
     assert len(marks) == len(gave_up) <= 1
-    check_ledger(trace)
+    check_breakdown(trace)
     right = without_faults(plan)
     if not marks:
         assert trace.tokens == right
@@ -287,10 +287,10 @@ def test_a_stream_that_never_holds_is_gone_on_with_as_long_as_it_gives_something
 def test_what_a_fault_took_is_told_apart_and_what_it_sent_is_counted(world: World, mode: str) -> None:
     how = STRICT.how if mode == "speculative" else Decoding("cloud", SCENE.stopping)
     plain = run(world, replace(STRICT, how=how), FOREVER, timeout=10.0)
-    assert ledger(plain).parts["faults"] == 0
+    assert latency_breakdown(plain).parts["faults"] == 0
     harmed = run(world, replace(STRICT, how=how, faults=[Fault.TWICE_FIRST, Fault.LOST]), FOREVER, timeout=10.0)
-    check_ledger(harmed)
-    assert ledger(harmed).parts["faults"] > 0
+    check_breakdown(harmed)
+    assert latency_breakdown(harmed).parts["faults"] > 0
     sent = [span.size for span in plain.spans if span.part == "uplink" and span.size]
     again = [span.size for span in harmed.spans if span.part == "uplink" and span.size]
     assert again == [sent[0], sent[1], *sent[1:]]

@@ -39,7 +39,7 @@ from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.timing import link as links
 from edgecloud_sd.timing import profile
 from edgecloud_sd.timing.clock import Watch
-from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Costs, Profile
 from tests.support.strategies import (
@@ -75,7 +75,7 @@ def over(link: Link, value: float) -> object:
 
 
 def tokens_per_round(work: Workload) -> float:
-    return oracle.per_round(QUICK, links.NONE, work).tokens
+    return oracle.per_round(QUICK, links.NO_LINK, work).tokens
 
 
 # --- the closed form ---
@@ -94,7 +94,7 @@ def test_without_a_link_and_a_gate_it_is_the_walltime_improvement_of_leviathan(
     step = 0.01 + more
     machines = Profile("theorem 3.8", Costs(0, ((1, c * step),)), Costs(0, ((1, step),)))
     closed = (1 - a ** (k + 1)) / ((1 - a) * (k * c + 1)) if a < 1 else (k + 1) / (k * c + 1)
-    assert oracle.forecast(machines, links.NONE, geometric(k, a)).over_cloud == exactly(closed)
+    assert oracle.forecast(machines, links.NO_LINK, geometric(k, a)).over_cloud == exactly(closed)
 
 
 def test_a_draft_that_is_not_escalated_is_committed_whole() -> None:
@@ -125,7 +125,7 @@ def clocked(machines: Profile, link: Link, k: int, pattern: Sequence[Round], cho
     edge = Scripted(frozenset(wrong), frozenset(unsure))
     how = Decoding("speculative", Stopping(frozenset(), at + k + 1), k, chosen)  # nothing is cut in the two turns
     reached, n = dict[int, float](), 0  # when so many tokens were there
-    for moment, event in play(PROMPT, edge, Scripted(), how, Stage(machines, link)).events:
+    for moment, event in play(PROMPT, edge, Scripted(), how, Harness(machines, link)).events:
         if isinstance(event, Committed):
             n += len(event.tokens)
             reached[n] = moment
@@ -182,7 +182,7 @@ def test_escalating_at_a_known_rate_is_forecast_to_the_last_digit(
     ],
 )
 def test_the_published_machines_are_forecast_to_the_last_digit(name: str, k: int, rounds: list[Round]) -> None:
-    link, machines = steady(links.find(name)), profile.load("published")
+    link, machines = steady(links.find_link(name)), profile.load_profile("published")
     took = clocked(machines, link, k, rounds, UNSURE)
     assert oracle.seconds_per_token(machines, link, expected(k, rounds, True)) == over(link, took)
 
@@ -190,7 +190,7 @@ def test_the_published_machines_are_forecast_to_the_last_digit(name: str, k: int
 @given(profiles(edge_points=1), any_link.map(steady), st.sampled_from(["edge", "cloud", "speculative"]), st.booleans())
 def test_a_whole_caption_is_its_opening_and_its_tokens(machines: Profile, link: Link, mode: str, eager: bool) -> None:
     how = Decoding(mode, Stopping(frozenset(), 6), 2, gate.ALWAYS)
-    trace = play(PROMPT, Scripted(), Scripted(), how, Stage(machines, link), when="eager" if eager else "lazy")
+    trace = play(PROMPT, Scripted(), Scripted(), how, Harness(machines, link), when="eager" if eager else "lazy")
     each = {
         "edge": machines.edge.step,
         "cloud": oracle.cloud_seconds_per_token(machines, link),
@@ -205,17 +205,22 @@ def test_a_whole_caption_is_its_opening_and_its_tokens(machines: Profile, link: 
 
 @pytest.mark.parametrize(("text", "n"), [("entropy=9", 1), ("margin=0.0001", 1), ("none", 0)])
 def test_what_a_draft_stop_reads_is_paid_for_each_token(text: str, n: int) -> None:
-    stop = gate.parse_stop(text, gate.ALWAYS)
-    assert gate.statistics(gate.ALWAYS, stop) == n
-    assert gate.statistics(gate.entropy(1.0), gate.parse_stop("margin=0.1", gate.entropy(1.0))) == 2
-    assert gate.statistics(gate.entropy(1.0), gate.parse_stop("entropy", gate.entropy(1.0))) == 1
+    stop = gate.parse_draft_stop(text, gate.ALWAYS)
+    assert gate.statistics_per_token(gate.ALWAYS, stop) == n
+    assert (
+        gate.statistics_per_token(gate.entropy_gate(1.0), gate.parse_draft_stop("margin=0.1", gate.entropy_gate(1.0)))
+        == 2
+    )
+    assert (
+        gate.statistics_per_token(gate.entropy_gate(1.0), gate.parse_draft_stop("entropy", gate.entropy_gate(1.0))) == 1
+    )
     machines = Profile("machines", Costs(0.0, ((1, 0.01),)), Costs(0.0, ((1, 0.02),)), gate=0.004)
     how = Decoding("speculative", Stopping(frozenset(), 30), 2, gate.ALWAYS, stop=stop)
-    trace = play(PROMPT, Scripted(), Scripted(), how, Stage(machines))
+    trace = play(PROMPT, Scripted(), Scripted(), how, Harness(machines))
     work = replace(geometric(2, 1.0), gated=n)
-    assert trace.seconds == pytest.approx(30 * oracle.seconds_per_token(machines, links.NONE, work))
+    assert trace.seconds == pytest.approx(30 * oracle.seconds_per_token(machines, links.NO_LINK, work))
     found = oracle.observed(
-        [trace, play(PROMPT, Scripted(), Scripted(), Decoding("cloud", how.stopping), Stage(machines))]
+        [trace, play(PROMPT, Scripted(), Scripted(), Decoding("cloud", how.stopping), Harness(machines))]
     )
     assert found is not None
     assert found.gate == pytest.approx(0.004 if n else 0.0)
@@ -224,8 +229,8 @@ def test_what_a_draft_stop_reads_is_paid_for_each_token(text: str, n: int) -> No
 def drafted_ahead(work: Workload, machines: Profile, link: Link, wrong: frozenset[int], n: int) -> Trace:
     """A caption of `n` tokens, of which the edge gets those at the places in `wrong` wrong."""
     stopping = Stopping(frozenset(), n)
-    how = Decoding("speculative", stopping, work.k, gate.ALWAYS, ahead=work.ahead, strict=work.strict)
-    return play(PROMPT, Scripted(wrong), Scripted(), how, Stage(machines, link))
+    how = Decoding("speculative", stopping, work.k, gate.ALWAYS, ahead=work.ahead, is_lossless=work.is_lossless)
+    return play(PROMPT, Scripted(wrong), Scripted(), how, Harness(machines, link))
 
 
 @pytest.mark.slow
@@ -233,12 +238,12 @@ def drafted_ahead(work: Workload, machines: Profile, link: Link, wrong: frozense
 @given(ks, st.sampled_from([1, 2, 4, 9, 30]), st.booleans(), profiles(edge_points=1), seconds)
 @example(1, 9, False, Profile("what is left fills up", Costs(0.0, ((1, 0.01),)), Costs(0.0, ((1, 0.055),))), 0.0)
 def test_where_all_is_accepted_drafting_ahead_is_forecast_to_the_last_digit(
-    k: int, ahead: int, strict: bool, machines: Profile, rtt: float
+    k: int, ahead: int, is_lossless: bool, machines: Profile, rtt: float
 ) -> None:
     link = Link("wide", rtt, math.inf, math.inf)  # where messages take as long as each other
     step = machines.edge.step * 1.0000137  # or a verdict might come just as a token is made, which rounding decides
     machines = replace(machines, edge=Costs(0.0, ((1, step),)), queue=0.0)
-    work = Workload(k, (1.0,), sent=1.0, ahead=ahead, strict=strict, guess=1.0)
+    work = Workload(k, (1.0,), sent=1.0, ahead=ahead, is_lossless=is_lossless, guess=1.0)
     trace = drafted_ahead(work, machines, link, frozenset(), 700)
     verdicts = [(at, event.verdict.accepted + 1) for at, event in trace.events if isinstance(event, Verified)]
     written = list(itertools.accumulate(tokens for _, tokens in verdicts))
@@ -250,7 +255,7 @@ def test_where_all_is_accepted_drafting_ahead_is_forecast_to_the_last_digit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("k", "ahead", "strict", "right", "forward"),
+    ("k", "ahead", "is_lossless", "right", "forward"),
     [
         (2, 4, False, 0.8, ((1, 0.085),)),  # as many as may be made are
         (3, 8, False, 0.9, ((1, 0.055), (8, 0.06))),  # what one draft leaves begins the next but one
@@ -258,15 +263,15 @@ def test_where_all_is_accepted_drafting_ahead_is_forecast_to_the_last_digit(
     ],
 )
 def test_where_the_edge_may_be_wrong_drafting_ahead_takes_what_is_forecast(
-    k: int, ahead: int, strict: bool, right: float, forward: tuple[tuple[int, float], ...]
+    k: int, ahead: int, is_lossless: bool, right: float, forward: tuple[tuple[int, float], ...]
 ) -> None:
     machines = Profile("machines", Costs(0.0, ((1, 0.01),)), Costs(0.0, forward))
     source = random.Random(3)
     wrong = frozenset(place for place in range(5000) if source.random() > right)
     rate = 1 - len(wrong) / 5000
-    work = Workload(k, tuple(rate**i for i in range(1, 41)), sent=1.0, ahead=ahead, strict=strict, guess=rate)
-    trace = drafted_ahead(work, machines, links.NONE, wrong, 5000)
-    forecast = 5000 * oracle.seconds_per_token(machines, links.NONE, work)
+    work = Workload(k, tuple(rate**i for i in range(1, 41)), sent=1.0, ahead=ahead, is_lossless=is_lossless, guess=rate)
+    trace = drafted_ahead(work, machines, links.NO_LINK, wrong, 5000)
+    forecast = 5000 * oracle.seconds_per_token(machines, links.NO_LINK, work)
     assert trace.seconds == pytest.approx(forecast, rel=0.025)  # where the wrong places lie moves it by 1 % or so
 
 
@@ -282,7 +287,7 @@ def in_every_mode(case: Case) -> Iterator[Case]:
 def test_the_costs_that_traces_show_are_those_that_they_were_played_under(
     case: Case, machines: Profile, link: Link
 ) -> None:
-    traces = [each.play(Stage(machines, link)) for each in in_every_mode(case)]
+    traces = [each.play(Harness(machines, link)) for each in in_every_mode(case)]
     found = oracle.observed(traces, "found")
     assert found is not None
     gated = any(span.part == "gate" for trace in traces for span in trace.spans)
@@ -331,9 +336,9 @@ def test_there_is_no_workload_where_nothing_was_verified() -> None:
 
 
 def test_one_side_alone_shows_no_profile() -> None:
-    machines = profile.load("published")
+    machines = profile.load_profile("published")
     edge, cloud = (
-        play(PROMPT, Scripted(), Scripted(), Decoding(mode, Stopping(frozenset(), 4)), Stage(machines))
+        play(PROMPT, Scripted(), Scripted(), Decoding(mode, Stopping(frozenset(), 4)), Harness(machines))
         for mode in ("edge", "cloud")
     )
     assert oracle.observed([edge]) is oracle.observed([cloud]) is oracle.observed([]) is None
@@ -372,7 +377,7 @@ def test_one_slow_pass_among_many_hardly_counts() -> None:
 
 def test_without_a_caption_of_the_cloud_alone_nothing_shows_what_its_step_takes() -> None:
     how = Decoding("speculative", Stopping(frozenset(), 18), 3, gate.ALWAYS)
-    trace = play(PROMPT, Scripted(), Scripted(), how, Stage(profile.load("published")))
+    trace = play(PROMPT, Scripted(), Scripted(), how, Harness(profile.load_profile("published")))
     assert oracle.observed([trace]) is None
 
 
@@ -450,26 +455,32 @@ def test_a_forecast_compares_seconds_a_token(work: Workload, machines: Profile, 
 
 def test_of_equally_good_ks_the_shortest_is_best() -> None:
     machines = Profile("even", Costs(0, ((1, 1.0),)), Costs(0, ((1, 2.0), (2, 3.0))))  # k + (k + 2) s for k + 1 tokens
-    assert oracle.forecast(machines, links.NONE, geometric(3, 1.0)).best_k == 1
+    assert oracle.forecast(machines, links.NO_LINK, geometric(3, 1.0)).best_k == 1
 
 
 def test_the_longest_draft_that_is_looked_at_is_looked_at() -> None:
-    assert oracle.forecast(profile.load("phone-npu"), links.find("sat"), geometric(3, 1.0)).best_k == oracle.MAX_K == 16
+    assert (
+        oracle.forecast(profile.load_profile("phone-npu"), links.find_link("sat"), geometric(3, 1.0)).best_k
+        == oracle.MAX_K
+        == 16
+    )
 
 
 def test_beside_the_cloud_the_drafter_takes_what_it_takes_there_and_no_link_is_crossed() -> None:
-    machines = replace(profile.load("published"), draft_at_cloud=0.01)
-    found = oracle.forecast(machines, links.find("4g"), geometric(3, 0.5))
+    machines = replace(profile.load_profile("published"), draft_at_cloud=0.01)
+    found = oracle.forecast(machines, links.find_link("4g"), geometric(3, 0.5))
     together = (3 * 0.01 + 0.0387) / 1.875
     assert found.over_colocated == exactly(together / found.token)
-    assert oracle.forecast(replace(machines, draft_at_cloud=None), links.NONE, geometric(3, 0.5)).over_colocated is None
+    assert (
+        oracle.forecast(replace(machines, draft_at_cloud=None), links.NO_LINK, geometric(3, 0.5)).over_colocated is None
+    )
 
 
 # --- what it says ---
 
 
 def test_the_published_machines_cannot_pay() -> None:
-    found = oracle.forecast(profile.load("published"), links.find("lan"), geometric(5, 0.7))
+    found = oracle.forecast(profile.load_profile("published"), links.find_link("lan"), geometric(5, 0.7))
     assert round(found.ceiling_over_edge, 2) == 1.18
     assert round(found.ceiling_over_edge_without_bonus, 2) == 0.98
     assert found.sentence.startswith("Does not pay: ")
@@ -480,7 +491,7 @@ def test_the_published_machines_cannot_pay() -> None:
 
 @pytest.mark.parametrize(("a", "name"), [(0.0, "sat"), (0.7, "4g"), (1.0, "none")])
 def test_the_ceilings_are_those_of_a_draft_always_accepted_over_no_link(a: float, name: str) -> None:
-    found = oracle.forecast(profile.load("published"), links.find(name), geometric(5, a))
+    found = oracle.forecast(profile.load_profile("published"), links.find_link(name), geometric(5, a))
     took = 5 * 0.380 + 0.0387
     assert found.ceiling_over_edge == exactly(0.380 / (took / 6))
     assert found.ceiling_over_edge_without_bonus == exactly(0.380 / (took / 5))
@@ -488,8 +499,8 @@ def test_the_ceilings_are_those_of_a_draft_always_accepted_over_no_link(a: float
 
 
 def test_the_ceilings_hold_what_the_gate_and_the_queue_take() -> None:
-    machines = replace(profile.load("published"), gate=0.01, queue=0.3)
-    found = oracle.forecast(machines, links.NONE, replace(geometric(5, 0.7), gated=True))
+    machines = replace(profile.load_profile("published"), gate=0.01, queue=0.3)
+    found = oracle.forecast(machines, links.NO_LINK, replace(geometric(5, 0.7), gated=True))
     assert found.ceiling_over_edge == exactly(0.380 / ((5 * 0.390 + 0.3 + 0.0387) / 6))
 
 
@@ -498,7 +509,7 @@ QUICK = Profile("quick", Costs(0, ((1, 0.002),)), Costs(0, ((1, 0.040),)))
 
 def test_a_case_that_pays_says_by_how_much_at_which_k_and_up_to_where() -> None:
     seen = geometric(10, 0.8)
-    found = oracle.forecast(QUICK, links.find("5g"), seen.at(4))
+    found = oracle.forecast(QUICK, links.find_link("5g"), seen.at(4))
     assert found.largest_rtt is not None
     assert found.slowest_drafter is not None
     assert 4 < found.best_k <= found.seen_k == 10
@@ -514,56 +525,56 @@ def test_a_case_that_pays_says_by_how_much_at_which_k_and_up_to_where() -> None:
 
 
 def test_a_best_k_beyond_the_drafts_that_were_seen_is_said_to_be_a_guess() -> None:
-    found = oracle.forecast(QUICK, links.find("5g"), geometric(4, 0.8))
+    found = oracle.forecast(QUICK, links.find_link("5g"), geometric(4, 0.8))
     assert found.best_k > found.seen_k == 4
     assert f"k={found.best_k} ({found.best_over_cloud:.2f}x if acceptance goes on as seen)" in found.sentence
 
 
 def test_at_the_best_k_no_other_is_named() -> None:
-    best = oracle.forecast(QUICK, links.NONE, geometric(4, 0.8)).best_k
-    assert ", no other k is better" in oracle.forecast(QUICK, links.NONE, geometric(4, 0.8).at(best)).sentence
+    best = oracle.forecast(QUICK, links.NO_LINK, geometric(4, 0.8)).best_k
+    assert ", no other k is better" in oracle.forecast(QUICK, links.NO_LINK, geometric(4, 0.8).at(best)).sentence
 
 
 def test_a_case_that_does_not_pay_says_what_it_needs() -> None:
-    far = oracle.forecast(QUICK, links.find("sat"), geometric(4, 0.8))
+    far = oracle.forecast(QUICK, links.find_link("sat"), geometric(4, 0.8))
     assert far.largest_rtt is not None
     assert far.slowest_drafter is None
     assert f"to pay it needs a round trip below {1e3 * far.largest_rtt:.3g} ms (now 600 ms)." in far.sentence
-    longer = oracle.forecast(QUICK, links.find("4g"), geometric(oracle.MAX_K, 0.9).at(1))
+    longer = oracle.forecast(QUICK, links.find_link("4g"), geometric(oracle.MAX_K, 0.9).at(1))
     assert f"to pay it needs k={longer.best_k} ({longer.best_over_cloud:.2f}x) or a round trip" in longer.sentence
-    slow = oracle.forecast(replace(QUICK, edge=Costs(0, ((1, 0.5),))), links.NONE, geometric(4, 0.8))
+    slow = oracle.forecast(replace(QUICK, edge=Costs(0, ((1, 0.5),))), links.NO_LINK, geometric(4, 0.8))
     assert slow.slowest_drafter is not None
     assert f"to pay it needs a drafter below {1e3 * slow.slowest_drafter:.3g} ms a step (now 500 ms)." in slow.sentence
 
 
 def test_a_case_that_nothing_saves_says_so() -> None:
     machines = replace(QUICK, edge=Costs(0, ((1, 0.5),)), queue=9.0)
-    sentence = oracle.forecast(machines, links.NONE, geometric(4, 0.1)).sentence
+    sentence = oracle.forecast(machines, links.NO_LINK, geometric(4, 0.1)).sentence
     assert sentence.endswith("to pay it would take more than a better link or drafter alone.")
 
 
 def test_a_gate_that_rarely_asks_is_not_held_below_what_it_reaches() -> None:
     work = Workload(3, (0.9, 0.8, 0.7), 0.1)
-    found = oracle.forecast(replace(profile.load("phone-npu"), queue=0.5), links.NONE, work)
+    found = oracle.forecast(replace(profile.load_profile("phone-npu"), queue=0.5), links.NO_LINK, work)
     assert found.over_edge <= found.ceiling_over_edge
     assert found.over_cloud <= found.ceiling_over_cloud
 
 
 def test_what_pays_by_the_token_may_not_pay_by_the_caption() -> None:
     work = replace(geometric(3, 0.8), tokens=27.0, eager=False)
-    found = oracle.forecast(profile.load("laptop-gpu"), links.NONE, work)
+    found = oracle.forecast(profile.load_profile("laptop-gpu"), links.NO_LINK, work)
     assert found.pays
     assert found.caption == exactly(0.2 + 0.35 + 27 * found.token)
     assert found.caption_cloud == exactly(0.35 + 27 * 0.0387)
     assert found.caption_edge == exactly(0.2 + 27 * 0.018)
     assert found.sentence.startswith("Pays once both sides are open, but not for captions this short: ")
     assert "with its opening a caption of 27 tokens takes" in found.sentence
-    longer = oracle.forecast(profile.load("laptop-gpu"), links.NONE, replace(work, tokens=60.0))
+    longer = oracle.forecast(profile.load_profile("laptop-gpu"), links.NO_LINK, replace(work, tokens=60.0))
     assert longer.sentence.startswith("Pays: ")
 
 
 def test_long_times_are_in_seconds() -> None:
-    sentence = oracle.forecast(replace(QUICK, queue=24.96), links.NONE, geometric(1, 1.0)).sentence
+    sentence = oracle.forecast(replace(QUICK, queue=24.96), links.NO_LINK, geometric(1, 1.0)).sentence
     assert "a token takes 12.5 s" in sentence
 
 
@@ -646,7 +657,7 @@ def in_turns(captioner: Captioner, asked: Sequence[tuple[Request, Cell]]) -> lis
     """
     running = []
     for request, cell in asked:
-        stage, turn = Stage(), Turn()
+        stage, turn = Harness(), Turn()
         stage.watch = Watch(turn)
         limit = 8 if cell.mode == "cloud" else 64  # a few steps show what one takes
         running.append((turn, stage.watch, captioner.events(request, cell, limit, stage), list[tuple[float, Event]]()))
@@ -678,7 +689,7 @@ def forecast_error(captioner: Captioner) -> float:
     """The median over several k of how far half of the clips forecast the other half's seconds a token."""
     lengths = (1, 2, 4, 8)
     cells = [Cell("speculative", gate.ALWAYS, k=k) for k in lengths]
-    halves = [Request(clips.make("evaluation", index).samples) for index in (3, 10)]
+    halves = [Request(clips.make_clip("evaluation", index).samples) for index in (3, 10)]
     traces = in_turns(captioner, list(itertools.product(halves, [*cells, Cell("cloud")])))
     split = [traces[: len(cells) + 1], traces[len(cells) + 1 :]]
     errors = []
@@ -688,7 +699,7 @@ def forecast_error(captioner: Captioner) -> float:
         for k, trace in zip(lengths, other, strict=False):
             work = oracle.workload([trace], k)  # what was accepted is the clip's; what it took is forecast
             assert work is not None
-            errors.append(abs(oracle.seconds_per_token(machines, links.NONE, work) / after_opening(trace) - 1))
+            errors.append(abs(oracle.seconds_per_token(machines, links.NO_LINK, work) / after_opening(trace) - 1))
     return median(errors)
 
 
@@ -707,8 +718,8 @@ def test_what_is_sent_goes_to_another_k_as_local_rounds_do(work: Workload, k: in
 
     assert with_mean(work).at(k).sent == pytest.approx(with_mean(work.at(k)).sent)
     assert with_mean(work, 0.5).at(k).sent == pytest.approx(with_mean(work.at(k), 0.5).sent)
-    linear = replace(profile.load("published"), cloud=Costs(0.35, ((1, 0.04), (5, 0.08))))
-    link = links.find("4g")
+    linear = replace(profile.load_profile("published"), cloud=Costs(0.35, ((1, 0.04), (5, 0.08))))
+    link = links.find_link("4g")
     assert oracle.seconds_per_token(linear, link, with_mean(work)) == exactly(
         oracle.seconds_per_token(linear, link, replace(work, sent=None))
     )

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.forecasts import Decoded, crossed, verdicts
+from bench.forecasts import Decoded, forecast_cells, link_with_network
 from edgecloud_sd.events import (
     Ahead,
     Committed,
@@ -58,20 +58,20 @@ def caption(step: float, ahead: bool = False, spans: tuple[Span, ...] = ()) -> T
 
 
 def cell(mode: str, *traces: Trace, ahead: int = 0) -> Decoded:
-    return Decoded(mode, 2, 0, links.NONE, True, ahead, True, traces)
+    return Decoded(mode, 2, 0, links.NO_LINK, True, ahead, True, traces)
 
 
 def test_a_round_trip_to_a_service_counts_hidden_or_not() -> None:
     sent = Span("network", 4.0, 5.0, 10, hidden=2.0)
     opening = Span("network", 0.5, 1.0, 100)
     served = caption(0.5, ahead=True, spans=(opening, sent))
-    assert crossed(cell("speculative", served, ahead=4)).rtt == 3.0
-    assert crossed(cell("speculative", caption(0.5))) == links.NONE
+    assert link_with_network(cell("speculative", served, ahead=4)).rtt == 3.0
+    assert link_with_network(cell("speculative", caption(0.5))) == links.NO_LINK
 
 
 @pytest.mark.parametrize("together", [False, True])
 def test_on_one_device_cells_that_draft_ahead_and_others_show_their_own_steps(together: bool) -> None:
-    found = verdicts(
+    found = forecast_cells(
         {
             "cloud": cell("cloud", CLOUD),
             "waits": cell("speculative", caption(0.5)),
@@ -89,5 +89,5 @@ def test_on_one_device_cells_that_draft_ahead_and_others_show_their_own_steps(to
 
 def test_without_a_caption_of_the_cloud_alone_there_is_no_answer() -> None:
     trace = caption(0.5, ahead=True)
-    answer = verdicts({"ahead": replace(cell("speculative", trace), ahead=1)}, together=True)["ahead"]
+    answer = forecast_cells({"ahead": replace(cell("speculative", trace), ahead=1)}, together=True)["ahead"]
     assert str(answer).startswith("no answer: a step of the cloud alone was not timed")

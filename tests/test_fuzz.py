@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgecloud_sd import wire
-from edgecloud_sd.acceptance import parse
+from edgecloud_sd.acceptance import parse_rule
 from edgecloud_sd.cloud.server import PROBLEMS, create_app
-from edgecloud_sd.cloud.sessions import Limits
+from edgecloud_sd.cloud.sessions import ServiceLimits
 from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.verifier import LocalVerifier
 from edgecloud_sd.wire import JSON, OCTETS
@@ -34,7 +34,7 @@ from tests.support.toy import ToyModel, random_table
 pytest_plugins = ["schemathesis.pytest.plugin"]
 pytestmark = pytest.mark.slow
 
-LIMITS = Limits(max_sessions=4, max_audio_seconds=2)
+LIMITS = ServiceLimits(max_sessions=4, max_audio_seconds=2)
 RULE = "rank(3)"
 RULES = (
     *("greedy", "rank(1)", "rank(7)", "synthetic(0.5)", "synthetic(.9/.8/0)"),
@@ -113,9 +113,9 @@ class Vandal:
 
     def _open(self, body: bytes, right: bool = False) -> Asked:
         if right or self.chance.random() < 0.5:
-            return Asked("POST", f"/v1/sessions?rule={RULE}&check={wire.check_prompt(body, RULE)}", body, OCTETS)
+            return Asked("POST", f"/v1/sessions?rule={RULE}&check={wire.prompt_checksum(body, RULE)}", body, OCTETS)
         rule = self.chance.choice(RULES)
-        check = wire.check_prompt(body, rule) if self.chance.random() < 0.9 else 7
+        check = wire.prompt_checksum(body, rule) if self.chance.random() < 0.9 else 7
         return Asked(
             "POST", f"/v1/sessions?rule={rule}&check={check}", body, self.chance.choice((OCTETS, OCTETS, JSON))
         )
@@ -176,8 +176,10 @@ class Rounds:
     def __init__(self) -> None:
         self.prompt = Prompt((1, 2, 3))
         self.body = wire.encode_prompt(self.prompt)
-        self.begun = wire.check_prompt(self.body, RULE)
-        self._local = LocalVerifier(ToyModel(random_table(VOCABULARY, 0), frozenset()), parse(RULE)).open(self.prompt)
+        self.begun = wire.prompt_checksum(self.body, RULE)
+        self._local = LocalVerifier(ToyModel(random_table(VOCABULARY, 0), frozenset()), parse_rule(RULE)).open(
+            self.prompt
+        )
         self._chance = random.Random(0)
         self._context, self._held = [self.prompt.last], 0
 

@@ -28,11 +28,11 @@ from edgecloud_sd.events import (
     Verified,
 )
 from edgecloud_sd.measure import metrics
-from edgecloud_sd.measure.breakdown import ledger
+from edgecloud_sd.measure.breakdown import latency_breakdown
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.timing import link as links
 from edgecloud_sd.timing.clock import stamp
-from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Costs, Profile
 from edgecloud_sd.verifier import LocalVerifier
@@ -55,18 +55,18 @@ CLOUD = Scripted()
 ALL = Stopping(frozenset(), 8)
 
 
-def caption(how: Decoding, stage: Stage) -> Trace:
+def caption(how: Decoding, stage: Harness) -> Trace:
     return play(PROMPT, EDGE, CLOUD, how, stage)
 
 
-def speculative(stage: Stage) -> Trace:
+def speculative(stage: Harness) -> Trace:
     return caption(Decoding("speculative", ALL, 2, UNSURE), stage)
 
 
 def test_every_moment_of_a_speculative_caption_by_hand() -> None:
     local, rejected = Draft((0, 0), (0.0, 0.0)), Draft((0, 1), (0.0, 1.0))
     whole, last = Draft((0, 0), (1.0, 0.0)), Draft((0,), (0.0,))
-    assert speculative(Stage(PROFILE, LINK)).events == (
+    assert speculative(Harness(PROFILE, LINK)).events == (
         (0.125, Prepared(2)),
         (2.125, Opened("edge")),
         (3.25, Drafted(local)),  # two steps of 0.5, two statistics of 0.0625
@@ -89,23 +89,23 @@ def test_every_moment_of_a_speculative_caption_by_hand() -> None:
 
 
 def test_a_lazy_cloud_is_opened_by_the_first_escalated_draft() -> None:
-    lazy = play(PROMPT, EDGE, CLOUD, Decoding("speculative", ALL, 2, UNSURE), Stage(PROFILE, LINK), when="lazy")
-    eager = speculative(Stage(PROFILE, LINK))
+    lazy = play(PROMPT, EDGE, CLOUD, Decoding("speculative", ALL, 2, UNSURE), Harness(PROFILE, LINK), when="lazy")
+    eager = speculative(Harness(PROFILE, LINK))
     late = 4.375 + 0.25 + 0.25 + 5.0 - 5.625
     for (soon, event), (seconds, same) in zip(eager.events, lazy.events, strict=True):
         assert (seconds, same) == (soon + late * (soon > 4.375), event)
-    assert ledger(lazy).parts["cloud_prefill"] == 5.0
+    assert latency_breakdown(lazy).parts["cloud_prefill"] == 5.0
     assert metrics.wire_bytes(lazy) == metrics.wire_bytes(eager)
 
 
 def test_every_span_of_a_speculative_caption_by_hand() -> None:
     opening = wire.REQUEST_HEAD + len(wire.encode_prompt(PROMPT))
-    begun = wire.check_prompt(wire.encode_prompt(PROMPT), "greedy")
+    begun = wire.prompt_checksum(wire.encode_prompt(PROMPT), "greedy")
     first, second = wire.to_verify(begun, [6, 0, 0], 0, [0, 1]), wire.to_verify(begun, [6, 0, 0, 0, 0], 4, [0, 0])
     up = [wire.REQUEST_HEAD + len(wire.dumps(request)) for request in (first, second)]
     answers = wire.verdict(Verdict(1, 0), first["check"]), wire.verdict(Verdict(2, 0), second["check"])
     down = [wire.ANSWER_HEAD + len(wire.dumps(answer)) for answer in answers]
-    spans = speculative(Stage(PROFILE, LINK)).spans
+    spans = speculative(Harness(PROFILE, LINK)).spans
     assert [span for span in spans if span.part not in ("gate", "rollback")] == [
         Span("uplink", 0.0, 0.0),  # there is a link
         Span("uplink", 4.375, 4.375, opening),  # crossed while the edge was at work
@@ -123,8 +123,8 @@ def test_every_span_of_a_speculative_caption_by_hand() -> None:
     assert any(span.part == "rollback" for span in spans)  # in the cloud, of the rejected token
 
 
-def test_the_ledger_of_a_speculative_caption_by_hand() -> None:
-    kept = ledger(speculative(Stage(PROFILE, LINK)))
+def test_the_breakdown_of_a_speculative_caption_by_hand() -> None:
+    kept = latency_breakdown(speculative(Harness(PROFILE, LINK)))
     assert kept.parts == {
         "features": 0.125,
         "edge_prefill": 2.0,
@@ -144,15 +144,15 @@ def test_the_ledger_of_a_speculative_caption_by_hand() -> None:
     assert kept.discarded == 0.5  # one of two tokens that took a second
 
 
-def ahead(stage: Stage, strict: bool = True) -> Trace:
+def ahead(stage: Harness, is_lossless: bool = True) -> Trace:
     """Drafts of two, up to four tokens ahead. The edge is wrong at the eighth of nine tokens."""
-    how = Decoding("speculative", Stopping(frozenset(), 9), 2, gate.ALWAYS, ahead=4, strict=strict)
+    how = Decoding("speculative", Stopping(frozenset(), 9), 2, gate.ALWAYS, ahead=4, is_lossless=is_lossless)
     return play(PROMPT, Scripted(wrong=frozenset({7})), Scripted(), how, stage)
 
 
 def test_every_moment_of_a_caption_drafted_ahead_by_hand() -> None:
     first, second, third, last = Draft((0, 0)), Draft((0, 0, 0)), Draft((1, 0)), Draft((0,))
-    assert ahead(Stage(PROFILE, LINK)).events == (
+    assert ahead(Harness(PROFILE, LINK)).events == (
         (0.125, Prepared(2)),
         (2.125, Opened("edge")),
         (3.125, Drafted(first)),
@@ -183,14 +183,14 @@ def test_every_moment_of_a_caption_drafted_ahead_by_hand() -> None:
 
 
 def test_drafting_ahead_where_the_output_depends_on_how_drafts_are_cut_makes_none_longer() -> None:
-    trace = ahead(Stage(PROFILE, LINK), strict=False)
+    trace = ahead(Harness(PROFILE, LINK), is_lossless=False)
     drafted = [event for _, event in trace.events if isinstance(event, Drafted)]
     assert [(len(event.draft.tokens), event.ahead) for event in drafted] == [(2, 0), (2, 2), (2, 2), (1, 0)]
 
 
-def test_the_ledger_of_a_caption_drafted_ahead_by_hand() -> None:
-    trace = ahead(Stage(PROFILE, LINK))
-    kept = ledger(trace)
+def test_the_breakdown_of_a_caption_drafted_ahead_by_hand() -> None:
+    trace = ahead(Harness(PROFILE, LINK))
+    kept = latency_breakdown(trace)
     assert (kept.exposed, kept.hidden) == (0.25 + 1.0 + 2.25 + 2.0, 2.0 + 1.5)
     assert kept.parts["draft"] == 1.0 + 2.0 + 1.5 + 0.5
     assert kept.parts["verify"] == 0.75 + 1.5 + 1.25  # the first was hidden, and 1.0 of the second
@@ -205,17 +205,17 @@ def test_the_ledger_of_a_caption_drafted_ahead_by_hand() -> None:
 
 def test_a_verdict_that_is_there_first_is_taken_up_after_the_step_that_has_begun() -> None:
     quick = replace(PROFILE, cloud=Costs(0.0, ((1, 0.25),)), queue=0.0)
-    trace = ahead(Stage(quick))
+    trace = ahead(Harness(quick))
     made = [(seconds, event.made) for seconds, event in trace.events if isinstance(event, Ahead)]
     verified = [seconds for seconds, event in trace.events if isinstance(event, Verified)]
     assert made[0] == (verified[0], 1)
-    assert ledger(trace).exposed == sum(
+    assert latency_breakdown(trace).exposed == sum(
         after - before for (before, n), after in zip(made, verified, strict=True) if n == 0
     )
 
 
 def test_bytes_take_the_time_that_the_bandwidth_gives_them() -> None:
-    fast, slow = (speculative(Stage(PROFILE, replace(LINK, up=up, down=2 * up))) for up in (math.inf, 8000))
+    fast, slow = (speculative(Harness(PROFILE, replace(LINK, up=up, down=2 * up))) for up in (math.inf, 8000))
     for sure, span in zip(fast.spans, slow.spans, strict=True):
         if span.part in ("uplink", "downlink") and span.end > 4.375 + 8 * span.size / 8000:
             rate = {"uplink": 8000, "downlink": 16000}[span.part]
@@ -224,7 +224,7 @@ def test_bytes_take_the_time_that_the_bandwidth_gives_them() -> None:
 
 
 def test_every_moment_of_a_cloud_caption_by_hand() -> None:
-    trace = caption(Decoding("cloud", replace(ALL, max_new_tokens=3)), Stage(PROFILE, LINK))
+    trace = caption(Decoding("cloud", replace(ALL, max_new_tokens=3)), Harness(PROFILE, LINK))
     assert trace.events == (
         (0.125, Prepared(2)),
         (5.625, Opened("cloud")),
@@ -240,26 +240,26 @@ def test_every_moment_of_a_cloud_caption_by_hand() -> None:
 
 
 def test_every_moment_of_an_edge_caption_by_hand() -> None:
-    trace = caption(Decoding("edge", replace(ALL, max_new_tokens=2)), Stage(PROFILE, LINK))
+    trace = caption(Decoding("edge", replace(ALL, max_new_tokens=2)), Harness(PROFILE, LINK))
     assert [seconds for seconds, _ in trace.events] == [0.125, 2.125, 2.625, 2.625, 3.125, 3.125, 3.125]
     assert metrics.wire_bytes(trace) is None
 
 
 def test_without_a_link_nothing_crosses_but_the_queue_is_waited_for() -> None:
-    kept = ledger(speculative(Stage(PROFILE)))
+    kept = latency_breakdown(speculative(Harness(PROFILE)))
     assert (kept.parts["uplink"], kept.parts["downlink"], kept.parts["cloud_queue"]) == (0, 0, 0.5)
     assert kept.seconds == 12.5625 - 0.25 - 2 * 2 * 0.25  # the way there of the opening, and both ways of two calls
 
 
 def test_a_gate_that_reads_nothing_costs_nothing() -> None:
-    trace = caption(Decoding("speculative", ALL, 2, gate.ALWAYS), Stage(PROFILE, LINK))
-    assert ledger(trace).parts["gate"] == 0
+    trace = caption(Decoding("speculative", ALL, 2, gate.ALWAYS), Harness(PROFILE, LINK))
+    assert latency_breakdown(trace).parts["gate"] == 0
 
 
 def test_on_the_real_clock_a_link_takes_its_time() -> None:
     link = Link("short", rtt=0.01, up=math.inf, down=math.inf)
-    trace = speculative(Stage(link=link))
-    assert trace.tokens == speculative(Stage(PROFILE, LINK)).tokens
+    trace = speculative(Harness(link=link))
+    assert trace.tokens == speculative(Harness(PROFILE, LINK)).tokens
     crossed = [span for span in trace.spans if span.part in ("uplink", "downlink") and span.start > 0]
     assert len(crossed) == 5
     assert all(span.end - span.start >= 0.005 for span in crossed[1:])
@@ -272,12 +272,12 @@ def test_the_clock_changes_no_event_and_a_virtual_one_no_moment(
 ) -> None:
     scene = case.scene
     bare = stamp(decode(scene.prompt, case.how, scene.edge, LocalVerifier(scene.cloud, case.rule)))
-    real, virtual = case.play(Stage()), case.play(Stage(profile, link, seed))
+    real, virtual = case.play(Harness()), case.play(Harness(profile, link, seed))
     for trace in (real, virtual):
         assert trace.tokens == bare.tokens
         if not case.how.ahead:  # what is drafted ahead depends on when the verdict comes
             assert [event for _, event in trace.events[1:]] == [event for _, event in bare.events]
-    assert case.play(Stage(profile, link, seed)) == virtual
+    assert case.play(Harness(profile, link, seed)) == virtual
     moments = [seconds for seconds, _ in virtual.events]
     assert moments == sorted(moments)
 
@@ -285,14 +285,14 @@ def test_the_clock_changes_no_event_and_a_virtual_one_no_moment(
 @pytest.mark.parametrize("mode", ["cloud", "speculative"])
 def test_another_seed_draws_another_jitter(mode: str) -> None:
     how = Decoding(mode, ALL, 2, gate.ALWAYS)
-    traces = [caption(how, Stage(PROFILE, links.find("4g"), seed)) for seed in ("a", "b", "a")]
+    traces = [caption(how, Harness(PROFILE, links.find_link("4g"), seed)) for seed in ("a", "b", "a")]
     assert traces[0] == traces[2]
     assert traces[0] != traces[1]
     assert traces[0].tokens == traces[1].tokens
 
 
 def test_jitter_is_drawn_anew_for_every_message() -> None:
-    spans = speculative(Stage(PROFILE, replace(LINK, jitter=0.125))).spans
+    spans = speculative(Harness(PROFILE, replace(LINK, jitter=0.125))).spans
     trips = [span.end - span.start for span in spans if span.part in ("uplink", "downlink") and span.end > span.start]
     assert len({round(trip, 9) for trip in trips}) == 4  # the opening's is hidden
     assert all(0.125 <= trip <= 0.375 for trip in trips)

@@ -35,7 +35,7 @@ def whole(tmp_path: Path) -> Path:
 
 
 def test_a_whole_omni_checkpoint_gives_its_thinker(whole: Path, captioner: Captioner) -> None:
-    loaded = hf.load(whole)
+    loaded = hf.load_model(whole)
     expected = captioner.edge.thinker.state_dict()
     found = loaded.thinker.state_dict()
     assert found.keys() == expected.keys()
@@ -45,21 +45,21 @@ def test_a_whole_omni_checkpoint_gives_its_thinker(whole: Path, captioner: Capti
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_other_number_formats_are_kept(dtype: str) -> None:
-    assert hf.load(pairs.PAIRS["pocket"].edge, dtype=dtype).thinker.dtype == getattr(torch, dtype)
+    assert hf.load_model(pairs.PAIRS["pocket"].edge, dtype=dtype).thinker.dtype == getattr(torch, dtype)
 
 
 def test_an_unknown_number_format_names_the_known() -> None:
     with pytest.raises(ValueError, match="unknown dtype 'int3': choose one of float32, float16"):
-        hf.load(pairs.PAIRS["pocket"].edge, dtype="int3")
+        hf.load_model(pairs.PAIRS["pocket"].edge, dtype="int3")
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="cannot be loaded"):
-        hf.load(tmp_path)
+        hf.load_model(tmp_path)
 
 
 def check(edge: hf.Frontend, cloud: hf.Frontend) -> None:
-    pairs.check(edge.name, pairs.traits(edge), cloud.name, pairs.traits(cloud))
+    pairs.check_pair(edge.name, pairs.frontend_traits(edge), cloud.name, pairs.frontend_traits(cloud))
 
 
 def test_sides_with_other_tokenizers_are_no_pair(captioner: Captioner) -> None:
@@ -83,7 +83,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     kept = {name: weight for name, weight in weights.items() if "layers.1." not in name and "lm_head" not in name}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OSError, match=r"cannot be loaded: it lacks \d+ weights"):
-        hf.load(folder)
+        hf.load_model(folder)
 
 
 def test_a_cut_off_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -92,13 +92,13 @@ def test_a_cut_off_checkpoint_is_refused(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(OSError, match="cannot be loaded"):
-        hf.load(folder)
+        hf.load_model(folder)
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
     with pytest.raises(OSError, match="it is a qwen2, not one of qwen2_5_omni"):
-        hf.load(tmp_path)
+        hf.load_model(tmp_path)
 
 
 def test_logits_that_are_not_finite_raise(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,13 +109,13 @@ def test_logits_that_are_not_finite_raise(captioner: Captioner, monkeypatch: pyt
 
 
 def test_the_two_published_names_are_the_published_pair() -> None:
-    named = pairs.find("pocket", "Qwen/Qwen2.5-Omni-3B", "Qwen/Qwen2.5-Omni-7B")
-    assert named == pairs.find("qwen2.5-omni")
+    named = pairs.find_pair("pocket", "Qwen/Qwen2.5-Omni-3B", "Qwen/Qwen2.5-Omni-7B")
+    assert named == pairs.find_pair("qwen2.5-omni")
 
 
 def test_an_unknown_pair_names_the_known() -> None:
     with pytest.raises(ValueError, match=r"unknown pair 'big': choose one of pocket, qwen2\.5-omni"):
-        pairs.find("big")
+        pairs.find_pair("big")
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def prompts_of(captioner: Captioner, *languages: str) -> list[Prompt]:
     return [
-        captioner.prompt(Request(clips.make("evaluation", index).samples, language), "cloud")
+        captioner.prompt(Request(clips.make_clip("evaluation", index).samples, language), "cloud")
         for index, language in enumerate(languages)
     ]
 
@@ -155,8 +155,10 @@ def test_a_prefix_is_what_stands_before_the_audio(captioner: Captioner) -> None:
     assert model.prefix(Prompt((5, 6, audio, 7))) == (5, 6)
     for ids in [(5, audio, 6, 7), (audio, 5, 6), (5, 6, 7)]:  # one position, none, and nothing that must differ
         assert model.prefix(Prompt(ids)) == ()
-    assert len(model.prefix(Prompt((5,) * hf.LONGEST + (audio, 7)))) == hf.LONGEST
-    assert model.prefix(Prompt((5,) * (hf.LONGEST + 1) + (audio, 7))) == ()  # nobody may have it held for good
+    assert len(model.prefix(Prompt((5,) * hf.MAX_PREFIX_LENGTH + (audio, 7)))) == hf.MAX_PREFIX_LENGTH
+    assert (
+        model.prefix(Prompt((5,) * (hf.MAX_PREFIX_LENGTH + 1) + (audio, 7))) == ()
+    )  # nobody may have it held for good
 
 
 def test_a_prefix_is_computed_once_and_the_rest_for_every_clip(
@@ -213,12 +215,12 @@ def test_sessions_opened_at_once_share_one_prefix(captioner: Captioner, fresh: h
 
 def test_only_the_last_few_prefixes_are_kept(captioner: Captioner, fresh: hf.HFModel, fed: list[int]) -> None:
     (prompt,) = prompts_of(captioner, "chinese")
-    others = [replace(prompt, ids=(300 + number, *prompt.ids)) for number in range(hf.PREFIXES)]
+    others = [replace(prompt, ids=(300 + number, *prompt.ids)) for number in range(hf.MAX_PREFIXES)]
     for each in (prompt, prompt, *others):
         fresh.open(each)
     n = len(fresh.prefix(prompt))
     assert fed.count(n) == 1
     fresh.open(others[-1])
-    assert fed.count(n + 1) == hf.PREFIXES
+    assert fed.count(n + 1) == hf.MAX_PREFIXES
     fresh.open(prompt)
     assert fed.count(n) == 2

@@ -225,7 +225,7 @@ def test_a_process_that_uses_more_already_is_an_error_with_both_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "status").write_bytes(b"VmSize:\t 9000000 kB\nVmData:\t 2000000 kB\n")
-    monkeypatch.setattr(limits, "PROC", tmp_path)
+    monkeypatch.setattr(limits, "PROC_SELF", tmp_path)
     before = soft_limit()
     with pytest.raises(LimitError) as raised:
         hold(Limits(memory_gb=2)).__enter__()

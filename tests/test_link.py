@@ -142,13 +142,13 @@ def test_the_mean_of_many_draws_is_the_time_without_draws(loss: float, n: int) -
 
 
 def test_without_a_link_nothing_takes_time() -> None:
-    assert links.NONE.up_seconds(10**9) == links.NONE.down_seconds(10**9) == 0
+    assert links.NO_LINK.up_seconds(10**9) == links.NO_LINK.down_seconds(10**9) == 0
 
 
 def test_links_go_by_their_names() -> None:
     assert list(links.LINKS) == ["none", "lan", "wifi", "5g", "4g", "sat"]
-    assert all(links.find(name).name == name for name in links.LINKS)
-    assert links.find("none") is links.NONE
+    assert all(links.find_link(name).name == name for name in links.LINKS)
+    assert links.find_link("none") is links.NO_LINK
 
 
 @pytest.mark.parametrize(
@@ -163,24 +163,24 @@ def test_links_go_by_their_names() -> None:
     ],
 )
 def test_the_presets_are_the_projects_scenarios(name: str, rtt: float, up: float, down: float, jitter: float) -> None:
-    link = links.find(name)
+    link = links.find_link(name)
     assert [1e3 * link.rtt, link.up / 1e6, link.down / 1e6, 1e3 * link.jitter] == pytest.approx([rtt, up, down, jitter])
     assert link.loss == 0
 
 
 def test_an_unknown_link_is_an_error_that_names_the_known() -> None:
     with pytest.raises(ValueError, match="unknown link 'modem': choose one of none, lan, wifi, 5g, 4g, sat"):
-        links.find("modem")
+        links.find_link("modem")
 
 
 def test_a_text_is_a_preset_or_a_link_of_its_own() -> None:
-    assert all(links.parse(name) is link for name, link in links.LINKS.items())
-    custom = links.parse("rtt=40ms,up=5mbit,down=20mbit,jitter=5ms,loss=1%")
+    assert all(links.parse_link(name) is link for name, link in links.LINKS.items())
+    custom = links.parse_link("rtt=40ms,up=5mbit,down=20mbit,jitter=5ms,loss=1%")
     assert custom == Link("rtt40ms-up5mbit-down20mbit-jitter5ms-loss1pct", 0.04, 5e6, 20e6, 0.005, 0.01)
-    assert links.parse("rtt=60ms") == Link("rtt60ms", 0.06, math.inf, math.inf)
-    assert links.parse("rtt=0s, loss=0%") == Link("rtt0ms", 0.0, math.inf, math.inf)
-    assert links.parse("up=1.5gbit,rtt=250us") == Link("rtt0.25ms-up1500mbit", 0.00025, 1.5e9, math.inf)
-    assert links.parse(links.CUSTOM) == custom
+    assert links.parse_link("rtt=60ms") == Link("rtt60ms", 0.06, math.inf, math.inf)
+    assert links.parse_link("rtt=0s, loss=0%") == Link("rtt0ms", 0.0, math.inf, math.inf)
+    assert links.parse_link("up=1.5gbit,rtt=250us") == Link("rtt0.25ms-up1500mbit", 0.00025, 1.5e9, math.inf)
+    assert links.parse_link(links.CUSTOM_LINK_EXAMPLE) == custom
 
 
 # Tests draw whole numbers of 1 us, 1 bit a second and 0.01 %; units, with how many places those are behind the point.
@@ -211,12 +211,12 @@ def written(figures: dict[str, int], how: random.Random) -> str:
 def test_a_link_is_the_same_and_so_is_its_name_however_it_is_written(
     one: dict[str, int], other: dict[str, int], how: random.Random
 ) -> None:
-    link = links.parse(written(one, how))
-    assert link == links.parse(written(one, how))
+    link = links.parse_link(written(one, how))
+    assert link == links.parse_link(written(one, how))
     assert re.fullmatch(r"[A-Za-z0-9._-]+", link.name)
     assert link.name not in links.LINKS
-    assert links.find(link.name) == link
-    second = links.parse(written(other, how))
+    assert links.find_link(link.name) == link
+    second = links.parse_link(written(other, how))
     assert (link.name == second.name) == (one == other) == (astuple(link)[1:] == astuple(second)[1:])
 
 
@@ -227,16 +227,23 @@ TIME, RATE, SHARE = "a number of us, ms or s", "a number of kbit, mbit or gbit a
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("modem", f"is not one of none, lan, wifi, 5g, 4g, sat, or a link like {links.CUSTOM}"),
-        ("", f"is not one of none, lan, wifi, 5g, 4g, sat, or a link like {links.CUSTOM}"),
+        ("modem", f"is not one of none, lan, wifi, 5g, 4g, sat, or a link like {links.CUSTOM_LINK_EXAMPLE}"),
+        ("", f"is not one of none, lan, wifi, 5g, 4g, sat, or a link like {links.CUSTOM_LINK_EXAMPLE}"),
         ("up=5mbit", "gives no rtt, as rtt=40ms does"),
         ("rtt=40ms,up=5mbit,rtt=40ms", "gives rtt twice"),
         (
             "rtt=40ms,mtu=9",
-            f"has 'mtu=9', which gives none of rtt, up, down, jitter, loss (a link is like {links.CUSTOM})",
+            f"has 'mtu=9', which gives none of rtt, up, down, jitter, loss "
+            f"(a link is like {links.CUSTOM_LINK_EXAMPLE})",
         ),
-        ("rtt=40ms,lan", f"has 'lan', which gives none of rtt, up, down, jitter, loss (a link is like {links.CUSTOM})"),
-        ("rtt=40ms,", f"has '', which gives none of rtt, up, down, jitter, loss (a link is like {links.CUSTOM})"),
+        (
+            "rtt=40ms,lan",
+            f"has 'lan', which gives none of rtt, up, down, jitter, loss (a link is like {links.CUSTOM_LINK_EXAMPLE})",
+        ),
+        (
+            "rtt=40ms,",
+            f"has '', which gives none of rtt, up, down, jitter, loss (a link is like {links.CUSTOM_LINK_EXAMPLE})",
+        ),
         *(
             (f"rtt={amount}", f"has rtt={amount}, but rtt is {TIME}")
             for amount in ("", "ms", "40", "4m", "4mss", "4MS")
@@ -252,7 +259,7 @@ TIME, RATE, SHARE = "a number of us, ms or s", "a number of kbit, mbit or gbit a
 )
 def test_a_text_that_is_no_link_is_an_error_that_says_why(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        links.parse(text)
+        links.parse_link(text)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +275,7 @@ def test_a_text_that_is_no_link_is_an_error_that_says_why(text: str, message: st
     ],
 )
 def test_a_list_of_links_falls_apart_at_names_and_where_a_key_comes_again(text: str, parts: list[str]) -> None:
-    assert links.split(text) == parts
+    assert links.split_links(text) == parts
 
 
 @given(st.lists(st.one_of(st.sampled_from(list(links.LINKS)), figures()), min_size=1), st.randoms())
@@ -276,10 +283,10 @@ def test_a_list_in_which_links_begin_with_their_rtt_is_split_as_it_was_joined(
     drawn: list[str | dict[str, int]], how: random.Random
 ) -> None:
     texts = [each if isinstance(each, str) else written_in_order(each, how) for each in drawn]
-    assert links.split(",".join(texts)) == texts
+    assert links.split_links(",".join(texts)) == texts
 
 
 @given(figures(), st.randoms())
 def test_one_link_is_never_split(drawn: dict[str, int], how: random.Random) -> None:
     text = written(drawn, how)
-    assert links.split(text) == [text]
+    assert links.split_links(text) == [text]

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from edgecloud_sd.host import limits
 from edgecloud_sd.models import memory
-from edgecloud_sd.models.memory import BYTES, Need, digest, fits, needed, rooms
+from edgecloud_sd.models.memory import BYTES, Need, check_checkpoint_fits, checkpoint_need, rooms, weights_digest
 from edgecloud_sd.models.pairs import DTYPES, PAIRS
 
 MB = 1_000_000
@@ -92,8 +92,8 @@ def test_the_pocket_pair_needs_what_safetensors_finds_in_its_files(side: str) ->
     with safe_open(file, "np") as weights:
         parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     size = file.stat().st_size
-    assert needed(side, "float16") == Need(parameters, 2 * parameters, size)
-    assert needed(side, "float32") == Need(parameters, 4 * parameters, size + 4 * parameters)
+    assert checkpoint_need(side, "float16") == Need(parameters, 2 * parameters, size)
+    assert checkpoint_need(side, "float32") == Need(parameters, 4 * parameters, size + 4 * parameters)
 
 
 def test_every_dtype_has_its_bytes() -> None:
@@ -102,10 +102,10 @@ def test_every_dtype_has_its_bytes() -> None:
 
 def test_only_what_is_not_stored_in_the_dtype_is_copied_beside_its_map(tmp_path: Path) -> None:
     file = write(tmp_path / "model.safetensors", {"a": ("BF16", 100), "b": ("F32", 10)})
-    assert needed(tmp_path, "bfloat16") == Need(110, 220, file + 20)
-    assert needed(tmp_path, "float16") == Need(110, 220, file + 220)
-    assert needed(tmp_path, "float32") == Need(110, 440, file + 400)
-    assert needed(tmp_path, "float64") == Need(110, 880, file + 880)
+    assert checkpoint_need(tmp_path, "bfloat16") == Need(110, 220, file + 20)
+    assert checkpoint_need(tmp_path, "float16") == Need(110, 220, file + 220)
+    assert checkpoint_need(tmp_path, "float32") == Need(110, 440, file + 400)
+    assert checkpoint_need(tmp_path, "float64") == Need(110, 880, file + 880)
 
 
 def test_of_a_whole_omni_only_the_thinker_is_loaded_and_all_of_it_is_mapped(tmp_path: Path) -> None:
@@ -119,16 +119,16 @@ def test_of_a_whole_omni_only_the_thinker_is_loaded_and_all_of_it_is_mapped(tmp_
     index = {"weight_map": {name: f"model-0000{shard}-of-00002.safetensors" for name, shard in shards.items()}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     write(tmp_path / "other.safetensors", {"thinker.c": ("BF16", 1000)})  # not in the index
-    assert needed(tmp_path, "bfloat16") == Need(110, 220, first + second)
-    assert needed(tmp_path, "float32") == Need(110, 440, first + second + 440)
+    assert checkpoint_need(tmp_path, "bfloat16") == Need(110, 220, first + second)
+    assert checkpoint_need(tmp_path, "float32") == Need(110, 440, first + second + 440)
 
 
 def test_a_name_on_the_hub_is_known_once_it_is_in_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = {("owner/name", "config.json"): str(folder / "config.json")}
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *asked: cached.get(asked))
-    assert needed("owner/name", "bfloat16") == needed(folder, "bfloat16")
-    assert needed(folder, "bfloat16") is not None
-    assert needed("owner/other", "bfloat16") is None
+    assert checkpoint_need("owner/name", "bfloat16") == checkpoint_need(folder, "bfloat16")
+    assert checkpoint_need(folder, "bfloat16") is not None
+    assert checkpoint_need("owner/other", "bfloat16") is None
 
 
 @pytest.mark.parametrize(
@@ -138,43 +138,43 @@ def test_a_name_on_the_hub_is_known_once_it_is_in_the_cache(folder: Path, monkey
 def test_what_cannot_be_read_is_unknown_and_left_to_the_loader(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "model.safetensors").write_bytes(content)
-    assert needed(tmp_path, "float32") is None
-    fits(tmp_path, "cpu", "float32", limit_bytes=1)
+    assert checkpoint_need(tmp_path, "float32") is None
+    check_checkpoint_fits(tmp_path, "cpu", "float32", limit_bytes=1)
 
 
 def test_a_shard_that_is_missing_makes_the_need_unknown(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert needed(tmp_path, "float32") is None
+    assert checkpoint_need(tmp_path, "float32") is None
 
 
 @pytest.mark.usefixtures("in_use")
 def test_a_checkpoint_beyond_the_limit_is_an_error_with_the_numbers_and_what_would_fit(folder: Path) -> None:
     with pytest.raises(ValueError, match="--max-memory-gb") as raised:
-        fits(folder, "cpu", "float32", limit_bytes=300 * MB)
+        check_checkpoint_fits(folder, "cpu", "float32", limit_bytes=300 * MB)
     assert str(raised.value) == (
         f"checkpoint {str(folder)!r} needs 0.600 GB in float32 while it loads (0.400 for its weights), "
         "and 0.250 of the 0.300 GB of --max-memory-gb are free: "
         "raise the limit, or take it in bfloat16 (--edge-dtype, --cloud-dtype)"  # int8 would need 0.31 while it loads
     )
     with pytest.raises(ValueError, match=r" 0\.000 of the 0\.040 GB of --max-memory-gb are free: raise the limit$"):
-        fits(folder, "cpu", "bfloat16", limit_bytes=40 * MB)
+        check_checkpoint_fits(folder, "cpu", "bfloat16", limit_bytes=40 * MB)
 
 
 @pytest.mark.usefixtures("in_use")
 def test_the_limit_must_hold_the_loading_to_the_byte(folder: Path) -> None:
-    need = needed(folder, "bfloat16")
+    need = checkpoint_need(folder, "bfloat16")
     assert need is not None
-    fits(folder, "cpu", "bfloat16", limit_bytes=50 * MB + need.loading)
+    check_checkpoint_fits(folder, "cpu", "bfloat16", limit_bytes=50 * MB + need.loading)
     with pytest.raises(ValueError, match="--max-memory-gb"):
-        fits(folder, "cpu", "bfloat16", limit_bytes=50 * MB + need.loading - 1)
+        check_checkpoint_fits(folder, "cpu", "bfloat16", limit_bytes=50 * MB + need.loading - 1)
 
 
 @pytest.mark.usefixtures("in_use")
 def test_without_a_limit_the_weights_must_fit_in_what_the_machine_has_free_swap_and_all(folder: Path) -> None:
-    fits(folder, "cpu", "float32")  # 0.4 GB, and 0.6 while it loads: maps of files can be dropped
+    check_checkpoint_fits(folder, "cpu", "float32")  # 0.4 GB, and 0.6 while it loads: maps of files can be dropped
     with pytest.raises(ValueError, match="GB of memory are free") as raised:
-        fits(folder, "cpu", "float64", limit_bytes=2000 * MB)
+        check_checkpoint_fits(folder, "cpu", "float64", limit_bytes=2000 * MB)
     assert str(raised.value) == (
         f"checkpoint {str(folder)!r} needs 0.800 GB in float64, and 0.400 GB of memory are free: "
         "take a smaller model, or take it in float32 or float16 or bfloat16 (--edge-dtype, --cloud-dtype), "
@@ -186,24 +186,24 @@ def test_without_a_limit_the_weights_must_fit_in_what_the_machine_has_free_swap_
 def test_a_gpu_is_asked_for_what_it_has_free(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"cuda:1": (399 * MB, 800 * MB), "cuda": (400 * MB, 800 * MB)}
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(mem_get_info=free.__getitem__)))
-    fits(folder, "cuda", "float32")
+    check_checkpoint_fits(folder, "cuda", "float32")
     message = re.escape(
         "needs 0.400 GB in float32, and 0.399 GB of cuda:1 are free: take a smaller model, or take it in "
     )
     with pytest.raises(ValueError, match=message):
-        fits(folder, "cuda:1", "float32")
+        check_checkpoint_fits(folder, "cuda:1", "float32")
     with pytest.raises(ValueError, match="--max-memory-gb"):  # it loads through this process
-        fits(folder, "cuda", "float32", limit_bytes=500 * MB)
+        check_checkpoint_fits(folder, "cuda", "float32", limit_bytes=500 * MB)
 
 
 def test_a_device_that_does_not_say_is_no_obstacle(folder: Path) -> None:
     assert list(rooms("mps", None)) == []
-    fits(folder, "mps", "float64")
+    check_checkpoint_fits(folder, "mps", "float64")
 
 
 def test_this_machine_has_room_for_the_pocket_pair_and_not_for_anything() -> None:
     (room,) = rooms("cpu", None)
-    need = needed(PAIRS["pocket"].cloud, "float32")
+    need = checkpoint_need(PAIRS["pocket"].cloud, "float32")
     assert need is not None
     assert room.holds(need)
     assert not room.holds(Need(10**18, 4 * 10**18, 4 * 10**18))
@@ -229,6 +229,6 @@ def test_other_weights_have_another_digest(tmp_path: Path) -> None:
     for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
         (tmp_path / name).mkdir()
         save_file({"w": np.full(4, value, dtype=np.float32)}, tmp_path / name / "model.safetensors")
-    one, same, other = (digest(tmp_path / name) for name in "abc")
+    one, same, other = (weights_digest(tmp_path / name) for name in "abc")
     assert one == same != other
-    assert digest(tmp_path / "absent") == ""
+    assert weights_digest(tmp_path / "absent") == ""

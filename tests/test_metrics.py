@@ -26,7 +26,7 @@ from edgecloud_sd.events import (
 )
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.measure.metrics import Hindsight, Interval
-from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Profile
 from tests.support.strategies import Case, any_link, cases, profiles
@@ -70,12 +70,12 @@ def test_counts_by_hand() -> None:
     [
         ("discarded", 2),
         ("acceptance_rate", 3 / 5),
-        ("mean_accepted_length", 5 / 2),
+        ("mean_acceptance_length", 5 / 2),
         ("correction_rate", 1 / 2),
         ("cloud_call_rate", 2 / 3),
         ("cloud_calls_per_token", 2 / 7),
-        ("edge_share", 2 / 7),
-        ("cloud_token_share", 5 / 7),
+        ("local_share", 2 / 7),
+        ("covered_share", 5 / 7),
         ("waste", 2 / 7),
         ("waste_ahead", None),
     ],
@@ -93,9 +93,9 @@ def test_times_by_hand() -> None:
     assert (first, last) == (1.5, 2.5)
     assert metrics.tpot(7, first, last) == pytest.approx(1 / 6)
     assert metrics.otps(7, first, last) == pytest.approx(6)
-    assert metrics.features(TRACE) == 0.1
-    assert metrics.opening(TRACE, "edge") == pytest.approx(0.2)
-    assert metrics.opening(TRACE, "cloud") == pytest.approx(0.4)
+    assert metrics.feature_seconds(TRACE) == 0.1
+    assert metrics.prefill_seconds(TRACE, "edge") == pytest.approx(0.2)
+    assert metrics.prefill_seconds(TRACE, "cloud") == pytest.approx(0.4)
 
 
 def test_the_undefined_is_none() -> None:
@@ -106,16 +106,16 @@ def test_the_undefined_is_none() -> None:
     assert metrics.after_first_chunk(empty) is metrics.after_first_chunk(Trace(())) is None
     assert metrics.otps(1, 0.3, 0.3) is None
     assert metrics.otps(2, 0.3, 0.3) is None
-    assert metrics.opening(empty, "edge") is None
+    assert metrics.prefill_seconds(empty, "edge") is None
     assert metrics.e2e(Trace(())) is None
-    assert metrics.features(Trace(())) is None
+    assert metrics.feature_seconds(Trace(())) is None
     assert metrics.e2e_tps(0, None) is None
     assert metrics.wire_bytes(empty) is None
     assert not metrics.chunks(Trace(()))
     assert metrics.itl_per_chunk(Trace(())) == metrics.itl_per_token(empty) == []
     assert metrics.acceptance_by_position([empty]) == []
     nothing = metrics.counts(empty)
-    assert [name for name in RATES if getattr(nothing, name) is not None] == ["edge_share", "cloud_token_share"]
+    assert [name for name in RATES if getattr(nothing, name) is not None] == ["local_share", "covered_share"]
     assert [getattr(metrics.Counts(), name) for name in RATES] == [None] * len(RATES)
 
 
@@ -143,18 +143,18 @@ SHARES = (
     "correction_rate",
     "cloud_call_rate",
     "cloud_calls_per_token",
-    "edge_share",
-    "cloud_token_share",
+    "local_share",
+    "covered_share",
     "waste",
 )
-RATES = (*SHARES, "mean_accepted_length")
+RATES = (*SHARES, "mean_acceptance_length")
 
 
 @given(cases(), profiles(), any_link)
 def test_counts_keep_their_laws_shares_their_range_and_chunks_every_token(
     case: Case, profile: Profile, link: Link
 ) -> None:
-    trace = case.play(Stage(profile, link))
+    trace = case.play(Harness(profile, link))
     counts = metrics.counts(trace)
     own = counts.correction + counts.bonus
     assert counts.tokens == len(trace.tokens) == counts.local + counts.accepted + own + counts.cloud
@@ -165,7 +165,7 @@ def test_counts_keep_their_laws_shares_their_range_and_chunks_every_token(
     assert own <= counts.cloud_calls <= counts.rounds
     assert all(0 <= share <= 1 for name in SHARES if (share := getattr(counts, name)) is not None)
     assert isinstance(case.how.k, int)
-    assert counts.mean_accepted_length is None or counts.mean_accepted_length <= case.how.k + 1
+    assert counts.mean_acceptance_length is None or counts.mean_acceptance_length <= case.how.k + 1
     assert all(0 <= p <= 1 for p in metrics.acceptance_by_position([trace]))
     chunks, gaps, last = metrics.chunks(trace), metrics.itl_per_chunk(trace), metrics.e2e(trace)
     assert last is not None
@@ -327,8 +327,8 @@ def test_a_difference_is_the_mean_of_the_pairs_inside_its_interval(pairs: list[t
 
 def test_the_length_matched_speed_up_divides_each_sides_seconds_by_its_own_tokens() -> None:
     baseline, ours = [(10, 4.0), (30, 4.0)], [(5, 1.0), (20, 1.5)]
-    check(metrics.pace_speedup(baseline, ours), (8 / 40) / (2.5 / 25))
-    assert metrics.pace_speedup(baseline, baseline) == Interval(1, 1, 1)
+    check(metrics.length_matched_speedup(baseline, ours), (8 / 40) / (2.5 / 25))
+    assert metrics.length_matched_speedup(baseline, baseline) == Interval(1, 1, 1)
 
 
 def test_the_bootstrap_draws_clips_with_replacement_and_takes_percentiles() -> None:
@@ -350,7 +350,7 @@ def test_draws_in_which_a_statistic_is_undefined_are_left_out() -> None:
     assert metrics.bootstrap(ratio, 2) == Interval(1, 0.5, 1)
 
 
-@pytest.mark.parametrize("compare", [metrics.speedup, metrics.pace_speedup, metrics.difference])
+@pytest.mark.parametrize("compare", [metrics.speedup, metrics.length_matched_speedup, metrics.difference])
 def test_no_clips_have_no_interval(compare: object) -> None:
     assert callable(compare)
     assert compare([], []) is None
@@ -362,12 +362,12 @@ def test_clips_that_are_not_the_same_cannot_be_paired(compare: object) -> None:
     with pytest.raises(ValueError, match="2 clips cannot be paired with 1"):
         compare([1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="1 clips cannot be paired with 2"):
-        metrics.pace_speedup([(1, 2.0)], [(1, 2.0), (3, 4.0)])
+        metrics.length_matched_speedup([(1, 2.0)], [(1, 2.0), (3, 4.0)])
 
 
 def test_an_undefined_speed_up_is_none() -> None:
     assert metrics.speedup([1.0], [0.0]) is None
-    assert metrics.pace_speedup([(0, 0.0)], [(1, 1.0)]) is None
+    assert metrics.length_matched_speedup([(0, 0.0)], [(1, 1.0)]) is None
 
 
 def test_an_interval_reads_as_a_figure_and_its_bounds() -> None:

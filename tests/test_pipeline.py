@@ -15,13 +15,13 @@ from edgecloud_sd.timing import link as links
 from edgecloud_sd.timing import profile
 
 ALWAYS = Cell("speculative", gate.ALWAYS, k=8)
-OVER_4G = replace(ALWAYS, link=links.find("4g"))
-MACHINES = profile.load("laptop-gpu")
+OVER_4G = replace(ALWAYS, link=links.find_link("4g"))
+MACHINES = profile.load_profile("laptop-gpu")
 
 
 @pytest.fixture(scope="module")
 def asked() -> Request:
-    return Request(clips.make("evaluation", 4).samples, "chinese")  # of which the edge is unsure
+    return Request(clips.make_clip("evaluation", 4).samples, "chinese")  # of which the edge is unsure
 
 
 def fresh(captioner: Captioner) -> Captioner:
@@ -43,7 +43,11 @@ def drafts(trace: Trace) -> list[int]:
         ({"mode": "speculative", "open": "lzay"}, "open must be one of eager, lazy, not 'lzay'"),
         ({"mode": "speculative", "ahead": -1}, "ahead must be 0 or more tokens, not -1"),
         (
-            {"mode": "speculative", "gate": gate.ALWAYS, "stop": gate.parse_stop("entropy", gate.entropy(1.5))},
+            {
+                "mode": "speculative",
+                "gate": gate.ALWAYS,
+                "stop": gate.parse_draft_stop("entropy", gate.entropy_gate(1.5)),
+            },
             "stop stopH1.5 reads the gate's score, and gate always has none",
         ),
     ],
@@ -54,7 +58,7 @@ def test_what_is_no_way_to_decode_is_refused(fields: dict[str, Any], message: st
 
 
 def test_drafts_end_where_the_option_says(captioner: Captioner, asked: Request) -> None:
-    unsure = gate.parse_stop("entropy=0.5", gate.ALWAYS)
+    unsure = gate.parse_draft_stop("entropy=0.5", gate.ALWAYS)
     whole, cut = (captioner.trace(asked, replace(ALWAYS, stop=stop), 64, MACHINES) for stop in (None, unsure))
     assert cut.tokens == whole.tokens
     assert len(drafts(cut)) > len(drafts(whole))
@@ -70,11 +74,11 @@ def test_the_edge_drafts_ahead_where_it_is_told_to(captioner: Captioner, asked: 
 
 def test_what_finds_the_length_of_drafts_knows_the_cell_and_stays(captioner: Captioner, asked: Request) -> None:
     learning = fresh(captioner)
-    lossy = Cell("speculative", gate.entropy(1.5), k=None, open="lazy", ahead=7)
+    lossy = Cell("speculative", gate.entropy_gate(1.5), k=None, open="lazy", ahead=7)
     for cell in (lossy, replace(ALWAYS, k=None)):
         learning.trace(asked, cell, 64, MACHINES)
         pace = learning._pace(cell, "chinese", MACHINES)
-        assert (pace.ahead, pace.strict, pace.eager) == (cell.ahead, cell.strict, cell.open == "eager")
+        assert (pace.ahead, pace.is_lossless, pace.eager) == (cell.ahead, cell.is_lossless, cell.open == "eager")
         assert pace.step.n + pace.beside.n > 0
     assert len(learning._paces) == 2
 

@@ -27,7 +27,7 @@ SOME = [(0, "chinese"), (7, "chinese"), (21, "english"), (38, "english")]
 
 
 def request(index: int, language: str) -> Request:
-    return Request(clips.make("evaluation", index).samples, language)
+    return Request(clips.make_clip("evaluation", index).samples, language)
 
 
 def generated(captioner: Captioner, side: str, asked: Request) -> tuple[int, ...]:
@@ -92,15 +92,15 @@ def test_the_length_that_finds_itself_is_within_a_twentieth_of_the_best(
     asked = [request(index, "chinese") for index in range(12)]
 
     def seconds(k: int | None) -> float:
-        cell = Cell("speculative", gate.ALWAYS, k=k, link=links.find(link))
-        costs = profile.load(machines)
+        cell = Cell("speculative", gate.ALWAYS, k=k, link=links.find_link(link))
+        costs = profile.load_profile(machines)
         return sum(captioner.trace(each, cell, MAX_NEW_TOKENS, costs, str(i)).seconds for i, each in enumerate(asked))
 
     assert seconds(None) <= 1.05 * min(seconds(k) for k in range(1, 13))
 
 
 def test_an_entropy_gate_mixes_both(captioner: Captioner) -> None:
-    cell = Cell("speculative", gate.entropy(1.0), k=3)
+    cell = Cell("speculative", gate.entropy_gate(1.0), k=3)
     counts = metrics.counts(stamp(captioner.events(request(3, "chinese"), cell, MAX_NEW_TOKENS)))
     assert 0 < counts.cloud_calls < counts.rounds
 
@@ -183,14 +183,14 @@ def test_the_default_data_set_has_twenty_clips_a_language(folder: Path, language
     found, skipped = load_manifest(folder / clips.manifest_name(language), language)
     assert len(found) == clips.EVALUATION_CLIPS
     assert not skipped
-    spoken = {voices.caption(clips.make("evaluation", i).attributes, language) for i in range(40)}
+    spoken = {voices.caption(clips.make_clip("evaluation", i).attributes, language) for i in range(40)}
     assert {clip.references[0] for clip in found} <= spoken
 
 
 def test_a_clip_on_disk_is_the_clip_made(folder: Path) -> None:
     samples = load_audio(folder / "wav" / "pocket_evaluation_0005.wav")
     torch.testing.assert_close(
-        torch.tensor(samples), torch.tensor(clips.make("evaluation", 5).samples), atol=4e-5, rtol=0
+        torch.tensor(samples), torch.tensor(clips.make_clip("evaluation", 5).samples), atol=4e-5, rtol=0
     )
 
 
@@ -206,18 +206,18 @@ def test_a_stopped_writer_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(clips, "make", stop)
+    monkeypatch.setattr(clips, "make_clip", stop)
     with pytest.raises(KeyboardInterrupt):
         clips.evaluation_set(tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_clips_are_the_same_on_every_call_and_sets_do_not_meet() -> None:
-    first, again = clips.make("train", 3), clips.make("train", 3)
+    first, again = clips.make_clip("train", 3), clips.make_clip("train", 3)
     assert (first.samples == again.samples).all()
     assert (
-        clips.make("evaluation", 3).samples.shape != first.samples.shape
-        or (clips.make("evaluation", 3).samples != first.samples).any()
+        clips.make_clip("evaluation", 3).samples.shape != first.samples.shape
+        or (clips.make_clip("evaluation", 3).samples != first.samples).any()
     )
     assert len(set(clips.SETS.values())) == len(clips.SETS)
 
@@ -225,9 +225,9 @@ def test_clips_are_the_same_on_every_call_and_sets_do_not_meet() -> None:
 @pytest.mark.parametrize("language", prompts.LANGUAGES)
 def test_a_caption_says_its_attributes_in_20_to_40_tokens(captioner: Captioner, language: str) -> None:
     for index in range(60):
-        attributes = clips.make("evaluation", index % 20).attributes if index < 20 else draw(index)
+        attributes = clips.make_clip("evaluation", index % 20).attributes if index < 20 else draw(index)
         text = voices.caption(attributes, language)
-        assert voices.named(text, language) == {name: getattr(attributes, name) for name in voices.NAMES}
+        assert voices.named(text, language) == {name: getattr(attributes, name) for name in voices.ATTRIBUTE_NAMES}
         assert 20 <= len(captioner.edge.tokenizer.encode(text + tokenizer.EOS)) <= 40
 
 
@@ -238,23 +238,25 @@ def draw(seed: int) -> voices.Attributes:
 
 
 def test_a_caption_that_names_two_classes_names_none() -> None:
-    assert voices.named("low pitch and high pitch, slow pace", "english") == dict.fromkeys(voices.NAMES) | {"rate": 0}
+    assert voices.named("low pitch and high pitch, slow pace", "english") == dict.fromkeys(voices.ATTRIBUTE_NAMES) | {
+        "rate": 0
+    }
 
 
 def test_the_tokenizer_in_the_repository_is_the_one_that_training_makes(captioner: Captioner) -> None:
-    assert tokenizer.train().get_vocab() == captioner.edge.tokenizer.get_vocab()
+    assert tokenizer.train_tokenizer().get_vocab() == captioner.edge.tokenizer.get_vocab()
     assert captioner.cloud.tokenizer.get_vocab() == captioner.edge.tokenizer.get_vocab()
 
 
 def test_training_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     small = train.Recipe(1, 32, 32, 1, 16, steps=12, learning_rate=1e-2, tower_steps=2, batch=4, tower_batch=4)
     monkeypatch.setitem(train.RECIPES, "edge", small)
-    tokens = tokenizer.train()
+    tokens = tokenizer.train_tokenizer()
     data = train.examples("train", 6, train.new_extractor())
     torch.manual_seed(0)
     losses = [
         loss_of(thinker, tokens, data)
-        for thinker in (train.new_thinker(small, tokens), train.train("edge", data, tokens))
+        for thinker in (train.new_thinker(small, tokens), train.train_side("edge", data, tokens))
     ]
     assert losses[1] < 0.8 * losses[0]
 

@@ -16,11 +16,11 @@ from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.decoder import Decoding, decode
 from edgecloud_sd.events import Degraded, Escalated, Event, Finished, Opened, Prepared, Prompt, Span, Trace, Verdict
 from edgecloud_sd.measure import metrics
-from edgecloud_sd.measure.breakdown import intervals, ledger
+from edgecloud_sd.measure.breakdown import intervals, latency_breakdown
 from edgecloud_sd.prefill import Eager
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.timing.clock import stamp
-from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Costs, Profile
 from edgecloud_sd.verifier import CloudFault, LocalVerifier, Verification
@@ -63,8 +63,8 @@ class Counting:
         self.done.append("close")
 
 
-def opened(cloud: Counting, when: str, stage: Stage | None = None) -> Verification:
-    return (stage or Stage()).opened(cloud, when).open(PROMPT)
+def opened(cloud: Counting, when: str, stage: Harness | None = None) -> Verification:
+    return (stage or Harness()).opened(cloud, when).open(PROMPT)
 
 
 def test_a_lazy_cloud_that_is_never_needed_hears_nothing() -> None:
@@ -172,7 +172,7 @@ def test_what_nobody_needs_any_more_is_not_tried_again() -> None:
 
     with served(ToyEngine()) as url, Proxy(url) as proxy:
         connection = Connection(proxy.url, patience=1000.0, sleep=sleep)
-        stage = Stage(far=True)
+        stage = Harness(far=True)
         verifier = connection.verifier(GREEDY, stage)
         proxy.plan([Fault.REFUSED] * 1000)
         stage.opened(verifier, "eager").open(Prompt((1, 2))).close()
@@ -195,7 +195,7 @@ EDGE = Scripted(wrong=frozenset({3}), unsure=frozenset({3, 4}))  # rounds of two
 
 
 def caption(when: str, chosen: gate.Gate, profile: Profile = PROFILE) -> Trace:
-    stage = Stage(profile, LINK)
+    stage = Harness(profile, LINK)
 
     def events() -> Iterator[Event]:
         prompt = stage.prepared(lambda: PROMPT)
@@ -233,14 +233,14 @@ def test_an_eager_opening_takes_the_longer_of_both_sides_and_not_their_sum(prefi
 
 
 @pytest.mark.parametrize("prefill", [0.5, 2.0, 2.625, 8.0])
-def test_only_what_was_waited_for_is_in_the_ledger(prefill: float) -> None:
+def test_only_what_was_waited_for_is_in_the_breakdown(prefill: float) -> None:
     profile = replace(PROFILE, edge=replace(PROFILE.edge, prefill=prefill))
     trace = caption("eager", gate.ALWAYS, profile)
     escalated, waited = moment(trace, Escalated), moment(trace, Opened("cloud"))
     beside = [span for span in trace.spans if escalated <= span.start and span.end <= waited]
     assert all(rest >= -1e-9 for _, rest in intervals(trace))
     assert sum(span.end - span.start for span in beside) <= waited - escalated + 1e-9
-    kept = ledger(trace)
+    kept = latency_breakdown(trace)
     assert kept.seconds == pytest.approx(trace.seconds)
     exposed = waited - escalated
     assert kept.parts["cloud_prefill"] == pytest.approx(min(exposed, PROFILE.cloud.prefill))
@@ -253,7 +253,7 @@ def test_a_caption_that_never_escalates_pays_for_no_cloud(when: str) -> None:
     trace = caption(when, sure)
     assert not any(isinstance(event, Escalated) or event == Opened("cloud") for _, event in trace.events)
     assert trace.seconds == pytest.approx(0.125 + 2.0 + 6 * (0.5 + 0.0625))
-    kept = ledger(trace)
+    kept = latency_breakdown(trace)
     assert kept.seconds == pytest.approx(trace.seconds)
     assert kept.parts["cloud_prefill"] == kept.parts["uplink"] == kept.parts["cloud_queue"] == 0
     found = metrics.wire_bytes(trace)
@@ -268,7 +268,7 @@ def test_a_failed_opening_is_noted_once() -> None:
             stage.up(1000)
             raise CloudFault("cannot be had")
 
-    stage = Stage(PROFILE, LINK)
+    stage = Harness(PROFILE, LINK)
     how = Decoding("speculative", STOPPING, 2, gate.ALWAYS, alone=True)
     trace = stamp(decode(PROMPT, how, stage.edge(EDGE), stage.opened(Failing(), "eager")), stage.watch)
     assert [event for _, event in trace.events if isinstance(event, Degraded)] == [Degraded("cannot be had")]

@@ -31,9 +31,9 @@ cloud:
 """
 
 
-@pytest.mark.parametrize("name", profile.NAMES)
+@pytest.mark.parametrize("name", profile.PROFILE_NAMES)
 def test_every_profile_that_ships_can_be_used_and_says_where_it_comes_from(name: str) -> None:
-    loaded = profile.load(name)
+    loaded = profile.load_profile(name)
     assert loaded.name == name
     assert len(loaded.source) > 80
     assert loaded.edge.step > 0
@@ -41,7 +41,7 @@ def test_every_profile_that_ships_can_be_used_and_says_where_it_comes_from(name:
 
 
 def test_the_published_figures() -> None:
-    published = profile.load("published")
+    published = profile.load_profile("published")
     assert (published.edge.step, published.cloud.step) == (0.380, 0.0387)
     assert (published.edge.prefill, published.cloud.prefill) == (7.5, 0.35)
     assert (published.features, published.gate, published.queue, published.draft_at_cloud) == (0, 0, 0, None)
@@ -50,7 +50,7 @@ def test_the_published_figures() -> None:
 def test_a_file_is_read_field_by_field(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(GOOD)
-    assert profile.load(str(path)) == Profile(
+    assert profile.load_profile(str(path)) == Profile(
         "mine",
         Costs(0.5, ((1, 0.04), (2, 0.05))),
         Costs(1.0, ((1, 0.02), (8, 0.09))),
@@ -73,14 +73,14 @@ def test_a_saved_profile_is_loaded_as_it_was(
     before = replace(drawn, source=source, draft_at_cloud=beside, features=features)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "drawn.yaml")
-        profile.save(before, path)
-        assert profile.load(str(path)) == before
+        profile.save_profile(before, path)
+        assert profile.load_profile(str(path)) == before
 
 
 @given(profiles(), words)
 def test_a_profile_comes_back_from_json_as_it_was(drawn: Profile, source: str) -> None:
     before = replace(drawn, source=source)
-    assert profile.from_json(json.loads(json.dumps(asdict(before)))) == before
+    assert profile.profile_from_json(json.loads(json.dumps(asdict(before)))) == before
 
 
 @pytest.mark.parametrize(
@@ -115,19 +115,19 @@ def test_a_bad_profile_is_refused_by_file_and_field(tmp_path: Path, old: str, ne
     assert old in GOOD
     path.write_text(GOOD.replace(old, new))
     with pytest.raises(ProfileError, match=re.escape(f"{path}{message}")):
-        profile.load(str(path))
+        profile.load_profile(str(path))
 
 
 def test_what_is_neither_a_file_nor_a_name_is_refused_with_the_names() -> None:
     with pytest.raises(ProfileError, match=r"^no profile 'toaster': .* laptop-gpu, phone-npu, published$"):
-        profile.load("toaster")
+        profile.load_profile("toaster")
 
 
 def test_a_file_that_is_not_text_is_refused_by_its_name(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ProfileError, match=r"bad\.yaml: is not YAML"):
-        profile.load(str(path))
+        profile.load_profile(str(path))
 
 
 def test_one_point_is_constant() -> None:

@@ -35,7 +35,7 @@ def test_there_is_a_placeholder_for_each_position_of_the_encoder(captioner: Capt
 @pytest.mark.parametrize("language", prompts.LANGUAGES)
 @pytest.mark.parametrize("prompt_type", prompts.PROMPT_TYPES)
 def test_a_prompt_asks_in_its_language_after_the_audio(captioner: Captioner, language: str, prompt_type: str) -> None:
-    prompt = prompts.build(
+    prompt = prompts.build_prompt(
         np.zeros(16_000, np.float32),
         captioner.edge.tokenizer,
         captioner.edge.extractor,
@@ -56,6 +56,6 @@ def test_what_is_said_stands_before_the_task() -> None:
 def test_a_clip_too_short_or_too_long_is_named(captioner: Captioner) -> None:
     build = [captioner.edge.tokenizer, captioner.edge.extractor]
     with pytest.raises(ValueError, match="has 100 samples, too few"):
-        prompts.build(np.zeros(100, np.float32), *build, language="english")
+        prompts.build_prompt(np.zeros(100, np.float32), *build, language="english")
     with pytest.raises(ValueError, match=r"301\.0 s long and this model reads at most 300 s"):
-        prompts.build(np.zeros(301 * 16_000, np.float32), *build, language="english")
+        prompts.build_prompt(np.zeros(301 * 16_000, np.float32), *build, language="english")

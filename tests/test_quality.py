@@ -23,7 +23,7 @@ from edgecloud_sd.measure.meteor import Meteor, NoMeteor
 from edgecloud_sd.measure.quality import (
     BERTSCORE,
     BLEU,
-    METRICS,
+    QUALITY_METRICS,
     Quality,
     check_bertscore_model,
     in_language,
@@ -102,7 +102,7 @@ def test_english_is_cut_into_lower_cased_words_and_punctuation() -> None:
 
 
 def test_every_language_has_a_tokenizer_that_the_scores_name() -> None:
-    assert set(quality.TOKENIZERS) == set(quality.SCRIPTS) == set(meteor.OPTIONS) == set(LANGUAGES)
+    assert set(quality.TOKENIZERS) == set(quality.SCRIPTS) == set(meteor.METEOR_OPTIONS) == set(LANGUAGES)
     assert {language: score(["x"], [["x"]], language).tokenizer for language in LANGUAGES} == quality.TOKENIZERS
 
 
@@ -142,7 +142,7 @@ def test_language_match_is_a_share_of_the_clips() -> None:
 def test_every_metric_has_a_value_or_a_reason_and_a_value_a_clip(bert: Path) -> None:
     for model in (None, str(bert)):
         scores = score(["他很高兴", "", "a"], [["他很高兴"], ["她很悲伤"], ["a", "b"]], "chinese", model)
-        assert list(scores.corpus) == list(scores.per_clip) == list(METRICS)
+        assert list(scores.corpus) == list(scores.per_clip) == list(QUALITY_METRICS)
         assert scores.reasons.keys() == {name for name, value in scores.corpus.items() if value is None}
         for name, values in scores.per_clip.items():
             assert [each is None for each in values] == [scores.corpus[name] is None] * 3
@@ -158,7 +158,7 @@ def test_every_metric_has_a_value_or_a_reason_and_a_value_a_clip(bert: Path) -> 
 )
 def test_identical_text_scores_1(captions: list[str], language: str) -> None:
     scores = score(captions, [["高。", text] for text in captions], language)
-    for name in {*METRICS} - {*BERTSCORE, "cider", "language_match"}:
+    for name in {*QUALITY_METRICS} - {*BERTSCORE, "cider", "language_match"}:
         assert scores.per_clip[name] == pytest.approx([1] * len(captions), abs=CLOSE)
         if name not in BLEU or language == "chinese":  # in English such captions may have fewer than 4 tokens
             assert scores.corpus[name] == pytest.approx(1, abs=CLOSE)
@@ -287,7 +287,7 @@ def test_the_best_of_several_references_counts(bert: Path) -> None:
     captions, good, bad = ["他的声音很高兴"], "他的声音很高兴", "一位女士在哭"
     alone = score(captions, [[good]], "chinese", str(bert))
     among = score(captions, [[bad, good, bad]], "chinese", str(bert))
-    for name in {*METRICS} - {"cider"}:
+    for name in {*QUALITY_METRICS} - {"cider"}:
         assert among.corpus[name] == pytest.approx(alone.corpus[name])
         assert among.corpus[name] == pytest.approx(1, abs=CLOSE)
 
@@ -301,7 +301,7 @@ def test_clips_may_have_different_numbers_of_references() -> None:
 def test_an_empty_caption_scores_0_and_is_counted(bert: Path, capfd: pytest.CaptureFixture[str]) -> None:
     scores = score(["", "a b c d", " \n"], [["a b c d"]] * 3, "english", str(bert))
     assert scores.empty == 2
-    for name in {*METRICS} - {"cider"}:
+    for name in {*QUALITY_METRICS} - {"cider"}:
         assert scores.per_clip[name] == pytest.approx((0, 1, 0), abs=CLOSE)
     assert list(scores.per_clip["cider"]) == [0, 0, 0]  # what every clip has weighs nothing
     # all that was said is right, and a third of what should have been: the brevity penalty of 4 words for 12
@@ -314,7 +314,7 @@ def test_an_empty_caption_scores_0_and_is_counted(bert: Path, capfd: pytest.Capt
 @needs_java
 def test_nothing_but_empty_captions_scores_0(bert: Path) -> None:
     scores = score(["", ""], [["a b c d"], ["e f g h"]], "english", str(bert))
-    assert scores.corpus == dict.fromkeys(METRICS, 0)
+    assert scores.corpus == dict.fromkeys(QUALITY_METRICS, 0)
     assert (scores.empty, scores.reasons) == (2, {})
 
 
@@ -341,7 +341,7 @@ def shuffled_like(pairs: list[tuple[str, list[str]]], random: Random, model: str
     random.shuffle(order)
     before = score([text for text, _ in pairs], [texts for _, texts in pairs], "chinese", model)
     after = score([pairs[i][0] for i in order], [pairs[i][1] for i in order], "chinese", model)
-    for name in METRICS:
+    for name in QUALITY_METRICS:
         assert after.corpus[name] == pytest.approx(before.corpus[name], abs=CLOSE)
         assert after.per_clip[name] == pytest.approx([before.per_clip[name][i] for i in order], abs=CLOSE)
     assert (after.empty, after.reasons) == (before.empty, before.reasons)
@@ -351,7 +351,7 @@ def shuffled_like(pairs: list[tuple[str, list[str]]], random: Random, model: str
 @given(corpora)
 def test_scores_stay_in_their_ranges(pairs: list[tuple[str, list[str]]]) -> None:
     scores = score([text for text, _ in pairs], [texts for _, texts in pairs], "english")
-    for name in METRICS:
+    for name in QUALITY_METRICS:
         for value in (scores.corpus[name], *scores.per_clip[name]):
             assert value is None or 0 <= value <= (10 if name == "cider" else 1) + CLOSE
 
@@ -372,9 +372,9 @@ def test_two_clips_need_no_reason_but_for_a_model() -> None:
 
 def test_no_clip_at_all_has_no_scores_and_says_why() -> None:
     scores = score([], [], "english")
-    assert scores.corpus == dict.fromkeys(METRICS)
-    assert scores.per_clip == dict.fromkeys(METRICS, ())
-    assert scores.reasons == dict.fromkeys(METRICS, "no clip was captioned")
+    assert scores.corpus == dict.fromkeys(QUALITY_METRICS)
+    assert scores.per_clip == dict.fromkeys(QUALITY_METRICS, ())
+    assert scores.reasons == dict.fromkeys(QUALITY_METRICS, "no clip was captioned")
 
 
 @pytest.mark.parametrize("references", [[["a"]], [["a"], []], [["a"], ["b", " "]]])
@@ -511,7 +511,7 @@ def test_a_name_that_is_not_on_this_machine_is_a_reason() -> None:
 
 
 def test_without_bert_score_the_reason_says_so(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bertscore.load.cache_clear()
+    bertscore.load_scorer.cache_clear()
     monkeypatch.setitem(sys.modules, "bert_score.utils", None)
     scores = score(["a"], [["a"]], "english", str(bert))
     assert scores.reasons["bertscore_f1"].startswith("BERTScore model 'tiny-bert': bert-score is not installed")
@@ -524,30 +524,30 @@ def test_the_model_is_loaded_once_silently_and_leaves_nothing_set(
 
     for bar in (True, False):
         monkeypatch.setattr(logging, "_tqdm_active", bar)
-        bertscore.load.cache_clear()
+        bertscore.load_scorer.cache_clear()
         state = (logging.get_verbosity(), logging.is_progress_bar_enabled())
         check_bertscore_model(str(bert))
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == state
     assert capfd.readouterr() == ("", "")
-    assert bertscore.load(str(bert)) is bertscore.load(str(bert))
+    assert bertscore.load_scorer(str(bert)) is bertscore.load_scorer(str(bert))
 
 
 def test_a_published_model_has_its_published_layer_and_another_its_last(bert: Path, tmp_path: Path) -> None:
     from bert_score.utils import model2layers
 
-    assert bertscore.load(str(bert)).model.config.num_hidden_layers == 3
+    assert bertscore.load_scorer(str(bert)).model.config.num_hidden_layers == 3
     known, layer = next((name, layer) for name, layer in model2layers.items() if "/" not in name)
     shutil.copytree(bert, tmp_path / known)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model2layers, known, 1)
-        assert bertscore.load(str(tmp_path / known)).model.config.num_hidden_layers == 1
+        assert bertscore.load_scorer(str(tmp_path / known)).model.config.num_hidden_layers == 1
     assert layer > 3  # more than the copy has
-    bertscore.load.cache_clear()
-    assert bertscore.load(str(tmp_path / known)).model.config.num_hidden_layers == 3
+    bertscore.load_scorer.cache_clear()
+    assert bertscore.load_scorer(str(tmp_path / known)).model.config.num_hidden_layers == 3
 
 
 def test_a_text_longer_than_the_model_is_cut(bert: Path) -> None:
-    assert bertscore.load(str(bert)).score(["他很" * 40], [["他很" * 50]])[2] == pytest.approx([1])
+    assert bertscore.load_scorer(str(bert)).score(["他很" * 40], [["他很" * 50]])[2] == pytest.approx([1])
 
 
 def test_a_text_of_which_the_tokenizer_leaves_nothing_scores_0_in_silence(
@@ -567,5 +567,5 @@ def test_roberta_gets_the_space_before_its_first_word(tmp_path: Path) -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     RobertaModel(RobertaConfig(vocab_size=len(known), max_position_embeddings=20, **sizes)).save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).encode("a") == [0, 6, 2]
-    assert bertscore.load(str(tmp_path)).tokenizer.encode("a") == [0, 5, 6, 2]
-    assert bertscore.load(str(tmp_path)).score(["a" * 50], [["a" * 60]])[2] == pytest.approx([1])
+    assert bertscore.load_scorer(str(tmp_path)).tokenizer.encode("a") == [0, 5, 6, 2]
+    assert bertscore.load_scorer(str(tmp_path)).score(["a" * 50], [["a" * 60]])[2] == pytest.approx([1])

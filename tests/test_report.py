@@ -21,11 +21,11 @@ from bench.comparison import Document
 from bench.report import __main__ as report
 from bench.report import labels, pictures, render
 from bench.report.differences import distance, marked
-from bench.report.page import Points, Text, change
+from bench.report.page import Paragraph, Points, change
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.metrics import Interval
 from edgecloud_sd.measure.results import SCHEMA_VERSION
-from edgecloud_sd.measure.summary import FIGURES
+from edgecloud_sd.measure.summary import METRICS
 from edgecloud_sd.timing import profile
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "path", "use", "rect", "circle"}
@@ -33,7 +33,7 @@ SECTIONS = (
     "What was run", "Summary", "Where the time goes", "Latency against quality", "Acceptance by position",
     "Does it pay?", "Captions side by side",
 )  # fmt: skip
-PICTURES = ("ledger_bars", "latency_quality", "acceptance", "speedups")
+PICTURES = ("draw_breakdown", "draw_latency_quality", "draw_acceptance", "draw_speedups")
 MACHINE = {"system": "Linux", "machine": "x86_64", "cpu": "Fast 9000", "cores": 8, "gpu": None}
 VERSIONS = {"python": "3.12.1", "torch": "2.13.0", "transformers": "5.23.0", "edgecloud_sd": "1"}
 TEXTS = {"edge": "他很高兴，语速缓慢。", "cloud": "他很悲伤，语速缓慢。", "speculative": "他很悲伤，语速急促。"}
@@ -61,7 +61,7 @@ def clip(name: str, text: str, seconds: float, **other: Any) -> Document:
         "cloud_faults": 0,
         "degraded": None,
         "counts": counts | {"tokens": 5, "cloud": 0, "verified": 0, "ahead": 0, "ahead_wasted": 0},
-        "ledger": dict.fromkeys(PARTS, 0.0),
+        "latency_breakdown": dict.fromkeys(PARTS, 0.0),
         "discarded_draft": 0.0,
         "hindsight": None,
         **other,
@@ -80,7 +80,7 @@ def cell(mode: str, clips: Sequence[Document] | None = None, machine: Document |
         if clips is not None
         else [clip(f"clip{i}", TEXTS[mode], seconds * (i + 1), scores={"bleu4": SCORES[mode]}) for i in range(3)]
     )
-    figures = dict.fromkeys(FIGURES) | {
+    figures = dict.fromkeys(METRICS) | {
         "total": sum(each["total_time"] for each in clips) / len(clips),
         "ttft": 0.25,
         "otps": 10.0,
@@ -134,8 +134,8 @@ def cell(mode: str, clips: Sequence[Document] | None = None, machine: Document |
             )
             | {"acceptance_by_position": [0.9, 0.6] if speculative else []},
             "figures": figures | said.get("figures", {}),
-            "ledger": dict.fromkeys(PARTS, 0.0) | {"draft": 1.0, "verify": seconds - 1 + 0.25 * speculative},
-            "ledger_closure": {"median": 0.995, "worst": 0.98, "unnamed_median": 0.01},
+            "latency_breakdown": dict.fromkeys(PARTS, 0.0) | {"draft": 1.0, "verify": seconds - 1 + 0.25 * speculative},
+            "breakdown_closure": {"median": 0.995, "worst": 0.98, "unnamed_median": 0.01},
             "reasons": {"meteor": "no Java"},
         },
         "detailed_results": clips,
@@ -277,7 +277,7 @@ def test_the_summary_says_what_is_measured_and_why_the_rest_is_not(alone: tuple[
     assert "| cell | output | TTFT ms | OTPS tokens/s | total ms | BLEU-4 | cloud calls | CPU % |" in markdown
     assert "| H1 k2 greedy | lossy | 250.0 | 10.0 | 4000.0 | 0.800 | 0.400 | 100 |" in markdown
     assert "- **METEOR**: no Java" in markdown
-    assert f'title="{FIGURES["ttft"].meaning} (lower is better)"' in alone[0]
+    assert f'title="{METRICS["ttft"].meaning} (lower is better)"' in alone[0]
 
 
 def test_speedups_gap_and_the_oracles_sentence(alone: tuple[str, str]) -> None:
@@ -343,7 +343,7 @@ def test_the_same_file_gives_the_same_bytes(tmp_path: Path) -> None:
     file = saved(tmp_path / "a.json", grid())
     assert made(tmp_path, file) == made(tmp_path, file)
     rows = [("x", [("y", Interval(1.0, 0.5, 1.5))])]
-    assert pictures.speedups("a", rows) == pictures.speedups("a", rows)
+    assert pictures.draw_speedups("a", rows) == pictures.draw_speedups("a", rows)
 
 
 def test_another_quality_can_be_set_against_latency(tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_another_quality_can_be_set_against_latency(tmp_path: Path) -> None:
 
 def test_many_cells_are_numbered_where_they_are_and_named_beside() -> None:
     points = [pictures.Point(f"$cell_{i}$ <i>她", "edge", i % 3, i, 0.5) for i in range(9)]
-    texts = re.findall(r"<text [^>]*>([^<]*)<", pictures.latency_quality("x", points, [0, 3], "BLEU-4"))
+    texts = re.findall(r"<text [^>]*>([^<]*)<", pictures.draw_latency_quality("x", points, [0, 3], "BLEU-4"))
     assert texts.count("9") == 1
     assert [text.split() for text in texts if "cell" in text] == [
         [str(i + 1), f"$cell_{i}$", "&lt;i&gt;她"] for i in range(len(points))
@@ -367,7 +367,7 @@ def test_many_cells_are_numbered_where_they_are_and_named_beside() -> None:
 def test_lines_that_are_alike_are_drawn_once_and_many_are_not_named_one_by_one() -> None:
     def texts(n: int) -> list[str]:
         lines = [pictures.Line(f"{n} line", [1.0, 1 / (i + 1)], f"H{i}", "greedy", "2") for i in range(n)]
-        return re.findall(r"<text [^>]*>([^<]*)<", pictures.acceptance("x", [*lines, lines[0]]))
+        return re.findall(r"<text [^>]*>([^<]*)<", pictures.draw_acceptance("x", [*lines, lines[0]]))
 
     assert "2 line (and 1 more)" in texts(2)
     many = texts(17)
@@ -393,7 +393,7 @@ def test_the_results_file_of_one_cell_has_its_answer_computed(tmp_path: Path) ->
         [0.5, "committed", [3], "correction"],
         [0.5, "finished", "eos"],
     ]
-    costs = json.loads(json.dumps(asdict(profile.load("published"))))
+    costs = json.loads(json.dumps(asdict(profile.load_profile("published"))))
     clips = [clip("one", "他", 0.5, trace={"events": events, "spans": []})]
     one = cell("speculative", clips, clock="virtual", profile="published", profile_costs=costs)
     file = tmp_path / "one.json"
@@ -609,7 +609,7 @@ def test_an_option_that_makes_no_sense_is_an_error(options: list[str], capsys: p
     ],
 )
 def test_the_pareto_front(points: list[tuple[float, float]], front: list[int]) -> None:
-    assert comparison.front(points) == front
+    assert comparison.pareto_front(points) == front
 
 
 coordinates = st.integers(0, 4).map(float)
@@ -617,7 +617,7 @@ coordinates = st.integers(0, 4).map(float)
 
 @given(st.lists(st.tuples(coordinates, coordinates), max_size=8))
 def test_every_point_off_the_front_is_beaten_by_one_on_it_and_none_on_it_is(points: list[tuple[float, float]]) -> None:
-    front = comparison.front(points)
+    front = comparison.pareto_front(points)
 
     def beats(i: int, j: int) -> bool:
         (a, b), (x, y) = points[i], points[j]
@@ -632,25 +632,25 @@ def test_the_gap_closed_needs_a_gap_above_its_noise() -> None:
         cell(mode, [clip(str(i), "", 1.0, scores={"bleu4": score}) for i, score in enumerate(scores)])
         for mode, scores in {"edge": (0.0, 1.0), "cloud": (1.0, 0.0), "speculative": (0.5, 0.5)}.items()
     )
-    assert comparison.gap_closed(ours, edge, cloud, "bleu4") is None  # 0.4, and from -1 to 1 by the clips
+    assert comparison.quality_gap_closed(ours, edge, cloud, "bleu4") is None  # 0.4, and from -1 to 1 by the clips
     for each in cloud["detailed_results"]:
         each["scores"] = {"bleu4": 1.0}
     for each in edge["detailed_results"]:
         each["scores"] = {"bleu4": 0.2}
-    assert comparison.gap_closed(ours, edge, cloud, "bleu4") == pytest.approx((0.5 - 0.2) / (1.0 - 0.2))
-    assert comparison.gap_closed(ours, edge, None, "bleu4") is None
+    assert comparison.quality_gap_closed(ours, edge, cloud, "bleu4") == pytest.approx((0.5 - 0.2) / (1.0 - 0.2))
+    assert comparison.quality_gap_closed(ours, edge, None, "bleu4") is None
     for each in cloud["detailed_results"]:
         each["scores"] = {"bleu4": None}
-    assert comparison.gap_closed(ours, edge, cloud, "bleu4") is None
+    assert comparison.quality_gap_closed(ours, edge, cloud, "bleu4") is None
 
 
 def test_the_baseline_of_a_cell_has_its_language_clock_and_link() -> None:
     ours = cell("speculative", link="4g")
     edge, near, far = cell("edge"), cell("cloud"), cell("cloud", link="4g")
     others = [cell("edge", language="english"), cell("cloud", link="4g", clock="virtual"), edge, near, ours, far]
-    assert comparison.baseline(ours, "edge", others) is edge
-    assert comparison.baseline(ours, "cloud", others) is far
-    assert comparison.baseline(ours, "cloud", [edge, near]) is None
+    assert comparison.find_baseline(ours, "edge", others) is edge
+    assert comparison.find_baseline(ours, "cloud", others) is far
+    assert comparison.find_baseline(ours, "cloud", [edge, near]) is None
 
 
 texts = st.text("ab ,。他", max_size=12)
@@ -708,5 +708,5 @@ def test_a_change_is_shown_in_percent_or_as_a_difference(
     [("1. a", r"1\. a"), ("- a", r"\- a"), ("+ a", r"\+ a"), ("1.5 a", "1.5 a"), ("a - b", "a - b"), ("# a", r"\# a")],
 )
 def test_no_line_of_text_becomes_a_list_or_a_heading(text: str, markdown: str) -> None:
-    assert render._block(Text(text)) == [markdown]
+    assert render._block(Paragraph(text)) == [markdown]
     assert render._block(Points([("", text)])) == [f"- {markdown}"]

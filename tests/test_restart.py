@@ -13,17 +13,17 @@ import pytest
 from edgecloud_sd import gate
 from edgecloud_sd.cloud.client import PATIENCE, Connection
 from edgecloud_sd.events import Committed, Degraded, Event, Finished, Trace, Verified
-from edgecloud_sd.measure.breakdown import ledger
+from edgecloud_sd.measure.breakdown import latency_breakdown
 from edgecloud_sd.models import pairs
 from edgecloud_sd.pipeline import Captioner, Cell, Request
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.timing.clock import stamp
-from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.harness import Harness
 
 pytestmark = pytest.mark.slow
 STRICT = Cell("speculative", gate.ALWAYS, k=2)
 CLOUD = Cell("cloud")
-REQUEST = Request(clips.make("evaluation", 7).samples)
+REQUEST = Request(clips.make_clip("evaluation", 7).samples)
 LENGTH = 32
 
 
@@ -72,7 +72,7 @@ def far(service: Service, policy: str) -> Iterator[Captioner]:
 
 def caption(captioner: Captioner, cell: Cell, happens: Callable[[], None], after: int) -> Trace:
     """One caption, to which something happens after so many answers of the cloud."""
-    stage = Stage(far=True)
+    stage = Harness(far=True)
 
     def events() -> Iterator[Event]:
         answers = 0
@@ -100,8 +100,8 @@ def test_a_cloud_that_restarts_in_the_middle_changes_no_token(
         harmed = caption(remote, cell, service.restart, after=2)
     service.ready()
     assert harmed.tokens == right.tokens
-    assert ledger(plain).parts["faults"] == 0
-    kept = ledger(harmed)
+    assert latency_breakdown(plain).parts["faults"] == 0
+    kept = latency_breakdown(harmed)
     assert kept.parts["faults"] > kept.seconds / 2  # a start takes longer than many captions
     assert kept.seconds == pytest.approx(harmed.seconds)
 
@@ -117,4 +117,4 @@ def test_a_cloud_that_stays_away_leaves_the_rest_to_the_edge(captioner: Captione
     assert by_the_cloud == right[: len(by_the_cloud)]
     assert {event.origin for event in events[mark:] if isinstance(event, Committed)} == {"local"}
     assert isinstance(events[-1], Finished)
-    assert ledger(trace).parts["faults"] > 0
+    assert latency_breakdown(trace).parts["faults"] > 0

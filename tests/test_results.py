@@ -32,8 +32,8 @@ from edgecloud_sd.host.limits import InForce
 from edgecloud_sd.host.utilization import Utilization
 from edgecloud_sd.measure import metrics, quality, results
 from edgecloud_sd.measure.breakdown import PARTS
-from edgecloud_sd.measure.results import document
-from edgecloud_sd.measure.summary import FIGURES, ClipResult, Summary, clip_result, summarise
+from edgecloud_sd.measure.results import results_document
+from edgecloud_sd.measure.summary import METRICS, ClipResult, Summary, clip_result, summarise
 
 Spoil = Callable[[dict[str, Any]], None]
 CHARACTERS = "。她他很高兴又悲伤"  # token id -> text
@@ -144,10 +144,10 @@ def made(both: list[ClipResult], monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     """The whole document, without waiting for torch to say which version it is."""
     monkeypatch.setattr(results, "environment", lambda: dict.fromkeys(ENVIRONMENT, "1.0"))
     skipped = [Skipped("bad", "bad.wav: holds no audio")]
-    return document(dict(EXPERIMENT), both, *summarise(both, "chinese"), HELD, skipped)
+    return results_document(dict(EXPERIMENT), both, *summarise(both, "chinese"), HELD, skipped)
 
 
-def summary_of(*traces: Trace, text: metrics.Text = decode) -> Summary:
+def summary_of(*traces: Trace, text: metrics.DecodeText = decode) -> Summary:
     return summarise([clip_result(clip("a", "他很高兴"), trace, USED, text) for trace in traces], "chinese")[0]
 
 
@@ -201,7 +201,7 @@ def test_gpu_is_the_mean_of_what_was_measured(both: list[ClipResult]) -> None:
 def test_quality_is_that_of_the_captions(both: list[ClipResult]) -> None:
     summary, scores = summarise(both, "chinese")
     assert scores == quality.score(["他很高兴又。", "她很伤"], [["他很高兴又。"], ["她很悲伤", "她很伤"]], "chinese")
-    assert {name: summary.figures[name] for name in quality.METRICS} == scores.corpus
+    assert {name: summary.figures[name] for name in quality.QUALITY_METRICS} == scores.corpus
     assert (summary.tokenizer, summary.empty_captions) == ("characters", 0)
 
 
@@ -241,7 +241,7 @@ AT_ONCE = Trace(
 
 
 @pytest.mark.parametrize(("trace", "text"), [(AT_ONCE, decode), (LONG, nothing)], ids=["at once", "without text"])
-def test_two_tokens_without_otps_have_a_reason_that_is_true(trace: Trace, text: metrics.Text) -> None:
+def test_two_tokens_without_otps_have_a_reason_that_is_true(trace: Trace, text: metrics.DecodeText) -> None:
     summary = summary_of(trace, text=text)
     assert summary.figures["otps"] is None
     assert summary.reasons["otps"] == "no caption has a token later than its first with text"
@@ -262,22 +262,24 @@ def test_what_the_machine_cannot_tell_has_its_reason() -> None:
 
 def test_every_figure_that_is_none_has_a_reason() -> None:
     for summary in (summary_of(EDGE), summary_of(CLOUD), summary_of(LONG), summary_of(LONG, text=nothing)):
-        assert list(summary.figures) == list(FIGURES)
+        assert list(summary.figures) == list(METRICS)
         missing = {name for name, value in summary.figures.items() if value is None}
         assert missing == set(summary.reasons) & missing
 
 
 def test_the_document_satisfies_the_schema(made: dict[str, Any]) -> None:
-    results.validate(made)
+    results.validate_results(made)
 
 
 @pytest.mark.parametrize("trace", [EDGE, CLOUD, LONG], ids=["edge", "cloud", "speculative"])
 @pytest.mark.parametrize("text", [decode, nothing])
 def test_every_mode_and_an_empty_caption_satisfy_the_schema(
-    made: dict[str, Any], tmp_path: Path, trace: Trace, text: metrics.Text
+    made: dict[str, Any], tmp_path: Path, trace: Trace, text: metrics.DecodeText
 ) -> None:
     alone = [clip_result(clip("a", "他很高兴"), trace, USED, text)]
-    results.write(tmp_path / "a.json", document(EXPERIMENT, alone, *summarise(alone, "chinese"), HELD, []))
+    results.write_results(
+        tmp_path / "a.json", results_document(EXPERIMENT, alone, *summarise(alone, "chinese"), HELD, [])
+    )
 
 
 def test_the_document_holds_the_summary(made: dict[str, Any], both: list[ClipResult]) -> None:
@@ -291,19 +293,19 @@ def test_the_document_holds_the_summary(made: dict[str, Any], both: list[ClipRes
     assert made["skipped_clips"] == [{"file_id": "bad", "reason": "bad.wav: holds no audio"}]
 
 
-def test_the_ledger_of_a_cell_is_the_mean_of_its_clips(made: dict[str, Any], both: list[ClipResult]) -> None:
-    assert list(made["metrics"]["ledger"]) == list(PARTS)
-    assert sum(made["metrics"]["ledger"].values()) == pytest.approx((1.6 + 1.2) / 2)
-    assert made["metrics"]["ledger"]["verify"] == pytest.approx((0.2 + 0.5 + 0.4) / 2)
+def test_the_breakdown_of_a_cell_is_the_mean_of_its_clips(made: dict[str, Any], both: list[ClipResult]) -> None:
+    assert list(made["metrics"]["latency_breakdown"]) == list(PARTS)
+    assert sum(made["metrics"]["latency_breakdown"].values()) == pytest.approx((1.6 + 1.2) / 2)
+    assert made["metrics"]["latency_breakdown"]["verify"] == pytest.approx((0.2 + 0.5 + 0.4) / 2)
     assert made["metrics"]["figures"]["discarded_draft"] == pytest.approx((0.1 + 0.0) / 2)
     closure = {"median": (1.6 / 2 + 1.2 / 1) / 2, "worst": 1.6 / 2, "unnamed_median": (1 - 1.5 / 2 + 1 - 1.1 / 1) / 2}
-    assert made["metrics"]["ledger_closure"] == pytest.approx(closure)
+    assert made["metrics"]["breakdown_closure"] == pytest.approx(closure)
 
 
 def test_what_was_measured_of_a_clip_can_be_read_back(made: dict[str, Any], both: list[ClipResult]) -> None:
     saved = json.loads(json.dumps(made["detailed_results"]))
     for each, clip in zip(both, saved, strict=True):
-        assert results.measurements(clip) == (each.trace, each.used, each.hindsight)
+        assert results.measurement_from_json(clip) == (each.trace, each.used, each.hindsight)
 
 
 @pytest.mark.parametrize(
@@ -319,8 +321,8 @@ def test_what_was_measured_of_a_clip_can_be_read_back(made: dict[str, Any], both
         ("gpu_memory_mb", 900, 900, 900),
         ("output_tokens", 4.5, 3, 6),
         ("features", 0.15, 0.1, 0.2),
-        ("edge_opening", 0.175, 0.15, 0.2),
-        ("cloud_opening", 0.175, 0.1, 0.25),
+        ("edge_prefill", 0.175, 0.15, 0.2),
+        ("cloud_prefill", 0.175, 0.1, 0.25),
     ],
 )
 def test_latency_metrics_have_mean_least_and_most(
@@ -372,8 +374,8 @@ def test_the_environment_names_versions_and_no_host_or_path() -> None:
 
 def test_what_is_written_is_read_back(made: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.json"
-    results.write(path, made)
-    assert results.read(path) == made
+    results.write_results(path, made)
+    assert results.read_results(path) == made
     assert "他很高兴" in path.read_text(encoding="utf-8")
 
 
@@ -432,7 +434,7 @@ def test_an_invalid_document_is_refused_and_the_file_stays(made: dict[str, Any],
     path.write_text("old")
     spoil(made)
     with pytest.raises(ValueError, match=r"^[\w/ ]+: "):
-        results.write(path, made)
+        results.write_results(path, made)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
 
@@ -445,7 +447,7 @@ def test_a_number_that_json_does_not_know_is_refused_and_the_file_stays(
     path.write_text("old")
     made["detailed_results"][0]["ttft"] = number
     with pytest.raises(ValueError, match="JSON"):
-        results.write(path, made)
+        results.write_results(path, made)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
 
@@ -454,7 +456,9 @@ def test_a_nan_from_a_clip_is_refused(made: dict[str, Any], both: list[ClipResul
     long, short = both
     bad = [replace(long, used=replace(USED, cpu=math.nan)), short]
     with pytest.raises(ValueError, match="JSON"):
-        results.write(tmp_path / "a.json", document(EXPERIMENT, bad, *summarise(bad, "chinese"), HELD, []))
+        results.write_results(
+            tmp_path / "a.json", results_document(EXPERIMENT, bad, *summarise(bad, "chinese"), HELD, [])
+        )
     assert os.listdir(tmp_path) == []
 
 
@@ -463,7 +467,7 @@ def test_an_invalid_file_is_not_read(made: dict[str, Any], tmp_path: Path) -> No
     del made["environment"]
     path.write_text(json.dumps(made), encoding="utf-8")
     with pytest.raises(ValueError, match="the whole: 'environment' is a required property"):
-        results.read(path)
+        results.read_results(path)
 
 
 def test_a_file_that_holds_nan_is_not_read(made: dict[str, Any], tmp_path: Path) -> None:
@@ -471,13 +475,13 @@ def test_a_file_that_holds_nan_is_not_read(made: dict[str, Any], tmp_path: Path)
     made["metrics"]["avg_cider"] = math.nan
     path.write_text(json.dumps(made), encoding="utf-8")
     with pytest.raises(ValueError, match="holds NaN"):
-        results.read(path)
+        results.read_results(path)
 
 
 def test_the_schema_is_itself_valid_and_names_every_figure_and_part() -> None:
     schema = json.loads(results.SCHEMA_FILE.read_text(encoding="utf-8"))
     figures = schema["properties"]["metrics"]["properties"]["figures"]
-    assert list(figures["properties"]) == figures["required"] == list(FIGURES)
-    assert schema["$defs"]["ledger"]["required"] == list(PARTS)
+    assert list(figures["properties"]) == figures["required"] == list(METRICS)
+    assert schema["$defs"]["latency_breakdown"]["required"] == list(PARTS)
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["properties"]["schema_version"]["const"] == results.SCHEMA_VERSION

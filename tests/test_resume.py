@@ -16,7 +16,7 @@ HEADER = {"experiment": {"k": 3}, "environment": {"python": "3.11"}}
 
 
 def record(name: str) -> dict[str, Any]:
-    return results.measured(name, Trace(((0.1, Prepared(3)),)), unmeasured(0.2, "测试"), None)
+    return results.measurement_to_json(name, Trace(((0.1, Prepared(3)),)), unmeasured(0.2, "测试"), None)
 
 
 def started(folder: Path, *names: str, header: dict[str, Any] = HEADER, resume: bool = False) -> Unfinished:

@@ -65,13 +65,13 @@ def test_a_rule_keeps_what_ranks_high_enough(r: int, draft: list[int], expected:
 
 
 def test_rules_are_parsed_by_name() -> None:
-    assert acceptance.parse("synthetic(0.78)") == acceptance.Synthetic((0.78,))
-    assert acceptance.parse("synthetic(1/.5/0)") == acceptance.Synthetic((1.0, 0.5, 0.0))
-    assert acceptance.parse("synthetic(0.9/0.8/1)").label == "synthetic0.9_0.8_1"
-    assert acceptance.parse("greedy") == acceptance.Rank(1)
-    assert acceptance.parse("rank", 5) == acceptance.Rank(5)
-    assert acceptance.parse("rank(7)").label == "rank7"
-    assert acceptance.parse("rank").label == "rank20"
+    assert acceptance.parse_rule("synthetic(0.78)") == acceptance.Synthetic((0.78,))
+    assert acceptance.parse_rule("synthetic(1/.5/0)") == acceptance.Synthetic((1.0, 0.5, 0.0))
+    assert acceptance.parse_rule("synthetic(0.9/0.8/1)").label == "synthetic0.9_0.8_1"
+    assert acceptance.parse_rule("greedy") == acceptance.Rank(1)
+    assert acceptance.parse_rule("rank", 5) == acceptance.Rank(5)
+    assert acceptance.parse_rule("rank(7)").label == "rank7"
+    assert acceptance.parse_rule("rank").label == "rank20"
 
 
 fractions = st.lists(st.floats(0, 1), min_size=1, max_size=4)
@@ -79,10 +79,10 @@ fractions = st.lists(st.floats(0, 1), min_size=1, max_size=4)
 
 @given(st.integers(1).map(acceptance.Rank) | fractions.map(tuple).map(acceptance.Synthetic))
 def test_a_rule_is_what_its_text_says_which_a_query_can_hold_and_its_label_names_a_file(rule: acceptance.Rule) -> None:
-    assert acceptance.parse(rule.text) == rule
+    assert acceptance.parse_rule(rule.text) == rule
     assert quote(rule.text, safe="()/") == rule.text
     assert re.fullmatch(r"[\w.-]+", rule.label)
-    assert rule.strict == (rule == acceptance.GREEDY)
+    assert rule.is_lossless == (rule == acceptance.GREEDY)
 
 
 @pytest.mark.parametrize(
@@ -95,13 +95,13 @@ def test_a_rule_is_what_its_text_says_which_a_query_can_hold_and_its_label_names
 )
 def test_an_unknown_rule_names_the_known(rule: str) -> None:
     with pytest.raises(ValueError, match=r"choose one of greedy, rank, rank\(r\), synthetic\(p\)"):
-        acceptance.parse(rule)
+        acceptance.parse_rule(rule)
 
 
 def test_a_rate_above_1_is_refused() -> None:
     for text in ("synthetic(0.5/1.5)", "synthetic(9999)"):
         with pytest.raises(ValueError, match=r"a rate of synthetic must be 0 to 1, not (1\.5|9999)"):
-            acceptance.parse(text)
+            acceptance.parse_rule(text)
 
 
 @pytest.mark.parametrize("count", [0, 11])
@@ -127,7 +127,7 @@ def test_a_synthetic_rule_keeps_while_the_uniform_is_below_the_rate(
     text: str, uniforms: tuple[float, ...], expected: Verdict
 ) -> None:
     rows = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0]])
-    assert acceptance.parse(text)([1, 1], rows, uniforms) == expected
+    assert acceptance.parse_rule(text)([1, 1], rows, uniforms) == expected
 
 
 @given(logits, st.data())
@@ -165,17 +165,17 @@ def test_as_many_draws_lie_below_a_rate_as_it_says_over_places_and_over_clips(p:
 
 def test_rank_0_is_refused() -> None:
     with pytest.raises(ValueError, match="rank must be at least 1, not 0"):
-        acceptance.parse("rank(0)")
+        acceptance.parse_rule("rank(0)")
 
 
 @pytest.mark.parametrize(("scores", "escalated"), [((0.2, 1.5), False), ((0.2, 1.6), True), ((1.6, 0.1), True)])
 def test_the_entropy_gate_reads_the_largest_score(scores: tuple[float, ...], escalated: bool) -> None:
-    assert gate.entropy(1.5)(Draft((1, 2), scores)) is escalated
+    assert gate.entropy_gate(1.5)(Draft((1, 2), scores)) is escalated
 
 
 def test_a_threshold_of_0_is_always_and_of_inf_never() -> None:
-    assert gate.entropy(0) == gate.entropy(-3) == gate.parse("always", 9) == gate.ALWAYS
-    assert gate.entropy(math.inf) == gate.parse("never", 9) == gate.NEVER
+    assert gate.entropy_gate(0) == gate.entropy_gate(-3) == gate.parse_gate("always", 9) == gate.ALWAYS
+    assert gate.entropy_gate(math.inf) == gate.parse_gate("never", 9) == gate.NEVER
     assert gate.ALWAYS(Draft((1,)))
     assert gate.ALWAYS.escalates
     assert not gate.NEVER(Draft((1,)))
@@ -184,9 +184,9 @@ def test_a_threshold_of_0_is_always_and_of_inf_never() -> None:
 
 def test_an_unknown_gate_names_the_known() -> None:
     with pytest.raises(ValueError, match="unknown gate 'margin': choose one of entropy, always, never"):
-        gate.parse("margin", 1)
+        gate.parse_gate("margin", 1)
     with pytest.raises(ValueError, match="not nan"):
-        gate.entropy(math.nan)
+        gate.entropy_gate(math.nan)
 
 
 def test_stopping_cuts_after_eos_and_at_the_limit() -> None:

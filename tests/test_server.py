@@ -15,10 +15,10 @@ import torch
 from safetensors.numpy import save
 
 from edgecloud_sd import wire
-from edgecloud_sd.acceptance import parse
-from edgecloud_sd.cloud.fair_queue import Ran
+from edgecloud_sd.acceptance import parse_rule
+from edgecloud_sd.cloud.fair_queue import Completed
 from edgecloud_sd.cloud.server import Lines
-from edgecloud_sd.cloud.sessions import Limits
+from edgecloud_sd.cloud.sessions import ServiceLimits
 from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import LocalVerifier
@@ -33,11 +33,11 @@ NOT_THERE = {"detail": "no such session: open the prompt anew"}
 
 def opening(sent: bytes) -> str:
     """The path that opens a prompt, strictly judged."""
-    return f"/v1/sessions?rule=greedy&check={wire.check_prompt(sent, 'greedy')}"
+    return f"/v1/sessions?rule=greedy&check={wire.prompt_checksum(sent, 'greedy')}"
 
 
 def local(rule: str = "greedy", prompt: Prompt = PROMPT) -> Any:
-    return LocalVerifier(ToyModel(random_table(VOCABULARY, 0), frozenset()), parse(rule)).open(prompt)
+    return LocalVerifier(ToyModel(random_table(VOCABULARY, 0), frozenset()), parse_rule(rule)).open(prompt)
 
 
 def verdict(answer: Any, asked: dict[str, Any]) -> Verdict:
@@ -163,8 +163,8 @@ MEL = np.zeros((8, 8), np.float16)  # 8 frames are 2 positions
 )
 def test_a_prompt_that_is_none_never_reaches_the_model(sent: bytes, status: int, why: str) -> None:
     async def scene() -> None:
-        engine = SpyEngine(positions=50)
-        async with started(engine, Limits(max_audio_seconds=2)) as app:
+        engine = SpyEngine(max_length=50)
+        async with started(engine, ServiceLimits(max_audio_seconds=2)) as app:
             edge = Edge(app)
             answer = await edge.ask("POST", opening(sent), sent, OCTETS)
             assert answer.status == status
@@ -183,7 +183,7 @@ def test_a_rule_that_the_engine_cannot_judge_by_is_named() -> None:
                 "rank(8)": "the cloud's engine judges by rank 7 at most, not 8",
                 "best": "unknown acceptance rule 'best': choose one of greedy, rank, rank(r), synthetic(p)",
             }.items():
-                path = f"/v1/sessions?rule={rule}&check={wire.check_prompt(wire.encode_prompt(PROMPT), rule)}"
+                path = f"/v1/sessions?rule={rule}&check={wire.prompt_checksum(wire.encode_prompt(PROMPT), rule)}"
                 answer = await Edge(app).ask("POST", path, wire.encode_prompt(PROMPT), OCTETS)
                 assert (answer.status, answer.json) == (422, {"detail": why})
 
@@ -198,9 +198,9 @@ def test_a_prompt_with_audio_is_opened_and_its_envelope_checked() -> None:
             sent = body(ids=IDS, features=MEL)
 
             def asked(rule: str) -> str:
-                return f"rule={rule}&check={wire.check_prompt(sent, rule)}"
+                return f"rule={rule}&check={wire.prompt_checksum(sent, rule)}"
 
-            check = wire.check_prompt(sent, "greedy")
+            check = wire.prompt_checksum(sent, "greedy")
             for query, content, status in [
                 (asked("greedy"), OCTETS, 201),
                 (asked("rank(1)"), "Application/Octet-Stream; charset=binary", 201),
@@ -273,11 +273,11 @@ def test_json_that_is_no_request_is_told_so_in_few_words(sent: bytes) -> None:
     play(scene())
 
 
-@pytest.mark.parametrize(("positions", "most"), [(10, 99), (99, 10)])
-def test_more_tokens_than_the_model_or_the_server_takes_are_refused(positions: int, most: int) -> None:
+@pytest.mark.parametrize(("max_length", "most"), [(10, 99), (99, 10)])
+def test_more_tokens_than_the_model_or_the_server_takes_are_refused(max_length: int, most: int) -> None:
     async def scene() -> None:
-        engine = SpyEngine(positions=positions)
-        async with started(engine, Limits(max_tokens=most)) as app:
+        engine = SpyEngine(max_length=max_length)
+        async with started(engine, ServiceLimits(max_tokens=most)) as app:
             session = await Edge(app).opened()
             assert (await session.verify([3] * 6, 0, [1])).status == 200
             assert (await session.verify([3] * 6, 0, [1, 1])).status == 413
@@ -329,7 +329,7 @@ def test_a_closed_session_is_gone_and_its_memory_too() -> None:
 def test_a_session_that_nobody_uses_is_closed() -> None:
     async def scene() -> None:
         engine = SpyEngine()
-        async with started(engine, Limits(idle_timeout=0.2)) as app:
+        async with started(engine, ServiceLimits(idle_timeout=0.2)) as app:
             session = await Edge(app).opened()
             await until(lambda: engine.model.sessions[0].closed)
             assert (await session.verify([3], 0, [])).status == 404
@@ -345,7 +345,7 @@ async def metrics(app: Any) -> str:
 def test_room_is_made_by_closing_what_was_not_used_for_longest() -> None:
     async def scene() -> None:
         engine = SpyEngine()
-        async with started(engine, Limits(max_sessions=2)) as app:
+        async with started(engine, ServiceLimits(max_sessions=2)) as app:
             first, second = await Edge(app).opened(), await Edge(app).opened()
             await first.verify([3], 0, [])
             await Edge(app).opened()
@@ -372,7 +372,7 @@ class Held:
 def test_who_floods_keeps_nobody_else_waiting() -> None:
     async def scene() -> None:
         engine = SpyEngine()
-        async with started(engine, Limits(max_sessions=4)) as app:
+        async with started(engine, ServiceLimits(max_sessions=4)) as app:
             mine = [await Edge(app).opened() for _ in range(4)]
             before = len(engine.model.calls)
             held = Held(engine.model)
@@ -397,7 +397,7 @@ def test_who_floods_keeps_nobody_else_waiting() -> None:
 def test_one_client_has_so_many_requests_at_once() -> None:
     async def scene() -> None:
         engine = SpyEngine()
-        async with started(engine, Limits(max_sessions=1)) as app:
+        async with started(engine, ServiceLimits(max_sessions=1)) as app:
             session = await Edge(app).opened()
             held = Held(engine.model)
             flood = [asyncio.create_task(session.verify([3], 0, [])) for _ in range(17)]
@@ -412,7 +412,7 @@ def test_one_client_has_so_many_requests_at_once() -> None:
 def test_a_session_at_work_on_all_its_own_is_not_thrown_out_by_its_owner() -> None:
     async def scene() -> None:
         engine = SpyEngine()
-        async with started(engine, Limits(max_sessions=1)) as app:
+        async with started(engine, ServiceLimits(max_sessions=1)) as app:
             session = await Edge(app).opened()
             held = Held(engine.model)
             working = asyncio.create_task(session.verify([3], 0, []))
@@ -535,10 +535,10 @@ def test_a_stream_is_closed_when_it_is_left_and_not_when_nobody_remembers_it() -
     async def scene() -> None:
         closed = []
 
-        async def rest() -> AsyncGenerator[tuple[bytes, Ran[Any]], None]:
+        async def rest() -> AsyncGenerator[tuple[bytes, Completed[Any]], None]:
             try:
                 while True:
-                    yield b"line", Ran(1, 0.0, 0.0)
+                    yield b"line", Completed(1, 0.0, 0.0)
             finally:
                 closed.append(True)
 
@@ -561,7 +561,7 @@ def test_whoever_leaves_in_the_middle_of_a_pass_leaves_the_session_to_that_pass(
     """With room for two calls at once, the next call on a session must wait for the one nobody waits for any more."""
 
     async def scene() -> None:
-        engine = SpyEngine(slots=2)
+        engine = SpyEngine(concurrency=2)
         async with started(engine) as app:
             session = await Edge(app).opened()
             expected = (await session.verify([3], 0, [1, 2])).json
@@ -653,10 +653,10 @@ def test_labels_are_few_whatever_is_asked() -> None:
 def test_what_the_server_says_of_itself_is_its_identity() -> None:
     async def scene() -> None:
         engine = SpyEngine(name="toy")
-        async with started(engine, Limits(max_audio_seconds=7)) as app:
+        async with started(engine, ServiceLimits(max_audio_seconds=7)) as app:
             said = (await Edge(app).ask("GET", "/v1/model")).json
             assert said["fingerprint"] == engine.identity.fingerprint
-            assert (said["name"], said["rows"], said["max_audio_seconds"]) == ("toy", VOCABULARY, 7.0)
+            assert (said["name"], said["vocab_size"], said["max_audio_seconds"]) == ("toy", VOCABULARY, 7.0)
             assert said["traits"]["audio_token"] == AUDIO
 
     play(scene())
@@ -683,7 +683,7 @@ def test_the_document_tells_of_every_call_and_of_the_key() -> None:
             session = await Edge(app).opened()
             sent = wire.encode_prompt(PROMPT)
             opened = await Edge(app).ask("POST", opening(sent), sent, OCTETS)
-            for name, answer in [("Opened", opened), ("Verdict", await session.verify([3], 0, [1]))]:
+            for name, answer in [("OpenedMessage", opened), ("VerdictMessage", await session.verify([3], 0, [1]))]:
                 assert set(document["components"]["schemas"][name]["required"]) == set(answer.json)
         async with started(keys=()) as app:
             assert (await Edge(app, None).ask("GET", "/openapi.json")).json["security"] == []

@@ -44,7 +44,7 @@ class PocketMachine(SessionMachine):
         captioner = Captioner()
         cls.model = captioner.edge if side == "edge" else captioner.cloud
         cls.vocabulary = len(cls.model.tokenizer) - 1
-        cls.prompt = captioner.prompt(Request(clips.make("evaluation", 0).samples, "english"), side)
+        cls.prompt = captioner.prompt(Request(clips.make_clip("evaluation", 0).samples, "english"), side)
 
     def token(self, number: int) -> int:
         token = number % self.vocabulary
@@ -108,7 +108,7 @@ def test_sync_refuses_rows_that_do_not_exist(rows: int) -> None:
 
 def test_two_interleaved_streams_of_one_model_do_not_touch(captioner: Captioner) -> None:
     model = captioner.cloud
-    asked = [captioner.prompt(Request(clips.make("evaluation", i).samples, "chinese"), "cloud") for i in (0, 25)]
+    asked = [captioner.prompt(Request(clips.make_clip("evaluation", i).samples, "chinese"), "cloud") for i in (0, 25)]
     alone = []
     for prompt in asked:
         session = model.open(prompt)
@@ -121,7 +121,7 @@ def test_two_interleaved_streams_of_one_model_do_not_touch(captioner: Captioner)
 
 
 def test_a_prompt_whose_placeholders_do_not_fit_its_audio_is_an_error(captioner: Captioner) -> None:
-    prompt = captioner.prompt(Request(clips.make("evaluation", 0).samples), "edge")
+    prompt = captioner.prompt(Request(clips.make_clip("evaluation", 0).samples), "edge")
     audio = captioner.edge.tokenizer.convert_tokens_to_ids(prompts.AUDIO_TOKEN)
     cut = Prompt(tuple(i for n, i in enumerate(prompt.ids) if i != audio or n % 2), prompt.features)
     with pytest.raises(ValueError, match="audio placeholders for"):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgecloud_sd.cloud.sessions import Full, Gone, Held, Sessions
+from edgecloud_sd.cloud.sessions import NoRoom, OpenSession, SessionClosed, Sessions
 from edgecloud_sd.events import Verdict
 from edgecloud_sd.stopping import Stopping
 
@@ -42,13 +42,13 @@ class Clock:
         return self.now
 
 
-def work(held: Held) -> None:
+def work(held: OpenSession) -> None:
     assert asyncio.run(held.lock.acquire())
 
 
 def test_a_session_is_found_by_its_owner_alone() -> None:
     sessions = Sessions(2, 1.0)
-    held = Held("a", 0, 1)
+    held = OpenSession("a", 0, 1)
     assert sessions.add(held) is None
     assert sessions.get("a", held.name) is held
     for owner, name in [("b", held.name), ("a", "nothing")]:
@@ -57,7 +57,7 @@ def test_a_session_is_found_by_its_owner_alone() -> None:
 
 
 def test_names_are_of_128_random_bits() -> None:
-    names = {Held("a", 0, 1).name for _ in range(100)}
+    names = {OpenSession("a", 0, 1).name for _ in range(100)}
     assert len(names) == 100
     assert {len(name) for name in names} == {22}  # base64 of 16 bytes
 
@@ -65,12 +65,12 @@ def test_names_are_of_128_random_bits() -> None:
 def test_room_is_made_by_the_least_recently_used_of_ones_own() -> None:
     clock = Clock()
     sessions = Sessions(3, 1.0, clock)
-    first, second, others = Held("a", 0, 1), Held("a", 0, 1), Held("b", 0, 1)
+    first, second, others = OpenSession("a", 0, 1), OpenSession("a", 0, 1), OpenSession("b", 0, 1)
     for clock.now, held in enumerate((others, first, second)):
         sessions.add(held)
     clock.now = 4
     sessions.get("a", first.name)
-    assert sessions.add(Held("a", 0, 1)) is second
+    assert sessions.add(OpenSession("a", 0, 1)) is second
     assert second.gone
     with pytest.raises(KeyError):
         sessions.get("a", second.name)
@@ -80,28 +80,28 @@ def test_room_is_made_by_the_least_recently_used_of_ones_own() -> None:
 def test_who_holds_most_makes_room_for_another_even_at_work() -> None:
     clock = Clock()
     sessions = Sessions(3, 1.0, clock)
-    held = [Held("flood", 0, 1) for _ in range(3)]
+    held = [OpenSession("flood", 0, 1) for _ in range(3)]
     for clock.now, each in enumerate(held):
         sessions.add(each)
     work(held[0])
-    assert sessions.add(Held("b", 0, 1)) is held[1]  # rather one that is idle
+    assert sessions.add(OpenSession("b", 0, 1)) is held[1]  # rather one that is idle
     work(held[2])
-    with pytest.raises(Full):
-        sessions.add(Held("flood", 0, 1))  # but nobody throws out what they are at work on themselves
-    assert sessions.add(Held("c", 0, 1)) is held[0]
+    with pytest.raises(NoRoom):
+        sessions.add(OpenSession("flood", 0, 1))  # but nobody throws out what they are at work on themselves
+    assert sessions.add(OpenSession("c", 0, 1)) is held[0]
 
 
 def test_without_a_session_one_gets_somebodys_idle_one_and_no_busy_one() -> None:
     sessions = Sessions(2, 1.0)
-    held = [Held("a", 0, 1), Held("b", 0, 1)]
+    held = [OpenSession("a", 0, 1), OpenSession("b", 0, 1)]
     for each in held:
         sessions.add(each)
     work(held[0])
-    newcomer = Held("c", 0, 1)
+    newcomer = OpenSession("c", 0, 1)
     assert sessions.add(newcomer) is held[1]
     work(newcomer)
-    with pytest.raises(Full, match="all 2 sessions that could make room are at work"):
-        sessions.add(Held("d", 0, 1))
+    with pytest.raises(NoRoom, match="all 2 sessions that could make room are at work"):
+        sessions.add(OpenSession("d", 0, 1))
     assert len(sessions) == 2
 
 
@@ -109,14 +109,14 @@ def test_without_a_session_one_gets_somebodys_idle_one_and_no_busy_one() -> None
 def test_nobody_loses_a_session_to_one_who_would_hold_as_much(limit: int, adds: list[tuple[str, bool]]) -> None:
     clock = Clock()
     sessions = Sessions(limit, 1.0, clock)
-    there: list[Held] = []
+    there: list[OpenSession] = []
     for owner, busy in adds:
         clock.now += 1
         counts = Counter(each.owner for each in there)
-        new = Held(owner, 0, 1)
+        new = OpenSession(owner, 0, 1)
         try:
             out = sessions.add(new)
-        except Full:
+        except NoRoom:
             assert len(there) == limit
             # no starving: only who works on all their own, or comes to a house full of equals, has to wait
             assert max(counts.values()) <= counts[owner] + 1
@@ -140,7 +140,7 @@ def test_nobody_loses_a_session_to_one_who_would_hold_as_much(limit: int, adds: 
 def test_the_unused_are_taken_out_and_those_at_work_are_not() -> None:
     clock = Clock()
     sessions = Sessions(3, 10.0, clock)
-    unused, used, busy = Held("a", 0, 1), Held("a", 0, 1), Held("a", 0, 1)
+    unused, used, busy = OpenSession("a", 0, 1), OpenSession("a", 0, 1), OpenSession("a", 0, 1)
     for held in (unused, used, busy):
         sessions.add(held)
     work(busy)
@@ -154,24 +154,24 @@ def test_the_unused_are_taken_out_and_those_at_work_are_not() -> None:
 
 
 def test_no_call_begins_on_a_session_that_went() -> None:
-    held, fake = Held("a", 0, 1), Fake()
+    held, fake = OpenSession("a", 0, 1), Fake()
     held.open(lambda: fake)
     assert fake.waited  # what a client is told is open is prefilled
     assert held.call(lambda verification: verification.verify(0, [1], [])) == Verdict(0, 0)
     Sessions(1, 1.0).drop(held)  # before it is closed, which may have to wait
-    with pytest.raises(Gone):
+    with pytest.raises(SessionClosed):
         held.call(lambda verification: verification.verify(0, [1], []))
     held.close()
     held.close()
     assert fake.closed == 1
-    with pytest.raises(Gone):
+    with pytest.raises(SessionClosed):
         held.call(lambda verification: verification.verify(0, [1], []))
-    with pytest.raises(Gone):
+    with pytest.raises(SessionClosed):
         held.open(lambda: fake)
 
 
 def test_closing_waits_for_the_call_that_runs() -> None:
-    held, fake = Held("a", 0, 1), Fake()
+    held, fake = OpenSession("a", 0, 1), Fake()
     held.open(lambda: fake)
     begun, end = threading.Event(), threading.Event()
 

@@ -14,8 +14,8 @@ from edgecloud_sd.events import Committed, Draft, Drafted, Escalated, Finished, 
 from edgecloud_sd.measure import metrics, shadow
 from edgecloud_sd.measure.metrics import Hindsight
 from edgecloud_sd.stopping import Stopping
-from edgecloud_sd.timing.harness import Stage
-from edgecloud_sd.verifier import LocalVerifier, seed
+from edgecloud_sd.timing.harness import Harness
+from edgecloud_sd.verifier import LocalVerifier, prompt_seed
 from tests.support.strategies import UNSURE, Case, Scene, Scripted, cases, play, ranks, rates, scenes, speculative
 
 
@@ -55,16 +55,16 @@ def asked(case: Case, trace: Trace) -> Hindsight:
 def lenient(draw: st.DrawFn) -> Case:
     """A case in which many rounds of several tokens are local."""
     scene = draw(scenes())
-    chosen = draw(st.sampled_from([gate.NEVER, gate.entropy(1.2), gate.entropy(1.7)]))
+    chosen = draw(st.sampled_from([gate.NEVER, gate.entropy_gate(1.2), gate.entropy_gate(1.7)]))
     return Case(scene, speculative(scene, draw(st.integers(2, 5)), chosen), draw(ranks))
 
 
 @given(lenient() | cases())
 def test_looking_back_is_asking_token_by_token_and_not_at_all_where_no_token_was_local(case: Case) -> None:
-    trace = case.play(Stage())
+    trace = case.play(Harness())
     counts = metrics.counts(trace)
     cloud = LocalVerifier(case.scene.cloud if counts.local else Silent(), case.rule)
-    found = shadow.look_back(trace, case.scene.prompt, cloud)
+    found = shadow.shadow_verify(trace, case.scene.prompt, cloud)
     assert found == asked(case, trace)
     assert [sent for _, sent, _ in found.drafts].count(True) == counts.cloud_calls
     assert len(found.drafts) == counts.rounds
@@ -76,19 +76,19 @@ def test_tokens_that_were_not_asked_about_have_the_fate_that_asking_would_have_s
     scene: Scene, k: int, rate: float
 ) -> None:
     rule = acceptance.Synthetic((rate,))
-    trace = play(scene.prompt, scene.edge, scene.cloud, speculative(scene, k, gate.NEVER), Stage(), rule)
-    found = shadow.look_back(trace, scene.prompt, LocalVerifier(scene.cloud, rule))
+    trace = play(scene.prompt, scene.edge, scene.cloud, speculative(scene, k, gate.NEVER), Harness(), rule)
+    found = shadow.shadow_verify(trace, scene.prompt, LocalVerifier(scene.cloud, rule))
     places = range(1, len(trace.tokens) + 1)
-    assert found.missed == sum(acceptance.uniform(seed(scene.prompt), place) >= rate for place in places)
+    assert found.missed == sum(acceptance.uniform(prompt_seed(scene.prompt), place) >= rate for place in places)
 
 
 def test_each_round_by_hand() -> None:
     edge = Scripted(wrong=frozenset({1, 2, 3, 4, 6, 7}), unsure=frozenset({4, 7}))
     cloud = Scripted(wrong=frozenset({1, 6}))
     how = Decoding("speculative", Stopping(frozenset(), 9), 2, UNSURE)
-    trace = play(Prompt((5,)), edge, cloud, how, Stage())
+    trace = play(Prompt((5,)), edge, cloud, how, Harness())
     # local 0 and 1, local 2 and 3 that the cloud would both replace, 4 rejected, local 5 and 6, 7 rejected, local 8
-    found = shadow.look_back(trace, Prompt((5,)), LocalVerifier(cloud, Rank(1)))
+    found = shadow.shadow_verify(trace, Prompt((5,)), LocalVerifier(cloud, Rank(1)))
     right, wrong, sent = (0.0, False, False), (0.0, False, True), (1.0, True, True)
     assert found == Hindsight(2, (right, wrong, sent, right, sent, right))
 
@@ -105,4 +105,4 @@ def test_a_whole_draft_that_was_escalated_counts_as_accepted() -> None:
         )
     )
     silent = LocalVerifier(Silent(), Rank(1))
-    assert shadow.look_back(trace, Prompt((5,)), silent) == Hindsight(0, ((0.5, True, False),))
+    assert shadow.shadow_verify(trace, Prompt((5,)), silent) == Hindsight(0, ((0.5, True, False),))

@@ -13,13 +13,12 @@ import pytest
 import soundfile  # noqa: F401
 import soxr  # noqa: F401
 
-from bench import cases
-from bench import tables as table
+from bench import cases, tables
 from bench.conftest import problems_in_one_line
 from edgecloud_sd import config
 from edgecloud_sd.measure import results
 from edgecloud_sd.measure.breakdown import PARTS
-from edgecloud_sd.measure.summary import FIGURES
+from edgecloud_sd.measure.summary import METRICS
 from edgecloud_sd.models import hf, pairs
 from edgecloud_sd.pipeline import Captioner
 from edgecloud_sd.pocket import clips
@@ -76,7 +75,7 @@ def test_a_grid_prints_one_table_writes_results_and_can_be_compared(
     done.stdout.fnmatch_lines(
         [
             "*benchmark: 5 tests*",
-            "*case*clips*" + "*".join(table.COLUMNS) + "*",
+            "*case*clips*" + "*".join(tables.SUMMARY_COLUMNS) + "*",
             "edge-pocket-zh*",
             "cloud-pocket-zh*",
             "speculative-pocket-H1.5-k4-greedy-zh*",
@@ -91,7 +90,7 @@ def test_a_grid_prints_one_table_writes_results_and_can_be_compared(
     saved = json.loads((pytester.path / "saved.json").read_text(encoding="utf-8"))["benchmarks"]
     own = [each for each in saved if "results" in each["extra_info"]]
     extra = {each["param"]: each["extra_info"]["results"] for each in own}
-    found = {case: results.read(pytester.path / "results" / f"grid-{case}.json") for case in extra}
+    found = {case: results.read_results(pytester.path / "results" / f"grid-{case}.json") for case in extra}
     assert [each["stats"]["rounds"] for each in own] == [2, 2, 2, 2, 2]
     strict = "speculative-pocket-always-k4-greedy-zh"
     assert found[strict]["experiment_config"]["output"] == "exact"
@@ -122,13 +121,13 @@ def test_each_side_is_loaded_once_for_all_cells_and_loads(
     monkeypatch.setattr("cpuinfo.get_cpu_info", dict)
     loaded: list[str] = []
 
-    load = hf.load
+    load = hf.load_model
 
     def counted(checkpoint: str, *how: str) -> hf.HFModel:
         loaded.append(checkpoint)
         return load(checkpoint, *how)
 
-    monkeypatch.setattr(hf, "load", counted)
+    monkeypatch.setattr(hf, "load_model", counted)
     done = run(pytester, "--max-samples", "1", "--max-new-tokens", "4", "--k", "1,2")
     # cells, edges at once on a server, which loads its own, and what transformers does with the same two
     done.assert_outcomes(passed=4 + 3 + 1)
@@ -145,7 +144,7 @@ def test_a_bad_clip_fails_the_case_and_writes_nothing(pytester: pytest.Pytester,
 
 def test_a_checkpoint_that_cannot_be_used_is_one_line() -> None:
     with pytest.raises(pytest.fail.Exception) as failed, problems_in_one_line():
-        Captioner(pairs.find("pocket", edge_model="absent")).load("edge")
+        Captioner(pairs.find_pair("pocket", edge_model="absent")).load("edge")
     assert str(failed.value).startswith("no checkpoint 'absent': give a folder that exists")
     assert not failed.value.pytrace
 
@@ -156,7 +155,7 @@ def test_one_cell_has_the_published_file_name_and_a_grid_one_file_a_cell() -> No
         "edge,cloud": ["mine-edge-pocket-zh.json", "mine-cloud-pocket-zh.json"],
     }.items():
         settings = config.resolve({"mode": modes, "output-name": "mine"})
-        assert [table.results_file(settings, case).name for case in cases.cases(settings)] == names
+        assert [tables.results_file(settings, case).name for case in cases.cases(settings)] == names
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,7 @@ def test_the_readme_shows_the_table_that_is_printed() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     headings = [line for line in readme.splitlines() if line.startswith("case ")]
     assert [[each.strip() for each in line.split("  ") if each.strip()] for line in headings] == [
-        ["case", "clips", *table.COLUMNS]
+        ["case", "clips", *tables.SUMMARY_COLUMNS]
     ]
 
 
@@ -249,9 +248,9 @@ def test_two_runs_on_the_virtual_clock_write_the_same_bytes(captioner: Captioner
     assert found["experiment_config"]["case"] == "speculative-pocket-H1.5-k3-rank20-4g-virtual-published-zh"
     assert found["metrics"]["figures"]["cpu_percent"] is None
     assert found["metrics"]["reasons"]["cpu_percent"] == "the clock was virtual"
-    assert found["metrics"]["ledger"]["edge_prefill"] == 7.5
+    assert found["metrics"]["latency_breakdown"]["edge_prefill"] == 7.5
     assert found["metrics"]["figures"]["wire_up_per_token"] > 0
-    assert found["metrics"]["ledger_closure"]["median"] is None
+    assert found["metrics"]["breakdown_closure"]["median"] is None
     assert found["metrics"]["reasons"]["missed_corrections"] == (
         "the cloud was not asked afterwards (see --shadow; not under rule synthetic)"
     )
@@ -261,13 +260,13 @@ def test_two_runs_on_the_virtual_clock_write_the_same_bytes(captioner: Captioner
 def test_a_run_under_this_machines_profile_can_be_resumed(captioner: Captioner, pytester: pytest.Pytester) -> None:
     options = ("--clock", "virtual", "--profile", "measure", "--mode", "edge", "--max-samples", "1")
     run(pytester, *options, "--max-new-tokens", "8").assert_outcomes(passed=1)
-    measured = profile.load(str(pytester.path / "results" / "captioning-profile.yaml"))
+    measured = profile.load_profile(str(pytester.path / "results" / "captioning-profile.yaml"))
     assert 0 < measured.edge.step < measured.cloud.step
     assert measured.draft_at_cloud == measured.edge.step
-    first = results.read(pytester.path / "results" / "captioning.json")
-    assert first["metrics"]["ledger"]["edge_prefill"] == pytest.approx(measured.edge.prefill)
+    first = results.read_results(pytester.path / "results" / "captioning.json")
+    assert first["metrics"]["latency_breakdown"]["edge_prefill"] == pytest.approx(measured.edge.prefill)
     run(pytester, *options, "--max-new-tokens", "8", "--resume").assert_outcomes(passed=1)
-    assert results.read(pytester.path / "results" / "captioning.json") == first
+    assert results.read_results(pytester.path / "results" / "captioning.json") == first
 
 
 @pytest.mark.slow
@@ -275,16 +274,16 @@ def test_a_stopped_run_goes_on_where_it_was(captioner: Captioner, pytester: pyte
     file = pytester.path / "results" / "captioning.json"
     options = ("--mode", "edge", "--max-samples", "2", "--max-new-tokens", "8")
     run(pytester, *options).assert_outcomes(passed=1)
-    complete = results.read(file)
+    complete = results.read_results(file)
     run(pytester, *options, "--resume").assert_outcomes(passed=1)
-    assert results.read(file) == complete  # on the real clock, so nothing was decoded again
+    assert results.read_results(file) == complete  # on the real clock, so nothing was decoded again
     # as it is left by a run that was stopped while it wrote its second clip
     header = {"experiment": complete["experiment_config"], "environment": complete["environment"]}
     lines = [json.dumps(each) for each in (header, *complete["detailed_results"])]
     file.with_name("captioning.json.unfinished").write_text("\n".join(lines)[:-50], encoding="utf-8")
     file.unlink()
     run(pytester, *options, "--resume").assert_outcomes(passed=1)
-    first, second = results.read(file)["detailed_results"]
+    first, second = results.read_results(file)["detailed_results"]
     assert first == complete["detailed_results"][0]
     assert second["trace"] != complete["detailed_results"][1]["trace"]
     assert [each.name for each in file.parent.iterdir()] == [file.name]
@@ -298,14 +297,14 @@ def test_a_stopped_run_goes_on_where_it_was(captioner: Captioner, pytester: pyte
 
 def test_the_readme_says_what_each_figure_part_and_link_is() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, figure in FIGURES.items():
+    for name, figure in METRICS.items():
         assert f"| `{name}` | {figure.unit} | {figure.better or ''} | {figure.meaning} |" in readme
     for part, meaning in PARTS.items():
         assert f"| {part.replace('_', ' ')} | {meaning} |" in readme
     for each in list(link.LINKS.values())[1:]:
         row = [f"{1e3 * each.rtt:g} ms", f"{each.up / 1e6:g}", f"{each.down / 1e6:g}", f"{1e3 * each.jitter:g} ms"]
         assert f"| `{each.name}` | {' | '.join(row)} |" in readme
-    assert all(f"| `{name}` |" in readme for name in profile.NAMES)
+    assert all(f"| `{name}` |" in readme for name in profile.PROFILE_NAMES)
 
 
 @pytest.mark.slow
@@ -313,6 +312,6 @@ def test_captions_kept_by_chance_have_no_quality(captioner: Captioner, pytester:
     options = ("--mode", "speculative", "--gate", "always", "--rule", "synthetic(0.5)", "--max-samples", "1")
     done = run(pytester, *options, "--max-new-tokens", "8", "--output-name", "a", "-k", "captioning")
     done.assert_outcomes(passed=1, deselected=done.parseoutcomes()["deselected"])
-    metrics = results.read(pytester.path / "results" / "a.json")["metrics"]
+    metrics = results.read_results(pytester.path / "results" / "a.json")["metrics"]
     assert metrics["figures"]["bleu4"] is None
     assert metrics["reasons"]["bleu4"] == "rule synthetic(0.5) keeps tokens by chance, so captions mean nothing"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from edgecloud_sd.events import Ahead, Draft, Drafted, Escalated, Finished, Prepared, Span, Trace, Verdict, Verified
 from edgecloud_sd.measure import traces
-from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Profile
 from tests.support.strategies import Case, any_link, cases, profiles
@@ -43,15 +43,15 @@ SAVED: dict[str, Any] = {
 
 
 def test_a_trace_is_lists_of_events_and_spans() -> None:
-    assert traces.to_json(TRACE) == SAVED
-    assert traces.from_json(SAVED) == TRACE
+    assert traces.trace_to_json(TRACE) == SAVED
+    assert traces.trace_from_json(SAVED) == TRACE
 
 
 @settings(max_examples=25)
 @given(cases(), profiles(), any_link)
 def test_a_trace_comes_back_from_json_as_it_was(case: Case, profile: Profile, link: Link) -> None:
-    trace = case.play(Stage(profile, link))
-    assert traces.from_json(json.loads(json.dumps(traces.to_json(trace)))) == trace
+    trace = case.play(Harness(profile, link))
+    assert traces.trace_from_json(json.loads(json.dumps(traces.trace_to_json(trace)))) == trace
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_a_trace_comes_back_from_json_as_it_was(case: Case, profile: Profile, li
 )
 def test_anything_else_is_an_error(saved: Any) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
-        traces.from_json(saved)
+        traces.trace_from_json(saved)
 
 
 def test_an_unknown_event_is_named() -> None:
     with pytest.raises(ValueError, match="unknown event 'guessed'"):
-        traces.from_json({"events": [[0.5, "guessed", 4]], "spans": []})
+        traces.trace_from_json({"events": [[0.5, "guessed", 4]], "spans": []})

@@ -243,7 +243,7 @@ def test_a_peak_that_the_kernel_does_not_give_is_none_and_not_the_largest_readin
     status: bytes | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proc = tmp_path / "proc"
-    monkeypatch.setattr(utilization, "PROC", proc)
+    monkeypatch.setattr(utilization, "PROC_SELF", proc)
     if status:
         proc.mkdir()
         (proc / "status").write_bytes(status)
@@ -263,7 +263,7 @@ def test_a_mark_that_lags_the_readings_never_puts_the_peak_below_the_mean(
         "edgecloud_sd.host.utilization.psutil.Process", lambda: FakeProcess(first=30 * MB, rest=30 * MB)
     )
     (tmp_path / "status").write_bytes(b"VmHWM:\t       3 kB\n")
-    monkeypatch.setattr(utilization, "PROC", tmp_path)
+    monkeypatch.setattr(utilization, "PROC_SELF", tmp_path)
     assert HighWaterMark().read() == 3072
     assert (tmp_path / "clear_refs").read_bytes() == b"5"
     with Meter() as meter:

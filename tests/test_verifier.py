@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from edgecloud_sd.acceptance import Rank, Rule, Synthetic, uniform
 from edgecloud_sd.events import Prompt
 from edgecloud_sd.stopping import Stopping
-from edgecloud_sd.verifier import LocalVerification, LocalVerifier, seed
+from edgecloud_sd.verifier import LocalVerification, LocalVerifier, prompt_seed
 from tests.support.strategies import VOCABULARY, Scene, ranks, rates, scenes, synthetics
 from tests.support.toy import ToyModel, random_table
 
@@ -57,7 +57,7 @@ def test_what_becomes_of_a_place_does_not_depend_on_how_drafts_are_cut(
     scene: Scene, rate: float, draft: list[int], some: list[int], others: list[int]
 ) -> None:
     one, other = (fates(scene, Synthetic((rate,)), draft, each) for each in (some, others))
-    drawn = {place: uniform(seed(scene.prompt), place + 1) < rate for place in one | other}
+    drawn = {place: uniform(prompt_seed(scene.prompt), place + 1) < rate for place in one | other}
     assert one | other == drawn
     assert {**other, **one} == drawn
 
@@ -87,8 +87,8 @@ def test_as_much_of_drafts_is_kept_as_the_rates_say_by_position(rates: tuple[flo
 def test_another_clip_and_another_question_have_other_fates() -> None:
     features = torch.rand(4, 20)
     asked = [Prompt((1, 2)), Prompt((2, 1)), Prompt((1, 2), features), Prompt((1, 2), features + 0.01)]
-    assert len({seed(prompt) for prompt in asked}) == 4
-    assert seed(Prompt((1, 2), features.clone())) == seed(asked[2])
+    assert len({prompt_seed(prompt) for prompt in asked}) == 4
+    assert prompt_seed(Prompt((1, 2), features.clone())) == prompt_seed(asked[2])
 
 
 @pytest.fixture

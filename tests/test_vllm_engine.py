@@ -21,7 +21,15 @@ from hypothesis import strategies as st
 from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY, Rank, Synthetic
 from edgecloud_sd.cloud import vllm_engine
-from edgecloud_sd.cloud.vllm_engine import Batcher, Options, Request, Stream, VLLMModel, VLLMVerifier, collapse
+from edgecloud_sd.cloud.vllm_engine import (
+    Batcher,
+    EngineRequest,
+    SamplingOptions,
+    Stream,
+    VLLMModel,
+    VLLMVerifier,
+    collapse,
+)
 from edgecloud_sd.data import prompts
 from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import Committed, Prompt, Verdict
@@ -59,8 +67,8 @@ class Output:
 
 @dataclass
 class Running:
-    request: Request
-    options: Options
+    request: EngineRequest
+    options: SamplingOptions
     ids: list[int]
     cached: int
     written: list[int] = field(default_factory=list)
@@ -82,7 +90,7 @@ class FakeVLLM:
         self.batches: list[int] = []
         self.broken = False
 
-    def add_request(self, request_id: str, prompt: Request, params: Options) -> None:
+    def add_request(self, request_id: str, prompt: EngineRequest, params: SamplingOptions) -> None:
         for name in ("logprobs", "prompt_logprobs"):
             if params.get(name, 0) > self.max_logprobs:
                 raise ValueError(f"{name} of {params[name]}, which is greater than max allowed: {self.max_logprobs}")
@@ -144,7 +152,7 @@ class FakeVLLM:
     def row(self, ids: Sequence[int]) -> torch.Tensor:
         return self.model.logits(ids)
 
-    def expanded(self, prompt: Request) -> Iterator[int]:
+    def expanded(self, prompt: EngineRequest) -> Iterator[int]:
         audio = prompt.get("multi_modal_data", {}).get("audio")
         for token in prompt["prompt_token_ids"]:
             if audio is not None and token == AUDIO:
@@ -172,7 +180,7 @@ def at_once(engine: FakeVLLM) -> VLLMModel:
     """Every request runs to its end where it is made."""
     names = map(str, itertools.count())
 
-    def ask(request: Request, options: Options) -> Stream:
+    def ask(request: EngineRequest, options: SamplingOptions) -> Stream:
         stream = Stream(lambda: None)
         engine.add_request(next(names), request, options)
         while engine.has_unfinished_requests():
@@ -366,11 +374,11 @@ def test_an_answer_to_another_prompt_is_an_error(toy: ToyModel, monkeypatch: pyt
 
 def test_positions_that_run_out_are_an_error(toy: ToyModel) -> None:
     class Short(FakeVLLM):
-        def add_request(self, request_id: str, prompt: Request, params: Options) -> None:
+        def add_request(self, request_id: str, prompt: EngineRequest, params: SamplingOptions) -> None:
             super().add_request(request_id, prompt, {**params, "max_tokens": min(params["max_tokens"], 3)})
 
     ours = at_once(Short(toy)).verifier(GREEDY).open(Prompt((1, 2)))
-    with pytest.raises(RuntimeError, match="more than the 99 positions"):
+    with pytest.raises(RuntimeError, match="more than the maximum length of vLLM, 99"):
         list(ours.generate(Stopping(frozenset(), 5)))
 
 
@@ -520,7 +528,7 @@ class Installed:
     def engine_core(self) -> SimpleNamespace:
         return SimpleNamespace(shutdown=lambda: self.down.append(True))
 
-    def add_request(self, request_id: str, prompt: Request, params: Options) -> None:
+    def add_request(self, request_id: str, prompt: EngineRequest, params: SamplingOptions) -> None:
         self.engine.add_request(request_id, prompt, {**params, "stream": params["output_kind"] == "delta"})
 
     def __getattr__(self, name: str) -> Any:
@@ -530,7 +538,7 @@ class Installed:
 @pytest.fixture
 def installed(engine: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> Installed:
     found = Installed(engine)
-    arguments = make_dataclass("EngineArgs", ["model", "dtype", "tensor_parallel_size", *vllm_engine.OURS])
+    arguments = make_dataclass("EngineArgs", ["model", "dtype", "tensor_parallel_size", *vllm_engine.OWN_ARGUMENTS])
     parts: dict[str, dict[str, Any]] = {
         "vllm": {"LLM": found.llm, "EngineArgs": arguments, "SamplingParams": dict},
         "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True)},
@@ -544,9 +552,13 @@ def installed(engine: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> Installed:
 
 
 def test_a_loaded_model_verifies_generates_and_closes(installed: Installed) -> None:
-    loaded = vllm_engine.load("folder", "bfloat16", {"tensor_parallel_size": 2})
-    assert {"dtype": "bfloat16", "tensor_parallel_size": 2, **vllm_engine.OURS}.items() <= installed.given.items()
-    assert (loaded.eos, loaded.max_rank, loaded.slots) == (frozenset({3, 4, 5}), VOCABULARY, 8)
+    loaded = vllm_engine.load_vllm("folder", "bfloat16", {"tensor_parallel_size": 2})
+    assert {
+        "dtype": "bfloat16",
+        "tensor_parallel_size": 2,
+        **vllm_engine.OWN_ARGUMENTS,
+    }.items() <= installed.given.items()
+    assert (loaded.eos, loaded.max_rank, loaded.concurrency) == (frozenset({3, 4, 5}), VOCABULARY, 8)
     local = LocalVerifier(installed.engine.model, GREEDY).open(Prompt((1, 2)))
     ours = loaded.verifier(GREEDY).open(Prompt((1, 2)))
     assert ours.verify(0, [2], [1, 2]) == local.verify(0, [2], [1, 2])
@@ -556,23 +568,23 @@ def test_a_loaded_model_verifies_generates_and_closes(installed: Installed) -> N
     assert installed.down == [True]
 
 
-@pytest.mark.parametrize("flag", ["tensor_parallel", *vllm_engine.OURS])
+@pytest.mark.parametrize("flag", ["tensor_parallel", *vllm_engine.OWN_ARGUMENTS])
 def test_a_flag_that_is_not_to_be_given_is_named(installed: Installed, flag: str) -> None:
     with pytest.raises(ValueError, match=f"vLLM has no engine argument '{flag}' to give here"):
-        vllm_engine.load("folder", flags={flag: 2})
+        vllm_engine.load_vllm("folder", flags={flag: 2})
 
 
 def test_a_checkpoint_that_vllm_cannot_load_is_named(installed: Installed) -> None:
     with pytest.raises(OSError, match=r"checkpoint 'bad' cannot be loaded by vLLM: Engine core init.* failed\.$"):
-        vllm_engine.load("bad")
+        vllm_engine.load_vllm("bad")
 
 
 def test_without_vllm_loading_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match="engine vllm needs vLLM, which is not installed here"):
-        vllm_engine.load("anything")
+        vllm_engine.load_vllm("anything")
 
 
 def test_a_number_format_that_vllm_lacks_is_refused() -> None:
     with pytest.raises(ValueError, match="engine vllm has no dtype 'float64': choose one of float32, float16"):
-        vllm_engine.load("anything", "float64")
+        vllm_engine.load_vllm("anything", "float64")

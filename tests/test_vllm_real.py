@@ -62,13 +62,13 @@ def extend(file: Path, more: Mapping[str, object]) -> None:
 def model(whole: str) -> Iterator[VLLMModel]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        loaded = vllm_engine.load(whole, "float32", FLAGS)
+        loaded = vllm_engine.load_vllm(whole, "float32", FLAGS)
     yield loaded
     loaded.close()
 
 
 def prompt(captioner: Captioner, index: int, language: str) -> Prompt:
-    return captioner.prompt(Request(clips.make("evaluation", index).samples, language), "cloud")
+    return captioner.prompt(Request(clips.make_clip("evaluation", index).samples, language), "cloud")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def test_both_engines_mean_the_same_by_ids(captioner: Captioner, model: VLLMMode
     config = captioner.cloud.thinker.config
     assert model.eos == captioner.cloud.eos
     assert model.placeholder == config.audio_token_id
-    assert model.rows == config.text_config.vocab_size
+    assert model.vocab_size == config.text_config.vocab_size
 
 
 @pytest.mark.parametrize(("index", "language"), SOME)
@@ -149,4 +149,4 @@ def test_many_edges_at_once_get_each_their_own(captioner: Captioner, model: VLLM
 
 def test_a_flag_that_vllm_does_not_know_is_named(whole: str) -> None:
     with pytest.raises(ValueError, match="vLLM has no engine argument 'tensor_parallel' to give here"):
-        vllm_engine.load(whole, flags={"tensor_parallel": 2})
+        vllm_engine.load_vllm(whole, flags={"tensor_parallel": 2})

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from edgecloud_sd import wire
 from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.events import Prompt, Verdict
-from edgecloud_sd.verifier import seed as seed_of
+from edgecloud_sd.verifier import prompt_seed as seed_of
 from edgecloud_sd.wire import JSON, OCTETS
 from tests.support.asgi import KEY
 from tests.support.serving import ToyEngine, served
@@ -228,7 +228,7 @@ def test_a_message_is_as_large_as_is_said() -> None:
     """Head and body together, on a real connection: within 5 % of what the link is charged with."""
     prompt = Prompt((1, 2, 3))
     body = wire.encode_prompt(prompt)
-    begun = wire.check_prompt(body, "rank(7)")
+    begun = wire.prompt_checksum(body, "rank(7)")
     with tapped() as (tap, connection):
         answer = connection.call("POST", f"/v1/sessions?rule=rank(7)&check={begun}", body, OCTETS)
         up, down = tap.taken()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.report import pair, runs, single
-from bench.report.cells import Options
+from bench.report.cells import ReportOptions
 from bench.report.page import Page
 from bench.report.render import as_html, as_markdown
 from edgecloud_sd.host.files import write_whole
@@ -21,9 +21,9 @@ from edgecloud_sd.measure import quality
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    options = report_parser().parse_args(arguments)
     try:
-        page = made(options)
+        page = make_page(options)
         texts = {options.output: as_html(page), options.output.with_suffix(".md"): as_markdown(page)}
         for path, text in texts.items():
             write_whole(path, text)
@@ -33,19 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"wrote {path}")
 
 
-def made(options: argparse.Namespace) -> Page:
+def make_page(options: argparse.Namespace) -> Page:
     """The page that the command line asks for. Raises Unusable."""
-    wanted = Options(options.quality, options.clips)
-    before = runs.read(options.before)
+    wanted = ReportOptions(options.quality, options.clips)
+    before = runs.read_run(options.before)
     if options.after is None:
-        return single.page(before, wanted)
-    after = runs.read(options.after)
+        return single.run_page(before, wanted)
+    after = runs.read_run(options.after)
     if not options.different_machines:
         pair.check_machines(before, after)
-    return pair.page(before, after, wanted)
+    return pair.comparison_page(before, after, wanted)
 
 
-def parser() -> argparse.ArgumentParser:
+def report_parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
         prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,8 +67,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--quality",
-        choices=quality.METRICS,
-        default=Options.quality,
+        choices=quality.QUALITY_METRICS,
+        default=ReportOptions.quality,
         metavar="NAME",
         help="the quality that is set against latency: %(choices)s (default: %(default)s)",
     )
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         "--clips",
         metavar="N",
         type=_count,
-        default=Options.clips,
+        default=ReportOptions.clips,
         help="show the captions of so many clips at most (default: %(default)s)",
     )
     made.add_argument(

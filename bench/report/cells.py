@@ -20,7 +20,7 @@ FEW = 20  # clips below which an interval is too narrow to rely on
 
 
 @dataclass(frozen=True)
-class Options:
+class ReportOptions:
     """`quality`: the figure of FIGURES that is set against latency; `clips`: how many are shown with their captions."""
 
     quality: str = "bleu4"
@@ -30,7 +30,7 @@ class Options:
 Cells = Mapping[str, Document]  # by label
 
 
-def said(document: Document) -> dict[str, Any]:
+def experiment(document: Document) -> dict[str, Any]:
     """What a cell was."""
     found: dict[str, Any] = document["experiment_config"]
     return found
@@ -38,13 +38,13 @@ def said(document: Document) -> dict[str, Any]:
 
 def languages(documents: Iterable[Document]) -> list[tuple[str, str]]:
     """Each language of the cells, with what to add to a title: nothing where there is but one."""
-    found = [*dict.fromkeys(said(document)["language"] for document in documents)]
+    found = [*dict.fromkeys(experiment(document)["language"] for document in documents)]
     return [(each, f" ({each})" if len(found) > 1 else "") for each in found]
 
 
-def label(document: Document) -> str:
+def cell_label(document: Document) -> str:
     """What tells a cell from the others of a run, shorter than its id."""
-    cell = said(document)
+    cell = experiment(document)
     words = [cell["mode"]] if cell["mode"] != "speculative" else [cell["gate"], f"k{cell['k']}", cell["rule"]]
     words += ["lazy"] if cell["open"] == "lazy" else []
     words += [cell["link"]] if cell["link"] not in (None, "none") else []
@@ -53,10 +53,10 @@ def label(document: Document) -> str:
 
 def labelled(documents: Iterable[Document], language: str) -> dict[str, Document]:
     """The cells in a language by label; by id where labels would be alike."""
-    documents = [document for document in documents if said(document)["language"] == language]
-    short = [label(document) for document in documents]
+    documents = [document for document in documents if experiment(document)["language"] == language]
+    short = [cell_label(document) for document in documents]
     unique = len(set(short)) == len(short)
-    return {text if unique else said(each)["case"]: each for text, each in zip(short, documents, strict=True)}
+    return {text if unique else experiment(each)["case"]: each for text, each in zip(short, documents, strict=True)}
 
 
 def facts(run: Run) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ Kind = Literal["same", "inserted", "deleted"]
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """A stretch of text: in both captions, in the new one only, or in the base only."""
 
     kind: Kind
@@ -26,17 +26,17 @@ def units(text: str, language: str) -> list[str]:
     return list(text) if language == "chinese" else _WORDS.findall(text)
 
 
-def marked(base: str, text: str, language: str) -> list[Part]:
+def marked(base: str, text: str, language: str) -> list[TextPart]:
     """`text`, with what differs from `base`: what is missing of the base stands before what replaced it."""
     old, new = units(base, language), units(text, language)
-    parts: list[Part] = []
+    parts: list[TextPart] = []
     for operation, i, j, m, n in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         if operation == "equal":
-            parts.append(Part("same", "".join(new[m:n])))
+            parts.append(TextPart("same", "".join(new[m:n])))
         else:
-            parts += [Part("deleted", "".join(old[i:j])), Part("inserted", "".join(new[m:n]))]
+            parts += [TextPart("deleted", "".join(old[i:j])), TextPart("inserted", "".join(new[m:n]))]
     return [
-        Part(kind, "".join(each.text for each in run))
+        TextPart(kind, "".join(each.text for each in run))
         for kind, run in groupby((part for part in parts if part.text), key=lambda part: part.kind)
     ]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bench.comparison import Document
-from bench.report.differences import Part
-from edgecloud_sd.measure.summary import FIGURES
+from bench.report.differences import TextPart
+from edgecloud_sd.measure.summary import METRICS
 
 DASH = "-"
 
@@ -33,7 +33,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Text:
+class Paragraph:
     """A paragraph; a `warning` is one that must not be overlooked."""
 
     kind: ClassVar[str] = "text"
@@ -65,7 +65,7 @@ class Caption:
     """A caption, who wrote it, and who wrote the same. `note`: what is said of it in a few words."""
 
     who: str
-    parts: Sequence[Part]
+    parts: Sequence[TextPart]
     note: str = ""
     same: Sequence[str] = ()
 
@@ -80,7 +80,7 @@ class Captions:
     lang: str  # as in HTML
 
 
-Block = Table | Text | Points | Picture | Captions
+Block = Table | Paragraph | Points | Picture | Captions
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Page:
     sections: Sequence[Section]
 
 
-NAMES = {
+METRIC_HEADINGS = {
     "ttft": "TTFT",
     "tpot": "TPOT",
     "otps": "OTPS",
@@ -137,19 +137,19 @@ SHARE = ("", 1, ".3f")  # of every other unit
 
 def name(figure: str) -> str:
     """What a figure is called."""
-    return NAMES.get(figure, figure.replace("_", " "))
+    return METRIC_HEADINGS.get(figure, figure.replace("_", " "))
 
 
 def heading(figure: str) -> Heading:
     """A column of one figure: what it is called, in which unit, and what it means."""
-    about = FIGURES[figure]
+    about = METRICS[figure]
     better = f" ({about.better} is better)" if about.better else ""
     return Heading(f"{name(figure)} {SHOWN.get(about.unit, SHARE)[0]}".strip(), f"{about.meaning}{better}")
 
 
 def shown(figure: str, value: float | None) -> str:
     """A figure's value in the unit of its heading."""
-    _, factor, form = SHOWN.get(FIGURES[figure].unit, SHARE)
+    _, factor, form = SHOWN.get(METRICS[figure].unit, SHARE)
     return DASH if value is None else format(value * factor, form)
 
 
@@ -158,8 +158,8 @@ def change(figure: str, before: float | None, after: float | None) -> str:
     both = f"{shown(figure, before)} → {shown(figure, after)}"
     if before is None or after is None:
         return both if before != after else DASH
-    _, factor, form = SHOWN.get(FIGURES[figure].unit, SHARE)
-    if FIGURES[figure].unit in ("s", "tokens/s", "MB", "bytes"):
+    _, factor, form = SHOWN.get(METRICS[figure].unit, SHARE)
+    if METRICS[figure].unit in ("s", "tokens/s", "MB", "bytes"):
         return f"{both} ({(after / before - 1) * 100:+.1f}%)" if before else both
     return f"{both} ({(after - before) * factor:+{form}})"
 

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from bench import comparison
-from bench.cases import SHORT
+from bench.cases import LANGUAGE_CODES
 from bench.comparison import Document
 from bench.report import pictures
-from bench.report.cells import MAIN, Options, caveat, facts, interval, labelled, languages, said
-from bench.report.differences import Part, distance, marked
+from bench.report.cells import MAIN, ReportOptions, caveat, experiment, facts, interval, labelled, languages
+from bench.report.differences import TextPart, distance, marked
 from bench.report.page import (
     DASH,
     Block,
@@ -18,21 +18,21 @@ from bench.report.page import (
     Captions,
     Heading,
     Page,
+    Paragraph,
     Picture,
     Points,
     Section,
     Table,
-    Text,
     change,
     heading,
     name,
 )
 from bench.report.runs import Run, Unusable
-from bench.report.single import ledgers
+from bench.report.single import breakdown_picture
 from edgecloud_sd.host.limits import InForce
 
 MACHINE = ("system", "machine", "cpu", "cores", "gpu")  # of the environment: what makes two runs comparable in time
-PARTS = ("environment", "experiment_config")
+COMPARED_SECTIONS = ("environment", "experiment_config")
 ASIDE = ("output_name",)  # of what a cell was: says nothing of what it did
 CPU_APART = 0.1  # CPU % that differ by more than this share are pointed out
 
@@ -64,9 +64,9 @@ def _machines(pairs: Pairs) -> list[str]:
     """How the machines of cells differ, but for cells that a virtual clock timed by the same profile in both files."""
 
     def virtual(a: Document, b: Document) -> bool:
-        return {said(a)["clock"], said(b)["clock"]} == {"virtual"} and said(a)["profile_costs"] == said(b)[
+        return {experiment(a)["clock"], experiment(b)["clock"]} == {"virtual"} and experiment(a)[
             "profile_costs"
-        ]
+        ] == experiment(b)["profile_costs"]
 
     return _differences([pair for pair in pairs.values() if not virtual(*pair)], "environment", MACHINE)
 
@@ -88,20 +88,20 @@ def _some(names: Collection[str], most: int = 3) -> str:
     return ", ".join([*names][:most]) + more
 
 
-def page(a: Run, b: Run, options: Options) -> Page:
+def comparison_page(a: Run, b: Run, options: ReportOptions) -> Page:
     """The whole comparison. A section a language, where there are two."""
     pairs = shared(a, b)
     sections = [Section("What is compared", what_is_compared(a, b, pairs))]
     before = [document for document, _ in pairs.values()]
     for language, suffix in languages(before):
-        chosen = {text: pairs[said(each)["case"]] for text, each in labelled(before, language).items()}
+        chosen = {text: pairs[experiment(each)["case"]] for text, each in labelled(before, language).items()}
         sections += [
             Section(f"{title}{suffix}", blocks)
             for title, blocks in (
-                ("Is B faster, and as good?", verdicts(f"{language}-speedup", chosen, options.quality)),
-                ("Figures", figures(chosen)),
-                ("Where the time goes", [_ledgers(f"{language}-ledger", chosen)]),
-                ("Captions that differ", captions(chosen, options)),
+                ("Is B faster, and as good?", speedup_section(f"{language}-speedup", chosen, options.quality)),
+                ("Figures", metric_changes(chosen)),
+                ("Where the time goes", [_breakdown_picture(f"{language}-breakdown", chosen)]),
+                ("Captions that differ", differing_captions(chosen, options)),
             )
         ]
     return Page(f"edgecloud_sd: {a.name} (A) and {b.name} (B)", sections)
@@ -117,7 +117,9 @@ def what_is_compared(a: Run, b: Run, pairs: Pairs) -> list[Block]:
     headings = [Heading("what"), *(Heading(text, words=True) for text in ("A (before)", "B (after)", ""))]
     blocks: list[Block] = [Table(headings, rows)]
     cells = list(pairs.values())
-    environment, settings = ({key: None for pair in cells for each in pair for key in each[part]} for part in PARTS)
+    environment, settings = (
+        {key: None for pair in cells for each in pair for key in each[part]} for part in COMPARED_SECTIONS
+    )
     clips = [found for pair in cells for found in comparison.paired(*pair)]
     references = {x["file_id"]: None for x, y in clips if x["reference_captions"] != y["reference_captions"]}
     for warning, found in (
@@ -129,14 +131,14 @@ def what_is_compared(a: Run, b: Run, pairs: Pairs) -> list[Block]:
         ("Clips with other references in A than in B, so that their scores do not compare:", [*references]),
     ):
         if found:
-            blocks += [Text(warning, warning=True), Points([("", each) for each in found])]
+            blocks += [Paragraph(warning, warning=True), Points([("", each) for each in found])]
     software = _differences(cells, "environment", [key for key in environment if key not in MACHINE])
     software += _differences(cells, "in_force", list(InForce.__dataclass_fields__))
     if software:
         note = "Different software or limits, which may be why figures differ:"
-        blocks += [Text(note), Points([("", each) for each in software])]
+        blocks += [Paragraph(note), Points([("", each) for each in software])]
     blocks += _clips_apart(pairs)
-    blocks.append(Text(f"{_cells(len(pairs))} in both files."))
+    blocks.append(Paragraph(f"{_cells(len(pairs))} in both files."))
     for own, other, letter in ((a, b, "A"), (b, a, "B")):
         alone = [("", case) for case in own.cells if case not in other.cells]
         if alone:
@@ -152,7 +154,7 @@ def _clips_apart(pairs: Pairs, most: int = 10) -> list[Block]:
     """The clips that a cell has in one file only, cells with the same ones together."""
     found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for case, (a, b) in pairs.items():
-        ours, theirs = comparison.clips(a), comparison.clips(b)
+        ours, theirs = comparison.clips_by_id(a), comparison.clips_by_id(b)
         for letter, own, other in (("A", ours, theirs), ("B", theirs, ours)):
             alone = tuple(clip for clip in own if clip not in other)
             if alone:
@@ -161,15 +163,17 @@ def _clips_apart(pairs: Pairs, most: int = 10) -> list[Block]:
         (f"in {letter} only, {len(alone)}", f"{_some(alone, most)} (in {_some(cells)})")
         for (letter, alone), cells in found.items()
     ]
-    return [Text("Clips in one file only, left out of what is paired:", warning=True), Points(items)] if items else []
+    return (
+        [Paragraph("Clips in one file only, left out of what is paired:", warning=True), Points(items)] if items else []
+    )
 
 
-def verdicts(picture: str, pairs: Pairs, quality: str) -> list[Block]:
+def speedup_section(picture: str, pairs: Pairs, quality: str) -> list[Block]:
     """For each cell how many times as fast B is, what its quality changed by, and whether it writes the same."""
     rows, intervals, counts = [], [], []  # counts: of the clips in both
     for text, (a, b) in pairs.items():
         both = comparison.paired(a, b)
-        whole, token = comparison.speedup(a, b), comparison.length_matched(a, b)
+        whole, token = comparison.caption_speedup(a, b), comparison.token_speedup(a, b)
         differ = sum(x["generated_text"] != y["generated_text"] for x, y in both)
         scores = comparison.score_difference(a, b, quality)
         by_score = DASH if scores is None else scores.shown("+.3f")
@@ -192,42 +196,50 @@ def verdicts(picture: str, pairs: Pairs, quality: str) -> list[Block]:
             "How many times as fast B is as A: above 1, B is faster. 95% intervals are paired bootstraps over clips. "
             f"{caveat(min(filter(None, counts)))}"
         )
-        blocks = [Picture(pictures.speedups(picture, intervals), says, table)]
+        blocks = [Picture(pictures.draw_speedups(picture, intervals), says, table)]
     busy = [
         f"{text} {a:.0f}% and {b:.0f}%"
         for text, pair in pairs.items()
-        for a, b in [[comparison.figure(document, "cpu_percent") for document in pair]]
+        for a, b in [[comparison.metric_value(document, "cpu_percent") for document in pair]]
         if a is not None and b is not None and abs(a - b) > CPU_APART * max(a, b)
     ]
     if busy:
         text = "The process had another share of the CPU in A than in B, which may be why times differ:"
-        blocks.append(Text(f"{text} {', '.join(busy)}.", warning=True))
+        blocks.append(Paragraph(f"{text} {', '.join(busy)}.", warning=True))
     return blocks
 
 
-def figures(pairs: Pairs) -> list[Block]:
+def metric_changes(pairs: Pairs) -> list[Block]:
     """The main figures, A to B."""
 
     def known(figure: str) -> bool:
-        return any(comparison.figure(document, figure) is not None for pair in pairs.values() for document in pair)
+        return any(
+            comparison.metric_value(document, figure) is not None for pair in pairs.values() for document in pair
+        )
 
     used = [figure for figure in MAIN if known(figure)]
     rows = [
-        [text, *(change(figure, comparison.figure(a, figure), comparison.figure(b, figure)) for figure in used)]
+        [
+            text,
+            *(
+                change(figure, comparison.metric_value(a, figure), comparison.metric_value(b, figure))
+                for figure in used
+            ),
+        ]
         for text, (a, b) in pairs.items()
     ]
     says = "A → B, each over all the clips that its own file has: where these differ, it is not of the same clips."
-    return [Text(says), Table([Heading("cell"), *map(heading, used)], rows)]
+    return [Paragraph(says), Table([Heading("cell"), *map(heading, used)], rows)]
 
 
-def _ledgers(picture: str, pairs: Pairs) -> Picture:
-    return ledgers(
+def _breakdown_picture(picture: str, pairs: Pairs) -> Picture:
+    return breakdown_picture(
         picture,
         {f"{text} {letter}": each for text, pair in pairs.items() for letter, each in zip("AB", pair, strict=True)},
     )
 
 
-def captions(pairs: Pairs, options: Options) -> list[Block]:
+def differing_captions(pairs: Pairs, options: ReportOptions) -> list[Block]:
     """The captions of B that are not A's, with their differences; the most different first."""
     found: dict[tuple[str, str, str], list[str]] = {}  # clip, A's, B's -> cells
     clips: dict[str, Document] = {}
@@ -237,17 +249,17 @@ def captions(pairs: Pairs, options: Options) -> list[Block]:
                 found.setdefault((x["file_id"], x["generated_text"], y["generated_text"]), []).append(text)
                 clips[x["file_id"]] = x
     if not found:
-        return [Text("None: in every cell that both files hold, every clip that both hold has the same caption.")]
-    language = said(next(iter(pairs.values()))[0])["language"]
+        return [Paragraph("None: in every cell that both files hold, every clip that both hold has the same caption.")]
+    language = experiment(next(iter(pairs.values()))[0])["language"]
     order = sorted(found, key=lambda key: distance(key[1], key[2], language), reverse=True)[: options.clips]
     which = "All" if len(order) == len(found) else f"The first {len(order)} of"
     intro = (
         f"{which} {len(found)} pairs of captions, the most different first. In B's, underlined: not in A's; "
         "struck out: only in A's."
     )
-    blocks: list[Block] = [Text(intro)]
+    blocks: list[Block] = [Paragraph(intro)]
     for clip, before, after in order:
-        rows = [Caption("reference", [Part("same", each)]) for each in clips[clip]["reference_captions"]]
-        rows += [Caption("A", [Part("same", before)]), Caption("B", marked(before, after, language))]
-        blocks.append(Captions(f"{clip} ({', '.join(found[clip, before, after])})", rows, SHORT[language]))
+        rows = [Caption("reference", [TextPart("same", each)]) for each in clips[clip]["reference_captions"]]
+        rows += [Caption("A", [TextPart("same", before)]), Caption("B", marked(before, after, language))]
+        blocks.append(Captions(f"{clip} ({', '.join(found[clip, before, after])})", rows, LANGUAGE_CODES[language]))
     return blocks

@@ -45,13 +45,13 @@ PART_COLOURS = {
     "rollback": "#8a63a8",
     "other": "#8c8c8c",
 }
-MODES = {"edge": ("^", "#56b4e9"), "cloud": ("s", "#d55e00"), "speculative": ("o", "#009e73")}
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
+MODE_MARKERS = {"edge": ("^", "#56b4e9"), "cloud": ("s", "#d55e00"), "speculative": ("o", "#009e73")}
+SERIES_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 MARKERS = "osD^vP*X"
 DIRECT = 8  # points that are named where they are; more are numbered
-MANY = 16  # lines that are named one by one, at most
-WIDTH = 9.0  # inches
+MAX_NAMED_LINES = 16  # lines that are named one by one, at most
+PICTURE_WIDTH = 9.0  # inches
 STYLE: dict[Any, Any] = {  # of matplotlib, whose releases differ in the type of a name
     "svg.hashsalt": "edgecloud_sd",  # else the ids within are drawn by chance
     "svg.fonttype": "none",
@@ -112,7 +112,7 @@ class Line:
     k: str
 
 
-def ledger_bars(name: str, bars: Sequence[Bar]) -> str:
+def draw_breakdown(name: str, bars: Sequence[Bar]) -> str:
     """Stacked bars, ms a caption by part, one a cell; discarded draft hatched; parts that are 0 everywhere left out."""
     from matplotlib.patches import Patch, Rectangle
 
@@ -160,14 +160,14 @@ def segments(bar: Bar) -> list[tuple[str, float, bool]]:
     return [each for each in found if each[1] > 0]
 
 
-def latency_quality(name: str, points: Sequence[Point], front: Sequence[int], quality: str) -> str:
+def draw_latency_quality(name: str, points: Sequence[Point], front: Sequence[int], quality: str) -> str:
     """Quality over seconds a caption, the Pareto front as steps, the share of rounds with a cloud call as size."""
     from matplotlib.lines import Line2D
 
     numbered = len(points) > DIRECT
     with _figure(max(4.4, 1.6 + 0.19 * len(points) if numbered else 0)) as (figure, axes):
         for point in points:
-            marker, colour = MODES[point.mode]
+            marker, colour = MODE_MARKERS[point.mode]
             axes.scatter(
                 point.seconds,
                 point.quality,
@@ -197,7 +197,7 @@ def latency_quality(name: str, points: Sequence[Point], front: Sequence[int], qu
         axes.grid()
         keys = [
             Line2D([], [], linestyle="", marker=marker, markersize=8, color=colour, label=mode)
-            for mode, (marker, colour) in MODES.items()
+            for mode, (marker, colour) in MODE_MARKERS.items()
             if any(point.mode == mode for point in points)
         ]
         keys.append(Line2D([], [], color=INK, linestyle=(0, (5, 2)), alpha=0.7, label="Pareto front"))
@@ -212,7 +212,14 @@ def latency_quality(name: str, points: Sequence[Point], front: Sequence[int], qu
         labels = [str(i + 1) for i in range(len(points))] if numbered else [point.label for point in points]
         if numbered:
             listed = [
-                Line2D([], [], linestyle="", marker=MODES[point.mode][0], color=MODES[point.mode][1], label=text)
+                Line2D(
+                    [],
+                    [],
+                    linestyle="",
+                    marker=MODE_MARKERS[point.mode][0],
+                    color=MODE_MARKERS[point.mode][1],
+                    label=text,
+                )
                 for point, text in zip(points, (f"{i + 1}  {p.label}" for i, p in enumerate(points)), strict=True)
             ]
             figure.legend(handles=listed, loc="outside right center", handletextpad=0.3)
@@ -220,7 +227,7 @@ def latency_quality(name: str, points: Sequence[Point], front: Sequence[int], qu
         return _svg(figure, name)
 
 
-def acceptance(name: str, lines: Sequence[Line]) -> str:
+def draw_acceptance(name: str, lines: Sequence[Line]) -> str:
     """The share accepted over the position in the draft: colour by gate, dashes by rule, marker by k.
 
     The legend names the lines, or, where there are many, what their looks mean.
@@ -231,11 +238,11 @@ def acceptance(name: str, lines: Sequence[Line]) -> str:
     for line in lines:  # cells that differ in the link alone have one line
         same.setdefault(tuple(line.values), []).append(line)
     looks = {
-        "color": _looks(SERIES, [line.gate for line in lines]),
+        "color": _looks(SERIES_COLOURS, [line.gate for line in lines]),
         "linestyle": _looks(DASHES, [line.rule for line in lines]),
         "marker": _looks(MARKERS, [f"k={line.k}" for line in lines]),
     }
-    named = len(same) <= MANY
+    named = len(same) <= MAX_NAMED_LINES
     with _figure(max(3.4, 1.0 + 0.2 * (len(same) if named else sum(map(len, looks.values()))))) as (figure, axes):
         for values, alike in same.items():
             more = f" (and {len(alike) - 1} more)" if len(alike) > 1 else ""
@@ -271,7 +278,7 @@ def _looks(series: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
     return dict(zip(dict.fromkeys(names), itertools.cycle(series), strict=False))
 
 
-def speedups(name: str, rows: Sequence[tuple[str, Sequence[tuple[str, Interval | None]]]]) -> str:
+def draw_speedups(name: str, rows: Sequence[tuple[str, Sequence[tuple[str, Interval | None]]]]) -> str:
     """Intervals of how many times as fast, a row a cell: (label, [(over what, interval)])."""
     kinds = [*dict.fromkeys(kind for _, found in rows for kind, _ in found)]
     with _figure(1.1 + len(rows) * (0.16 + 0.1 * len(kinds))) as (figure, axes):
@@ -286,7 +293,7 @@ def speedups(name: str, rows: Sequence[tuple[str, Sequence[tuple[str, Interval |
                     interval.value,
                     y + (i - (len(kinds) - 1) / 2) * 0.55 / len(kinds),
                     xerr=[[interval.value - low], [high - interval.value]],
-                    color=SERIES[i % len(SERIES)],
+                    color=SERIES_COLOURS[i % len(SERIES_COLOURS)],
                     marker=MARKERS[i % len(MARKERS)],
                     markersize=6,
                     capsize=3,
@@ -306,7 +313,7 @@ def _speedup_legend(figure: Figure, kinds: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], marker=MARKERS[i % len(MARKERS)], color=SERIES[i % len(SERIES)], label=kind)
+        Line2D([], [], marker=MARKERS[i % len(MARKERS)], color=SERIES_COLOURS[i % len(SERIES_COLOURS)], label=kind)
         for i, kind in enumerate(kinds)
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(kinds))
@@ -375,7 +382,7 @@ def _figure(height: float) -> Iterator[tuple[Figure, Axes]]:
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(WIDTH, height), dpi=72, layout="constrained")  # a pixel is a point
+        figure = Figure(figsize=(PICTURE_WIDTH, height), dpi=72, layout="constrained")  # a pixel is a point
         yield figure, figure.add_subplot()
 
 

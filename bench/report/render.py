@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.report.differences import Part
-from bench.report.page import Block, Captions, Page, Picture, Points, Table, Text
+from bench.report.differences import TextPart
+from bench.report.page import Block, Captions, Page, Paragraph, Picture, Points, Table
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 TAGS = {"inserted": "ins", "deleted": "del"}
@@ -48,7 +48,7 @@ def _paragraph(text: str) -> str:
 def _block(block: Block) -> list[str]:
     if isinstance(block, Table):
         return [*_unfolded(block.folded), *_table(block)]
-    if isinstance(block, Text):
+    if isinstance(block, Paragraph):
         return [f"**{escaped(block.text)}**" if block.warning else _paragraph(block.text)]
     if isinstance(block, Points):
         return [*_unfolded(block.folded), *(_point(*item) for item in block.items)]
@@ -79,7 +79,7 @@ def _captions(block: Captions) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def _marked(parts: Sequence[Part]) -> str:
+def _marked(parts: Sequence[TextPart]) -> str:
     """With tags: asterisks beside Chinese punctuation would not mark anything."""
     shown = []
     for part in parts:

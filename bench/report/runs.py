@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import forecasts as verdict
+from bench import forecasts
 from bench.comparison import Document
 from edgecloud_sd.config import AUTO
 from edgecloud_sd.measure import results, traces
@@ -35,7 +35,7 @@ class Run:
     saved: str | None = None
 
 
-def read(path: Path) -> Run:
+def read_run(path: Path) -> Run:
     """The cells of a file. Raises Unusable."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -47,20 +47,20 @@ def read(path: Path) -> Run:
     if isinstance(found, dict) and isinstance(found.get("benchmarks"), list):
         return _saved_run(path, found)
     if isinstance(found, dict) and "experiment_config" in found:
-        check(path, "this file", found, with_traces=True)
+        check_results(path, "this file", found, with_traces=True)
         case = found["experiment_config"]["case"]
         return Run(path.name, {case: found}, _answer(case, found))
     raise Unusable(f"{path}: holds neither benchmarks nor results; {GIVE}")
 
 
-def check(path: Path, what: str, document: Any, with_traces: bool) -> None:
+def check_results(path: Path, what: str, document: Any, with_traces: bool) -> None:
     """Unusable unless `document` satisfies the schema of the results. `with_traces`: whether it must hold them too."""
     version = _at(document, "schema_version")
     if version != results.SCHEMA_VERSION:
         wanted = f"version {results.SCHEMA_VERSION}; run the benchmark again, or read it with the release that wrote it"
         raise Unusable(f"{path}: {what} holds results of version {version!r} and not of {wanted}")
     try:
-        results.validate(document, with_traces)
+        results.validate_results(document, with_traces)
     except ValueError as error:
         raise Unusable(f"{path}: {what} is damaged ({error}); {GIVE}") from None
     try:
@@ -75,7 +75,7 @@ def _saved_run(path: Path, found: Document) -> Run:
         document = _at(each, "extra_info", "results")
         if document is None:
             continue  # the row of one metric, or a benchmark that captions nothing
-        check(path, str(_at(each, "name")), document, with_traces=False)
+        check_results(path, str(_at(each, "name")), document, with_traces=False)
         case = document["experiment_config"]["case"]
         if case in cells:
             raise Unusable(f"{path}: holds the cell {case} twice; {GIVE}")
@@ -115,13 +115,13 @@ def _answer(case: str, document: Document) -> dict[str, str]:
     one_process = said["clock"] == "real" and not said["cloud_url"]
     together = one_process and said.get("edge_device") == said.get("cloud_device")
     try:
-        decoded = [traces.from_json(clip["trace"]) for clip in document["detailed_results"]]
-        crossed, eager = link.find(said["link"] or "none"), said["open"] == "eager"
+        decoded = [traces.trace_from_json(clip["trace"]) for clip in document["detailed_results"]]
+        crossed, eager = link.find_link(said["link"] or "none"), said["open"] == "eager"
         k = None if said["k"] == AUTO or said["draft_stop"] else said["k"]
-        ahead, strict = said["draft_ahead"] or 0, said["output"] != "lossy"
-        cell = verdict.Decoded(said["mode"], k, gated, crossed, eager, ahead, strict, decoded)
+        ahead, is_lossless = said["draft_ahead"] or 0, said["output"] != "lossy"
+        cell = forecasts.Decoded(said["mode"], k, gated, crossed, eager, ahead, is_lossless, decoded)
         costs = said["profile_costs"]
-        found = verdict.verdicts({case: cell}, profiles.from_json(costs) if costs else None, together)
+        found = forecasts.forecast_cells({case: cell}, profiles.profile_from_json(costs) if costs else None, together)
     except (ValueError, KeyError, TypeError) as error:  # a trace or a link that this version does not know
         return {case: f"no answer: {error}"}
-    return {name: verdict.sentence(each) for name, each in found.items()}
+    return {name: forecasts.forecast_sentence(each) for name, each in found.items()}

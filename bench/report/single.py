@@ -6,11 +6,22 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from bench import comparison
-from bench.cases import SHORT
+from bench.cases import LANGUAGE_CODES
 from bench.comparison import Document
 from bench.report import pictures
-from bench.report.cells import MAIN, OUTPUT, Cells, Options, caveat, facts, interval, labelled, languages, said
-from bench.report.differences import Part, distance, marked
+from bench.report.cells import (
+    MAIN,
+    OUTPUT,
+    Cells,
+    ReportOptions,
+    caveat,
+    experiment,
+    facts,
+    interval,
+    labelled,
+    languages,
+)
+from bench.report.differences import TextPart, distance, marked
 from bench.report.page import (
     DASH,
     Block,
@@ -18,11 +29,11 @@ from bench.report.page import (
     Captions,
     Heading,
     Page,
+    Paragraph,
     Picture,
     Points,
     Section,
     Table,
-    Text,
     heading,
     missing,
     name,
@@ -30,10 +41,10 @@ from bench.report.page import (
 )
 from bench.report.runs import Run
 from edgecloud_sd.measure.breakdown import PARTS
-from edgecloud_sd.measure.summary import FIGURES
+from edgecloud_sd.measure.summary import METRICS
 
 
-def page(run: Run, options: Options) -> Page:
+def run_page(run: Run, options: ReportOptions) -> Page:
     """The whole report. A section a language, where there are two."""
     sections = [Section("What was run", what_was_run(run))]
     for language, suffix in languages(run.cells.values()):
@@ -41,12 +52,12 @@ def page(run: Run, options: Options) -> Page:
         sections += [
             Section(f"{title}{suffix}", blocks)
             for title, blocks in (
-                ("Summary", summary(cells)),
-                ("Where the time goes", [ledgers(f"{language}-ledger", cells)]),
-                ("Latency against quality", latency_quality(f"{language}-front", cells, options.quality)),
-                ("Acceptance by position", acceptance(f"{language}-acceptance", cells)),
-                ("Does it pay?", pays(f"{language}-speedup", cells, run.answers, options.quality)),
-                ("Captions side by side", captions(cells, options)),
+                ("Summary", summary_section(cells)),
+                ("Where the time goes", [breakdown_picture(f"{language}-breakdown", cells)]),
+                ("Latency against quality", latency_quality_section(f"{language}-front", cells, options.quality)),
+                ("Acceptance by position", acceptance_section(f"{language}-acceptance", cells)),
+                ("Does it pay?", forecast_section(f"{language}-speedup", cells, run.answers, options.quality)),
+                ("Captions side by side", caption_section(cells, options)),
             )
             if blocks
         ]
@@ -59,7 +70,7 @@ def what_was_run(run: Run) -> list[Block]:
     rows = []
     for language, _ in languages(documents):
         for text, document in labelled(documents, language).items():
-            rows.append([text, said(document)["case"], language, str(len(document["detailed_results"]))])
+            rows.append([text, experiment(document)["case"], language, str(len(document["detailed_results"]))])
     headings = [Heading("cell"), Heading("id", words=True), Heading("language", words=True), Heading("clips")]
     blocks: list[Block] = [
         Table(
@@ -70,17 +81,23 @@ def what_was_run(run: Run) -> list[Block]:
     ]
     skipped = {clip["file_id"]: clip["reason"] for document in documents for clip in document["skipped_clips"]}
     if skipped:
-        blocks += [Text("Clips left out, as they cannot be used:", warning=True), Points([*skipped.items()])]
+        blocks += [Paragraph("Clips left out, as they cannot be used:", warning=True), Points([*skipped.items()])]
     return blocks
 
 
-def summary(cells: Cells) -> list[Block]:
+def summary_section(cells: Cells) -> list[Block]:
     """The main figures, a row a cell; then all of them, a row a figure."""
-    main = [figure for figure in MAIN if any(comparison.figure(each, figure) is not None for each in cells.values())]
+    main = [
+        figure for figure in MAIN if any(comparison.metric_value(each, figure) is not None for each in cells.values())
+    ]
     table = Table(
         [Heading("cell"), Heading("output", OUTPUT, words=True), *map(heading, main)],
         [
-            [text, said(each)["output"] or DASH, *(shown(figure, comparison.figure(each, figure)) for figure in main)]
+            [
+                text,
+                experiment(each)["output"] or DASH,
+                *(shown(figure, comparison.metric_value(each, figure)) for figure in main),
+            ]
             for text, each in cells.items()
         ],
     )
@@ -90,31 +107,31 @@ def summary(cells: Cells) -> list[Block]:
             [
                 heading(figure).text,
                 about.better or DASH,
-                *(shown(figure, comparison.figure(each, figure)) for each in cells.values()),
+                *(shown(figure, comparison.metric_value(each, figure)) for each in cells.values()),
             ]
-            for figure, about in FIGURES.items()
+            for figure, about in METRICS.items()
         ],
         folded="Every figure",
     )
     blocks: list[Block] = [table]
     dashes = missing(MAIN, cells.values())
     if dashes:
-        blocks += [Text("Why there is a dash, or no column:"), Points(dashes)]
+        blocks += [Paragraph("Why there is a dash, or no column:"), Points(dashes)]
     blocks.append(everything)
-    others = missing([figure for figure in FIGURES if figure not in MAIN], cells.values())
+    others = missing([figure for figure in METRICS if figure not in MAIN], cells.values())
     if others:
         blocks.append(Points(others, folded="Why there are dashes in it"))
-    meanings = [(name(figure), about.meaning) for figure, about in FIGURES.items()]
+    meanings = [(name(figure), about.meaning) for figure, about in METRICS.items()]
     return [*blocks, Points(meanings, folded="What each figure means")]
 
 
-def ledgers(picture: str, cells: Cells) -> Picture:
+def breakdown_picture(picture: str, cells: Cells) -> Picture:
     """Where a caption's time goes in each cell."""
-    used = [part for part in PARTS if any(each["metrics"]["ledger"][part] for each in cells.values())]
+    used = [part for part in PARTS if any(each["metrics"]["latency_breakdown"][part] for each in cells.values())]
     rows, bars = [], []
     for text, document in cells.items():
-        parts, closure = document["metrics"]["ledger"], document["metrics"]["ledger_closure"]
-        discarded = comparison.figure(document, "discarded_draft") or 0.0
+        parts, closure = document["metrics"]["latency_breakdown"], document["metrics"]["breakdown_closure"]
+        discarded = comparison.metric_value(document, "discarded_draft") or 0.0
         bars.append(pictures.Bar(text, parts, discarded))
         rows.append(
             [
@@ -124,7 +141,7 @@ def ledgers(picture: str, cells: Cells) -> Picture:
                 *(DASH if closure[kind] is None else f"{closure[kind]:.2%}" for kind in ("median", "worst")),
             ]
         )
-    known = [each["metrics"]["ledger_closure"] for each in cells.values()]
+    known = [each["metrics"]["breakdown_closure"] for each in cells.values()]
     median, worst = (
         max(
             (each[kind] for each in known if each[kind] is not None), key=lambda closure: abs(closure - 1), default=None
@@ -138,24 +155,24 @@ def ledgers(picture: str, cells: Cells) -> Picture:
     headings = [
         Heading("ms a caption"),
         *(Heading(part.replace("_", " "), PARTS[part]) for part in used),
-        Heading("discarded draft", FIGURES["discarded_draft"].meaning),
+        Heading("discarded draft", METRICS["discarded_draft"].meaning),
         Heading("sum / wall", "sum of the parts / wall time by another clock, median over clips"),
         Heading("worst clip", "the same, of the clip that is furthest from 100%"),
     ]
-    return Picture(pictures.ledger_bars(picture, bars), says, Table(headings, rows, folded="The numbers"))
+    return Picture(pictures.draw_breakdown(picture, bars), says, Table(headings, rows, folded="The numbers"))
 
 
-def latency_quality(picture: str, cells: Cells, quality: str) -> list[Block]:
+def latency_quality_section(picture: str, cells: Cells, quality: str) -> list[Block]:
     """Seconds a caption against one figure of quality, with the Pareto front."""
     points = [
-        pictures.Point(text, said(each)["mode"], each["metrics"]["figures"]["total"], value, _calls(each))
+        pictures.Point(text, experiment(each)["mode"], each["metrics"]["figures"]["total"], value, _calls(each))
         for text, each in cells.items()
-        if (value := comparison.figure(each, quality)) is not None
+        if (value := comparison.metric_value(each, quality)) is not None
     ]
     if not points:
         reasons = missing([quality], cells.values())
-        return [Text(f"No cell has {name(quality)} (--quality chooses another):"), Points(reasons)]
-    front = comparison.front([(point.seconds, point.quality) for point in points])
+        return [Paragraph(f"No cell has {name(quality)} (--quality chooses another):"), Points(reasons)]
+    front = comparison.pareto_front([(point.seconds, point.quality) for point in points])
     others = "Every other cell is neither faster nor better than one of these. " if len(front) < len(points) else ""
     says = (
         f"{name(quality)} against seconds a caption. On the Pareto front, from fast to good: "
@@ -176,21 +193,23 @@ def latency_quality(picture: str, cells: Cells, quality: str) -> list[Block]:
     headings = [
         Heading("no."),
         Heading("cell", words=True),
-        Heading("s a caption", FIGURES["total"].meaning),
-        Heading(name(quality), FIGURES[quality].meaning),
-        Heading("cloud calls", FIGURES["cloud_call_rate"].meaning),
+        Heading("s a caption", METRICS["total"].meaning),
+        Heading(name(quality), METRICS[quality].meaning),
+        Heading("cloud calls", METRICS["cloud_call_rate"].meaning),
         Heading("on the front", words=True),
     ]
     table = Table(headings, rows, folded="The numbers")
-    return [Picture(pictures.latency_quality(picture, points, front, name(quality)), says, table)]
+    return [Picture(pictures.draw_latency_quality(picture, points, front, name(quality)), says, table)]
 
 
 def _calls(document: Document) -> float | None:
     """The share of its rounds that went to the cloud, for a cell in which any could."""
-    return comparison.figure(document, "cloud_call_rate") if said(document)["mode"] == "speculative" else None
+    return (
+        comparison.metric_value(document, "cloud_call_rate") if experiment(document)["mode"] == "speculative" else None
+    )
 
 
-def acceptance(picture: str, cells: Cells) -> list[Block]:
+def acceptance_section(picture: str, cells: Cells) -> list[Block]:
     """The share of draft tokens that the cloud accepted, by their place in the draft; nothing without a draft."""
     found = {
         text: each["metrics"]["speculative_decoding_metrics"]["acceptance_by_position"] for text, each in cells.items()
@@ -200,7 +219,7 @@ def acceptance(picture: str, cells: Cells) -> list[Block]:
         return []
     lines = []
     for text, values in found.items():
-        cell = said(cells[text])
+        cell = experiment(cells[text])
         lines.append(pictures.Line(text, values, str(cell["gate"]), str(cell["rule"]), str(cell["k"])))
     longest = max(map(len, found.values()))
     rows = [
@@ -212,27 +231,27 @@ def acceptance(picture: str, cells: Cells) -> list[Block]:
         "Of the drafts sent for verification that had a token at a position, the share in which the cloud accepted it "
         "(and so all before it). Colour: gate; dashes: rule; marker: k."
     )
-    return [Picture(pictures.acceptance(picture, lines), says, table)]
+    return [Picture(pictures.draw_acceptance(picture, lines), says, table)]
 
 
-def pays(picture: str, cells: Cells, answers: Mapping[str, str], quality: str) -> list[Block]:
+def forecast_section(picture: str, cells: Cells, answers: Mapping[str, str], quality: str) -> list[Block]:
     """Each speculative cell against the edge and the cloud alone, and the oracle's sentence for each."""
-    ours = {text: each for text, each in cells.items() if said(each)["mode"] == "speculative"}
+    ours = {text: each for text, each in cells.items() if experiment(each)["mode"] == "speculative"}
     if not ours:
         return []
     rows, intervals, fewest = [], [], []
     for text, document in ours.items():
-        edge, cloud = (comparison.baseline(document, mode, cells.values()) for mode in ("edge", "cloud"))
+        edge, cloud = (comparison.find_baseline(document, mode, cells.values()) for mode in ("edge", "cloud"))
         row, found = [text], []
         for mode, base in (("edge", edge), ("cloud", cloud)):
-            whole = comparison.speedup(base, document) if base else None
-            token = comparison.length_matched(base, document) if base else None
+            whole = comparison.caption_speedup(base, document) if base else None
+            token = comparison.token_speedup(base, document) if base else None
             row += [interval(whole), interval(token)]
             found.append((f"over {mode}", whole))
             if base and (pairs := comparison.paired(base, document)):
                 fewest.append(len(pairs))
-        closed = comparison.gap_closed(document, edge, cloud, quality)
-        rows.append([*row, DASH if closed is None else f"{closed:.2f}", said(document)["output"] or DASH])
+        closed = comparison.quality_gap_closed(document, edge, cloud, quality)
+        rows.append([*row, DASH if closed is None else f"{closed:.2f}", experiment(document)["output"] or DASH])
         intervals.append((text, found))
     blocks: list[Block] = []
     if fewest:
@@ -254,31 +273,32 @@ def pays(picture: str, cells: Cells, answers: Mapping[str, str], quality: str) -
             "How many times as fast as the edge alone and as the cloud alone, by seconds a caption over the same "
             f"clips, with 95% intervals (paired bootstrap over clips). {caveat(min(fewest))}"
         )
-        blocks.append(Picture(pictures.speedups(picture, intervals), says, table))
+        blocks.append(Picture(pictures.draw_speedups(picture, intervals), says, table))
         if any(row[5] == DASH for row in rows):
             gap = f"No {name(quality)} gap closed: edge or cloud is missing, or their gap is not larger than its noise."
-            blocks.append(Text(gap))
+            blocks.append(Paragraph(gap))
     else:
         blocks.append(
-            Text("Neither the edge nor the cloud alone captioned these clips: there is nothing to compare with.")
+            Paragraph("Neither the edge nor the cloud alone captioned these clips: there is nothing to compare with.")
         )
     sentences = [
-        (text, answers.get(said(each)["case"], "the file holds no answer of the oracle")) for text, each in ours.items()
+        (text, answers.get(experiment(each)["case"], "the file holds no answer of the oracle"))
+        for text, each in ours.items()
     ]
     oracle = (
         "The oracle's answers, from the costs that this run shows. They are of a token, once both sides are open: "
         "hold them against the speed-ups per token."
     )
-    return [*blocks, Text(oracle), Points(sentences)]
+    return [*blocks, Paragraph(oracle), Points(sentences)]
 
 
-def captions(cells: Cells, options: Options) -> list[Block]:
+def caption_section(cells: Cells, options: ReportOptions) -> list[Block]:
     """Clip by clip what each cell wrote, its differences from the cloud's caption marked; most different first."""
-    cloud = next((each for each in cells.values() if said(each)["mode"] == "cloud"), None)
+    cloud = next((each for each in cells.values() if experiment(each)["mode"] == "cloud"), None)
     whose = "the cloud's" if cloud else "the first reference, as no cell is the cloud alone"
-    language = said(next(iter(cells.values())))["language"]
-    wrote = {text: comparison.clips(each) for text, each in cells.items()}
-    own = comparison.clips(cloud) if cloud else {}
+    language = experiment(next(iter(cells.values())))["language"]
+    wrote = {text: comparison.clips_by_id(each) for text, each in cells.items()}
+    own = comparison.clips_by_id(cloud) if cloud else {}
     base: dict[str, str] = {}  # by clip, what its captions are compared with
     for clip, found in ((clip, found) for each in wrote.values() for clip, found in each.items()):
         base.setdefault(clip, own[clip]["generated_text"] if clip in own else found["reference_captions"][0])
@@ -294,7 +314,7 @@ def captions(cells: Cells, options: Options) -> list[Block]:
         f"in that one; struck out: only there. In brackets: the clip's {name(options.quality)}, if it has one."
     )
     return [
-        Text(intro),
+        Paragraph(intro),
         *(
             _clip(
                 clip,
@@ -314,10 +334,10 @@ def _clip(clip: str, found: Mapping[str, Document], base: str, language: str, qu
     for text, each in found.items():
         texts.setdefault(each["generated_text"], []).append(text)
     references = next(iter(found.values()))["reference_captions"]
-    rows = [Caption("reference", [Part("same", reference)]) for reference in references]
+    rows = [Caption("reference", [TextPart("same", reference)]) for reference in references]
     for own in sorted(texts, key=lambda own: own != base):
         who, *same = texts[own] if len(texts) > 1 or len(found) == 1 else ["every cell"]
         score = found[texts[own][0]]["scores"].get(quality)
         note = "" if score is None else f"[{shown(quality, score)}]"
         rows.append(Caption(who, marked(base, own, language), note, same))
-    return Captions(clip, rows, SHORT[language])
+    return Captions(clip, rows, LANGUAGE_CODES[language])

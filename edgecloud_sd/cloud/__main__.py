@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from edgecloud_sd import config
 from edgecloud_sd.cloud import engine as engines
 from edgecloud_sd.cloud.keys import read_keys
-from edgecloud_sd.cloud.sessions import Limits
+from edgecloud_sd.cloud.sessions import ServiceLimits
 from edgecloud_sd.models import pairs
 from edgecloud_sd.pipeline import use_threads
 
@@ -31,7 +31,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    options = serve_parser().parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         serve(options)
@@ -41,17 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def parser() -> argparse.ArgumentParser:
+def serve_parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m edgecloud_sd.cloud", description=__doc__)
     commands = made.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve a model until stopped")
-    add, limits = serve.add_argument, Limits()
+    add, limits = serve.add_argument, ServiceLimits()
     shown = "(default: %(default)s)"
     add("--model", default=pairs.PAIRS["pocket"].cloud, help="a folder or a hub name (default: the pocket pair's)")
-    add("--engine", choices=engines.NAMES, default=engines.NAMES[0], help=f"what computes {shown}")
+    add("--engine", choices=engines.ENGINE_NAMES, default=engines.ENGINE_NAMES[0], help=f"what computes {shown}")
     add("--device", default="cpu", help=f"torch device, or auto: a GPU where there is one {shown}")
     add("--weights", default=pairs.REAL, choices=pairs.WEIGHTS, help=f"dummy ones are random {shown}")
-    dtypes = ", ".join(config.DTYPES)
+    dtypes = ", ".join(config.DTYPES_OR_AUTO)
     add("--dtype", default="float32", help=f"number format: {dtypes}; auto is by the device {shown}")
     add("--threads", type=int, help="CPU threads of torch (default: one for models under 50 M parameters)")
     add("--host", default=LOOPBACK, help=f"address to listen on {shown}")
@@ -86,10 +86,10 @@ def serve(options: argparse.Namespace) -> None:
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')}: must be a number above 0, not {value}")
     try:
-        asked = config.cloud_dtype(options.dtype)
+        asked = config.parse_cloud_dtype(options.dtype)
     except ValueError as error:
         raise ValueError(f"--dtype: {options.dtype!r} {error}") from None
-    limits = Limits(options.max_sessions, options.idle_timeout, options.max_audio_seconds, options.max_tokens)
+    limits = ServiceLimits(options.max_sessions, options.idle_timeout, options.max_audio_seconds, options.max_tokens)
     given = flags(options.engine_option)
     if given and options.engine != "vllm":
         raise ValueError("--engine-option: is for --engine vllm")
@@ -97,8 +97,8 @@ def serve(options: argparse.Namespace) -> None:
     with listening:
         if options.until_stdin_closes:
             threading.Thread(target=stop_with_stdin, daemon=True).start()
-        device, dtype = config.automatic(options.device, asked)
-        engine = engines.load(options.engine, options.model, device, dtype, given, options.weights)
+        device, dtype = config.resolve_device(options.device, asked)
+        engine = engines.load_engine(options.engine, options.model, device, dtype, given, options.weights)
         if isinstance(engine, engines.Transformers):
             use_threads(options.threads, [engine.model])
         app = create_app(engine, limits, keys)

@@ -16,13 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgecloud_sd import wire
 
-log = logging.getLogger(__name__)
-OPEN = ("/health",)  # to whoever asks
+_logger = logging.getLogger(__name__)
+OPEN_PATHS = ("/health",)  # to whoever asks
 BODY_SECONDS = 60.0  # for a body to arrive
 
 
 @dataclass(frozen=True)
-class Guard:
+class Admission:
     """Middleware. Puts who asks into the scope as `client_name`: a digest of its key, or its address where none is
     asked. What goes wrong further in is logged here, and the client told no more than that."""
 
@@ -51,13 +51,13 @@ class Guard:
         except Exception:
             if started:
                 raise  # whoever calls cuts the connection: what was sent is no whole answer
-            log.exception("a request failed")
+            _logger.exception("a request failed")
             await _refusal(500, "internal error")(scope, receive, counted)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         client = self._client(scope, headers)
-        if scope["path"] in OPEN:
+        if scope["path"] in OPEN_PATHS:
             return await self._whole(scope, 0, receive, send)
         if client is None:
             return await _refusal(401, "needs a key", {"WWW-Authenticate": "Bearer"})(scope, receive, send)

@@ -31,10 +31,10 @@ from edgecloud_sd.cloud.engine import Identity
 from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.models.pairs import Traits
 from edgecloud_sd.stopping import Stopping
-from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 # What to do about a fault: for how many seconds a call is tried again
 PATIENCE = {"wait": 60.0, "edge": 2.0, "error": 0.0}
 FIRST_DELAY, LONGEST_DELAY = 0.05, 5.0  # s between attempts: doubled each time, less a random part of up to a half
@@ -107,7 +107,7 @@ class Connection:
         key."""
         return self.tried(self._remote)
 
-    def verifier(self, rule: Rule, stage: Stage) -> RemoteVerifier:
+    def verifier(self, rule: Rule, stage: Harness) -> RemoteVerifier:
         """For one caption, timed by its stage. Refused for a rule that the server cannot judge by."""
         if refusal := self.remote.refusal(rule):
             raise Refused(refusal)
@@ -144,7 +144,7 @@ class Connection:
         with self._asked("POST", path, body, wire.JSON, deadline) as response:
             yield _timing(response), _lines(response, deadline)
 
-    def tried(self, attempt: Callable[[], T], failed: Callable[[_Fault], None] = lambda fault: None) -> T:
+    def tried(self, attempt: Callable[[], _T], failed: Callable[[_Fault], None] = lambda fault: None) -> _T:
         """What `attempt` gives, tried again while patience lasts: CloudFault then. `failed` is told of each fault."""
         retries = Retries(self)
         while True:
@@ -232,7 +232,7 @@ class RemoteVerifier:
 
     connection: Connection
     rule: Rule
-    stage: Stage
+    stage: Harness
 
     def open(self, prompt: Prompt) -> RemoteVerification:
         """Sends nothing yet: `wait` does, or whatever else is asked first."""
@@ -247,7 +247,7 @@ class RemoteVerification:
         self._stage = verifier.stage
         self._rule = verifier.rule
         self._body = wire.encode_prompt(prompt)
-        self._begun = wire.check_prompt(self._body, self._rule.text)
+        self._begun = wire.prompt_checksum(self._body, self._rule.text)
         self._session: str | None = None
         self._opened = False  # at least once
         self._over = False
@@ -298,11 +298,11 @@ class RemoteVerification:
         if session is not None:
             self._connection.end(session)
 
-    def _tried(self, call: Callable[[], T]) -> T:
+    def _tried(self, call: Callable[[], _T]) -> _T:
         """`call()` on an open session, again and again; what failed is noted as time lost."""
         lost = self._stage.watch.losses("faults")
 
-        def attempt() -> T:
+        def attempt() -> _T:
             self._ready(lost)
             return call()
 
@@ -514,7 +514,7 @@ def server_timing(header: str, most: float) -> tuple[float, float]:
     return min(said.get("queue", 0.0), most - model), model
 
 
-def _read(read: Callable[[], T]) -> T:
+def _read(read: Callable[[], _T]) -> _T:
     try:
         return read()
     except wire.WireError as error:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from edgecloud_sd.acceptance import Rank, Rule
-from edgecloud_sd.models.pairs import DUMMY, REAL, Traits, traits
+from edgecloud_sd.models.pairs import DUMMY, REAL, Traits, frontend_traits
 from edgecloud_sd.verifier import LocalVerifier, Verifier
 
 if TYPE_CHECKING:
     from edgecloud_sd.cloud.vllm_engine import VLLMModel
     from edgecloud_sd.models.hf import HFModel
 
-NAMES = ("transformers", "vllm")
+ENGINE_NAMES = ("transformers", "vllm")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Identity:
     engine: str
     dtype: str
     device: str
-    rows: int  # of the vocabulary: ids are below it
-    positions: int  # tokens of prompt and caption together, at most
+    vocab_size: int  # of the vocabulary: ids are below it
+    max_length: int  # tokens of prompt and caption together, at most
     max_rank: int  # of rule rank(r)
     traits: Traits
     weights: str = ""  # digest of the checkpoint's; `DUMMY` where they are random, empty where it has no files
@@ -54,7 +54,7 @@ class Engine(Protocol):
     def identity(self) -> Identity: ...
 
     @property
-    def slots(self) -> int:
+    def concurrency(self) -> int:
         """How many calls it takes at once."""
 
     def verifier(self, rule: Rule) -> Verifier: ...
@@ -69,7 +69,7 @@ class Transformers:
     model: HFModel
     dtype: str
     weights: str = REAL
-    slots: int = 1
+    concurrency: int = 1
 
     @property
     def identity(self) -> Identity:
@@ -81,11 +81,11 @@ class Transformers:
             engine="transformers",
             dtype=self.dtype,
             device=self.model.thinker.device.type,
-            rows=self.model.rows,
-            positions=config.max_position_embeddings,
-            max_rank=self.model.rows,
-            traits=traits(self.model),
-            weights=DUMMY if self.weights == DUMMY else memory.digest(self.model.name),
+            vocab_size=self.model.vocab_size,
+            max_length=config.max_position_embeddings,
+            max_rank=self.model.vocab_size,
+            traits=frontend_traits(self.model),
+            weights=DUMMY if self.weights == DUMMY else memory.weights_digest(self.model.name),
         )
 
     def verifier(self, rule: Rule) -> Verifier:
@@ -114,17 +114,17 @@ class VLLM:
             engine="vllm",
             dtype=self.dtype,
             device="cuda" if torch.cuda.is_available() else "cpu",
-            rows=self.model.rows,
-            positions=self.model.positions,
+            vocab_size=self.model.vocab_size,
+            max_length=self.model.max_length,
             max_rank=self.model.max_rank,
             traits=self.traits,
-            weights=memory.digest(self.model.name),
+            weights=memory.weights_digest(self.model.name),
             synthetic=False,
         )
 
     @property
-    def slots(self) -> int:
-        return self.model.slots
+    def concurrency(self) -> int:
+        return self.model.concurrency
 
     def verifier(self, rule: Rule) -> Verifier:
         return self.model.verifier(rule)
@@ -133,7 +133,9 @@ class VLLM:
         self.model.close()
 
 
-def load(name: str, checkpoint: str, device: str, dtype: str, flags: dict[str, object], weights: str = REAL) -> Engine:
+def load_engine(
+    name: str, checkpoint: str, device: str, dtype: str, flags: dict[str, object], weights: str = REAL
+) -> Engine:
     """The engine `name` on a checkpoint. ValueError or OSError for what cannot be loaded.
 
     vLLM finds its devices itself, and `flags` are its engine arguments.
@@ -144,9 +146,9 @@ def load(name: str, checkpoint: str, device: str, dtype: str, flags: dict[str, o
         from edgecloud_sd.cloud import vllm_engine
 
         if weights != REAL:
-            raise ValueError(f"--weights: {weights} is for --engine {NAMES[0]}")
+            raise ValueError(f"--weights: {weights} is for --engine {ENGINE_NAMES[0]}")
         front = hf.load_frontend(checkpoint)
-        return VLLM(vllm_engine.load(checkpoint, dtype, flags), traits(front), dtype)
+        return VLLM(vllm_engine.load_vllm(checkpoint, dtype, flags), frontend_traits(front), dtype)
     if flags:
         raise ValueError(f"--engine-option: {next(iter(flags))} is for --engine vllm")
-    return Transformers(hf.load(checkpoint, device, dtype, weights), dtype, weights)
+    return Transformers(hf.load_model(checkpoint, device, dtype, weights), dtype, weights)

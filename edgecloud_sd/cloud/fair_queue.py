@@ -10,28 +10,28 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Ran(Generic[T]):
+class Completed(Generic[_T]):
     """What a call gave, how long it waited for its turn and how long it took: s."""
 
-    result: T
+    result: _T
     queued: float
     took: float
 
 
-class Turns:
-    """Runs blocking calls of the engine on `slots` threads. How many calls may wait is for the caller to limit."""
+class FairQueue:
+    """Runs blocking calls of the engine on `concurrency` threads. The caller limits how many may wait."""
 
-    def __init__(self, slots: int) -> None:
-        self._threads = ThreadPoolExecutor(slots, thread_name_prefix="engine")
-        self._free = slots
+    def __init__(self, concurrency: int) -> None:
+        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="engine")
+        self._free = concurrency
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of their turns
         self._last = ""  # whose turn it was
 
-    async def run(self, client: str, call: Callable[[], T]) -> Ran[T]:
+    async def run(self, client: str, call: Callable[[], _T]) -> Completed[_T]:
         """`call()` when it is the client's turn. Once begun it holds its thread to its end, cancelled or not."""
         asked = time.perf_counter()
         await self._turn(client)
@@ -39,7 +39,7 @@ class Turns:
         running = asyncio.get_running_loop().run_in_executor(self._threads, call)
         running.add_done_callback(self._next)
         result = await asyncio.shield(running)
-        return Ran(result, begun - asked, time.perf_counter() - begun)
+        return Completed(result, begun - asked, time.perf_counter() - begun)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

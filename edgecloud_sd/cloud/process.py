@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from edgecloud_sd.cloud.client import PATIENCE, Connection
 from edgecloud_sd.cloud.keys import read_keys
 from edgecloud_sd.config import AUTO
-from edgecloud_sd.data.dataset import LONGEST
+from edgecloud_sd.data.dataset import MAX_CLIP_SECONDS
 from edgecloud_sd.models import pairs
 from edgecloud_sd.verifier import CloudFault
 
@@ -27,7 +27,7 @@ MOST_TOKENS = 32_768  # of a prompt and its caption: what the published models t
 
 
 @contextmanager
-def connected(settings: Settings) -> Iterator[Connection | None]:
+def connect(settings: Settings) -> Iterator[Connection | None]:
     """The connection that a run asks for, to a server that is there or to one started for it; None without either.
 
     ValueError, OSError or CloudFault where there is no such server.
@@ -41,12 +41,12 @@ def connected(settings: Settings) -> Iterator[Connection | None]:
         if settings.cloud_key_file:
             key = read_keys(Path(settings.cloud_key_file))[0]
         if url == AUTO:
-            pair = pairs.find(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
+            pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
             # whatever the data set may hold: this server is this run's alone
-            more = ["--max-audio-seconds", str(LONGEST), "--max-tokens", str(MOST_TOKENS)]
+            more = ["--max-audio-seconds", str(MAX_CLIP_SECONDS), "--max-tokens", str(MOST_TOKENS)]
             more += ["--threads", str(settings.threads)] if settings.threads else []
             more += ["--weights", pair.weights]
-            server = stack.enter_context(running(pair.cloud, settings.cloud_device, settings.cloud_dtype, more))
+            server = stack.enter_context(run_server(pair.cloud, settings.cloud_device, settings.cloud_dtype, more))
             url, key = server.url, server.key
         connection = Connection(url, key, settings.cloud_timeout, patience)
         stack.callback(connection.close)
@@ -67,7 +67,7 @@ class Server:
 
 
 @contextmanager
-def running(model: str, device: str = "cpu", dtype: str = "float32", more: Sequence[str] = ()) -> Iterator[Server]:
+def run_server(model: str, device: str = "cpu", dtype: str = "float32", more: Sequence[str] = ()) -> Iterator[Server]:
     """Start it, wait until it listens, stop it at the end. OSError, with its last words, where it does not start.
 
     It stops too when this process ends in any other way: it reads a pipe that closes then.

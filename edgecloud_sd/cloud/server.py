@@ -24,17 +24,17 @@ from starlette.types import Receive, Scope, Send
 
 from edgecloud_sd import acceptance, wire
 from edgecloud_sd import events as records
-from edgecloud_sd.cloud.admission import Guard
+from edgecloud_sd.cloud.admission import Admission
 from edgecloud_sd.cloud.engine import Engine
-from edgecloud_sd.cloud.fair_queue import Ran, Turns
-from edgecloud_sd.cloud.sessions import FRAMES_A_SECOND, Full, Gone, Held, Limits, Sessions
+from edgecloud_sd.cloud.fair_queue import Completed, FairQueue
+from edgecloud_sd.cloud.sessions import FRAMES_A_SECOND, NoRoom, OpenSession, ServiceLimits, SessionClosed, Sessions
 from edgecloud_sd.data import prompts
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import Verification
 
-log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 MAX_RULE = 256  # characters: a refusal repeats them
-RULES = ", ".join(acceptance.NAMES)
+RULES = ", ".join(acceptance.RULE_NAMES)
 MORE_REQUESTS = 16  # of one client at once, beside one for each session
 PROBLEMS = (400, 401, 408, 413, 422, 429, 500, 503)  # statuses that every call may have
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # s
@@ -44,27 +44,27 @@ Ids = Annotated[list[TokenId], Field(max_length=wire.MAX_IDS, fail_fast=True)]
 Check = Annotated[StrictInt, Field(ge=0, lt=2**32, description="CRC-32, see `edgecloud_sd.wire`")]
 
 
-class ToVerify(BaseModel):
+class VerifyRequest(BaseModel):
     base: Annotated[StrictInt, Field(ge=0, le=wire.MAX_IDS, description="tokens that the cloud holds already")]
     tokens: Annotated[Ids, Field(description="committed since then, the prompt's last token first of all")]
     draft: Annotated[Ids, Field(description="to be judged")]
     check: Check
 
 
-class Verdict(BaseModel):
+class VerdictMessage(BaseModel):
     accepted: Annotated[int, Field(description="draft tokens kept")]
     token: Annotated[int, Field(description="the cloud's own for the place after them")]
     check: int
 
 
-class ToGenerate(BaseModel):
+class GenerateRequest(BaseModel):
     output: Annotated[Ids, Field(description="written already")]
     eos: Annotated[Ids, Field(description="ids that end the caption")]
     max_new_tokens: Annotated[StrictInt, Field(ge=1, le=wire.MAX_IDS)]
     check: Check
 
 
-class Opened(BaseModel):
+class OpenedMessage(BaseModel):
     session: Annotated[str, Field(description="names the open prompt in all that follows")]
     model: Annotated[str, Field(description="fingerprint of the model")]
     check: int
@@ -74,15 +74,15 @@ class Problem(BaseModel):
     detail: str
 
 
-class Model(BaseModel):
+class ModelInfo(BaseModel):
     """What a client compares with its own side."""
 
     name: str
     engine: str
     dtype: str
     device: str
-    rows: int
-    positions: int
+    vocab_size: int
+    max_length: int
     max_rank: int
     synthetic: bool
     traits: dict[str, Any]
@@ -112,20 +112,20 @@ class Metrics:
     def answered(self, call: str, status: int) -> None:
         self.requests.labels(call, status).inc()
 
-    def ran(self, call: str, ran: Ran[Any]) -> None:
+    def ran(self, call: str, ran: Completed[Any]) -> None:
         self.seconds.labels(call, "queue").observe(ran.queued)
         self.seconds.labels(call, "model").observe(ran.took)
 
 
-def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str] = ()) -> FastAPI:
+def create_app(engine: Engine, limits: ServiceLimits | None = None, keys: Sequence[str] = ()) -> FastAPI:
     """The service. Without keys whoever can reach it may use it, each address as one client."""
-    limits = limits or Limits()
+    limits = limits or ServiceLimits()
     identity = engine.identity
     traits, fingerprint = identity.traits, identity.fingerprint
     sessions = Sessions(limits.max_sessions, limits.idle_timeout)
-    turns = Turns(engine.slots)
+    turns = FairQueue(engine.concurrency)
     metrics = Metrics(sessions)
-    most = min(identity.positions, limits.max_tokens)
+    most = min(identity.max_length, limits.max_tokens)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -141,7 +141,7 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
             for held in sessions.idle():
                 await close(held, held.owner, "idle")
 
-    async def close(held: Held, by: str, why: str = "") -> None:
+    async def close(held: OpenSession, by: str, why: str = "") -> None:
         """In the turn of the client `by`, for whom it is done."""
         sessions.drop(held)
         if why:
@@ -149,7 +149,7 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
         try:
             await turns.run(by, held.close)
         except Exception:
-            log.exception("a session could not be closed")
+            _logger.exception("a session could not be closed")
 
     app = Service(
         title="edgecloud_sd cloud",
@@ -161,7 +161,7 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
     )
     app.keyed = bool(keys)
     app.add_middleware(
-        Guard,
+        Admission,
         keys=tuple(keys),
         largest_prompt=limits.largest_prompt(traits.mel_bins),
         largest_message=wire.MAX_MESSAGE,
@@ -175,15 +175,15 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
         found = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3]]
         return JSONResponse({"detail": "; ".join(found)}, 422)
 
-    def held_by(request: Request, session: str) -> Held:
+    def held_by(request: Request, session: str) -> OpenSession:
         try:
             return sessions.get(client(request), session)
         except KeyError:
             raise gone() from None
 
     def refuse_ids(ids: Sequence[int]) -> None:
-        if ids and not 0 <= min(ids) <= max(ids) < identity.rows:
-            raise HTTPException(422, f"token ids must be below {identity.rows}")
+        if ids and not 0 <= min(ids) <= max(ids) < identity.vocab_size:
+            raise HTTPException(422, f"token ids must be below {identity.vocab_size}")
 
     def refuse_length(tokens: int) -> None:
         if tokens > most:
@@ -208,19 +208,19 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
         if prompt.ids[-1] == traits.audio_token:
             raise HTTPException(422, "the last of the ids must be text")
 
-    async def run(call: str, held: Held, what: Callable[[], Any]) -> Ran[Any]:
+    async def run(call: str, held: OpenSession, what: Callable[[], Any]) -> Completed[Any]:
         """Model code, in its client's turn. Where that fails in the middle, half of a pass may be in the session's
         cache: the session goes."""
         try:
             ran = await turns.run(held.owner, what)
-        except Gone:
+        except SessionClosed:
             raise gone() from None
         except Exception as error:
             await close(held, held.owner, "failed")
             if isinstance(error, FloatingPointError):
                 raise HTTPException(422, str(error)) from None
             if out_of_memory(error):
-                log.warning("%s: out of memory", call)
+                _logger.warning("%s: out of memory", call)
                 raise HTTPException(503, "the model is out of memory", {"Retry-After": "1"}) from None
             raise
         metrics.ran(call, ran)
@@ -239,9 +239,9 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/model", responses=problems)
-    async def model() -> Model:
+    async def model() -> ModelInfo:
         """Which model answers."""
-        return Model(**asdict(identity), fingerprint=fingerprint, max_audio_seconds=limits.max_audio_seconds)
+        return ModelInfo(**asdict(identity), fingerprint=fingerprint, max_audio_seconds=limits.max_audio_seconds)
 
     on_session = problems | {404: {"model": Problem}, 409: {"model": Problem}}
     body = {
@@ -251,7 +251,7 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
     @app.post(
         "/v1/sessions",
         status_code=201,
-        response_model=Opened,
+        response_model=OpenedMessage,
         responses=problems | {404: {"model": Problem}, 415: {"model": Problem}},
         openapi_extra=body,
     )
@@ -265,10 +265,10 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != wire.OCTETS:
             raise HTTPException(415, f"the body must be {wire.OCTETS}")
         sent = await request.body()
-        if wire.check_prompt(sent, rule) != check:
+        if wire.prompt_checksum(sent, rule) != check:
             raise HTTPException(422, "body and rule do not match their check")
         try:
-            judges = acceptance.parse(rule)
+            judges = acceptance.parse_rule(rule)
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
         if refusal := identity.refusal(judges):
@@ -278,11 +278,11 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
         except wire.WireError as error:
             raise HTTPException(422, f"the body {error}") from None
         refuse_prompt(prompt)
-        held = Held(client(request), check, len(prompt.ids))
+        held = OpenSession(client(request), check, len(prompt.ids))
         async with held.lock:
             try:
                 out = sessions.add(held)
-            except Full as error:
+            except NoRoom as error:
                 raise HTTPException(429, str(error), {"Retry-After": "1"}) from None
             if out:
                 await close(out, held.owner, "room")
@@ -290,15 +290,15 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
             ran = await run("open", held, partial(held.open, begin))
         return answer(wire.opened(held.name, fingerprint, check), 201, ran)
 
-    @app.post("/v1/sessions/{session}/verify", response_model=Verdict, responses=on_session)
-    async def verify(request: Request, session: str, asked: ToVerify) -> Response:
+    @app.post("/v1/sessions/{session}/verify", response_model=VerdictMessage, responses=on_session)
+    async def verify(request: Request, session: str, asked: VerifyRequest) -> Response:
         """Judge a draft in one forward pass. A repeated request gives the same verdict."""
         held = held_by(request, session)
         refuse_ids(asked.tokens)
         refuse_ids(asked.draft)
         async with held.lock:
             context = held.context[: asked.base] + asked.tokens
-            if asked.base > len(held.context) or wire.check(context + asked.draft, held.begun) != asked.check:
+            if asked.base > len(held.context) or wire.checksum(context + asked.draft, held.begun) != asked.check:
                 raise HTTPException(409, f"{len(held.context)} tokens are held here, and not those that are counted on")
             if not context:
                 raise HTTPException(422, "nothing to judge after: send the prompt's last token first")
@@ -319,18 +319,18 @@ def create_app(engine: Engine, limits: Limits | None = None, keys: Sequence[str]
         responses=on_session
         | {200: {"content": {wire.LINES: {}}, "description": "one line a token, and one at the end"}},
     )
-    async def generate(request: Request, session: str, asked: ToGenerate) -> StreamingResponse:
+    async def generate(request: Request, session: str, asked: GenerateRequest) -> StreamingResponse:
         """The cloud's own greedy tokens, streamed: JSON objects with `token` and `check`, then one with `end`. A stream
         without that one was cut short."""
         held = held_by(request, session)
         refuse_ids(asked.output)
         refuse_ids(asked.eos)
-        if wire.check((*asked.output, *asked.eos, asked.max_new_tokens), held.begun) != asked.check:
+        if wire.checksum((*asked.output, *asked.eos, asked.max_new_tokens), held.begun) != asked.check:
             raise HTTPException(409, "the request does not match its check")
         refuse_length(held.prompt_tokens + asked.max_new_tokens)
         stopping = Stopping(frozenset(asked.eos), asked.max_new_tokens)
 
-        async def lines() -> AsyncGenerator[tuple[bytes, Ran[Any]], None]:
+        async def lines() -> AsyncGenerator[tuple[bytes, Completed[Any]], None]:
             async with held.lock:
                 held.context = []  # what follows is not agreed upon
                 tokens: Iterator[int] | None = None
@@ -383,7 +383,9 @@ class Service(FastAPI):
 class Lines(StreamingResponse):
     """An answer that has begun. Whoever goes away in the middle of it leaves nothing behind: no lock, no turn."""
 
-    def __init__(self, first: bytes, ran: Ran[Any], rest: AsyncGenerator[tuple[bytes, Ran[Any]], None]) -> None:
+    def __init__(
+        self, first: bytes, ran: Completed[Any], rest: AsyncGenerator[tuple[bytes, Completed[Any]], None]
+    ) -> None:
         async def every() -> AsyncIterator[bytes]:
             yield first
             with suppress(HTTPException):  # without its last line the client knows that there is more
@@ -417,10 +419,10 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def answer(message: dict[str, Any], status: int, ran: Ran[Any]) -> Response:
+def answer(message: dict[str, Any], status: int, ran: Completed[Any]) -> Response:
     return Response(wire.dumps(message), status, timing(ran), wire.JSON)
 
 
-def timing(ran: Ran[Any]) -> dict[str, str]:
+def timing(ran: Completed[Any]) -> dict[str, str]:
     """The time it took, in ms: what is left of the client's own is the network's."""
     return {"Server-Timing": f"queue;dur={1e3 * ran.queued:.3f},model;dur={1e3 * ran.took:.3f}"}

@@ -14,12 +14,12 @@ from typing import TypeVar
 from edgecloud_sd import wire
 from edgecloud_sd.verifier import Verification
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 FRAMES_A_SECOND = 100  # of the log-mel spectrogram
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServiceLimits:
     """What one server takes on."""
 
     max_sessions: int = 64
@@ -36,16 +36,16 @@ class Limits:
         return 8 + wire.MAX_HEADER + 2 * mel_bins * self.max_frames + 4 * self.max_tokens
 
 
-class Gone(Exception):
+class SessionClosed(Exception):
     """A session that was taken away while a call of it waited."""
 
 
-class Full(Exception):
+class NoRoom(Exception):
     """Every session that might go is at work."""
 
 
 @dataclass(eq=False)
-class Held:
+class OpenSession:
     """One open prompt. `context` is what the cloud and its edge both know to be committed."""
 
     owner: str
@@ -63,15 +63,15 @@ class Held:
         """Returns when the prompt is prefilled. Blocks, as the two below. Gone for a session taken away before."""
         with self._alone:
             if self.gone:
-                raise Gone
+                raise SessionClosed
             self._verification = begin()
             self._verification.wait()
 
-    def call(self, what: Callable[[Verification], T]) -> T:
+    def call(self, what: Callable[[Verification], _T]) -> _T:
         """Gone for a session that was taken away before."""
         with self._alone:
             if self.gone or self._verification is None:
-                raise Gone
+                raise SessionClosed
             return what(self._verification)
 
     def close(self) -> None:
@@ -90,12 +90,12 @@ class Sessions:
         self._limit = limit
         self._idle = idle
         self._clock = clock
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, OpenSession] = {}
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def add(self, held: Held) -> Held | None:
+    def add(self, held: OpenSession) -> OpenSession | None:
         """Take a session in, and out the one that has to be closed for it, if any: none but a client that holds more
         than the new one's owner then will loses one to it, even one at work. Without such a client, the owner loses
         its own least recently used, or whoever did not use theirs for longest where the owner has none. Full where
@@ -108,7 +108,7 @@ class Sessions:
         self._held[held.name] = held
         return out
 
-    def _least(self, owner: str) -> Held:
+    def _least(self, owner: str) -> OpenSession:
         counts = Counter(each.owner for each in self._held.values())
         most = max(counts.values())
         greedy = most > counts[owner] + 1
@@ -118,10 +118,10 @@ class Sessions:
             there = [each for each in self._held.values() if each.owner == owner or not counts[owner]]
         may = [each for each in there if greedy or not each.lock.locked()]
         if not may:
-            raise Full(f"all {len(there)} sessions that could make room are at work")
+            raise NoRoom(f"all {len(there)} sessions that could make room are at work")
         return min(may, key=lambda each: (each.lock.locked(), each.used))
 
-    def get(self, owner: str, name: str) -> Held:
+    def get(self, owner: str, name: str) -> OpenSession:
         """KeyError for a session that is not there, and just so for one of somebody else's."""
         held = self._held[name]
         if held.owner != owner:
@@ -129,12 +129,12 @@ class Sessions:
         held.used = self._clock()
         return held
 
-    def drop(self, held: Held) -> None:
+    def drop(self, held: OpenSession) -> None:
         """Nobody finds it any more. Nothing happens for one that is out already."""
         held.gone = True
         self._held.pop(held.name, None)
 
-    def idle(self) -> list[Held]:
+    def idle(self) -> list[OpenSession]:
         """Take out those that have not been used for too long."""
         since = self._clock() - self._idle
         out = [each for each in self._held.values() if each.used < since and not each.lock.locked()]

@@ -25,23 +25,23 @@ from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import check_base
 
 MISSING = "engine vllm needs vLLM, which is not installed here: see the README, or choose engine transformers"
-DTYPES = ("float32", "float16", "bfloat16")
-OURS = {  # what the verdicts rest on
+VLLM_DTYPES = ("float32", "float16", "bfloat16")
+OWN_ARGUMENTS = {  # what the verdicts rest on
     "enable_prefix_caching": True,
     "enable_mm_embeds": True,  # or a spectrogram would be refused
     "limit_mm_per_prompt": {"audio": 1, "image": 0, "video": 0},
     "logprobs_mode": "raw_logits",  # probabilities can round two logits to one
 }
 
-Request = Mapping[str, Any]  # vLLM's dict of a prompt
-Options = Mapping[str, Any]  # arguments of vLLM's SamplingParams, and `stream` for every output as it comes
+EngineRequest = Mapping[str, Any]  # vLLM's dict of a prompt
+SamplingOptions = Mapping[str, Any]  # arguments of vLLM's SamplingParams, and `stream` for every output as it comes
 Row = Mapping[int, float]  # the highest logits for one place by their ids, and the logit of the draft's token there
 
 
-class Engine(Protocol):
+class LLMEngine(Protocol):
     """What of vLLM's `LLMEngine` is used. Not thread-safe. Outputs are vLLM's `RequestOutput`."""
 
-    def add_request(self, request_id: str, prompt: Request, params: Options) -> object: ...
+    def add_request(self, request_id: str, prompt: EngineRequest, params: SamplingOptions) -> object: ...
 
     def abort_request(self, request_ids: list[str]) -> None: ...
 
@@ -86,7 +86,7 @@ class Batcher:
     Requests join the batch between two steps. The engine belongs to the batcher's thread until `close` returns.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: LLMEngine) -> None:
         self._engine = engine
         self._names = map(str, itertools.count())
         self._changed = Condition()  # guards what follows
@@ -97,7 +97,7 @@ class Batcher:
         self._thread = Thread(target=self._run, name="vllm", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, options: Options) -> Stream:
+    def submit(self, request: EngineRequest, options: SamplingOptions) -> Stream:
         """Returns at once. RuntimeError, here or from the stream, where the engine is closed or has died.
 
         A request that vLLM refuses raises vLLM's own error, from its own stream alone.
@@ -151,7 +151,7 @@ class Batcher:
                 self._deliver(output.request_id, output, output.finished)
         return True
 
-    def _add(self, name: str, request: Request, options: Options) -> None:
+    def _add(self, name: str, request: EngineRequest, options: SamplingOptions) -> None:
         try:
             self._engine.add_request(name, request, options)
         except Exception as error:  # noqa: BLE001 -- a request's own fault: it is raised to who made it
@@ -175,19 +175,19 @@ class VLLMModel:
     """A model that vLLM runs. `ask` puts a request to it and may be called by any thread."""
 
     name: str
-    ask: Callable[[Request, Options], Stream]
+    ask: Callable[[EngineRequest, SamplingOptions], Stream]
     shut: Callable[[], None]
     eos: frozenset[int]
     placeholder: int  # the audio token
-    rows: int  # of the vocabulary
-    positions: int  # of prompt and caption together, at most
-    slots: int  # requests in one batch, at most
+    vocab_size: int  # of the vocabulary
+    max_length: int  # of prompt and caption together, at most
+    concurrency: int  # requests in one batch, at most
     max_logprobs: int  # logits a place that vLLM gives, at most
 
     @property
     def max_rank(self) -> int:
         """The largest r of rule rank(r): one more logit than r shows whether the r-th is tied."""
-        return self.rows if self.max_logprobs >= self.rows else self.max_logprobs - 1
+        return self.vocab_size if self.max_logprobs >= self.vocab_size else self.max_logprobs - 1
 
     def verifier(self, rule: Rule) -> VLLMVerifier:
         """ValueError for a rule that takes more than vLLM shows."""
@@ -208,7 +208,7 @@ class VLLMVerifier:
     rule: Rank
 
     def __post_init__(self) -> None:
-        if min(self.rule.r, self.model.rows) > self.model.max_rank:
+        if min(self.rule.r, self.model.vocab_size) > self.model.max_rank:
             raise ValueError(
                 f"rule rank({self.rule.r}) is beyond rank {self.model.max_rank} of this engine: "
                 f"give vLLM max_logprobs={self.rule.r + 1} or more"
@@ -265,7 +265,9 @@ class VLLMVerification:
                     written.append(token)
                     yield token
         if stopping.reason(written) is None:
-            raise RuntimeError(f"prompt and caption need more than the {self._model.positions} positions of vLLM")
+            raise RuntimeError(
+                f"prompt and caption need more than the maximum length of vLLM, {self._model.max_length}"
+            )
 
     def close(self) -> None:
         """Nothing is held but a prefill that may still run; the prefix cache forgets by itself."""
@@ -273,11 +275,11 @@ class VLLMVerification:
             self._prefill.close()
 
     def _judge(self, context: Sequence[int], draft: Sequence[int]) -> Verdict:
-        most = min(self._model.max_logprobs, self._model.rows)
+        most = min(self._model.max_logprobs, self._model.vocab_size)
         width = min(self._rule.r + 1, most)
         while True:
             rows = self._logits(context, len(draft), width)
-            verdict = judge(draft, rows, self._rule.r, width if width < self._model.rows else None)
+            verdict = judge(draft, rows, self._rule.r, width if width < self._model.vocab_size else None)
             if verdict is not None:
                 return verdict
             if width == most:
@@ -380,12 +382,12 @@ def _request(prompt: Prompt, placeholder: int) -> dict[str, Any]:
 
 
 class _LLM:
-    """vLLM's `LLM` as an `Engine`."""
+    """vLLM's `LLM` as an `LLMEngine`."""
 
     def __init__(self, llm: Any) -> None:
         self._engine = llm.llm_engine
 
-    def add_request(self, request_id: str, prompt: Request, params: Options) -> object:
+    def add_request(self, request_id: str, prompt: EngineRequest, params: SamplingOptions) -> object:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -404,22 +406,22 @@ class _LLM:
         return list(self._engine.step())
 
 
-def load(checkpoint: str, dtype: str = "float32", flags: Mapping[str, object] | None = None) -> VLLMModel:
+def load_vllm(checkpoint: str, dtype: str = "float32", flags: Mapping[str, object] | None = None) -> VLLMModel:
     """A whole Qwen2.5-Omni checkpoint, a folder or a name on the hub, under vLLM.
 
     `flags` are vLLM's own engine arguments by their names in Python: tensor_parallel_size, pipeline_parallel_size,
     gpu_memory_utilization, max_model_len and so on. ValueError where vLLM is not installed, and for a dtype or a flag
     that it does not know; OSError for a checkpoint that it cannot load.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"engine vllm has no dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if dtype not in VLLM_DTYPES:
+        raise ValueError(f"engine vllm has no dtype {dtype!r}: choose one of {', '.join(VLLM_DTYPES)}")
     try:
         from vllm import LLM, EngineArgs
         from vllm.platforms import current_platform
     except (ImportError, OSError, RuntimeError) as error:  # the latter two where its parts do not fit each other
         raise ValueError(f"{MISSING} ({error})") from error
     given = dict(flags or {})
-    known = {field.name for field in fields(EngineArgs)} - {"model", "dtype", *OURS}
+    known = {field.name for field in fields(EngineArgs)} - {"model", "dtype", *OWN_ARGUMENTS}
     if unknown := sorted(given.keys() - known):
         raise ValueError(f"vLLM has no engine argument {unknown[0]!r} to give here")
     defaults = {
@@ -429,7 +431,7 @@ def load(checkpoint: str, dtype: str = "float32", flags: Mapping[str, object] | 
         "seed": 0,
     }
     try:
-        model = _model(checkpoint, LLM(checkpoint, dtype=dtype, **{**defaults, **given, **OURS}))
+        model = _model(checkpoint, LLM(checkpoint, dtype=dtype, **{**defaults, **given, **OWN_ARGUMENTS}))
         # vLLM compiles at the first logits: not while an edge waits
         model.verifier(Rank(1)).open(Prompt((0, 0))).verify(0, [0], [0])
     except (OSError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
@@ -443,7 +445,7 @@ def _model(name: str, llm: Any) -> VLLMModel:
     thinker = config.model_config.hf_config.thinker_config
     configured = (config.model_config.try_get_generation_config() or {}).get("eos_token_id")
     eos = {llm.get_tokenizer().eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
-    rows, logprobs = config.model_config.get_vocab_size(), config.model_config.max_logprobs
+    vocab_size, logprobs = config.model_config.get_vocab_size(), config.model_config.max_logprobs
     batcher = Batcher(_LLM(llm))
 
     def shut() -> None:
@@ -456,8 +458,8 @@ def _model(name: str, llm: Any) -> VLLMModel:
         shut=shut,
         eos=frozenset(eos),
         placeholder=thinker.audio_token_index,
-        rows=rows,
-        positions=config.model_config.max_model_len,
-        slots=config.scheduler_config.max_num_seqs,
-        max_logprobs=rows if logprobs < 0 else logprobs,
+        vocab_size=vocab_size,
+        max_length=config.model_config.max_model_len,
+        concurrency=config.scheduler_config.max_num_seqs,
+        max_logprobs=vocab_size if logprobs < 0 else logprobs,
     )

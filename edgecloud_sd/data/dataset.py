@@ -26,9 +26,12 @@ from edgecloud_sd.events import Clip
 from edgecloud_sd.host.files import write_whole
 
 SAMPLE_RATE = 16_000
-SHORTEST, LONGEST = 0.025, 300.0  # s: one window of the feature extractor, and the most that Qwen2.5-Omni's reads
+SHORTEST, MAX_CLIP_SECONDS = (
+    0.025,
+    300.0,
+)  # s: one window of the feature extractor, and the most that Qwen2.5-Omni's reads
 CAPTION_TYPES = ("audio_only", "original")
-ADVICE = "choose another --language or --caption-type"
+MANIFEST_ADVICE = "choose another --language or --caption-type"
 ON_BAD_CLIP = ("error", "skip")
 POCKET = "pocket"  # the data set that ships with the project
 
@@ -51,7 +54,7 @@ def load_audio(file: str | Path) -> NDArray[np.float32]:
     They lie in [-1, 1], but for float files that go beyond it themselves.
 
     Channels are averaged; other rates are resampled with soxr. Raises BadClip for a missing, corrupt or empty file, one
-    longer than `LONGEST`, or one with samples that are not numbers.
+    longer than `MAX_CLIP_SECONDS`, or one with samples that are not numbers.
     """
     import soundfile
     import soxr
@@ -64,8 +67,12 @@ def load_audio(file: str | Path) -> NDArray[np.float32]:
             raise BadClip(f"{path}: cannot be read as audio (the file is shorter than its header says)")
         with soundfile.SoundFile(path) as audio:
             rate = audio.samplerate
-            if audio.frames > LONGEST * rate:  # before anything is allocated: a corrupt header may promise terabytes
-                raise BadClip(f"{path}: lasts {audio.frames / rate:.3f} s, and a clip may last {LONGEST:g} s at most")
+            if (
+                audio.frames > MAX_CLIP_SECONDS * rate
+            ):  # before anything is allocated: a corrupt header may promise terabytes
+                raise BadClip(
+                    f"{path}: lasts {audio.frames / rate:.3f} s, and a clip may last {MAX_CLIP_SECONDS:g} s at most"
+                )
             samples = audio.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise BadClip(f"{path}: cannot be read as audio ({error.error_string.strip()})") from error
@@ -138,9 +145,10 @@ def load_manifest(
                 raise BadClip(f"{path}, entry {number}, file_id: {clip.file_id!r} stands twice")
             seen.add(clip.file_id)
             seconds = len(load_audio(clip.audio_path)) / SAMPLE_RATE
-            if not SHORTEST <= seconds <= LONGEST:
+            if not SHORTEST <= seconds <= MAX_CLIP_SECONDS:
                 raise BadClip(
-                    f"{clip.audio_path}: lasts {seconds:.3f} s, and a clip may last {SHORTEST} to {LONGEST:g} s"
+                    f"{clip.audio_path}: lasts {seconds:.3f} s, and a clip may last "
+                    f"{SHORTEST} to {MAX_CLIP_SECONDS:g} s"
                 )
         except BadClip as error:
             if on_bad_clip == "error":
@@ -187,16 +195,16 @@ def _clip(path: Path, number: int, entry: Any, language: str, caption_type: str)
     references = [value] if isinstance(value, str) else value
     if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
         if value is None:
-            raise BadClip(f"{path}, {file_id}, {field}: there is no {language} caption; {ADVICE}")
+            raise BadClip(f"{path}, {file_id}, {field}: there is no {language} caption; {MANIFEST_ADVICE}")
         raise BadClip(f"{path}, {file_id}, {field}: must be a text or a list of texts, not {value!r}")
     references = [each.strip() for each in references if each.strip()]
     if not references:
-        raise BadClip(f"{path}, {file_id}, {field}: is empty; {ADVICE}")
+        raise BadClip(f"{path}, {file_id}, {field}: is empty; {MANIFEST_ADVICE}")
     transcription = None
     if caption_type == "original":
         others = [each for each in LANGUAGES if each != language and entry.get(f"{each}_caption") == value]
         if others and entry.get(f"{language}_caption") != value:
-            raise BadClip(f"{path}, {file_id}, caption: is the {others[0]} one, not {language}; {ADVICE}")
+            raise BadClip(f"{path}, {file_id}, caption: is the {others[0]} one, not {language}; {MANIFEST_ADVICE}")
         said = (text(f"{language}_transcription", False).strip(), text("transcription", False).strip())
         transcription = said[0] or said[1] or None
     index = entry.get("index", number)
@@ -270,7 +278,7 @@ def _relative(path: Path, start: Path) -> Path:
     return path.relative_to(start) if path.is_relative_to(start) else path
 
 
-def check(path: Path, languages: Iterable[str] = LANGUAGES) -> tuple[bool, list[str]]:
+def check_manifest(path: Path, languages: Iterable[str] = LANGUAGES) -> tuple[bool, list[str]]:
     """Whether every clip is good in some language, and what to say: how many are, then a line a bad one."""
     usable, lines = False, []
     for language in languages:
@@ -304,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
             target = options.output or options.folder / "manifest.json"
             print(f"{import_secap(options.folder, target)} clips in {target}")
         else:
-            usable, lines = check(options.manifest)
+            usable, lines = check_manifest(options.manifest)
             print("\n".join(lines))
             if not usable:
                 sys.exit(1)

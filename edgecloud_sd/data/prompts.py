@@ -30,7 +30,7 @@ TASKS: dict[str, dict[str, str]] = {
         "concise": "Describe the speaker's emotion briefly in English.",
     },
 }
-SAID = {"chinese": "语音内容：{}", "english": "The speaker says: {}"}
+TRANSCRIPTION_FORMATS = {"chinese": "语音内容：{}", "english": "The speaker says: {}"}
 LANGUAGES = tuple(TASKS)
 PROMPT_TYPES = tuple(TASKS["english"])
 AUDIO_TOKEN = "<|AUDIO|>"
@@ -39,7 +39,7 @@ AUDIO_TOKEN = "<|AUDIO|>"
 def task_text(language: str, prompt_type: str, transcription: str | None = None) -> str:
     """The user's words: what was said, where the caption type allows it, then what to do."""
     task = TASKS[language][prompt_type]
-    return f"{SAID[language].format(transcription)}\n{task}" if transcription else task
+    return f"{TRANSCRIPTION_FORMATS[language].format(transcription)}\n{task}" if transcription else task
 
 
 def chat(task: str, audio_tokens: int) -> str:
@@ -84,7 +84,7 @@ def log_mel(samples: NDArray[np.float32], extractor: Any) -> Tensor:
     return torch.as_tensor(np.asarray(batch["input_features"][0])[:, :frames], dtype=torch.float32)
 
 
-def build(
+def build_prompt(
     samples: NDArray[np.float32],
     tokenizer: Any,
     extractor: Any,

@@ -18,26 +18,26 @@ from edgecloud_sd.timing import link
 from edgecloud_sd.timing.clock import Clock
 from edgecloud_sd.timing.profile import Costs, Profile
 
-FIRST = 4  # before anything is known
+FIRST_K = 4  # before anything is known
 # Of the weight of a sum, at each thing that is added to it: half is forgotten after 14 and after 34. What a pass or a
 # trip takes is known from a few, and may change; what the cloud keeps takes many to tell.
-COSTS, CHANCES = 0.95, 0.98
+COST_DECAY, CHANCE_DECAY = 0.95, 0.98
 # The chance that a token is kept where those before it were, as believed at each place in a draft until so many were
 # seen there. It is better than most, so that longer drafts are tried before they are thought worse; and what a place
 # has shown fades while no draft reaches it, so that they are tried again.
-LIKELY, WEIGHT = 0.95, 6.0
-SHARED = 1.25  # times as long as usual: a step beside an opening that it shares a processor with
-LOOKING = 0.01  # of a caption's time, for the length of its drafts
-NEAR = 2  # of the length of a caption's draft to that of the one before it, at most
-RAREST = 1e-3  # share of escalated rounds below which none is believed
+PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.95, 6.0
+SHARED_DEVICE_SLOWDOWN = 1.25  # times as long as usual: a step beside an opening that it shares a processor with
+SEARCH_SHARE = 0.01  # of a caption's time, for the length of its drafts
+MAX_CHANGE = 2  # of the length of a caption's draft to that of the one before it, at most
+MIN_GATE_RATE = 1e-3  # share of escalated rounds below which none is believed
 
 
 @dataclass
-class Mean:
+class DecayingMean:
     """Of what was added, the later the more it counts: a sum keeps so much of its weight at each thing that is added.
     `y` against `x` makes a straight line, never a falling one."""
 
-    keeps: float = CHANCES
+    keeps: float = CHANCE_DECAY
     n: float = 0.0
     x: float = 0.0
     y: float = 0.0
@@ -69,7 +69,7 @@ class Mean:
 
 
 @dataclass
-class Pace:
+class AdaptiveK:
     """What one way to decode has shown, over all its captions so far. Called, it says how long the next draft may be.
 
     `ahead`, `strict`, `eager`: as `Workload`. What the edge drafts while a cloud that is opened beside it is not ready
@@ -78,24 +78,38 @@ class Pace:
     """
 
     ahead: int = 0
-    strict: bool = True
+    is_lossless: bool = True
     eager: bool = True
-    step: Mean = field(default_factory=partial(Mean, COSTS))  # s of an edge's step, its gate's statistic included
-    beside: Mean = field(default_factory=partial(Mean, COSTS))  # the same beside the opening of the cloud
-    trip: Mean = field(default_factory=partial(Mean, COSTS))  # s from a draft sent to its verdict, by tokens fed
-    sent: Mean = field(default_factory=Mean)  # committed tokens that go with a draft
-    drafted: Mean = field(default_factory=Mean)  # tokens of a draft for which none were made ahead
-    escalated: Mean = field(default_factory=Mean)  # 1 for each round that went to the cloud, 0 for the others
-    kept: list[Mean] = field(default_factory=list)  # by place in a draft: 1 where its token was kept, 0 where rejected
-    guessed: Mean = field(default_factory=Mean)  # 1 for each right guess of a bonus, 0 for each wrong one
-    opening: Mean = field(default_factory=partial(Mean, COSTS))  # s that the cloud is ready after the edge
+    step: DecayingMean = field(
+        default_factory=partial(DecayingMean, COST_DECAY)
+    )  # s of an edge's step, its gate's statistic included
+    beside: DecayingMean = field(
+        default_factory=partial(DecayingMean, COST_DECAY)
+    )  # the same beside the opening of the cloud
+    trip: DecayingMean = field(
+        default_factory=partial(DecayingMean, COST_DECAY)
+    )  # s from a draft sent to its verdict, by tokens fed
+    sent: DecayingMean = field(default_factory=DecayingMean)  # committed tokens that go with a draft
+    drafted: DecayingMean = field(default_factory=DecayingMean)  # tokens of a draft for which none were made ahead
+    escalated: DecayingMean = field(
+        default_factory=DecayingMean
+    )  # 1 for each round that went to the cloud, 0 for the others
+    kept: list[DecayingMean] = field(
+        default_factory=list
+    )  # by place in a draft: 1 where its token was kept, 0 where rejected
+    guessed: DecayingMean = field(
+        default_factory=DecayingMean
+    )  # 1 for each right guess of a bonus, 0 for each wrong one
+    opening: DecayingMean = field(
+        default_factory=partial(DecayingMean, COST_DECAY)
+    )  # s that the cloud is ready after the edge
     _first: int | None = None  # tokens of the first draft, while nothing else has happened; 0 before it
     _begun: float = 0.0  # s that they took
     _round: float = 0.0  # s since the draft was sent
     _fed: int = 0
     _guess: int | None = None
     _alone: bool = False  # whether the edge finishes a caption that the cloud has failed
-    _k: int = field(default=FIRST, compare=False)
+    _k: int = field(default=FIRST_K, compare=False)
 
     def see(self, event: Event, seconds: float) -> None:
         """`seconds`: since the event before."""
@@ -118,7 +132,7 @@ class Pace:
         elif isinstance(event, Verified):
             self.trip.add(self._round, self._fed)
             reached = min(event.verdict.accepted + 1, len(event.draft.tokens))
-            self.kept += [Mean() for _ in range(reached - len(self.kept))]
+            self.kept += [DecayingMean() for _ in range(reached - len(self.kept))]
             for place, kept in enumerate(self.kept):
                 kept.add(float(place < event.verdict.accepted), n=float(place < reached))
             if self._guess is not None and event.verdict.accepted == len(event.draft.tokens):
@@ -131,8 +145,8 @@ class Pace:
     def look(self, events: Iterable[Event], clock: Clock) -> Iterator[Event]:
         """The events as they come, seen. Whoever they are handed on to takes no time of theirs.
 
-        After the caption's first, a length is looked for where that takes less than `LOOKING` of the time since the
-        last: so each round, but in rounds of a few ms.
+        After the caption's first, a length is looked for where that takes less than `SEARCH_SHARE` of the time since
+        the last: so each round, but in rounds of a few ms.
         """
         before = clock()
         again = 0.0
@@ -144,7 +158,7 @@ class Pace:
             if self.trip.n and (opened or (isinstance(event, Verified) and before >= again)):
                 self._k = self.fastest()  # here, where the time that it takes is no draft's
                 looked = clock()
-                again, before = before + (looked - before) / LOOKING, looked
+                again, before = before + (looked - before) / SEARCH_SHARE, looked
 
     def look_back(self, trace: Trace) -> None:
         """A caption that was decoded before."""
@@ -164,25 +178,27 @@ class Pace:
         work = Workload(
             k=max(round(self.drafted.mean), 1),
             accepted=self.acceptance(),
-            gate_rate=max(self.escalated.mean, RAREST),
+            gate_rate=max(self.escalated.mean, MIN_GATE_RATE),
             sent=self.sent.mean,
             ahead=self.ahead,
-            strict=self.strict,
-            guess=(self.guessed.y + WEIGHT * LIKELY) / (self.guessed.n + WEIGHT),
+            is_lossless=self.is_lossless,
+            guess=(self.guessed.y + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (self.guessed.n + PRIOR_WEIGHT),
         )
         if self._first != 0:
-            among = range(max(self._k - NEAR, 1), min(self._k + NEAR, oracle.MAX_K) + 1)
-            return oracle.fastest_k(costs, link.NONE, work, among)
-        shared = self.beside.mean > SHARED * self._step
-        return oracle.fastest_k(costs, link.NONE, work, free=0.0 if shared else self.opening.mean)
+            among = range(max(self._k - MAX_CHANGE, 1), min(self._k + MAX_CHANGE, oracle.MAX_K) + 1)
+            return oracle.fastest_k(costs, link.NO_LINK, work, among)
+        shared = self.beside.mean > SHARED_DEVICE_SLOWDOWN * self._step
+        return oracle.fastest_k(costs, link.NO_LINK, work, free=0.0 if shared else self.opening.mean)
 
     def acceptance(self) -> tuple[float, ...]:
         """p_i by the product of the chances to be kept of those that were reached (Kaplan and Meier 1958).
 
-        Each chance is drawn towards `LIKELY` by `WEIGHT`.
+        Each chance is drawn towards `PRIOR_ACCEPTANCE` by `PRIOR_WEIGHT`.
         """
-        unseen = [Mean()] * (oracle.MAX_K - len(self.kept))
-        chances = ((place.y + WEIGHT * LIKELY) / (place.n + WEIGHT) for place in [*self.kept, *unseen])
+        unseen = [DecayingMean()] * (oracle.MAX_K - len(self.kept))
+        chances = (
+            (place.y + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (place.n + PRIOR_WEIGHT) for place in [*self.kept, *unseen]
+        )
         return tuple(itertools.accumulate(chances, operator.mul))
 
     def _open(self, event: Event, seconds: float) -> None:

@@ -37,7 +37,7 @@ from dataclasses import dataclass, replace
 from edgecloud_sd import wire
 from edgecloud_sd.events import Ahead, Committed, Drafted, Escalated, Opened, Trace, Verified
 from edgecloud_sd.measure import metrics
-from edgecloud_sd.measure.breakdown import intervals, part
+from edgecloud_sd.measure.breakdown import intervals, part_of_event
 from edgecloud_sd.timing import link as links
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Costs, Profile
@@ -60,7 +60,7 @@ class Workload:
     open_bytes: int = 0  # of the request that opens a prompt at the cloud, over a link
     eager: bool = True  # whether the cloud is opened beside the edge
     ahead: int = 0  # tokens drafted while a verdict is on its way, at most; 0: the edge waits
-    strict: bool = True  # whether what was drafted ahead makes a draft longer than k
+    is_lossless: bool = True  # whether what was drafted ahead makes a draft longer than k
     guess: float = 0.0  # chance that the first of them is the bonus of a draft that is accepted whole
 
     def __post_init__(self) -> None:
@@ -125,7 +125,7 @@ def _kinds(profile: Profile, link: Link, work: Workload) -> list[tuple[float, Ro
     kinds: list[tuple[float, Round]] = []
     weight, there = 1.0, 0
     while True:
-        kind = work.at(max(work.k, there)) if work.strict else work
+        kind = work.at(max(work.k, there)) if work.is_lossless else work
         left = max(there - kind.k, 0)
         crossing = _crossing(profile, link, kind)
         made = min(work.ahead - left, math.ceil(crossing / step)) if step else work.ahead - left
@@ -210,7 +210,7 @@ def _verify_seconds(cloud: Costs, work: Workload) -> float:
 
 
 def _link_seconds(link: Link, work: Workload) -> float:
-    if link == links.NONE:
+    if link == links.NO_LINK:
         return 0.0
     up = sum(chance * link.up_seconds(wire.verify_size(n)) for chance, n in _fed(work))
     return up + link.down_seconds(wire.VERDICT)
@@ -342,9 +342,9 @@ def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
     colocated = None
     if profile.draft_at_cloud is not None:
         beside = _drafting_at(profile, profile.draft_at_cloud)
-        colocated = seconds_per_token(beside, links.NONE, work) / token
+        colocated = seconds_per_token(beside, links.NO_LINK, work) / token
     perfect = replace(work, accepted=(1.0,), ahead=0)
-    ceiling = seconds_per_token(profile, links.NONE, perfect)
+    ceiling = seconds_per_token(profile, links.NO_LINK, perfect)
 
     def caption(mode: str, each: float) -> float | None:
         if work.tokens is None:
@@ -366,7 +366,7 @@ def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
         largest_rtt=rtt if rtt > 0 else None,
         slowest_drafter=drafter if drafter > 0 else None,
         ceiling_over_edge=edge / ceiling,
-        ceiling_over_edge_without_bonus=edge / seconds_per_token(profile, links.NONE, replace(perfect, bonus=False)),
+        ceiling_over_edge_without_bonus=edge / seconds_per_token(profile, links.NO_LINK, replace(perfect, bonus=False)),
         ceiling_over_cloud=cloud / ceiling,
         tokens=work.tokens,
         caption=caption("speculative", token),
@@ -376,7 +376,7 @@ def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
 
 
 def workload(
-    traces: Sequence[Trace], k: int | None, gated: int = 0, eager: bool = True, ahead: int = 0, strict: bool = True
+    traces: Sequence[Trace], k: int | None, gated: int = 0, eager: bool = True, ahead: int = 0, is_lossless: bool = True
 ) -> Workload | None:
     """What speculative captions with drafts of up to `k` were; None where nothing was verified.
 
@@ -404,7 +404,7 @@ def workload(
         open_bytes=round(sum(opened) / max(sum(map(bool, opened)), 1)),  # of those that were sent
         eager=eager,
         ahead=ahead,
-        strict=strict,
+        is_lossless=is_lossless,
         guess=metrics.right_guesses(traces) or 0.0,
     )
 
@@ -440,8 +440,8 @@ def observed(traces: Iterable[Trace], name: str = "observed") -> Profile | None:
                 note("forward", seconds, fed)
             elif isinstance(event, Committed) and event.origin == "cloud":
                 note("forward", seconds)
-            elif alone or part(event) != "cloud_prefill":  # beside the edge's, all of it is not to be seen
-                note(part(event), seconds)
+            elif alone or part_of_event(event) != "cloud_prefill":  # beside the edge's, all of it is not to be seen
+                note(part_of_event(event), seconds)
         # what was waited for beside the edge's own work is not to be seen whole
         opened = next((s for s, event in trace.events if isinstance(event, Opened) and event.side == "cloud"), math.inf)
         for span in trace.spans:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-PROC = Path("/proc/self")
+PROC_SELF = Path("/proc/self")
 CORES, MEMORY = "--max-cpu-cores", "--max-memory-gb"
 NOT_HERE = "only Linux can hold a process to it: leave it out here"
 
@@ -89,7 +89,7 @@ def affinities() -> dict[int, set[int]]:
     found: dict[int, set[int]] = {}
     if sys.platform != "linux":
         return found
-    for thread in [int(each.name) for each in (PROC / "task").iterdir()]:
+    for thread in [int(each.name) for each in (PROC_SELF / "task").iterdir()]:
         with suppress(ProcessLookupError):  # it ended meanwhile
             found[thread] = os.sched_getaffinity(thread)
     return found
@@ -97,7 +97,7 @@ def affinities() -> dict[int, set[int]]:
 
 def memory_in_use() -> int:
     """Bytes of private writable memory of this process, as the memory limit counts them. LimitError if unknown."""
-    found = re.search(rb"^VmData:\s*(\d+) kB$", (PROC / "status").read_bytes(), re.MULTILINE)
+    found = re.search(rb"^VmData:\s*(\d+) kB$", (PROC_SELF / "status").read_bytes(), re.MULTILINE)
     if not found:
         raise LimitError(f"{MEMORY}: the system does not say how much memory this process uses: leave it out here")
     return int(found[1]) * 1024

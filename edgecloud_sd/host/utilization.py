@@ -8,15 +8,15 @@ import re
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
 
+from edgecloud_sd.host.limits import PROC_SELF
+
 PERIOD = 0.05  # s between two readings; one costs up to 0.3 ms of CPU with its wake-up, so 0.6 % of a core
-PROC = Path("/proc/self")
-FIGURES = ("cpu_percent", "rss_mean_mb", "rss_peak_mb", "gpu_percent", "gpu_memory_mb")
+UTILIZATION_FIELDS = ("cpu_percent", "rss_mean_mb", "rss_peak_mb", "gpu_percent", "gpu_memory_mb")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Utilization:
 
 def unmeasured(wall: float, reason: str) -> Utilization:
     """A block of `wall` seconds in which nothing was measured, for one reason."""
-    return Utilization(wall, None, None, None, reasons=dict.fromkeys(FIGURES, reason))
+    return Utilization(wall, None, None, None, reasons=dict.fromkeys(UTILIZATION_FIELDS, reason))
 
 
 class Meter:
@@ -134,7 +134,7 @@ class HighWaterMark:
             self.reason = "another block is being measured, and a process has one peak"
             return
         try:
-            (PROC / "clear_refs").write_bytes(b"5")  # Linux 4.0 or later, see proc_pid_clear_refs(5)
+            (PROC_SELF / "clear_refs").write_bytes(b"5")  # Linux 4.0 or later, see proc_pid_clear_refs(5)
         except OSError as error:
             self._taken.release()
             self.reason = f"the kernel's peak cannot be reset ({error})"
@@ -144,7 +144,7 @@ class HighWaterMark:
         if self.reason:
             return None
         try:
-            found = re.search(rb"^VmHWM:\s*(\d+) kB$", (PROC / "status").read_bytes(), re.MULTILINE)
+            found = re.search(rb"^VmHWM:\s*(\d+) kB$", (PROC_SELF / "status").read_bytes(), re.MULTILINE)
         finally:
             self._taken.release()
         if not found:

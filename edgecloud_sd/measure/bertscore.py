@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-ADVICE = "give a folder with config, weights and tokenizer, or an encoder's name on the hub, such as bert-base-chinese"
+BERTSCORE_ADVICE = (
+    "give a folder with config, weights and tokenizer, or an encoder's name on the hub, such as bert-base-chinese"
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class BertScorer:
 
 
 @functools.lru_cache(maxsize=1)
-def load(name: str) -> BertScorer:
+def load_scorer(name: str) -> BertScorer:
     """The encoder of a folder or a name on the hub, loaded once a session.
 
     The layer is the one that bert-score's authors found best for a model of that name, without owner or folder, and the
@@ -70,7 +72,7 @@ def load(name: str) -> BertScorer:
     try:
         import bert_score.utils  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"BERTScore model {label(name)!r}: bert-score is not installed ({error})") from error
+        raise ValueError(f"BERTScore model {scorer_label(name)!r}: bert-score is not installed ({error})") from error
     try:
         with _quiet():
             scorer = _load(name)
@@ -79,12 +81,14 @@ def load(name: str) -> BertScorer:
         *(OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ImportError),
         SafetensorError,
     ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(name, label(name))
-        raise ValueError(f"BERTScore model {label(name)!r} cannot be loaded: {reason}; {ADVICE}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(name, scorer_label(name))
+        raise ValueError(
+            f"BERTScore model {scorer_label(name)!r} cannot be loaded: {reason}; {BERTSCORE_ADVICE}"
+        ) from error
     return scorer
 
 
-def label(name: str) -> str:
+def scorer_label(name: str) -> str:
     """The name of a model for results: a folder's last component, a name on the hub as it is."""
     if Path(name).is_dir() or not HUB_NAME.fullmatch(name):
         return Path(name).resolve().name
@@ -102,7 +106,7 @@ def _load(name: str) -> BertScorer:
         raise ValueError(f"a {config.model_type} is not an encoder of text")
     published = {key.rsplit("/")[-1]: layer for key, layer in model2layers.items()}
     last: int = config.num_hidden_layers
-    layer = min(published.get(label(name).rsplit("/")[-1], last), last)
+    layer = min(published.get(scorer_label(name).rsplit("/")[-1], last), last)
     tokenizer = AutoTokenizer.from_pretrained(name)
     if isinstance(tokenizer, (GPT2Tokenizer, RobertaTokenizer)):  # bert-score asks them for it at each text, in vain
         tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)

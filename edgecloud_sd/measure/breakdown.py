@@ -30,7 +30,7 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Ledger:
+class LatencyBreakdown:
     """Seconds by part, every name of `PARTS` present.
 
     `discarded` are those of `draft` spent on discarded tokens. Of the round trips of verdicts, from a draft's sending
@@ -57,8 +57,8 @@ class Ledger:
         return 1 - (self.seconds - self.parts["other"]) / wall
 
 
-def ledger(trace: Trace) -> Ledger:
-    """The ledger of one caption.
+def latency_breakdown(trace: Trace) -> LatencyBreakdown:
+    """The latency breakdown of one caption.
 
     The seconds before an event that tells of drafted tokens are shared among those that are new: each took one forward
     pass. A discarded token's share is discarded.
@@ -71,7 +71,7 @@ def ledger(trace: Trace) -> Ledger:
     ahead: list[float] = []  # and of each token that was drafted beyond it
     guess = None
     for event, seconds in intervals(trace):
-        parts[part(event)] += seconds
+        parts[part_of_event(event)] += seconds
         if isinstance(event, Drafted):
             new = len(event.draft.tokens) - event.ahead
             discarded += sum(draft)
@@ -87,11 +87,11 @@ def ledger(trace: Trace) -> Ledger:
                 ahead = []
         elif isinstance(event, Committed) and event.origin in ("local", "accepted"):
             del draft[: len(event.tokens)]
-    return Ledger(parts, discarded + sum(draft) + sum(ahead), *round_trips(trace))
+    return LatencyBreakdown(parts, discarded + sum(draft) + sum(ahead), *round_trips(trace))
 
 
 def round_trips(trace: Trace) -> tuple[float, float]:
-    """(s exposed, s hidden) of a caption's round trips, as `Ledger` has them; the opening of the cloud is none."""
+    """Return (s exposed, s hidden) of a caption's round trips; the prefill of the cloud is none."""
     exposed = sent = answered = 0.0
     for seconds, event in trace.events:
         if isinstance(event, Escalated | Opened | Ahead):
@@ -116,7 +116,7 @@ def intervals(trace: Trace) -> Iterator[tuple[Event, float]]:
         before = seconds
 
 
-def part(event: Event) -> str:
+def part_of_event(event: Event) -> str:
     """The part that the time before `event` belongs to."""
     if isinstance(event, Prepared):
         return "features"
@@ -135,13 +135,13 @@ def part(event: Event) -> str:
     return "other"
 
 
-def mean(ledgers: Iterable[Ledger]) -> Ledger:
+def mean_breakdown(breakdowns: Iterable[LatencyBreakdown]) -> LatencyBreakdown:
     """Seconds a caption, part by part. ValueError for none."""
-    all_of_them = list(ledgers)
+    all_of_them = list(breakdowns)
     if not all_of_them:
-        raise ValueError("no ledger to take the mean of")
+        raise ValueError("no breakdown to take the mean of")
     n = len(all_of_them)
-    return Ledger(
+    return LatencyBreakdown(
         {name: sum(each.parts[name] for each in all_of_them) / n for name in PARTS},
         *(sum(getattr(each, name) for each in all_of_them) / n for name in ("discarded", "exposed", "hidden")),
     )

@@ -21,7 +21,7 @@ from typing import IO
 
 # English: exact, stem, synonym and paraphrase matches, tuned to rankings. METEOR knows no Chinese: exact matches, and
 # the parameters found to do for languages it was not tuned to (alpha 0.75, beta 1.4, gamma 0.7, delta 0.5).
-OPTIONS = {"chinese": ("-l", "other"), "english": ("-l", "en")}
+METEOR_OPTIONS = {"chinese": ("-l", "other"), "english": ("-l", "en")}
 PARAPHRASES = Path("data/paraphrase-en.gz")  # in the jar's folder; 16 million lines, which take Java some 15 s to read
 START_SECONDS = 300.0  # for the process to start and read its tables
 CLIP_SECONDS = 1.0  # and for each clip: 1 ms is usual, 17 s was seen for one token 512 times over
@@ -35,7 +35,7 @@ class Meteor:
     """One Java process: it starts when first asked, and anew after it has failed."""
 
     def __init__(self, language: str) -> None:
-        self._options = OPTIONS[language]
+        self._options = METEOR_OPTIONS[language]
         self._java: subprocess.Popen[str] | None = None
         self._complaints: IO[str] | None = None
 

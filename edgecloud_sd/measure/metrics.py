@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from edgecloud_sd.events import Ahead, Committed, Degraded, Drafted, Escalated, Opened, Prepared, Trace, Verified
 
-Text = Callable[[Sequence[int]], str]  # the tokenizer's decoding
+DecodeText = Callable[[Sequence[int]], str]  # the tokenizer's decoding
 
 
-def ttft(trace: Trace, decode: Text) -> float | None:
+def ttft(trace: Trace, decode: DecodeText) -> float | None:
     """s, request -> the first moment at which text is visible; None where the caption is empty.
 
     A character of which some bytes are still to come is no text.
@@ -89,7 +89,7 @@ def itl_per_token(trace: Trace) -> list[float]:
     return [gap / n for gap, (_, n) in zip(itl_per_chunk(trace), chunks(trace)[1:], strict=True)]
 
 
-def opening(trace: Trace, side: str) -> float | None:
+def prefill_seconds(trace: Trace, side: str) -> float | None:
     """s for the side's audio encoder and prefill: its `Opened` minus the event before; None where not opened."""
     before = 0.0
     for seconds, event in trace.events:
@@ -99,7 +99,7 @@ def opening(trace: Trace, side: str) -> float | None:
     return None
 
 
-def features(trace: Trace) -> float | None:
+def feature_seconds(trace: Trace) -> float | None:
     """s for computing the features of the samples, which were read before: the moment of `Prepared`."""
     return next((seconds for seconds, event in trace.events if isinstance(event, Prepared)), None)
 
@@ -139,7 +139,7 @@ class Counts:
         return _ratio(self.accepted, self.verified)
 
     @property
-    def mean_accepted_length(self) -> float | None:
+    def mean_acceptance_length(self) -> float | None:
         """(accepted + correction + bonus) / cloud calls: what one verify call commits."""
         return _ratio(self.accepted + self.correction + self.bonus, self.cloud_calls)
 
@@ -159,12 +159,12 @@ class Counts:
         return _ratio(self.cloud_calls, self.tokens) if self.rounds else None
 
     @property
-    def edge_share(self) -> float | None:
+    def local_share(self) -> float | None:
         """local / N."""
         return _ratio(self.local, self.tokens)
 
     @property
-    def cloud_token_share(self) -> float | None:
+    def covered_share(self) -> float | None:
         """(accepted + correction + bonus + cloud) / N: tokens that the cloud has seen or made."""
         return _ratio(self.tokens - self.local, self.tokens)
 
@@ -262,7 +262,7 @@ def degraded(trace: Trace) -> str | None:
 
 @dataclass(frozen=True)
 class Hindsight:
-    """What the cloud says afterwards, off the clock, of one caption's drafts (`shadow.look_back`).
+    """What the cloud says afterwards, off the clock, of one caption's drafts (`shadow.shadow_verify`).
 
     `missed`: local tokens that the rule would not have kept. `drafts`: of each round the gate's score (None where the
     gate reads none), whether it was escalated, and whether the cloud rejects a token of it.
@@ -348,7 +348,7 @@ def speedup(baseline: Sequence[float], ours: Sequence[float]) -> Interval | None
     return bootstrap(lambda at: b[at].sum(-1) / o[at].sum(-1), len(b))
 
 
-def pace_speedup(baseline: Sequence[tuple[int, float]], ours: Sequence[tuple[int, float]]) -> Interval | None:
+def length_matched_speedup(baseline: Sequence[tuple[int, float]], ours: Sequence[tuple[int, float]]) -> Interval | None:
     """The length-matched speed-up, from each clip's (tokens, seconds) as `after_first_chunk` gives them.
 
     (sum of baseline seconds / sum of its tokens) / (sum of our seconds / sum of our tokens).

@@ -19,7 +19,7 @@ from edgecloud_sd.measure import bertscore, meteor
 TOKENIZERS = {"chinese": "characters", "english": "lowercase-words-and-punctuation"}
 BLEU = ("bleu1", "bleu2", "bleu3", "bleu4")
 BERTSCORE = ("bertscore_precision", "bertscore_recall", "bertscore_f1")
-METRICS = (*BLEU, "meteor", "rouge_l", "cider", *BERTSCORE, "language_match")
+QUALITY_METRICS = (*BLEU, "meteor", "rouge_l", "cider", *BERTSCORE, "language_match")
 SCRIPTS = {"chinese": "CJK ", "english": "LATIN "}  # how Unicode's names of the letters begin
 _CHARACTERS = re.compile(r"[A-Za-z0-9]+|\S")
 _WORDS = re.compile(r"\w+|[^\w\s]")
@@ -62,7 +62,7 @@ def in_language(text: str, language: str) -> bool:
 
 def check_bertscore_model(name: str) -> None:
     """Load the model for the session. ValueError, with the model and a fix, where that cannot be done."""
-    bertscore.load(name)
+    bertscore.load_scorer(name)
 
 
 def score(
@@ -72,8 +72,8 @@ def score(
     bertscore_model: str | None = None,
     meaningless: str | None = None,
 ) -> Quality:
-    """Every metric of METRICS. `bertscore_model` is a folder or a name on the hub; see `bertscore.load`. Of captions
-    that are `meaningless`, for a reason that it gives, nothing is measured.
+    """Every metric of METRICS. `bertscore_model` is a folder or a name on the hub; see `bertscore.load_scorer`. Of
+    captions that are `meaningless`, for a reason that it gives, nothing is measured.
 
     All but CIDEr (0 to 10) lie between 0 and 1. ROUGE-L, CIDEr, BERTScore and language_match of a corpus are means over
     its clips; BLEU and METEOR are made of summed counts. Raises ValueError unless every clip has references and every
@@ -92,8 +92,8 @@ def score(
         BERTSCORE: lambda: _bertscore(captions, references, bertscore_model),
         ("language_match",): lambda: [(_mean(matches), matches)],
     }
-    corpus: dict[str, float | None] = dict.fromkeys(METRICS)
-    per_clip: dict[str, tuple[float | None, ...]] = dict.fromkeys(METRICS, (None,) * len(got))
+    corpus: dict[str, float | None] = dict.fromkeys(QUALITY_METRICS)
+    per_clip: dict[str, tuple[float | None, ...]] = dict.fromkeys(QUALITY_METRICS, (None,) * len(got))
     reasons = {}
     for names, measure in parts.items():
         try:
@@ -108,7 +108,7 @@ def score(
         per_clip=per_clip,
         empty=sum(not text for text in got),
         tokenizer=TOKENIZERS[language],
-        bertscore_model=bertscore.label(bertscore_model)
+        bertscore_model=bertscore.scorer_label(bertscore_model)
         if bertscore_model and corpus["bertscore_f1"] is not None
         else None,
         reasons=reasons,
@@ -175,7 +175,7 @@ def _bertscore(captions: Sequence[str], references: Sequence[Sequence[str]], mod
     if not model:
         raise NotMeasured("no BERTScore model was given (--bertscore-model)")
     try:
-        scorer = bertscore.load(model)
+        scorer = bertscore.load_scorer(model)
     except ValueError as error:
         raise NotMeasured(str(error)) from error
     return [(_mean(values), values) for values in scorer.score(captions, references)]

@@ -22,13 +22,13 @@ from edgecloud_sd.host.files import write_whole
 from edgecloud_sd.host.limits import InForce
 from edgecloud_sd.host.utilization import Utilization
 from edgecloud_sd.measure import metrics, quality, traces
-from edgecloud_sd.measure.summary import ClipResult, Summary, least, mean, most
+from edgecloud_sd.measure.summary import ClipResult, Summary, max_of_known, mean_of_known, min_of_known
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
 
 
-def document(
+def results_document(
     experiment: dict[str, Any],
     results: Sequence[ClipResult],
     summary: Summary,
@@ -40,8 +40,8 @@ def document(
     clips = [_clip(each, scores, index) for index, each in enumerate(results)]
     latency = {
         f"{name}_{kind}": function(each[name] for each in clips)
-        for name in SERIES
-        for kind, function in {"mean": mean, "min": least, "max": most}.items()
+        for name in CLIP_SERIES
+        for kind, function in {"mean": mean_of_known, "min": min_of_known, "max": max_of_known}.items()
     }
     figures, counts = summary.figures, summary.counts
     return {
@@ -62,8 +62,8 @@ def document(
             "speculative_decoding_metrics": asdict(counts)
             | {"discarded": counts.discarded, "acceptance_by_position": list(summary.acceptance_by_position)},
             "figures": figures,
-            "ledger": summary.ledger.parts,
-            "ledger_closure": {
+            "latency_breakdown": summary.breakdown.parts,
+            "breakdown_closure": {
                 "median": summary.closure_median,
                 "worst": summary.closure_worst,
                 "unnamed_median": summary.unnamed_median,
@@ -76,13 +76,15 @@ def document(
 
 
 # Fields of a clip that `latency_metrics` sums up
-SERIES = (
+CLIP_SERIES = (
     "ttft", "otps", "total_time", "cpu_percent", "ram_mb", "ram_peak_mb", "gpu_util", "gpu_memory_mb", "output_tokens",
-    "features", "edge_opening", "cloud_opening",
+    "features", "edge_prefill", "cloud_prefill",
 )  # fmt: skip
 
 
-def measured(file_id: str, trace: Trace, used: Utilization, hindsight: metrics.Hindsight | None) -> dict[str, Any]:
+def measurement_to_json(
+    file_id: str, trace: Trace, used: Utilization, hindsight: metrics.Hindsight | None
+) -> dict[str, Any]:
     """What one caption took, as the results file has it, and enough to compute everything else again."""
     return {
         "file_id": file_id,
@@ -94,12 +96,12 @@ def measured(file_id: str, trace: Trace, used: Utilization, hindsight: metrics.H
         "gpu_memory_mb": used.gpu_memory_mb,
         "not_measured": used.reasons,
         "hindsight": asdict(hindsight) if hindsight else None,
-        "trace": traces.to_json(trace),
+        "trace": traces.trace_to_json(trace),
     }
 
 
-def measurements(saved: dict[str, Any]) -> tuple[Trace, Utilization, metrics.Hindsight | None]:
-    """What `measured` made this of."""
+def measurement_from_json(saved: dict[str, Any]) -> tuple[Trace, Utilization, metrics.Hindsight | None]:
+    """What `measurement_to_json` made this of."""
     used = Utilization(
         wall=saved["wall_time"],
         cpu=saved["cpu_seconds"],
@@ -111,12 +113,12 @@ def measurements(saved: dict[str, Any]) -> tuple[Trace, Utilization, metrics.Hin
     )
     looked = saved["hindsight"]
     hindsight = metrics.Hindsight(looked["missed"], tuple(map(tuple, looked["drafts"]))) if looked else None
-    return traces.from_json(saved["trace"]), used, hindsight
+    return traces.trace_from_json(saved["trace"]), used, hindsight
 
 
 def _clip(each: ClipResult, scores: quality.Quality, index: int) -> dict[str, Any]:
     wire = metrics.wire_bytes(each.trace)
-    figures = measured(each.clip.file_id, each.trace, each.used, each.hindsight)
+    figures = measurement_to_json(each.clip.file_id, each.trace, each.used, each.hindsight)
     trace = figures.pop("trace")  # the longest goes last
     return {
         "file_id": each.clip.file_id,
@@ -135,17 +137,17 @@ def _clip(each: ClipResult, scores: quality.Quality, index: int) -> dict[str, An
         "e2e": each.e2e,
         "otps": each.otps,
         "total_time": each.trace.seconds,
-        "features": metrics.features(each.trace),
-        "edge_opening": metrics.opening(each.trace, "edge"),
-        "cloud_opening": metrics.opening(each.trace, "cloud"),
+        "features": metrics.feature_seconds(each.trace),
+        "edge_prefill": metrics.prefill_seconds(each.trace, "edge"),
+        "cloud_prefill": metrics.prefill_seconds(each.trace, "cloud"),
         "cpu_percent": each.used.cpu_percent,
         "wire_bytes_up": wire[0] if wire else None,
         "wire_bytes_down": wire[1] if wire else None,
         "cloud_faults": metrics.faults(each.trace),
         "degraded": metrics.degraded(each.trace),
         "counts": asdict(each.counts),
-        "ledger": each.ledger.parts,
-        "discarded_draft": each.ledger.discarded,
+        "latency_breakdown": each.breakdown.parts,
+        "discarded_draft": each.breakdown.discarded,
         **figures,
         "trace": trace,
     }
@@ -177,27 +179,27 @@ def _cpu() -> str | None:
     )
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
+def write_results(path: Path, results: dict[str, Any]) -> None:
     """Check against the schema, then write whole. ValueError for what the schema refuses, and for nan."""
-    validate(results)
+    validate_results(results)
     text = json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False)
     # a list of plain values takes one line; a string holds no newline, so none is changed
     text = re.sub(r"\[[^\[\]{}]*\]", lambda plain: re.sub(r"\s*\n\s*", " ", plain[0]), text)
     write_whole(path, text + "\n")
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> dict[str, Any]:
     """A results file, checked against the schema. ValueError for what that refuses, and for bad JSON."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{path}: holds {constant}, which is no JSON number")
 
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    validate(results)
+    validate_results(results)
     return results
 
 
-def validate(results: Any, with_traces: bool = True) -> None:
+def validate_results(results: Any, with_traces: bool = True) -> None:
     """ValueError, naming the place, unless `results` satisfies the schema. `with_traces`: whether the clips' must be
     there."""
     from jsonschema.exceptions import best_match

@@ -7,7 +7,7 @@ from edgecloud_sd.measure.metrics import Hindsight
 from edgecloud_sd.verifier import Verifier
 
 
-def look_back(trace: Trace, prompt: Prompt, cloud: Verifier) -> Hindsight:
+def shadow_verify(trace: Trace, prompt: Prompt, cloud: Verifier) -> Hindsight:
     """Judge each local token of a caption by the verifier's rule, after what was really committed before it.
 
     One opening and one call more than there are rejections, and none where every round was escalated.

@@ -1,4 +1,4 @@
-"""What is said of one way to decode: every figure, by name, from its captions. `FIGURES` is the one list of them."""
+"""What is said of one way to decode: every figure, by name, from its captions. `METRICS` is the one list of them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Literal
 
 from edgecloud_sd.events import Clip, Trace
 from edgecloud_sd.host.utilization import Utilization
-from edgecloud_sd.measure import breakdown as ledger
 from edgecloud_sd.measure import metrics, quality
+from edgecloud_sd.measure.breakdown import LatencyBreakdown, latency_breakdown, mean_breakdown
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """A figure of a cell. `better` is None where neither direction is."""
 
     unit: str
@@ -24,72 +24,72 @@ class Figure:
     meaning: str
 
 
-FIGURES = {
-    "total": Figure("s", "lower", "request (samples in memory) to the end of the caption; mean over clips"),
-    "ttft": Figure(
+METRICS = {
+    "total": Metric("s", "lower", "request (samples in memory) to the end of the caption; mean over clips"),
+    "ttft": Metric(
         "s", "lower", "request to the first token with text: features, prefill of both sides, link and all; mean"
     ),
-    "e2e": Figure("s", "lower", "request to the last token; mean over clips"),
-    "tpot": Figure("s", "lower", "a token after the first: sum of (last - first) / sum of (N - 1)"),
-    "otps": Figure(
+    "e2e": Metric("s", "lower", "request to the last token; mean over clips"),
+    "tpot": Metric("s", "lower", "a token after the first: sum of (last - first) / sum of (N - 1)"),
+    "otps": Metric(
         "tokens/s",
         "higher",
         "after the first token: sum of (N - 1) / sum of (last - first), over clips whose tokens came at more than one "
         "moment. What comes together with the first token counts as if it took no time",
     ),
-    "e2e_tps": Figure("tokens/s", "higher", "over the whole request: sum of N / sum of e2e"),
-    "itl_per_chunk": Figure("s", "lower", "between one moment at which tokens became visible and the next; mean"),
-    "itl_per_token": Figure("s", "lower", "the same, each gap divided by the tokens that came at its end; mean"),
-    "features": Figure("s", "lower", "log-mel spectrogram and prompt; mean over clips"),
-    "edge_opening": Figure("s", "lower", "the edge's audio encoder and prefill; mean over clips"),
-    "cloud_opening": Figure(
+    "e2e_tps": Metric("tokens/s", "higher", "over the whole request: sum of N / sum of e2e"),
+    "itl_per_chunk": Metric("s", "lower", "between one moment at which tokens became visible and the next; mean"),
+    "itl_per_token": Metric("s", "lower", "the same, each gap divided by the tokens that came at its end; mean"),
+    "features": Metric("s", "lower", "log-mel spectrogram and prompt; mean over clips"),
+    "edge_prefill": Metric("s", "lower", "the edge's audio encoder and prefill; mean over clips"),
+    "cloud_prefill": Metric(
         "s",
         "lower",
         "waiting for the cloud's, its queue and the link on the way there, as far as the edge was not at work "
         "meanwhile; mean over clips that waited",
     ),
-    "discarded_draft": Figure("s", "lower", "spent on draft tokens that were thrown away; mean over clips"),
-    "round_trip_exposed": Figure(
+    "discarded_draft": Metric("s", "lower", "spent on draft tokens that were thrown away; mean over clips"),
+    "round_trip_exposed": Metric(
         "s", "lower", "waited for verdicts, from sending a draft or from drafting ahead to the answer; mean over clips"
     ),
-    "round_trip_hidden": Figure(
+    "round_trip_hidden": Metric(
         "s", "higher", "of the way of verdicts, passed while the edge drafted ahead; mean over clips"
     ),
-    "cpu_percent": Figure("%", None, "CPU seconds of the process / wall seconds: above 100 on several cores"),
-    "rss_peak": Figure("MB", "lower", "highest resident memory of the process while captioning; largest over clips"),
-    "rss_mean": Figure("MB", "lower", "mean resident memory of the process while captioning; mean over clips"),
-    "gpu_percent": Figure("%", None, "mean of NVML's utilisation of the cloud's GPU, or the first; mean over clips"),
-    "gpu_memory": Figure("MB", "lower", "highest memory in use on that GPU, by whatever process; largest over clips"),
-    "bleu1": Figure("0 to 1", "higher", "corpus BLEU-1"),
-    "bleu2": Figure("0 to 1", "higher", "corpus BLEU-2"),
-    "bleu3": Figure("0 to 1", "higher", "corpus BLEU-3"),
-    "bleu4": Figure("0 to 1", "higher", "corpus BLEU-4"),
-    "meteor": Figure("0 to 1", "higher", "METEOR (needs Java)"),
-    "rouge_l": Figure("0 to 1", "higher", "ROUGE-L, mean over clips"),
-    "cider": Figure("0 to 10", "higher", "CIDEr-D, mean over clips"),
-    "bertscore_precision": Figure("0 to 1", "higher", "BERTScore precision, mean over clips (see --bertscore-model)"),
-    "bertscore_recall": Figure("0 to 1", "higher", "BERTScore recall, mean over clips"),
-    "bertscore_f1": Figure("0 to 1", "higher", "BERTScore F1, mean over clips"),
-    "language_match": Figure("0 to 1", "higher", "captions in the language asked for / captions"),
-    "acceptance_rate": Figure(
+    "cpu_percent": Metric("%", None, "CPU seconds of the process / wall seconds: above 100 on several cores"),
+    "rss_peak": Metric("MB", "lower", "highest resident memory of the process while captioning; largest over clips"),
+    "rss_mean": Metric("MB", "lower", "mean resident memory of the process while captioning; mean over clips"),
+    "gpu_percent": Metric("%", None, "mean of NVML's utilisation of the cloud's GPU, or the first; mean over clips"),
+    "gpu_memory": Metric("MB", "lower", "highest memory in use on that GPU, by whatever process; largest over clips"),
+    "bleu1": Metric("0 to 1", "higher", "corpus BLEU-1"),
+    "bleu2": Metric("0 to 1", "higher", "corpus BLEU-2"),
+    "bleu3": Metric("0 to 1", "higher", "corpus BLEU-3"),
+    "bleu4": Metric("0 to 1", "higher", "corpus BLEU-4"),
+    "meteor": Metric("0 to 1", "higher", "METEOR (needs Java)"),
+    "rouge_l": Metric("0 to 1", "higher", "ROUGE-L, mean over clips"),
+    "cider": Metric("0 to 10", "higher", "CIDEr-D, mean over clips"),
+    "bertscore_precision": Metric("0 to 1", "higher", "BERTScore precision, mean over clips (see --bertscore-model)"),
+    "bertscore_recall": Metric("0 to 1", "higher", "BERTScore recall, mean over clips"),
+    "bertscore_f1": Metric("0 to 1", "higher", "BERTScore F1, mean over clips"),
+    "language_match": Metric("0 to 1", "higher", "captions in the language asked for / captions"),
+    "acceptance_rate": Metric(
         "0 to 1", "higher", "accepted / draft tokens sent for verification; local tokens and corrections are neither"
     ),
-    "mean_accepted_length": Figure("tokens", "higher", "accepted, correction and bonus tokens / verify calls"),
-    "correction_rate": Figure("0 to 1", "lower", "corrections / cloud calls"),
-    "cloud_call_rate": Figure("0 to 1", "lower", "rounds that went to the cloud / rounds"),
-    "cloud_calls_per_token": Figure("calls", "lower", "cloud calls / N"),
-    "cloud_token_share": Figure("0 to 1", None, "tokens that the cloud verified or wrote / N"),
-    "edge_share": Figure("0 to 1", None, "local tokens / N"),
-    "waste": Figure("0 to 1", "lower", "discarded / drafted tokens"),
-    "waste_ahead": Figure("0 to 1", "lower", "wasted / made of the tokens drafted ahead of a verdict, with guesses"),
-    "wire_up_per_token": Figure("bytes", "lower", "sent to the cloud / N: requests with their HTTP heads"),
-    "wire_down_per_token": Figure("bytes", "lower", "sent back / N"),
-    "never_sent": Figure("0 to 1", "higher", "captions of which nothing was sent to the cloud / captions"),
-    "cloud_faults": Figure("attempts", "lower", "attempts on the cloud that failed; mean over clips"),
-    "degraded": Figure("0 to 1", "lower", "captions that the edge finished alone, the cloud having failed / captions"),
-    "useless_escalations": Figure("0 to 1", "lower", "escalated drafts in which nothing was corrected / escalated"),
-    "missed_corrections": Figure("0 to 1", "lower", "local tokens that the cloud would have replaced / local tokens"),
-    "gate_auroc": Figure(
+    "mean_acceptance_length": Metric("tokens", "higher", "accepted, correction and bonus tokens / verify calls"),
+    "correction_rate": Metric("0 to 1", "lower", "corrections / cloud calls"),
+    "cloud_call_rate": Metric("0 to 1", "lower", "rounds that went to the cloud / rounds"),
+    "cloud_calls_per_token": Metric("calls", "lower", "cloud calls / N"),
+    "covered_share": Metric("0 to 1", None, "tokens that the cloud verified or wrote / N"),
+    "local_share": Metric("0 to 1", None, "local tokens / N"),
+    "waste": Metric("0 to 1", "lower", "discarded / drafted tokens"),
+    "waste_ahead": Metric("0 to 1", "lower", "wasted / made of the tokens drafted ahead of a verdict, with guesses"),
+    "wire_up_per_token": Metric("bytes", "lower", "sent to the cloud / N: requests with their HTTP heads"),
+    "wire_down_per_token": Metric("bytes", "lower", "sent back / N"),
+    "never_sent": Metric("0 to 1", "higher", "captions of which nothing was sent to the cloud / captions"),
+    "cloud_faults": Metric("attempts", "lower", "attempts on the cloud that failed; mean over clips"),
+    "degraded": Metric("0 to 1", "lower", "captions that the edge finished alone, the cloud having failed / captions"),
+    "useless_escalations": Metric("0 to 1", "lower", "escalated drafts in which nothing was corrected / escalated"),
+    "missed_corrections": Metric("0 to 1", "lower", "local tokens that the cloud would have replaced / local tokens"),
+    "gate_auroc": Metric(
         "0 to 1", "higher", "chance that the gate scores a draft that the cloud rejects above one that it accepts"
     ),
 }
@@ -107,7 +107,7 @@ class ClipResult:
     e2e: float | None
     otps: float | None
     counts: metrics.Counts
-    ledger: ledger.Ledger
+    breakdown: LatencyBreakdown
     hindsight: metrics.Hindsight | None = None
 
     @property
@@ -122,7 +122,7 @@ def clip_result(
     clip: Clip,
     trace: Trace,
     used: Utilization,
-    decode: metrics.Text,
+    decode: metrics.DecodeText,
     hindsight: metrics.Hindsight | None = None,
 ) -> ClipResult:
     """All that is said of one caption, from its trace."""
@@ -137,7 +137,7 @@ def clip_result(
         e2e=last,
         otps=metrics.otps(n, first, last),
         counts=metrics.counts(trace),
-        ledger=ledger.ledger(trace),
+        breakdown=latency_breakdown(trace),
         hindsight=hindsight,
     )
 
@@ -151,8 +151,8 @@ class Summary:
     reasons: dict[str, str]  # for the figures that are None, and for what was measured in part
     counts: metrics.Counts
     acceptance_by_position: tuple[float, ...]
-    ledger: ledger.Ledger  # mean over clips
-    # sum of a ledger / wall seconds by another clock, None where the clock was virtual: median, and furthest from 1
+    breakdown: LatencyBreakdown  # mean over clips
+    # sum of a breakdown / wall seconds by another clock, None where the clock was virtual: median, and furthest from 1
     closure_median: float | None
     closure_worst: float | None
     unnamed_median: float | None  # share of the wall seconds in no part but `other`
@@ -182,26 +182,26 @@ def summarise(
     cpu = [each.cpu for each in used if each.cpu is not None]
     figures: dict[str, float | None] = {
         "total": fmean(trace.seconds for trace in traces),
-        "ttft": mean(each.ttft for each in results),
-        "e2e": mean(each.e2e for each in results),
+        "ttft": mean_of_known(each.ttft for each in results),
+        "e2e": mean_of_known(each.e2e for each in results),
         "tpot": metrics.tpot(tokens + 1, 0.0, after_first),
         "otps": metrics.otps(tokens + 1, 0.0, after_first),
         "e2e_tps": metrics.e2e_tps(sum(each.counts.tokens for each in ended), sum(each.e2e or 0.0 for each in ended)),
-        "itl_per_chunk": mean(gap for trace in traces for gap in metrics.itl_per_chunk(trace)),
-        "itl_per_token": mean(gap for trace in traces for gap in metrics.itl_per_token(trace)),
-        "features": mean(map(metrics.features, traces)),
-        "edge_opening": mean(metrics.opening(trace, "edge") for trace in traces),
-        "cloud_opening": mean(metrics.opening(trace, "cloud") for trace in traces),
-        "discarded_draft": fmean(each.ledger.discarded for each in results) if total.rounds else None,
-        "round_trip_exposed": fmean(each.ledger.exposed for each in results) if total.cloud_calls else None,
-        "round_trip_hidden": fmean(each.ledger.hidden for each in results) if total.ahead else None,
+        "itl_per_chunk": mean_of_known(gap for trace in traces for gap in metrics.itl_per_chunk(trace)),
+        "itl_per_token": mean_of_known(gap for trace in traces for gap in metrics.itl_per_token(trace)),
+        "features": mean_of_known(map(metrics.feature_seconds, traces)),
+        "edge_prefill": mean_of_known(metrics.prefill_seconds(trace, "edge") for trace in traces),
+        "cloud_prefill": mean_of_known(metrics.prefill_seconds(trace, "cloud") for trace in traces),
+        "discarded_draft": fmean(each.breakdown.discarded for each in results) if total.rounds else None,
+        "round_trip_exposed": fmean(each.breakdown.exposed for each in results) if total.cloud_calls else None,
+        "round_trip_hidden": fmean(each.breakdown.hidden for each in results) if total.ahead else None,
         "cpu_percent": 100 * sum(cpu) / sum(each.wall for each in used) if len(cpu) == len(used) else None,
-        "rss_peak": most(each.rss_peak_mb for each in used),
-        "rss_mean": mean(each.rss_mean_mb for each in used),
-        "gpu_percent": mean(each.gpu_percent for each in used),
-        "gpu_memory": most(each.gpu_memory_mb for each in used),
+        "rss_peak": max_of_known(each.rss_peak_mb for each in used),
+        "rss_mean": mean_of_known(each.rss_mean_mb for each in used),
+        "gpu_percent": mean_of_known(each.gpu_percent for each in used),
+        "gpu_memory": max_of_known(each.gpu_memory_mb for each in used),
         **scores.corpus,
-        **{name: getattr(total, name) for name in RATES},
+        **{name: getattr(total, name) for name in COUNT_RATES},
         "wire_up_per_token": sum(up for up, _ in wire) / total.tokens if wire else None,
         "wire_down_per_token": sum(down for _, down in wire) / total.tokens if wire else None,
         "never_sent": fmean(up == 0 for up, _ in wire) if wire else None,
@@ -214,17 +214,17 @@ def summarise(
         "gate_auroc": metrics.auroc(looks),
     }
     timed = [each for each in results if each.used.cpu is not None]  # the others' wall time is their trace's own
-    closures = [each.ledger.closure(each.used.wall) for each in timed]
+    closures = [each.breakdown.closure(each.used.wall) for each in timed]
     summary = Summary(
         clips=len(results),
-        figures={name: figures[name] for name in FIGURES},
+        figures={name: figures[name] for name in METRICS},
         reasons=_reasons(figures, results, scores.reasons, total),
         counts=total,
         acceptance_by_position=tuple(metrics.acceptance_by_position(traces)),
-        ledger=ledger.mean(each.ledger for each in results),
+        breakdown=mean_breakdown(each.breakdown for each in results),
         closure_median=median(closures) if closures else None,
         closure_worst=max(closures, key=lambda closure: abs(closure - 1), default=None),
-        unnamed_median=median(each.ledger.unnamed(each.used.wall) for each in timed) if timed else None,
+        unnamed_median=median(each.breakdown.unnamed(each.used.wall) for each in timed) if timed else None,
         tokenizer=scores.tokenizer,
         bertscore_model=scores.bertscore_model,
         empty_captions=scores.empty,
@@ -233,9 +233,9 @@ def summarise(
 
 
 # Figures that are properties of the counts
-RATES = (
-    "acceptance_rate", "mean_accepted_length", "correction_rate", "cloud_call_rate", "cloud_calls_per_token",
-    "cloud_token_share", "edge_share", "waste", "waste_ahead",
+COUNT_RATES = (
+    "acceptance_rate", "mean_acceptance_length", "correction_rate", "cloud_call_rate", "cloud_calls_per_token",
+    "covered_share", "local_share", "waste", "waste_ahead",
 )  # fmt: skip
 
 
@@ -266,8 +266,8 @@ def _reasons(
         "otps": one_moment,
         "itl_per_chunk": "no caption came at more than one moment",
         "itl_per_token": "no caption came at more than one moment",
-        "edge_opening": "this mode does not open the edge",
-        "cloud_opening": "no draft was escalated" if total.rounds else "this mode does not open the cloud",
+        "edge_prefill": "this mode does not open the edge",
+        "cloud_prefill": "no draft was escalated" if total.rounds else "this mode does not open the cloud",
         "discarded_draft": "this mode has no rounds",
         "waste": "this mode has no rounds",
         "waste_ahead": no_ahead,
@@ -276,7 +276,7 @@ def _reasons(
         "cloud_call_rate": verified,
         "cloud_calls_per_token": verified,
         "acceptance_rate": verified,
-        "mean_accepted_length": verified,
+        "mean_acceptance_length": verified,
         "correction_rate": verified,
         "wire_up_per_token": no_link,
         "wire_down_per_token": no_link,
@@ -291,15 +291,15 @@ def _reasons(
     return reasons | {name: guesses[name] for name in missing if name not in reasons}
 
 
-def mean(values: Iterable[float | None]) -> float | None:
+def mean_of_known(values: Iterable[float | None]) -> float | None:
     """Of the values that are known; None where none is."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
 
-def least(values: Iterable[float | None]) -> float | None:
+def min_of_known(values: Iterable[float | None]) -> float | None:
     return min((value for value in values if value is not None), default=None)
 
 
-def most(values: Iterable[float | None]) -> float | None:
+def max_of_known(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)

@@ -20,10 +20,10 @@ from edgecloud_sd.events import (
     Verdict,
     Verified,
 )
-from edgecloud_sd.measure.breakdown import PARTS, part
+from edgecloud_sd.measure.breakdown import PARTS, part_of_event
 
 
-def to_json(trace: Trace) -> dict[str, Any]:
+def trace_to_json(trace: Trace) -> dict[str, Any]:
     """`{"events": [[seconds, name, what it holds...], ...], "spans": [[part, start, end, bytes, hidden], ...]}`.
 
     Escalated and verified events do not repeat their draft: it is the drafted event's before them.
@@ -34,8 +34,8 @@ def to_json(trace: Trace) -> dict[str, Any]:
     }
 
 
-def from_json(saved: dict[str, Any]) -> Trace:
-    """The trace that `to_json` made this of. ValueError for anything else."""
+def trace_from_json(saved: dict[str, Any]) -> Trace:
+    """The trace that `trace_to_json` made this of. ValueError for anything else."""
     events: list[tuple[float, Event]] = []
     draft = Draft(())
     try:
@@ -45,11 +45,11 @@ def from_json(saved: dict[str, Any]) -> Trace:
                 draft = event.draft
             events.append((seconds, event))
         trace = Trace(tuple(events), tuple(Span(*span) for span in saved["spans"]))
-        parts = {span.part for span in trace.spans} | {part(event) for _, event in events}
+        parts = {span.part for span in trace.spans} | {part_of_event(event) for _, event in events}
         times = [seconds for seconds, _ in events] + [time for span in trace.spans for time in (span.start, span.end)]
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"not a saved trace: {error!r}") from error
-    whole = to_json(trace) == {"events": saved["events"], "spans": saved["spans"]}
+    whole = trace_to_json(trace) == {"events": saved["events"], "spans": saved["spans"]}
     if not whole or not parts <= PARTS.keys() or not all(isinstance(time, int | float) for time in times):
         raise ValueError("not a saved trace: it holds what no trace has")
     return trace

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from edgecloud_sd.host import limits
 from edgecloud_sd.models import hf, memory, quantized
 from edgecloud_sd.models.memory import Need
-from edgecloud_sd.models.pairs import DUMMY, PAIRS, QUANTISED
+from edgecloud_sd.models.pairs import DUMMY, PAIRS, QUANTISED_DTYPES
 
 DIMENSIONS = Path(__file__).parent / "dimensions"
 # One row in so many is padding, the last ones: their logits are 0, which is never the largest. So a side of a pair says
@@ -46,22 +46,25 @@ class Padded:
         return text
 
 
-def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32") -> hf.HFModel:
+def load_dummy(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32") -> hf.HFModel:
     """A thinker like that of `checkpoint`, with weights that are the same on every machine and in every dtype.
 
-    Raises ValueError for a checkpoint of which no dimensions are known, or that does not fit; OSError as `hf.load`.
+    Raises ValueError for a checkpoint of which no dimensions are known, or that does not fit; OSError as
+    `hf.load_model`.
     """
     config = configuration(checkpoint)
-    front = load_frontend(checkpoint)
-    with hf.one_line(str(checkpoint)):
+    front = load_dummy_frontend(checkpoint)
+    with hf.one_line_errors(str(checkpoint)):
         thinker = _empty(config)
-    memory.check(front.name, lambda each: need(thinker, each), device, dtype, limits.in_force().memory_bytes)
+    memory.check_need_fits(
+        front.name, lambda each: memory_need(thinker, each), device, dtype, limits.in_force().memory_bytes
+    )
     _materialise(thinker, device, dtype)
     return hf.HFModel(**vars(front), thinker=thinker.eval())
 
 
-def load_frontend(checkpoint: str | Path) -> hf.Frontend:
-    """Its own front end, where it is a folder with a tokenizer, or the pocket pair's. Raises as `load`."""
+def load_dummy_frontend(checkpoint: str | Path) -> hf.Frontend:
+    """Its own front end, where it is a folder with a tokenizer, or the pocket pair's. Raises as `load_dummy`."""
     config = configuration(checkpoint)
     own = (Path(checkpoint) / "tokenizer_config.json").is_file()
     front = hf.load_frontend(checkpoint if own else PAIRS["pocket"].edge)
@@ -75,13 +78,13 @@ def load_frontend(checkpoint: str | Path) -> hf.Frontend:
 
 
 def configuration(checkpoint: str | Path) -> Any:
-    """The configuration of a thinker: of a published one by its name, or of a folder. Raises as `load`."""
+    """The configuration of a thinker: of a published one by its name, or of a folder. Raises as `load_dummy`."""
     known = {f"Qwen/{file.stem}": file for file in sorted(DIMENSIONS.glob("*.json"))}
     if str(checkpoint) not in known and not Path(checkpoint).is_dir():
         raise ValueError(
             f"no dimensions of {str(checkpoint)!r}: give a folder with a config.json, or one of {', '.join(known)}"
         )
-    with hf.one_line(str(checkpoint)):
+    with hf.one_line_errors(str(checkpoint)):
         config = hf.thinker_config(hf.load_config(str(known.get(str(checkpoint), checkpoint))))
         _check(config)
     return config
@@ -123,25 +126,25 @@ def _empty(config: Any) -> Any:
     return thinker
 
 
-def spoken(rows: int) -> int:
+def unpadded_size(rows: int) -> int:
     """Rows that are no padding."""
     return rows - max(rows // PADDING, 1)
 
 
-def check_rows(edge: int, cloud: int) -> None:
+def check_vocab_sizes(edge: int, cloud: int) -> None:
     """ValueError where a side of a pair may say an id that the other has no row for."""
-    if spoken(edge) > cloud or spoken(cloud) > edge:
+    if unpadded_size(edge) > cloud or unpadded_size(cloud) > edge:
         raise ValueError(
             f"vocab_size {edge} of the edge and {cloud} of the cloud differ by more than a padding of 1 in {PADDING}: "
             "each would say ids that the other does not know"
         )
 
 
-def need(thinker: Any, dtype: str) -> Need:
+def memory_need(thinker: Any, dtype: str) -> Need:
     """What it needs in `dtype`: the largest tensor is there in several forms while it is made."""
     shapes = {name: tuple(each.shape) for name, each in thinker.named_parameters()}
     sizes = [math.prod(shape) for shape in shapes.values()]
-    loaded = memory.held(shapes, dtype)
+    loaded = memory.loaded_bytes(shapes, dtype)
     return Need(sum(sizes), loaded, loaded + 4 * max(sizes))
 
 
@@ -153,20 +156,20 @@ def _materialise(thinker: Any, device: str, dtype: str) -> None:
             fan_in = 1 if isinstance(module, nn.Embedding) else math.prod(parameter.shape[1:])
             made_of.setdefault(parameter, (f"{prefix}.{name}", fan_in))
     # what is to be rounded is made in bfloat16, which holds these weights as they are
-    made = torch.bfloat16 if dtype in QUANTISED else getattr(torch, dtype)
+    made = torch.bfloat16 if dtype in QUANTISED_DTYPES else getattr(torch, dtype)
 
     def fill(module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             full, fan_in = made_of[parameter]
-            values = weights(full, fan_in, tuple(parameter.shape), made)
+            values = random_weights(full, fan_in, tuple(parameter.shape), made)
             if full.endswith(TABLES):
-                values[spoken(len(values)) :] = 0
+                values[unpadded_size(len(values)) :] = 0
             setattr(module, name, nn.Parameter(values.to(device), requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty_like(buffer, device=device))
             thinker._init_weights(module)  # tables of positions: what transformers computes of the configuration
 
-    if dtype in QUANTISED:
+    if dtype in QUANTISED_DTYPES:
         quantized.quantise(thinker, dtype, fill)
         return
     for module in list(thinker.modules()):
@@ -174,7 +177,7 @@ def _materialise(thinker: Any, device: str, dtype: str) -> None:
     thinker.tie_weights()
 
 
-def weights(name: str, fan_in: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def random_weights(name: str, fan_in: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Random weights of the tensor `name`, the same in every dtype.
 
     Matrices are uniform with a variance of about 1 / fan_in, so that what goes through keeps its scale at any depth

@@ -29,13 +29,13 @@ from edgecloud_sd.events import Prompt
 from edgecloud_sd.host import limits
 from edgecloud_sd.models import memory, quantized
 from edgecloud_sd.models.cache import GROWTH, Cache
-from edgecloud_sd.models.pairs import DTYPES, DUMMY, QUANTISED, REAL
+from edgecloud_sd.models.pairs import DTYPES, DUMMY, QUANTISED_DTYPES, REAL
 from edgecloud_sd.models.text import TextModel
 from edgecloud_sd.session import check_truncation
 
-KINDS = ("qwen2_5_omni", "qwen2_5_omni_thinker")  # model types that hold a thinker
+MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")  # model types that hold a thinker
 # Prefixes that a model keeps the keys and values of, and how long they may be: a client of a server makes its own
-PREFIXES, LONGEST = 8, 64
+MAX_PREFIXES, MAX_PREFIX_LENGTH = 8, 64
 
 
 class HFSession:
@@ -102,10 +102,10 @@ class HFModel(Frontend):
         return HFSession(self, prompt)
 
     @property
-    def rows(self) -> int:
-        """Of the vocabulary: ids are below it."""
-        rows: int = self.thinker.config.text_config.vocab_size
-        return rows
+    def vocab_size(self) -> int:
+        """The vocabulary size: ids are below it."""
+        size: int = self.thinker.config.text_config.vocab_size
+        return size
 
     @cached_property
     def text(self) -> TextModel:
@@ -135,7 +135,7 @@ class HFModel(Frontend):
     def prefix(self, prompt: Prompt) -> tuple[int, ...]:
         """The ids that other clips' prompts share: those before the audio, where they are two or more, and not many."""
         first = prompt.ids.index(self.audio_token) if self.audio_token in prompt.ids else 0
-        return prompt.ids[:first] if 1 < first <= LONGEST else ()
+        return prompt.ids[:first] if 1 < first <= MAX_PREFIX_LENGTH else ()
 
     def _prefilled(self, ids: tuple[int, ...]) -> Cache:
         """What a prefix leaves in a cache: computed once, for as long as it is among the last few."""
@@ -144,7 +144,7 @@ class HFModel(Frontend):
 
     @cached_property
     def _prefixes(self) -> Callable[[tuple[int, ...]], Cache]:
-        @lru_cache(maxsize=PREFIXES)
+        @lru_cache(maxsize=MAX_PREFIXES)
         def compute(ids: tuple[int, ...]) -> Cache:
             cache = self.text.cache(len(ids))
             self.text.fill(self.embed(torch.tensor(ids, device=self.text.device)), cache)
@@ -166,7 +166,7 @@ class HFModel(Frontend):
         return embeddings.masked_scatter(places[None, :, None], audio.last_hidden_state.to(embeddings.dtype))
 
 
-def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32", weights: str = REAL) -> HFModel:
+def load_model(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32", weights: str = REAL) -> HFModel:
     """Load a Qwen2.5-Omni checkpoint (whole or thinker only) from a folder or the hub, or its like with dummy weights.
 
     Raises ValueError for an unknown dtype or device or a folder that is not there, OSError for a checkpoint of another
@@ -174,16 +174,16 @@ def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32", we
     """
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-    check(device, dtype)
+    check_placement(device, dtype)
     if weights == DUMMY:
         from edgecloud_sd.models import dummy  # which imports this
 
-        return dummy.load(checkpoint, device, dtype)
+        return dummy.load_dummy(checkpoint, device, dtype)
     front = load_frontend(checkpoint)
-    memory.fits(checkpoint, device, dtype, limits.in_force().memory_bytes)
+    memory.check_checkpoint_fits(checkpoint, device, dtype, limits.in_force().memory_bytes)
     # what is to be quantised is read as it is stored: it stays in the map of its file until its turn comes
-    read = "auto" if dtype in QUANTISED else getattr(torch, dtype)
-    with one_line(front.name):
+    read = "auto" if dtype in QUANTISED_DTYPES else getattr(torch, dtype)
+    with one_line_errors(front.name):
         thinker, loading = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
             front.name, dtype=read, output_loading_info=True
         )
@@ -191,17 +191,17 @@ def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32", we
             raise OSError(f"it lacks {len(missing)} weights, {missing[0]} first")
         del loading
         thinker.model.visual = None  # a caption of speech sees nothing
-        if dtype in QUANTISED:
+        if dtype in QUANTISED_DTYPES:
             quantized.quantise(thinker, dtype)
     return HFModel(**vars(front), thinker=thinker.to(device).eval())
 
 
 def load_frontend(checkpoint: str | Path, weights: str = REAL) -> Frontend:
-    """A checkpoint without its weights. Raises as `load`."""
+    """A checkpoint without its weights. Raises as `load_model`."""
     if weights == DUMMY:
         from edgecloud_sd.models import dummy
 
-        return dummy.load_frontend(checkpoint)
+        return dummy.load_dummy_frontend(checkpoint)
     from transformers import AutoTokenizer, GenerationConfig, WhisperFeatureExtractor
     from transformers.utils import logging
 
@@ -210,7 +210,7 @@ def load_frontend(checkpoint: str | Path, weights: str = REAL) -> Frontend:
         raise ValueError(f"no checkpoint {name!r}: give a folder that exists, or a name on the hub as owner/name")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    with one_line(name):
+    with one_line_errors(name):
         config = load_config(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
         extractor = WhisperFeatureExtractor.from_pretrained(name)
@@ -223,7 +223,7 @@ def load_frontend(checkpoint: str | Path, weights: str = REAL) -> Frontend:
 
 
 @contextmanager
-def one_line(name: str) -> Iterator[None]:
+def one_line_errors(name: str) -> Iterator[None]:
     """What cannot be loaded is an OSError that says so in one line."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -243,8 +243,8 @@ def load_config(name: str) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name)
-    if config.model_type not in KINDS:
-        raise OSError(f"it is a {config.model_type}, not one of {', '.join(KINDS)}")
+    if config.model_type not in MODEL_TYPES:
+        raise OSError(f"it is a {config.model_type}, not one of {', '.join(MODEL_TYPES)}")
     return config
 
 
@@ -253,13 +253,13 @@ def thinker_config(config: Any) -> Any:
     return getattr(config, "thinker_config", config)
 
 
-def check(device: str, dtype: str) -> None:
+def check_placement(device: str, dtype: str) -> None:
     """ValueError for a device that this machine does not have, or a number format that it or nobody has."""
-    if dtype not in (*DTYPES, *QUANTISED):
-        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join((*DTYPES, *QUANTISED))}")
+    if dtype not in (*DTYPES, *QUANTISED_DTYPES):
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join((*DTYPES, *QUANTISED_DTYPES))}")
     check_device(device)
-    if dtype in QUANTISED:
-        quantized.check(dtype, device)
+    if dtype in QUANTISED_DTYPES:
+        quantized.check_quantised_device(dtype, device)
 
 
 def check_device(device: str) -> None:

@@ -15,7 +15,7 @@ import psutil
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.limits import gb
 from edgecloud_sd.models import quantized
-from edgecloud_sd.models.pairs import DTYPES, QUANTISED
+from edgecloud_sd.models.pairs import DTYPES, QUANTISED_DTYPES
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
@@ -47,25 +47,27 @@ class Room:
         return need.loaded if self.when == "loaded" else need.loading
 
 
-def fits(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32", limit_bytes: int | None = None) -> None:
+def check_checkpoint_fits(
+    checkpoint: str | Path, device: str = "cpu", dtype: str = "float32", limit_bytes: int | None = None
+) -> None:
     """ValueError, naming the need and the remedy, for a checkpoint too large for `device` or the process's limit.
 
     `limit_bytes` is the limit in force (`limits.InForce.memory_bytes`). What cannot be known passes: a checkpoint that
     is not on this machine yet, the memory of a device that is neither CPU nor CUDA.
     """
-    check(str(checkpoint), lambda each: needed(checkpoint, each), device, dtype, limit_bytes)
+    check_need_fits(str(checkpoint), lambda each: checkpoint_need(checkpoint, each), device, dtype, limit_bytes)
 
 
-def check(
+def check_need_fits(
     name: str, needs: Callable[[str], Need | None], device: str, dtype: str, limit_bytes: int | None = None
 ) -> None:
-    """As `fits`, for what needs so much in a dtype."""
+    """As `check_checkpoint_fits`, for what needs so much in a dtype."""
     need = needs(dtype)
     if need is None:
         return
     for room in rooms(device, limit_bytes):
         if not room.holds(need):
-            known = (*DTYPES, *QUANTISED) if device.startswith("cpu") else DTYPES
+            known = (*DTYPES, *QUANTISED_DTYPES) if device.startswith("cpu") else DTYPES
             others = [each for each in known if (other := needs(each)) and room.holds(other)]
             raise ValueError(too_large(name, dtype, need, room, others))
 
@@ -76,7 +78,7 @@ def too_large(name: str, dtype: str, need: Need, room: Room, others: list[str]) 
     if room.when == "loading":
         text += f" while it loads ({gb(need.loaded)} for its weights)"
     text += f", and {room.words}: {room.remedy}"
-    floats, quantised = ([each for each in known if each in others] for known in (DTYPES, QUANTISED))
+    floats, quantised = ([each for each in known if each in others] for known in (DTYPES, QUANTISED_DTYPES))
     if floats:
         text += f", or take it in {' or '.join(floats)} (--edge-dtype, --cloud-dtype)"
     if quantised:
@@ -101,7 +103,7 @@ def rooms(device: str, limit_bytes: int | None) -> Iterator[Room]:
         yield Room(free, f"{gb(free)} GB of {device} are free", "loaded", "take a smaller model")
 
 
-def needed(checkpoint: str | Path, dtype: str) -> Need | None:
+def checkpoint_need(checkpoint: str | Path, dtype: str) -> Need | None:
     """What the thinker of a checkpoint, a folder or a name on the hub, needs in `dtype`.
 
     None where no weights can be read: not downloaded, or no safetensors. The loader has the word on those.
@@ -116,29 +118,29 @@ def needed(checkpoint: str | Path, dtype: str) -> Need | None:
     whole = any(name.startswith("thinker.") for name in tensors)  # with a talker that is not loaded
     counted = {name: tensor for name, tensor in tensors.items() if not whole or name.startswith("thinker.")}
     shapes = {name: shape for name, (_, shape) in counted.items()}
-    loaded = held(shapes, dtype)
-    if dtype in QUANTISED:
+    loaded = loaded_bytes(shapes, dtype)
+    if dtype in QUANTISED_DTYPES:
         return Need(sum(map(math.prod, shapes.values())), loaded, mapped + loaded)
     converted = sum(math.prod(shape) for stored, shape in counted.values() if STORED.get(stored) != dtype)
     # all files are mapped until the end, talker and all; what is stored in `dtype` stays in its map, the rest is copied
     return Need(loaded // BYTES[dtype], loaded, mapped + converted * BYTES[dtype])
 
 
-def held(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
+def loaded_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
     """Bytes that a thinker's tensors, by name, take in `dtype`."""
-    if dtype not in QUANTISED:
+    if dtype not in QUANTISED_DTYPES:
         return BYTES[dtype] * sum(map(math.prod, shapes.values()))
     heard = {name: shape for name, shape in shapes.items() if "visual." not in name}  # what sees is dropped first
     tables = [shape for name, shape in heard.items() if "embed_tokens." in name]
     if tables and not any("lm_head." in name for name in heard):  # tied: looked up as it is, rounded as the head
         heard["lm_head.weight"] = tables[0]
-    return sum(quantized.held(quantized.part_of(name, shape), shape, dtype) for name, shape in heard.items())
+    return sum(quantized.tensor_bytes(quantized.part_of(name, shape), shape, dtype) for name, shape in heard.items())
 
 
-def digest(checkpoint: str | Path) -> str:
+def weights_digest(checkpoint: str | Path) -> str:
     """Tells checkpoints apart by their weights: of each file its size, its first and its last megabyte.
 
-    Empty where no weights can be read, as `needed` has it.
+    Empty where no weights can be read, as `checkpoint_need` has it.
     """
     seen = hashlib.sha256()
     try:

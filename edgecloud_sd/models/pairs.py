@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from edgecloud_sd.models.hf import Frontend
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")  # torch's names
-EXACT = ("float32", "float64")  # in which strict output is promised token for token
-QUANTISED = ("int8", "int4")  # of the weights alone, and of an edge's on a CPU alone
+LOSSLESS_DTYPES = ("float32", "float64")  # in which strict output is promised token for token
+QUANTISED_DTYPES = ("int8", "int4")  # of the weights alone, and of an edge's on a CPU alone
 REAL, DUMMY = WEIGHTS = ("real", "dummy")  # dummy ones are random: see models/dummy.py
 POCKET_WEIGHTS = Path(__file__).parents[1] / "pocket" / "weights"
 
@@ -34,7 +34,7 @@ PAIRS = {
 }
 
 
-def find(name: str, edge_model: str | None = None, cloud_model: str | None = None, weights: str = REAL) -> Pair:
+def find_pair(name: str, edge_model: str | None = None, cloud_model: str | None = None, weights: str = REAL) -> Pair:
     """The pair `name`, with either checkpoint replaced, or with dummy weights. ValueError, naming the known pairs, for
     an unknown name."""
     if name not in PAIRS:
@@ -58,7 +58,7 @@ class Traits:
     n_fft: int  # samples
 
 
-def traits(side: Frontend) -> Traits:
+def frontend_traits(side: Frontend) -> Traits:
     """Of a loaded side, or of its front end alone."""
     vocabulary = json.dumps(side.tokenizer.get_vocab(), sort_keys=True)
     return Traits(
@@ -71,7 +71,7 @@ def traits(side: Frontend) -> Traits:
     )
 
 
-def check(edge_name: str, edge: Traits, cloud_name: str, cloud: Traits) -> None:
+def check_pair(edge_name: str, edge: Traits, cloud_name: str, cloud: Traits) -> None:
     """ValueError unless both sides mean the same by every id, end at the same ids, and hear the same features."""
     names = {
         "tokenizers": ("tokenizer",),

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgecloud_sd.models.pairs import DTYPES, QUANTISED
+from edgecloud_sd.models.pairs import DTYPES, QUANTISED_DTYPES
 
 GROUP = 32  # weights of a row that share a scale in int4: the least that the kernel takes
-WIDTH = 16  # multiple that the length of an int8 row must be: the kernel reads past the end of others
+INT8_ROW_MULTIPLE = 16  # multiple that the length of an int8 row must be: the kernel reads past the end of others
 # Rows from which it is quicker to write an int8 weight out in float32, block by block, than to call the kernel, whose
 # time grows with every row
-MANY = 32
+MIN_ROWS_TO_UNPACK = 32
 # Elements of a weight that are worked on at once: few beside a large one, and few enough to stay in a cache, but each
 # block waits for all threads
 BLOCK = 2**20
@@ -79,7 +79,7 @@ class Int8Linear(nn.Module):
         for rows in blocks(n, k, 4 * BLOCK):
             self.weight[rows], self.scale[rows] = int8(linear.weight[rows])
         self.bias = _bias(linear)
-        self._few = MANY if linear.in_features % WIDTH == 0 else 0
+        self._few = MIN_ROWS_TO_UNPACK if linear.in_features % INT8_ROW_MULTIPLE == 0 else 0
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -172,10 +172,10 @@ def takes_int4(n: int, k: int) -> bool:
     return n % 16 == 0 and k % GROUP == 0
 
 
-Part = Literal["text", "half", "float32"]  # how a module's weights are held
+WeightPart = Literal["text", "half", "float32"]  # how a module's weights are held
 
 
-def held(part: Part, shape: tuple[int, ...], dtype: str) -> int:
+def tensor_bytes(part: WeightPart, shape: tuple[int, ...], dtype: str) -> int:
     """Bytes of a tensor of `part` in the format `dtype`, scales and all."""
     size = math.prod(shape)
     if part == "float32":
@@ -188,7 +188,7 @@ def held(part: Part, shape: tuple[int, ...], dtype: str) -> int:
     return size + 2 * n
 
 
-def part_of(name: str, shape: tuple[int, ...]) -> Part:
+def part_of(name: str, shape: tuple[int, ...]) -> WeightPart:
     """Of a tensor of a checkpoint, by its name."""
     if len(shape) != 2:
         return "float32"
@@ -242,11 +242,11 @@ def _give_back() -> None:
         trim(0)
 
 
-def check(dtype: str, device: str) -> None:
+def check_quantised_device(dtype: str, device: str) -> None:
     """ValueError, naming what to take instead, where this machine cannot compute in the format `dtype`."""
     others = ", ".join(DTYPES)
-    if dtype not in QUANTISED:
-        raise ValueError(f"unknown quantised dtype {dtype!r}: choose one of {', '.join(QUANTISED)}")
+    if dtype not in QUANTISED_DTYPES:
+        raise ValueError(f"unknown quantised dtype {dtype!r}: choose one of {', '.join(QUANTISED_DTYPES)}")
     if not device.startswith("cpu"):
         raise ValueError(f"dtype {dtype!r} is for an edge on the CPU, not on {device!r}: choose one of {others}")
     try:

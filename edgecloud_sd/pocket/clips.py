@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecloud_sd.data.dataset import SAMPLE_RATE
 from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.pocket import synthesis, voices
 
@@ -28,7 +29,7 @@ class PocketClip:
     transcription: str
 
 
-def make(which: str, index: int) -> PocketClip:
+def make_clip(which: str, index: int) -> PocketClip:
     """Clip `index` of the set `which`; the same on every call."""
     rng = np.random.default_rng([SETS[which], index])
     attributes = voices.draw(rng)
@@ -62,7 +63,7 @@ def evaluation_set(folder: Path | None = None) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
-        write(building, "evaluation", EVALUATION_CLIPS)
+        write_clips(building, "evaluation", EVALUATION_CLIPS)
         building.rename(folder)
     except OSError:
         if not _complete(folder):  # else another process was first, and its set is the same
@@ -76,7 +77,7 @@ def _complete(folder: Path) -> bool:
     return all((folder / manifest_name(language)).is_file() for language in LANGUAGES)
 
 
-def write(folder: Path, which: str, per_language: int) -> None:
+def write_clips(folder: Path, which: str, per_language: int) -> None:
     """`per_language` clips of the set for each language: 16 kHz 16-bit wav files and a manifest."""
     import soundfile
 
@@ -85,9 +86,9 @@ def write(folder: Path, which: str, per_language: int) -> None:
         entries = []
         for position in range(per_language):
             index = number * per_language + position
-            clip = make(which, index)
+            clip = make_clip(which, index)
             name = f"pocket_{which}_{index:04d}"
-            soundfile.write(folder / "wav" / f"{name}.wav", clip.samples, synthesis.SAMPLE_RATE, subtype="PCM_16")
+            soundfile.write(folder / "wav" / f"{name}.wav", clip.samples, SAMPLE_RATE, subtype="PCM_16")
             text = voices.caption(clip.attributes, language)
             entry: dict[str, object] = dict.fromkeys(
                 f"{each}_{kind}" for kind in ("caption", "transcription") for each in LANGUAGES

@@ -21,7 +21,7 @@ from edgecloud_sd.session import Model
 from edgecloud_sd.timing.clock import stamp
 
 MAX_NEW_TOKENS = 48
-K = 4
+EVALUATION_K = 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Evaluation:
             ("cloud names the emotion rightly", f"{self.cloud_emotions:.1%}", ""),
             ("edge names the emotion rightly", f"{self.edge_emotions:.1%}", ""),
             ("cloud given another clip's audio", f"{self.swapped_attributes:.1%}", "chance"),
-            (f"strict acceptance at k={K}", f"{self.acceptance:.3f}", "0.6 - 0.9"),
+            (f"strict acceptance at k={EVALUATION_K}", f"{self.acceptance:.3f}", "0.6 - 0.9"),
             ("edge step / cloud step", f"{self.step_ratio:.3f}", "<= 0.2"),
             ("both on disk", f"{self.megabytes:.1f} MB", "< 12 MB"),
         ]
@@ -60,9 +60,9 @@ def evaluate(captioner: Captioner, which: str = "evaluation", count: int = 2 * c
     time; tests/test_pocket.py proves that equality apart. Given another clip's audio the cloud writes that clip's
     caption, for the prompts of a language differ in nothing else: so that case needs no run of its own.
     """
-    made = [clips.make(which, index) for index in range(count)]
+    made = [clips.make_clip(which, index) for index in range(count)]
     languages = [prompts.LANGUAGES[index * len(prompts.LANGUAGES) // count] for index in range(count)]
-    cells = {"edge": Cell("edge"), "cloud": Cell("speculative", gate.ALWAYS, k=K)}
+    cells = {"edge": Cell("edge"), "cloud": Cell("speculative", gate.ALWAYS, k=EVALUATION_K)}
     captions: dict[str, list[str]] = {name: [] for name in cells}
     total = metrics.Counts()
     decode = captioner.text("speculative")
@@ -110,8 +110,8 @@ def attributes_named(captions: Sequence[str], truth: Sequence[voices.Attributes]
     right = 0
     for text, attributes, language in zip(captions, truth, languages, strict=True):
         found = voices.named(text, language)
-        right += sum(found[name] == getattr(attributes, name) for name in voices.NAMES)
-    return right / (len(captions) * len(voices.NAMES))
+        right += sum(found[name] == getattr(attributes, name) for name in voices.ATTRIBUTE_NAMES)
+    return right / (len(captions) * len(voices.ATTRIBUTE_NAMES))
 
 
 def step_ratio(edge: Model, cloud: Model, prompt: Prompt, steps: int = 60) -> float:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecloud_sd.data.dataset import SAMPLE_RATE
 from edgecloud_sd.pocket.voices import Attributes
 
-SAMPLE_RATE = 16_000
 VOWELS = {  # the letter in the transcription -> first three formants, Hz
     "a": (800, 1200, 2500),
     "e": (500, 1900, 2500),

@@ -25,7 +25,7 @@ def corpus() -> Iterator[str]:
         for prompt_type in prompts.PROMPT_TYPES:
             yield prompts.chat(prompts.task_text(language, prompt_type, "aeiou"), 0)
     for combination in itertools.islice(
-        itertools.product(*(range(voices.classes(n)) for n in voices.NAMES)), 0, None, 3
+        itertools.product(*(range(voices.classes(n)) for n in voices.ATTRIBUTE_NAMES)), 0, None, 3
     ):
         for language in prompts.LANGUAGES:
             yield voices.caption(voices.Attributes(*combination), language)
@@ -34,7 +34,7 @@ def corpus() -> Iterator[str]:
             yield f" {emotion.english}" if language == "english" else emotion.chinese
 
 
-def train() -> Any:
+def train_tokenizer() -> Any:
     """A fast tokenizer, ready for `save_pretrained`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

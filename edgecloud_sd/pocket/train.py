@@ -65,11 +65,11 @@ def examples(which: str, count: int, extractor: Any) -> list[Example]:
     """The first `count` clips of a set, as features and captions."""
     made = []
     for index in tqdm(range(count), desc=f"{which} clips", unit="clip"):
-        clip = clips.make(which, index)
+        clip = clips.make_clip(which, index)
         made.append(
             Example(
                 prompts.log_mel(clip.samples, extractor),
-                torch.tensor([getattr(clip.attributes, name) for name in voices.NAMES]),
+                torch.tensor([getattr(clip.attributes, name) for name in voices.ATTRIBUTE_NAMES]),
                 clip.transcription,
                 {language: voices.caption(clip.attributes, language) for language in prompts.LANGUAGES},
             )
@@ -205,13 +205,13 @@ def caption_loss(
     return F.cross_entropy(thinker.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
 
 
-def train(side: str, data: list[Example], tokens: Any, seed: int = 0) -> Any:
+def train_side(side: str, data: list[Example], tokens: Any, seed: int = 0) -> Any:
     """One trained thinker, float32, from its recipe."""
     recipe = RECIPES[side]
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     thinker = new_thinker(recipe, tokens).train()
-    heads = nn.ModuleList(nn.Linear(recipe.width, voices.classes(name)) for name in voices.NAMES)
+    heads = nn.ModuleList(nn.Linear(recipe.width, voices.classes(name)) for name in voices.ATTRIBUTE_NAMES)
     tower = [*thinker.model.audio_tower.parameters(), *heads.parameters()]
     language = [*thinker.model.language_model.parameters(), *thinker.lm_head.parameters()]
 
@@ -257,10 +257,10 @@ def optimise(parameters: list[nn.Parameter], steps: int, rate: float, name: str)
 def train_pair(folder: Path, sides: tuple[str, ...] = tuple(RECIPES)) -> None:
     """Train and save the sides to `folder/edge` and `folder/cloud`, in half precision."""
     extractor = new_extractor()
-    tokens = tokenizer.train()
+    tokens = tokenizer.train_tokenizer()
     data = examples("train", TRAIN_CLIPS, extractor)
     for side in sides:
-        thinker = train(side, data, tokens)
+        thinker = train_side(side, data, tokens)
         target = folder / side
         thinker.half().save_pretrained(target)
         tokens.save_pretrained(target)

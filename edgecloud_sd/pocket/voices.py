@@ -25,7 +25,7 @@ class Attributes:
     voice: int
 
 
-NAMES = tuple(field.name for field in fields(Attributes))
+ATTRIBUTE_NAMES = tuple(field.name for field in fields(Attributes))
 
 # attribute -> class -> the words for it. Each phrase occurs nowhere else in a caption.
 WORDS: dict[Language, dict[str, tuple[str, ...]]] = {
@@ -86,7 +86,7 @@ def draw(rng: np.random.Generator) -> Attributes:
     """Draw an emotion, then each attribute: its typical class with probability `TYPICAL`, else one of the others."""
     typical = EMOTIONS[rng.integers(len(EMOTIONS))].typical
     drawn = {}
-    for name in NAMES:
+    for name in ATTRIBUTE_NAMES:
         usual = getattr(typical, name)
         others = [c for c in range(classes(name)) if c != usual]
         drawn[name] = usual if rng.random() < TYPICAL else int(rng.choice(others))
@@ -97,21 +97,21 @@ def emotion_of(attributes: Attributes) -> Emotion:
     """The emotion whose typical voice shares most attributes with this one."""
 
     def shared(emotion: Emotion) -> int:
-        return sum(getattr(emotion.typical, name) == getattr(attributes, name) for name in NAMES)
+        return sum(getattr(emotion.typical, name) == getattr(attributes, name) for name in ATTRIBUTE_NAMES)
 
     return max(EMOTIONS, key=shared)  # max keeps the first of equals
 
 
 def caption(attributes: Attributes, language: Language) -> str:
     """The one sentence that describes these attributes in `language`."""
-    words = {name: WORDS[language][name][getattr(attributes, name)] for name in NAMES}
+    words = {name: WORDS[language][name][getattr(attributes, name)] for name in ATTRIBUTE_NAMES}
     return TEMPLATES[language].format(emotion=emotion_of(attributes).word(language), **words)
 
 
 def named(text: str, language: Language) -> dict[str, int | None]:
     """The class that a caption names for each attribute; None where it names none, or more than one."""
     found: dict[str, int | None] = {}
-    for name in NAMES:
+    for name in ATTRIBUTE_NAMES:
         hits = [c for c, words in enumerate(WORDS[language][name]) if words in text]
         found[name] = hits[0] if len(hits) == 1 else None
     return found

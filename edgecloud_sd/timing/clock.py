@@ -14,7 +14,7 @@ from edgecloud_sd.events import Event, Finished, Span, Trace
 
 Clock = Callable[[], float]  # gives seconds
 real: Clock = time.perf_counter
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class VirtualClock:
@@ -47,14 +47,14 @@ class Watch:
         """A span of `part`, from `start` to `end` or now."""
         self._noted().append(Span(part, start, self.seconds() if end is None else end, size))
 
-    def timed(self, part: str, call: Callable[..., T], *arguments: object, size: int = 0) -> T:
+    def timed(self, part: str, call: Callable[..., _T], *arguments: object, size: int = 0) -> _T:
         """`call(*arguments)`, its time noted as a span of `part`."""
         start = self.seconds()
         result = call(*arguments)
         self.note(part, start, size=size)
         return result
 
-    def rest(self, part: str, call: Callable[[], T]) -> T:
+    def rest(self, part: str, call: Callable[[], _T]) -> _T:
         """`call()`; what of its time no span inside claims is noted as spans of `part`."""
         noted = self._noted()
         known, at = len(noted), self.seconds()
@@ -115,7 +115,7 @@ class Watch:
 
 
 @contextmanager
-def old_objects_left_alone() -> Iterator[None]:
+def garbage_collector_frozen() -> Iterator[None]:
     """Garbage collections look at what is made inside alone: one over a whole process can take as long as a caption."""
     frozen = gc.get_freeze_count()
     gc.collect()

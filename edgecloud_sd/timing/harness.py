@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from edgecloud_sd import prefill as opening
 from edgecloud_sd import wire
 from edgecloud_sd.events import Prompt, Span, Verdict
-from edgecloud_sd.gate import Gate, Score, Stop
+from edgecloud_sd.gate import DraftStop, Gate, Score
 from edgecloud_sd.prefill import Pending
 from edgecloud_sd.session import Model, Session
 from edgecloud_sd.stopping import Stopping
@@ -31,10 +31,10 @@ from edgecloud_sd.verifier import Verification, Verifier
 if TYPE_CHECKING:
     from torch import Tensor
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-class Stage:
+class Harness:
     """One request's. The real clock without a profile, a virtual one under it.
 
     `seed` draws the link's jitter: the same for every cell that a clip is decoded in, so that cells can be paired.
@@ -42,16 +42,16 @@ class Stage:
     """
 
     def __init__(
-        self, profile: Profile | None = None, link: Link = links.NONE, seed: str = "", far: bool = False
+        self, profile: Profile | None = None, link: Link = links.NO_LINK, seed: str = "", far: bool = False
     ) -> None:
         self._virtual = VirtualClock()
         self.watch = Watch(self._virtual) if profile else Watch()
         self.profile = profile
         self.link = link
-        self.far = far or link != links.NONE
+        self.far = far or link != links.NO_LINK
         self._random = random.Random(seed)
 
-    def prepared(self, build: Callable[[], T]) -> T:
+    def prepared(self, build: Callable[[], _T]) -> _T:
         """What `build` makes of the samples."""
         made = build()
         if self.profile:
@@ -78,14 +78,14 @@ class Stage:
         """As `begin`, for drafting ahead: what of the call is neither link nor queue is the cloud's forward pass."""
         return self.begin(lambda: self.watch.rest("verify", call), hides=True)
 
-    def begin(self, call: Callable[[], T], hides: bool = False) -> Pending[T]:
+    def begin(self, call: Callable[[], _T], hides: bool = False) -> Pending[_T]:
         """Start `call` beside what follows: only waiting for its result takes time of the caption's.
 
         `hides`: the spans that are hidden so are noted as well.
         """
         spans: list[Span] = []
 
-        def run() -> T:
+        def run() -> _T:
             with self.watch.beside(spans):
                 return call()
 
@@ -99,7 +99,7 @@ class Stage:
     def gate(self, gate: Gate) -> Gate:
         return replace(gate, score=self._scored(gate.score))
 
-    def stop(self, stop: Stop | None) -> Stop | None:
+    def stop(self, stop: DraftStop | None) -> DraftStop | None:
         return replace(stop, score=self._scored(stop.score)) if stop else None
 
     def _scored(self, score: Score | None) -> Score | None:
@@ -140,10 +140,10 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class _Begun(Generic[T]):
+class _Begun(Generic[_T]):
     """`ready`: the moment at which it is done, on a virtual clock."""
 
-    future: Future[T]
+    future: Future[_T]
     watch: Watch
     spans: list[Span]
     hides: bool
@@ -153,7 +153,7 @@ class _Begun(Generic[T]):
     def done(self) -> bool:
         return self.virtual.now >= self.ready if self.virtual else self.future.done()
 
-    def result(self) -> T:
+    def result(self) -> _T:
         start = self.watch.seconds()
         try:
             return self.future.result()
@@ -166,7 +166,7 @@ class _Begun(Generic[T]):
 @dataclass(frozen=True)
 class _Model:
     model: Model
-    stage: Stage
+    stage: Harness
     costs: Costs | None
 
     @property
@@ -181,7 +181,7 @@ class _Model:
 
 
 class _Session:
-    def __init__(self, session: Session, stage: Stage, costs: Costs | None) -> None:
+    def __init__(self, session: Session, stage: Harness, costs: Costs | None) -> None:
         self._session = session
         self._stage = stage
         self._costs = costs
@@ -203,18 +203,18 @@ class _Session:
 @dataclass(frozen=True)
 class _Verifier:
     verifier: Verifier
-    stage: Stage
+    stage: Harness
 
     def open(self, prompt: Prompt) -> Verification:
         """The request alone crosses here: nobody has to wait for its acknowledgement before asking for more."""
         body = wire.encode_prompt(prompt)
         self.stage.up(wire.REQUEST_HEAD + len(body))
         self.stage.queue()
-        return _Verification(self.verifier.open(prompt), self.stage, wire.check_prompt(body, "greedy"))
+        return _Verification(self.verifier.open(prompt), self.stage, wire.prompt_checksum(body, "greedy"))
 
 
 class _Verification:
-    def __init__(self, verification: Verification, stage: Stage, begun: int) -> None:
+    def __init__(self, verification: Verification, stage: Harness, begun: int) -> None:
         self._verification = verification
         self._stage = stage
         self._begun = begun
@@ -247,9 +247,9 @@ class _Verification:
         self._verification.close()
 
 
-def _finished(call: Callable[[], T]) -> Future[T]:
+def _finished(call: Callable[[], _T]) -> Future[_T]:
     """What `call` came to, as if a thread had done it."""
-    done: Future[T] = Future()
+    done: Future[_T] = Future()
     try:
         done.set_result(call())
     except Exception as error:  # noqa: BLE001 - raised where it is waited for

@@ -103,12 +103,12 @@ class Link:
         return seconds + MOST_TIMEOUT * share / (1 - self.loss)
 
 
-NONE = Link("none", 0.0, math.inf, math.inf)  # edge and cloud in one process
+NO_LINK = Link("none", 0.0, math.inf, math.inf)  # edge and cloud in one process
 # The round trips are the project's scenarios; bandwidths and jitter are round figures chosen to go with them.
 LINKS = {
     link.name: link
     for link in (
-        NONE,
+        NO_LINK,
         Link("lan", rtt=0.001, up=1e9, down=1e9, jitter=0.0001),
         Link("wifi", rtt=0.010, up=100e6, down=200e6, jitter=0.003),
         Link("5g", rtt=0.025, up=50e6, down=300e6, jitter=0.005),
@@ -136,11 +136,11 @@ _RATE = _Kind(
 )
 _SHARE = _Kind({"%": "1e-2"}, "%", lambda value: value < 1, "a number of % below 100")
 _KINDS = {"rtt": _TIME, "up": _RATE, "down": _RATE, "jitter": _TIME, "loss": _SHARE}
-CUSTOM = "rtt=40ms,up=5mbit,down=20mbit,jitter=5ms,loss=1%"
+CUSTOM_LINK_EXAMPLE = "rtt=40ms,up=5mbit,down=20mbit,jitter=5ms,loss=1%"
 
 
-def parse(text: str) -> Link:
-    """The link that `text` names, or describes in parts like those of `CUSTOM`, in any order.
+def parse_link(text: str) -> Link:
+    """The link that `text` names, or describes in parts like those of `CUSTOM_LINK_EXAMPLE`, in any order.
 
     Only rtt is required: up and down are unlimited without, jitter and loss 0. The link's name tells all its figures,
     each in one unit, so that it is the same however they are written. ValueError for any other text, worded to follow
@@ -149,12 +149,14 @@ def parse(text: str) -> Link:
     if text in LINKS:
         return LINKS[text]
     if "=" not in text:
-        raise ValueError(f"is not one of {', '.join(LINKS)}, or a link like {CUSTOM}")
+        raise ValueError(f"is not one of {', '.join(LINKS)}, or a link like {CUSTOM_LINK_EXAMPLE}")
     figures: dict[str, float] = {}
     for part in map(str.strip, text.split(",")):
         key, _, amount = part.partition("=")
         if key not in _KINDS:
-            raise ValueError(f"has {part!r}, which gives none of {', '.join(_KINDS)} (a link is like {CUSTOM})")
+            raise ValueError(
+                f"has {part!r}, which gives none of {', '.join(_KINDS)} (a link is like {CUSTOM_LINK_EXAMPLE})"
+            )
         if key in figures:
             raise ValueError(f"gives {key} twice")
         figures[key] = _figure(key, amount)
@@ -163,13 +165,13 @@ def parse(text: str) -> Link:
     return Link(_name(figures), **{"up": math.inf, "down": math.inf, **figures})
 
 
-def find(name: str) -> Link:
-    """A link by its name, be it a preset's or one that `parse` gave. ValueError, naming the presets, for any other."""
+def find_link(name: str) -> Link:
+    """Return the link of a preset's name, or of a name that `parse_link` gave. Raise ValueError for any other."""
     text = re.sub(rf"({'|'.join(_KINDS)})(?=[0-9])", r"\1=", name).replace("-", ",").replace("pct", "%")
     try:
-        found = parse(text)
+        found = parse_link(text)
     except ValueError:
-        found = NONE
+        found = NO_LINK
     if found.name != name:
         raise ValueError(f"unknown link {name!r}: choose one of {', '.join(LINKS)}")
     return found
@@ -195,7 +197,7 @@ def _name(figures: dict[str, float]) -> str:
     return "-".join(shown(key, kind) for key, kind in _KINDS.items() if key == "rtt" or figures.get(key))
 
 
-def split(text: str) -> list[str]:
+def split_links(text: str) -> list[str]:
     """The links of a list, whose parts hold commas themselves.
 
     A part with a "=" belongs to the custom link before it, unless that has its key already or there is only a plain

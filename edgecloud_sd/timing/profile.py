@@ -13,8 +13,8 @@ from typing import Any
 
 from edgecloud_sd.host.files import write_whole
 
-FOLDER = Path(__file__).with_name("profiles")
-NAMES = tuple(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+PROFILE_FOLDER = Path(__file__).with_name("profiles")
+PROFILE_NAMES = tuple(sorted(file.stem for file in PROFILE_FOLDER.glob("*.yaml")))
 
 
 class ProfileError(ValueError):
@@ -61,15 +61,17 @@ class Profile:
     source: str = ""
 
 
-def load(name: str) -> Profile:
+def load_profile(name: str) -> Profile:
     """A profile that ships, by name, or a YAML file. ProfileError for one that is neither, or that cannot be used."""
     import yaml
 
-    path = FOLDER / f"{name}.yaml" if name in NAMES else Path(name)
+    path = PROFILE_FOLDER / f"{name}.yaml" if name in PROFILE_NAMES else Path(name)
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
-        raise ProfileError(f"no profile {name!r}: give a YAML file that exists, or one of {', '.join(NAMES)}") from None
+        raise ProfileError(
+            f"no profile {name!r}: give a YAML file that exists, or one of {', '.join(PROFILE_NAMES)}"
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         raise ProfileError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
     fields = _fields(path, "", loaded, {"edge", "cloud"}, {"features", "gate", "queue", "draft_at_cloud", "source"})
@@ -87,7 +89,7 @@ def load(name: str) -> Profile:
     )
 
 
-def from_json(saved: Mapping[str, Any]) -> Profile:
+def profile_from_json(saved: Mapping[str, Any]) -> Profile:
     """The profile that `dataclasses.asdict` and JSON made this of, as results files hold it."""
 
     def side(costs: Mapping[str, Any]) -> Costs:
@@ -96,8 +98,8 @@ def from_json(saved: Mapping[str, Any]) -> Profile:
     return Profile(**{**saved, "edge": side(saved["edge"]), "cloud": side(saved["cloud"])})
 
 
-def save(profile: Profile, path: Path) -> None:
-    """Write a profile as the YAML file that `load` reads. Its name will be the file's."""
+def save_profile(profile: Profile, path: Path) -> None:
+    """Write a profile as the YAML file that `load_profile` reads. Its name will be the file's."""
     import yaml
 
     def side(costs: Costs) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message
 from edgecloud_sd import wire
 from edgecloud_sd.cloud.engine import Identity
 from edgecloud_sd.cloud.server import create_app
-from edgecloud_sd.cloud.sessions import Limits
+from edgecloud_sd.cloud.sessions import ServiceLimits
 from edgecloud_sd.events import Prompt
 from edgecloud_sd.wire import JSON, OCTETS
 from tests.support.serving import ToyEngine
@@ -165,7 +165,7 @@ class Edge:
     async def opened(self, prompt: Prompt | None = None, rule: str = "greedy") -> Opened:
         prompt = prompt or Prompt((1, 2, 3))
         body = wire.encode_prompt(prompt)
-        begun = wire.check_prompt(body, rule)
+        begun = wire.prompt_checksum(body, rule)
         answer = await self.ask("POST", f"/v1/sessions?rule={rule}&check={begun}", body, OCTETS)
         assert answer.status == 201, answer
         return Opened(self, answer.json["session"], prompt, begun)
@@ -201,7 +201,7 @@ class Opened:
 
 @asynccontextmanager
 async def started(
-    engine: ToyEngine | None = None, limits: Limits | None = None, keys: Sequence[str] = (KEY, OTHER_KEY)
+    engine: ToyEngine | None = None, limits: ServiceLimits | None = None, keys: Sequence[str] = (KEY, OTHER_KEY)
 ) -> AsyncIterator[FastAPI]:
     app = create_app(engine or SpyEngine(), limits, keys)
     async with app.router.lifespan_context(app):

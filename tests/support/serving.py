@@ -14,7 +14,7 @@ import uvicorn
 from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.engine import Engine, Identity
 from edgecloud_sd.cloud.server import create_app
-from edgecloud_sd.cloud.sessions import Limits
+from edgecloud_sd.cloud.sessions import ServiceLimits
 from edgecloud_sd.models.pairs import Traits
 from edgecloud_sd.session import Model
 from edgecloud_sd.verifier import LocalVerifier, Verifier
@@ -30,9 +30,9 @@ class ToyEngine:
 
     model: Model = field(default_factory=lambda: ToyModel(random_table(VOCABULARY, 0), frozenset()))
     name: str = "toy"
-    slots: int = 1
-    rows: int = VOCABULARY
-    positions: int = 4096
+    concurrency: int = 1
+    vocab_size: int = VOCABULARY
+    max_length: int = 4096
     max_rank: int = VOCABULARY
     synthetic: bool = True
     closed: bool = False
@@ -45,8 +45,8 @@ class ToyEngine:
             "toy",
             "float64",
             "cpu",
-            self.rows,
-            self.positions,
+            self.vocab_size,
+            self.max_length,
             max_rank=self.max_rank,
             traits=traits,
             synthetic=self.synthetic,
@@ -60,7 +60,7 @@ class ToyEngine:
 
 
 @contextmanager
-def served(engine: Engine, limits: Limits | None = None, keys: Sequence[str] = ()) -> Iterator[str]:
+def served(engine: Engine, limits: ServiceLimits | None = None, keys: Sequence[str] = ()) -> Iterator[str]:
     """The URL of a server on loopback, which is stopped at the end."""
     # named as TCP, as `cloud.__main__.listen` does it: or asyncio would leave Nagle's algorithm on, 40 ms an answer
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)

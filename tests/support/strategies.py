@@ -18,7 +18,7 @@ from edgecloud_sd.session import Model, check_truncation
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.timing import link as links
 from edgecloud_sd.timing.clock import stamp
-from edgecloud_sd.timing.harness import Stage
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Costs, Profile
 from edgecloud_sd.verifier import LocalVerifier
@@ -63,15 +63,15 @@ rates = st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0])
 synthetics = st.lists(rates, min_size=1, max_size=3).map(lambda found: acceptance.Synthetic(tuple(found)))
 gates = st.one_of(
     st.sampled_from([gate.ALWAYS, gate.NEVER]),
-    st.floats(0.01, 2.0, allow_nan=False).map(gate.entropy),
+    st.floats(0.01, 2.0, allow_nan=False).map(gate.entropy_gate),
 )
 
 
 @st.composite
-def stops(draw: st.DrawFn, chosen: gate.Gate) -> gate.Stop | None:
+def stops(draw: st.DrawFn, chosen: gate.Gate) -> gate.DraftStop | None:
     """What may end a draft early under a gate."""
     text = draw(st.sampled_from(["none", "none", "entropy", "entropy={}", "margin={}"]))
-    return gate.parse_stop(text.format(draw(st.floats(0.01, 1.0))), chosen)
+    return gate.parse_draft_stop(text.format(draw(st.floats(0.01, 1.0))), chosen)
 
 
 def speculative(scene: Scene, k: int, chosen: gate.Gate = gate.ALWAYS) -> Decoding:
@@ -87,9 +87,9 @@ class Case:
     rule: acceptance.Rank
     open: str = "eager"
 
-    def play(self, stage: Stage) -> Trace:
+    def play(self, stage: Harness) -> Trace:
         """With the longer drafts of drafting ahead where no token depends on how drafts are cut."""
-        how = replace(self.how, strict=self.how.gate == gate.ALWAYS and self.rule == acceptance.GREEDY)
+        how = replace(self.how, is_lossless=self.how.gate == gate.ALWAYS and self.rule == acceptance.GREEDY)
         return play(self.scene.prompt, self.scene.edge, self.scene.cloud, how, stage, self.rule, self.open)
 
 
@@ -98,11 +98,11 @@ def cases(draw: st.DrawFn) -> Case:
     scene = draw(scenes())
     mode = draw(st.sampled_from(["speculative", "speculative", "cloud", "edge"]))
     if mode != "speculative":
-        return Case(scene, Decoding(mode, scene.stopping), draw(ranks), draw(st.sampled_from(opening.WHEN)))
+        return Case(scene, Decoding(mode, scene.stopping), draw(ranks), draw(st.sampled_from(opening.PREFILL_TIMES)))
     chosen = draw(gates)
     ahead = draw(st.sampled_from([0, 0, 1, 3, 9]))
     how = replace(speculative(scene, draw(ks), chosen), stop=draw(stops(chosen)), ahead=ahead)
-    return Case(scene, how, draw(ranks), draw(st.sampled_from(opening.WHEN)))
+    return Case(scene, how, draw(ranks), draw(st.sampled_from(opening.PREFILL_TIMES)))
 
 
 def play(
@@ -110,7 +110,7 @@ def play(
     edge: Model,
     cloud: Model,
     how: Decoding,
-    stage: Stage,
+    stage: Harness,
     rule: acceptance.Rule = acceptance.GREEDY,
     when: str = "eager",
 ) -> Trace:
