@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from edgecloud_sd.config import AUTO, Settings
+from edgecloud_sd.config import Settings
 from edgecloud_sd.models import pairs
+from edgecloud_sd.models.devices import AUTO
 from edgecloud_sd.pipeline import Cell, cells
 from edgecloud_sd.timing import link
 

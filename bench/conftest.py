@@ -21,16 +21,17 @@ from bench.resume import Unfinished
 from edgecloud_sd import gate
 from edgecloud_sd.acceptance import Synthetic
 from edgecloud_sd.cloud.client import Connection
-from edgecloud_sd.cloud.process import connect
 from edgecloud_sd.config import MEASURE, Settings
+from edgecloud_sd.connect import connect
 from edgecloud_sd.data import dataset
-from edgecloud_sd.events import Clip
+from edgecloud_sd.data.dataset import Clip
 from edgecloud_sd.forecast import model as oracle
 from edgecloud_sd.host.limits import InForce
 from edgecloud_sd.measure import metrics, quality, results
 from edgecloud_sd.measure.summary import ClipResult, Summary, summarise
 from edgecloud_sd.models.pairs import DUMMY
 from edgecloud_sd.pipeline import Captioner, Request
+from edgecloud_sd.pocket import clips
 from edgecloud_sd.timing import profile as profiles
 from edgecloud_sd.timing.clock import VirtualClock
 from edgecloud_sd.timing.profile import Profile
@@ -86,7 +87,7 @@ class DataSet:
     """The clips of a run in one language, read once."""
 
     def __init__(self, settings: Settings, language: str) -> None:
-        path = dataset.manifest_path(settings.dataset_path, language)
+        path = clips.manifest_path(settings.dataset_path, language)
         self.clips, self.skipped = dataset.load_manifest(
             path, language, settings.caption_type, settings.on_bad_clip, settings.max_samples
         )

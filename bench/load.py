@@ -22,11 +22,12 @@ import numpy as np
 
 from bench import tables
 from bench.cases import LANGUAGE_CODES
-from edgecloud_sd.config import AUTO, Settings
+from edgecloud_sd.config import Settings
 from edgecloud_sd.events import Committed, Escalated, Prompt, Span, Trace, Verdict, Verified
 from edgecloud_sd.measure.metrics import degraded
 from edgecloud_sd.measure.summary import Metric
 from edgecloud_sd.models import pairs
+from edgecloud_sd.models.devices import AUTO
 from edgecloud_sd.timing.clock import real
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault, Verifier

@@ -13,10 +13,10 @@ from bench import comparison
 from bench.cases import Case, cases
 from bench.comparison import Document
 from edgecloud_sd.acceptance import Rank
-from edgecloud_sd.config import AUTO, Settings
+from edgecloud_sd.config import Settings
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.summary import Summary
-from edgecloud_sd.models.pairs import LOSSLESS_DTYPES
+from edgecloud_sd.models.devices import AUTO, LOSSLESS_DTYPES
 from edgecloud_sd.pipeline import Captioner
 from edgecloud_sd.timing.profile import Profile
 

@@ -27,7 +27,7 @@ from bench.baselines import (
 from bench.cases import SETTINGS
 from bench.conftest import DONE, DataSet, Done, Progress, problems_in_one_line
 from edgecloud_sd.config import Settings
-from edgecloud_sd.models.pairs import LOSSLESS_DTYPES
+from edgecloud_sd.models.devices import LOSSLESS_DTYPES
 from edgecloud_sd.pipeline import Captioner
 from edgecloud_sd.timing.clock import VirtualClock, garbage_collector_frozen
 

@@ -14,7 +14,8 @@ from bench.conftest import DataSet, Progress, problems_in_one_line
 from bench.resume import Unfinished
 from edgecloud_sd.acceptance import Synthetic
 from edgecloud_sd.config import Settings
-from edgecloud_sd.events import Clip, Finished, Trace
+from edgecloud_sd.data.dataset import Clip
+from edgecloud_sd.events import Finished, Trace
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.utilization import Meter, Utilization, unmeasured
 from edgecloud_sd.measure import results, shadow

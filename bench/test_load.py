@@ -32,9 +32,9 @@ from bench.load import (
 from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY
 from edgecloud_sd.cloud.client import Connection
-from edgecloud_sd.cloud.process import connect
-from edgecloud_sd.config import AUTO, Settings
-from edgecloud_sd.models.pairs import LOSSLESS_DTYPES
+from edgecloud_sd.config import Settings
+from edgecloud_sd.connect import connect
+from edgecloud_sd.models.devices import AUTO, LOSSLESS_DTYPES
 from edgecloud_sd.pipeline import Captioner, Cell
 from edgecloud_sd.timing.clock import garbage_collector_frozen
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edgecloud_sd import config
-from edgecloud_sd.cloud.process import connect
+from edgecloud_sd.connect import connect
 from edgecloud_sd.data.dataset import load_audio
 from edgecloud_sd.events import Committed, Event, Trace
 from edgecloud_sd.host import limits

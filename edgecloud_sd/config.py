@@ -18,7 +18,8 @@ from edgecloud_sd import acceptance, gate
 from edgecloud_sd.data.dataset import CAPTION_TYPES, ON_BAD_CLIP
 from edgecloud_sd.data.prompts import LANGUAGES, PROMPT_TYPES
 from edgecloud_sd.decoder import MODES
-from edgecloud_sd.models import pairs
+from edgecloud_sd.models import devices, pairs
+from edgecloud_sd.models.devices import AUTO, DTYPES_OR_AUTO, parse_cloud_dtype, resolve_device
 from edgecloud_sd.models.pairs import PAIRS
 from edgecloud_sd.prefill import PREFILL_TIMES
 from edgecloud_sd.timing import link, profile
@@ -26,8 +27,6 @@ from edgecloud_sd.timing import link, profile
 CLOCKS = ("real", "virtual")
 YES_NO = ("yes", "no")
 MEASURE = "measure"  # the profile of this machine
-AUTO = "auto"  # of a device: a GPU where there is one; of a number format: what suits the device; of a cloud: our own
-DTYPES_OR_AUTO = (AUTO, *pairs.DTYPES)
 ON_CLOUD_FAULT = ("wait", "edge", "error")
 
 
@@ -77,13 +76,6 @@ def _one_of(known: tuple[str, ...]) -> Callable[[str], str]:
         return text
 
     return read
-
-
-def parse_cloud_dtype(text: str) -> str:
-    """A number format of the cloud. ValueError for one that is none, or is an edge's alone."""
-    if text in pairs.QUANTISED_DTYPES:
-        raise ValueError(f"is for the edge alone (--edge-dtype): choose one of {', '.join(DTYPES_OR_AUTO)}")
-    return _one_of(DTYPES_OR_AUTO)(text)
 
 
 def _count(text: str, least: int = 1, also: str = "") -> int:
@@ -222,7 +214,7 @@ class Settings:
     edge_device: str = _option("torch device of the edge: cpu, cuda, cuda:1")
     edge_dtype: str = _choice(
         "number format of the edge; int8 and int4 are of its text model's weights alone, on a CPU",
-        (*pairs.DTYPES, *pairs.QUANTISED_DTYPES),
+        (*devices.DTYPES, *devices.QUANTISED_DTYPES),
     )
     cloud_device: str = _option("torch device of the cloud; auto is a GPU where there is one")
     cloud_dtype: str = _option(
@@ -325,17 +317,6 @@ def resolve(command_line: Mapping[str, str | None], file: Path | None = None) ->
         device, dtype = resolve_device(settings.cloud_device, settings.cloud_dtype)
         settings = replace(settings, cloud_device=device, cloud_dtype=dtype)
     return settings
-
-
-def resolve_device(device: str, dtype: str) -> tuple[str, str]:
-    """A device and a number format, each chosen where it is `AUTO`."""
-    if device == AUTO:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == AUTO:
-        dtype = "float16" if device.startswith("cuda") else "float32"
-    return device, dtype
 
 
 def _check(settings: Settings) -> None:

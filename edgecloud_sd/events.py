@@ -8,7 +8,6 @@ case for the first token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -16,19 +15,6 @@ if TYPE_CHECKING:
 
 Side = Literal["edge", "cloud"]
 Origin = Literal["local", "accepted", "correction", "bonus", "cloud"]
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One entry of a manifest, in one language. `references` are the captions to score against."""
-
-    file_id: str
-    audio_path: Path
-    language: str
-    references: tuple[str, ...]
-    transcription: str | None = None  # given to the prompt where the caption type allows it
-    dataset: str = ""
-    index: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +19,7 @@ from edgecloud_sd.decoder import Decoding
 from edgecloud_sd.events import Event, Prepared, Prompt, Trace
 from edgecloud_sd.forecast.adaptive_k import AdaptiveK
 from edgecloud_sd.gate import DraftStop
-from edgecloud_sd.host import limits
-from edgecloud_sd.models import pairs
+from edgecloud_sd.models import devices, frontend, pairs
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.timing import link as links
 from edgecloud_sd.timing.clock import stamp
@@ -32,7 +31,8 @@ if TYPE_CHECKING:
     from edgecloud_sd.cloud.client import Connection
     from edgecloud_sd.cloud.engine import Identity
     from edgecloud_sd.config import Settings
-    from edgecloud_sd.models.hf import Frontend, HFModel
+    from edgecloud_sd.models.frontend import Frontend
+    from edgecloud_sd.models.hf import HFModel
     from edgecloud_sd.timing.profile import Profile
 
 
@@ -105,16 +105,11 @@ def cells(settings: Settings) -> list[Cell]:
     return list(dict.fromkeys(found))
 
 
-# Parameters below which a model's matrices are too small to share out: a second thread gains nothing there, and on a
-# busy machine each step waits for the later of the two (seen: captions up to ten times slower).
-SMALL = 50_000_000
-
-
 class Captioner:
     """A pair, each side loaded when a mode first needs it: edge mode never loads the cloud.
 
     `threads` is how many CPU threads torch may use, for the whole process; None leaves it torch's own choice for a pair
-    with a model of `SMALL` parameters or more, and is one otherwise. With a `connection` the cloud is a service
+    with a model of 50 M parameters or more, and is one otherwise. With a `connection` the cloud is a service
     elsewhere, and no weights of it are loaded here. `alone` lets the edge finish what the cloud fails.
     """
 
@@ -173,9 +168,9 @@ class Captioner:
     @cached_property
     def front(self) -> Frontend:
         """The edge's front end: where the cloud is elsewhere, cloud mode needs no weights here."""
-        from edgecloud_sd.models import hf
+        from edgecloud_sd.models import load
 
-        return hf.load_frontend(self.pair.edge, self.pair.weights)
+        return load.load_frontend(self.pair.edge, self.pair.weights)
 
     def load(self, mode: str) -> Frontend:
         """Load what `mode` needs, check that it fits together, and return the side that prepares its prompts."""
@@ -186,18 +181,19 @@ class Captioner:
             side = models[0] if models else self.front
             if mode != "edge":
                 cloud = self._connection.remote if self._connection else None
-                there = cloud.traits if cloud else pairs.frontend_traits(self.cloud)
+                there = cloud.traits if cloud else frontend.frontend_traits(self.cloud)
                 name = cloud.name if cloud else self.cloud.name
-                pairs.check_pair(side.name, pairs.frontend_traits(side), name, there)
+                frontend.check_pair(side.name, frontend.frontend_traits(side), name, there)
                 if cloud and (cloud.weights == pairs.DUMMY) != (self.pair.weights == pairs.DUMMY):
                     raise ValueError(f"{name}, at the server, and {side.name} are not both of dummy weights: --weights")
                 if models and self.pair.weights == pairs.DUMMY:
                     from edgecloud_sd.models import dummy
 
                     dummy.check_vocab_sizes(models[0].vocab_size, cloud.vocab_size if cloud else self.cloud.vocab_size)
-            self._loaded[mode] = side, _threads(self._threads, models)
+            threads = devices.choose_threads(self._threads, [model.thinker for model in models])
+            self._loaded[mode] = side, threads
         side, threads = self._loaded[mode]
-        _use(threads)
+        devices.use_threads(threads)
         return side
 
     def prompt(self, request: Request, mode: str) -> Prompt:
@@ -295,34 +291,6 @@ class Captioner:
 
 
 def _load(checkpoint: str, device: str, dtype: str, weights: str) -> HFModel:
-    from edgecloud_sd.models import hf  # brings torch and transformers, which no help text should wait for
+    from edgecloud_sd.models import load  # brings torch and transformers, which no help text should wait for
 
-    return hf.load_model(checkpoint, device, dtype, weights)
-
-
-def use_threads(asked: int | None, models: Sequence[HFModel]) -> None:
-    """Let torch run these models on `asked` threads; None chooses, as `Captioner` says."""
-    _use(_threads(asked, models))
-
-
-def _threads(asked: int | None, sides: Sequence[HFModel]) -> int:
-    """How many threads these sides are to run on, as `Captioner` says."""
-    small = all(side.thinker.num_parameters() < SMALL for side in sides)
-    return asked or (1 if small else _torch_threads())
-
-
-def _use(threads: int) -> None:
-    import torch
-
-    _torch_threads()  # noted before the first change
-    threads = min(threads, limits.usable_cores())
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
-
-
-@cache
-def _torch_threads() -> int:
-    """Torch's own choice for this machine."""
-    import torch
-
-    return torch.get_num_threads()
+    return load.load_model(checkpoint, device, dtype, weights)

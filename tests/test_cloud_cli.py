@@ -178,7 +178,7 @@ def test_a_server_says_where_it_is_and_stops_within_seconds_even_in_a_stream(how
 
 @pytest.mark.slow
 def test_a_server_of_ones_own_ends_with_its_parent() -> None:
-    code = "import sys, time; from edgecloud_sd.cloud import process\nwith process.running(sys.argv[1]) as server:\n"
+    code = "import sys, time; from edgecloud_sd.cloud import process\nwith process.run_server(sys.argv[1]) as server:\n"
     code += "    print(server.url, server.process.pid, flush=True)\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, POCKET], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgecloud_sd.data import dataset
-from edgecloud_sd.data.dataset import SAMPLE_RATE, BadClip, Skipped, load_audio, load_manifest, manifest_path
+from edgecloud_sd.data import __main__, dataset
+from edgecloud_sd.data.dataset import SAMPLE_RATE, BadClip, Skipped, load_audio, load_manifest
+from edgecloud_sd.data.secap import import_secap
 from edgecloud_sd.host.files import write_whole
+from edgecloud_sd.pocket.clips import manifest_path
 
 Samples = NDArray[np.float64]
 SECONDS = 0.5
@@ -497,7 +499,7 @@ def test_a_folder_in_secaps_layout_gets_a_hint(secap: Path) -> None:
     with pytest.raises(BadClip) as error:
         manifest_path(secap, "chinese")
     assert str(error.value).startswith(f"{secap}: holds no manifest.json")
-    assert "python -m edgecloud_sd.data.dataset secap" in str(error.value)
+    assert "python -m edgecloud_sd.data secap" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "Pocket", "nowhere/manifest.json"])
@@ -529,7 +531,7 @@ def secap(tmp_path: Path) -> Path:
 
 
 def test_every_clip_of_secap_becomes_an_entry_in_the_order_of_its_id(secap: Path) -> None:
-    assert dataset.import_secap(secap, secap / "manifest.json") == 2
+    assert import_secap(secap, secap / "manifest.json") == 2
     first, second = json.loads((secap / "manifest.json").read_text(encoding="utf-8"))
     assert first == {
         "file_id": "tx_01",
@@ -547,7 +549,7 @@ def test_every_clip_of_secap_becomes_an_entry_in_the_order_of_its_id(secap: Path
 
 
 def test_the_manifest_of_secap_can_be_loaded(secap: Path) -> None:
-    dataset.import_secap(secap, secap / "manifest.json")
+    import_secap(secap, secap / "manifest.json")
     clips, skipped = load_manifest(manifest_path(secap, "chinese"), "chinese", "original")
     assert [(clip.file_id, clip.transcription) for clip in clips] == [("tx_01", "别过来"), ("tx_02", "今天 下雨")]
     assert skipped == []
@@ -563,7 +565,7 @@ def test_the_manifest_of_secap_can_be_loaded(secap: Path) -> None:
     ],
 )
 def test_the_manifest_of_secap_may_lie_anywhere(secap: Path, where: str, absolute: bool) -> None:
-    dataset.import_secap(secap, secap / where)
+    import_secap(secap, secap / where)
     assert len(load_manifest(secap / where, "chinese")[0]) == 2
     written = json.loads((secap / where).read_text(encoding="utf-8"))
     assert [Path(each["audio_path"]).is_absolute() for each in written] == [absolute] * 2
@@ -571,7 +573,7 @@ def test_the_manifest_of_secap_may_lie_anywhere(secap: Path, where: str, absolut
 
 def test_a_clip_of_secap_without_text_has_no_transcription(secap: Path) -> None:
     (secap / "text.txt").write_text("tx_01 别过来\n", encoding="utf-8")
-    dataset.import_secap(secap, secap / "manifest.json")
+    import_secap(secap, secap / "manifest.json")
     clips, _ = load_manifest(secap / "manifest.json", "chinese", "original")
     assert [clip.transcription for clip in clips] == ["别过来", None]
 
@@ -580,7 +582,7 @@ def test_a_clip_of_secap_without_text_has_no_transcription(secap: Path) -> None:
 def test_a_missing_file_of_secap_is_named(secap: Path, name: str) -> None:
     (secap / name).unlink()
     with pytest.raises(BadClip) as error:
-        dataset.import_secap(secap, secap / "manifest.json")
+        import_secap(secap, secap / "manifest.json")
     assert str(error.value).startswith(f"{secap / name}: no such file")
 
 
@@ -591,14 +593,14 @@ def test_a_missing_file_of_secap_is_named(secap: Path, name: str) -> None:
 def test_malformed_captions_of_secap_are_named(secap: Path, content: bytes, complaint: str) -> None:
     (secap / "fid2captions.json").write_bytes(content)
     with pytest.raises(BadClip) as error:
-        dataset.import_secap(secap, secap / "manifest.json")
+        import_secap(secap, secap / "manifest.json")
     assert str(error.value).startswith(f"{secap / 'fid2captions.json'}: {complaint}")
 
 
 def test_texts_of_secap_that_are_not_utf_8_are_named(secap: Path) -> None:
     (secap / "text.txt").write_bytes("tx_01 别过来\n".encode("gbk"))
     with pytest.raises(BadClip) as error:
-        dataset.import_secap(secap, secap / "manifest.json")
+        import_secap(secap, secap / "manifest.json")
     assert str(error.value).startswith(f"{secap / 'text.txt'}: ")
 
 
@@ -606,21 +608,21 @@ def test_a_caption_of_secap_without_audio_is_named_and_nothing_written(secap: Pa
     audio_file = secap / "wav" / "tx_02.wav"
     audio_file.unlink()
     with pytest.raises(BadClip) as error:
-        dataset.import_secap(secap, secap / "manifest.json")
+        import_secap(secap, secap / "manifest.json")
     assert "tx_02: has a caption" in str(error.value)
     assert str(audio_file) in str(error.value)
     assert not (secap / "manifest.json").exists()
 
 
 def test_secap_writes_beside_the_audio(secap: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dataset.main(["secap", str(secap)])
+    __main__.main(["secap", str(secap)])
     assert capsys.readouterr().out == f"2 clips in {secap / 'manifest.json'}\n"
     assert (secap / "manifest.json").is_file()
 
 
 def test_secap_writes_where_it_is_told(secap: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = secap.parent / "made.json"
-    dataset.main(["secap", str(secap), "--output", str(target)])
+    __main__.main(["secap", str(secap), "--output", str(target)])
     assert str(target) in capsys.readouterr().out
     assert target.is_file()
     assert not (secap / "manifest.json").exists()
@@ -629,7 +631,7 @@ def test_secap_writes_where_it_is_told(secap: Path, capsys: pytest.CaptureFixtur
 def test_check_lists_what_is_wrong_in_each_language(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = entry(file_id="two", audio_path="wav/bad.wav")
     with pytest.raises(SystemExit) as stop:
-        dataset.main(["check", str(manifest(folder, entry(english_caption=None), bad))])
+        __main__.main(["check", str(manifest(folder, entry(english_caption=None), bad))])
     assert stop.value.code == 1
     chinese, reason, english = capsys.readouterr().out.splitlines()
     assert chinese == "chinese: 1 clips are good, 1 are not"
@@ -638,25 +640,25 @@ def test_check_lists_what_is_wrong_in_each_language(folder: Path, capsys: pytest
 
 
 def test_check_is_content_with_clips_that_are_good_in_one_language(folder: Path) -> None:
-    dataset.main(["check", str(manifest(folder, entry(english_caption=None)))])
+    __main__.main(["check", str(manifest(folder, entry(english_caption=None)))])
 
 
 @pytest.mark.parametrize("caption", [5, None, "", " "])
 def test_a_caption_of_secap_that_is_no_text_is_named(secap: Path, caption: object) -> None:
     (secap / "fid2captions.json").write_text(json.dumps({"tx_01": caption}))
     with pytest.raises(BadClip, match="tx_01: must have a text that is not empty"):
-        dataset.import_secap(secap, secap / "manifest.json")
+        import_secap(secap, secap / "manifest.json")
 
 
 def test_secap_without_captions_is_refused(secap: Path) -> None:
     (secap / "fid2captions.json").write_text("{}")
     with pytest.raises(BadClip, match="holds no caption"):
-        dataset.import_secap(secap, secap / "manifest.json")
+        import_secap(secap, secap / "manifest.json")
 
 
 def test_texts_of_secap_may_be_set_off_by_a_tab(secap: Path) -> None:
     (secap / "text.txt").write_text("tx_01\t别过来 了\n", encoding="utf-8")
-    dataset.import_secap(secap, secap / "manifest.json")
+    import_secap(secap, secap / "manifest.json")
     entries = json.loads((secap / "manifest.json").read_text(encoding="utf-8"))
     assert [each["transcription"] for each in entries] == ["别过来 了", None]
 
@@ -664,7 +666,7 @@ def test_texts_of_secap_may_be_set_off_by_a_tab(secap: Path) -> None:
 @pytest.mark.parametrize("command", ["secap", "check"])
 def test_a_missing_path_exits_with_its_name(tmp_path: Path, command: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        dataset.main([command, str(tmp_path / "nowhere")])
+        __main__.main([command, str(tmp_path / "nowhere")])
     assert str(stop.value).startswith("error: ")
     assert str(tmp_path / "nowhere") in str(stop.value)
 
@@ -672,9 +674,9 @@ def test_a_missing_path_exits_with_its_name(tmp_path: Path, command: str) -> Non
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["secap"], ["check"]], ids=str)
 def test_a_command_that_is_not_whole_exits_with_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        dataset.main(arguments)
+        __main__.main(arguments)
     assert stop.value.code == 2
-    assert "usage: python -m edgecloud_sd.data.dataset" in capsys.readouterr().err
+    assert "usage: python -m edgecloud_sd.data" in capsys.readouterr().err
 
 
 def test_a_file_is_written_in_utf_8_and_its_folder_made(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from edgecloud_sd.config import resolve
 from edgecloud_sd.events import Prompt
 from edgecloud_sd.host import limits
 from edgecloud_sd.measure import quality
-from edgecloud_sd.models import dummy, hf, memory, pairs
-from edgecloud_sd.models.pairs import DTYPES, DUMMY, PAIRS, QUANTISED_DTYPES
+from edgecloud_sd.models import dummy, frontend, hf, load, memory, pairs
+from edgecloud_sd.models.devices import DTYPES, QUANTISED_DTYPES
+from edgecloud_sd.models.pairs import DUMMY, PAIRS
 from edgecloud_sd.pipeline import Captioner, Cell, Request
 
 pytestmark = pytest.mark.slow  # all of it takes long beside the rest
@@ -79,7 +80,7 @@ def test_of_the_published_edge_int8_takes_a_third_of_float32() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES + QUANTISED_DTYPES)
 def test_a_config_alone_makes_a_model_that_says_different_finite_things(dtype: str, folder: Path) -> None:
-    model = hf.load_model(folder, dtype=dtype, weights=DUMMY)
+    model = load.load_model(folder, dtype=dtype, weights=DUMMY)
     ids, logits = said(model)
     assert len(set(ids)) > 3
     assert logits.isfinite().all()
@@ -92,14 +93,16 @@ def test_a_config_alone_makes_a_model_that_says_different_finite_things(dtype: s
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_deep_model_keeps_its_scale(dtype: str, tmp_path: Path) -> None:
-    model = hf.load_model(write(tmp_path / "deep", num_hidden_layers=64), dtype=dtype, weights=DUMMY)
+    model = load.load_model(write(tmp_path / "deep", num_hidden_layers=64), dtype=dtype, weights=DUMMY)
     ids, logits = said(model)
     assert len(set(ids)) > 3
     assert 0.5 < logits.float().std() < 2.5
 
 
 def test_formats_and_runs_have_the_same_weights_and_sides_have_their_own_sizes(folder: Path) -> None:
-    one, same, half = (hf.load_model(folder, dtype=each, weights=DUMMY) for each in ("float32", "float32", "bfloat16"))
+    one, same, half = (
+        load.load_model(folder, dtype=each, weights=DUMMY) for each in ("float32", "float32", "bfloat16")
+    )
     for name, value in one.thinker.state_dict().items():
         assert torch.equal(value, same.thinker.state_dict()[name])
         assert torch.equal(value, half.thinker.state_dict()[name].float())
@@ -113,7 +116,7 @@ def test_tables_of_positions_are_those_of_a_model_that_is_built_as_usual(folder:
     config = dummy.configuration(folder)
     config.vision_config.depth, config.vision_config.hidden_size = 1, 64  # a tower of the usual size takes a minute
     usual = Qwen2_5OmniThinkerForConditionalGeneration(config).model
-    made = hf.load_model(folder, weights=DUMMY).thinker.model
+    made = load.load_model(folder, weights=DUMMY).thinker.model
     for part in ("audio_tower", "language_model"):
         expected = dict(getattr(usual, part).named_buffers())
         found = dict(getattr(made, part).named_buffers())
@@ -125,16 +128,16 @@ def test_tied_embeddings_are_one_tensor(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    thinker = hf.load_model(folder, weights=DUMMY).thinker
+    thinker = load.load_model(folder, weights=DUMMY).thinker
     assert thinker.lm_head.weight is thinker.get_input_embeddings().weight
-    rounded = hf.load_model(folder, dtype="int8", weights=DUMMY).thinker
+    rounded = load.load_model(folder, dtype="int8", weights=DUMMY).thinker
     head, table = rounded.lm_head, rounded.get_input_embeddings().weight.float()
     assert torch.allclose(head.weight * head.scale.float()[:, None], table, atol=float(head.scale.max()))
 
 
 def test_every_id_has_text_or_none_and_both_published_sides_are_a_pair() -> None:
-    edge, cloud = (hf.load_frontend(each, DUMMY) for each in (PUBLISHED.edge, PUBLISHED.cloud))
-    pairs.check_pair(edge.name, pairs.frontend_traits(edge), cloud.name, pairs.frontend_traits(cloud))
+    edge, cloud = (load.load_frontend(each, DUMMY) for each in (PUBLISHED.edge, PUBLISHED.cloud))
+    frontend.check_pair(edge.name, frontend.frontend_traits(edge), cloud.name, frontend.frontend_traits(cloud))
     tokens = len(edge.tokenizer.tokenizer)
     known = [300, 151_935 % tokens]
     assert edge.tokenizer.decode([7 * tokens + 300, 151_935]) == edge.tokenizer.tokenizer.decode(known)
@@ -163,7 +166,7 @@ def test_a_pair_of_configs_is_strict_and_says_what_it_is(tmp_path: Path) -> None
 
 
 def test_no_side_says_an_id_that_the_other_may_not_have(folder: Path) -> None:
-    model = hf.load_model(folder, weights=DUMMY)
+    model = load.load_model(folder, weights=DUMMY)
     assert not model.thinker.lm_head.weight[-10:].any()
     assert model.thinker.lm_head.weight[:-10].any(1).all()
     _, logits = said(model, 40)
@@ -191,17 +194,17 @@ def test_quality_that_means_nothing_is_null_with_its_reason() -> None:
 
 def test_what_has_no_dimensions_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no dimensions of 'Qwen/Other': give a folder with a config\.json"):
-        hf.load_model("Qwen/Other", weights=DUMMY)
+        load.load_model("Qwen/Other", weights=DUMMY)
     with pytest.raises(OSError, match="cannot be loaded"):
-        hf.load_model(tmp_path, weights=DUMMY)
+        load.load_model(tmp_path, weights=DUMMY)
     with pytest.raises(ValueError, match="has 100 rows for the 640 tokens of its tokenizer"):
-        hf.load_model(write(tmp_path / "short", vocab_size=100), weights=DUMMY)
+        load.load_model(write(tmp_path / "short", vocab_size=100), weights=DUMMY)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "rooms", lambda *_: iter([memory.Room(200_000, "0 GB are free", "loaded", "buy more")]))
     with pytest.raises(ValueError, match=r"small-dummy' needs 0\.001 GB in float32, and 0 GB are free: buy more$"):
-        hf.load_model(folder, weights=DUMMY)
+        load.load_model(folder, weights=DUMMY)
 
 
 @pytest.mark.parametrize(
@@ -228,12 +231,12 @@ def test_sizes_that_do_not_go_together_are_one_line(
     config["audio_config"] |= audio
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(OSError, match=message) as refused:
-        hf.load_model(folder, weights=DUMMY)
+        load.load_model(folder, weights=DUMMY)
     assert len(str(refused.value).splitlines()) == 1
 
 
 def test_only_tables_of_ids_end_in_padding(tmp_path: Path) -> None:
-    thinker = hf.load_model(write(tmp_path / "square", vocab_size=704, hidden_size=704), weights=DUMMY).thinker
+    thinker = load.load_model(write(tmp_path / "square", vocab_size=704, hidden_size=704), weights=DUMMY).thinker
     ends = {
         name: value[dummy.unpadded_size(704) :] for name, value in thinker.state_dict().items() if len(value) == 704
     }
@@ -245,19 +248,19 @@ def test_only_tables_of_ids_end_in_padding(tmp_path: Path) -> None:
 def test_the_memory_that_a_process_is_held_to_holds_for_it_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "in_force", lambda: SimpleNamespace(memory_bytes=1))
     with pytest.raises(ValueError, match="small-dummy' needs"):
-        hf.load_model(folder, weights=DUMMY)
+        load.load_model(folder, weights=DUMMY)
 
 
 PEAK = r"""
 import re, sys
 from pathlib import Path
-from edgecloud_sd.models import hf
+from edgecloud_sd.models.load import load_model
 from edgecloud_sd.models.pairs import PAIRS
 def peak():  # getrusage's would be inherited from who started this
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-hf.load(PAIRS["pocket"].edge, dtype=sys.argv[2], weights="dummy")
+load_model(PAIRS["pocket"].edge, dtype=sys.argv[2], weights="dummy")
 before = peak()
-hf.load(sys.argv[1], dtype=sys.argv[2], weights="dummy")
+load_model(sys.argv[1], dtype=sys.argv[2], weights="dummy")
 print(peak() - before)
 """
 
@@ -292,7 +295,7 @@ def test_folders_of_which_one_knows_more_ids_are_refused_before_a_caption(tmp_pa
 
 @pytest.mark.parametrize(("here", "there"), [(DUMMY, pairs.REAL), (pairs.REAL, DUMMY)])
 def test_a_server_and_an_edge_are_both_of_dummy_weights_or_neither(here: str, there: str) -> None:
-    served = Transformers(hf.load_model(PAIRS["pocket"].cloud, weights=there), "float32", there)
+    served = Transformers(load.load_model(PAIRS["pocket"].cloud, weights=there), "float32", there)
     connection: Any = SimpleNamespace(remote=served.identity)
     captioner = Captioner(pairs.find_pair("pocket", weights=here), connection=connection)
     with pytest.raises(ValueError, match="not both of dummy weights: --weights"):

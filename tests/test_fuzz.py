@@ -217,7 +217,7 @@ def test_whatever_one_client_asks_another_is_served_as_if_it_were_alone(seed: in
 
 SERVER = """
 import sys
-from edgecloud_sd.cloud.sessions import Limits
+from edgecloud_sd.cloud.sessions import ServiceLimits
 from tests.support.asgi import KEY, OTHER_KEY, SpyEngine
 from tests.support.serving import served
 
@@ -227,7 +227,7 @@ class Forgetful(list):  # a spy that has to forget, or it would grow by what it 
 engine = SpyEngine()
 engine.model.calls = engine.model.sessions = Forgetful()
 engine.model.open = lambda prompt: engine.model.model.open(prompt)
-with served(engine, Limits(max_sessions=4, max_audio_seconds=2), (KEY, OTHER_KEY)) as url:
+with served(engine, ServiceLimits(max_sessions=4, max_audio_seconds=2), (KEY, OTHER_KEY)) as url:
     print(url, flush=True)
     sys.stdin.read()
 """

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgecloud_sd.events import Prompt
-from edgecloud_sd.models import hf, pairs
+from edgecloud_sd.models import frontend, hf, load, pairs
 from edgecloud_sd.models.cache import Cache
 from edgecloud_sd.models.text import TextModel
 from edgecloud_sd.pipeline import Captioner, Request
@@ -35,7 +35,7 @@ def whole(tmp_path: Path) -> Path:
 
 
 def test_a_whole_omni_checkpoint_gives_its_thinker(whole: Path, captioner: Captioner) -> None:
-    loaded = hf.load_model(whole)
+    loaded = load.load_model(whole)
     expected = captioner.edge.thinker.state_dict()
     found = loaded.thinker.state_dict()
     assert found.keys() == expected.keys()
@@ -45,21 +45,21 @@ def test_a_whole_omni_checkpoint_gives_its_thinker(whole: Path, captioner: Capti
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_other_number_formats_are_kept(dtype: str) -> None:
-    assert hf.load_model(pairs.PAIRS["pocket"].edge, dtype=dtype).thinker.dtype == getattr(torch, dtype)
+    assert load.load_model(pairs.PAIRS["pocket"].edge, dtype=dtype).thinker.dtype == getattr(torch, dtype)
 
 
 def test_an_unknown_number_format_names_the_known() -> None:
     with pytest.raises(ValueError, match="unknown dtype 'int3': choose one of float32, float16"):
-        hf.load_model(pairs.PAIRS["pocket"].edge, dtype="int3")
+        load.load_model(pairs.PAIRS["pocket"].edge, dtype="int3")
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="cannot be loaded"):
-        hf.load_model(tmp_path)
+        load.load_model(tmp_path)
 
 
-def check(edge: hf.Frontend, cloud: hf.Frontend) -> None:
-    pairs.check_pair(edge.name, pairs.frontend_traits(edge), cloud.name, pairs.frontend_traits(cloud))
+def check(edge: frontend.Frontend, cloud: frontend.Frontend) -> None:
+    frontend.check_pair(edge.name, frontend.frontend_traits(edge), cloud.name, frontend.frontend_traits(cloud))
 
 
 def test_sides_with_other_tokenizers_are_no_pair(captioner: Captioner) -> None:
@@ -83,7 +83,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     kept = {name: weight for name, weight in weights.items() if "layers.1." not in name and "lm_head" not in name}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OSError, match=r"cannot be loaded: it lacks \d+ weights"):
-        hf.load_model(folder)
+        load.load_model(folder)
 
 
 def test_a_cut_off_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -92,13 +92,13 @@ def test_a_cut_off_checkpoint_is_refused(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(OSError, match="cannot be loaded"):
-        hf.load_model(folder)
+        load.load_model(folder)
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
     with pytest.raises(OSError, match="it is a qwen2, not one of qwen2_5_omni"):
-        hf.load_model(tmp_path)
+        load.load_model(tmp_path)
 
 
 def test_logits_that_are_not_finite_raise(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,16 +18,17 @@ from safetensors.numpy import save_file
 
 from edgecloud_sd.host import limits
 from edgecloud_sd.models import memory
+from edgecloud_sd.models.devices import DTYPES
 from edgecloud_sd.models.memory import BYTES, Need, check_checkpoint_fits, checkpoint_need, rooms, weights_digest
-from edgecloud_sd.models.pairs import DTYPES, PAIRS
+from edgecloud_sd.models.pairs import PAIRS
 
 MB = 1_000_000
 # In a process of its own: what the edge's loading imports and keeps is there before anything is counted.
 MAPPED = """
 import json, re, sys
 import torch
-from edgecloud_sd import pairs
-from edgecloud_sd.models import hf
+from edgecloud_sd.models import pairs
+from edgecloud_sd.models.load import load_model
 from edgecloud_sd.events import Prompt
 
 def maps():
@@ -41,7 +42,7 @@ def maps():
     return found
 
 def decoded(checkpoint):
-    model = hf.load(checkpoint)
+    model = load_model(checkpoint)
     with torch.inference_mode():
         model.open(Prompt((1, 2, 3, 4))).extend([5, 6])
     return model

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edgecloud_sd.cloud.__main__ import main
 from edgecloud_sd.config import ConfigError, resolve
 from edgecloud_sd.events import Prompt
-from edgecloud_sd.models import hf, memory, pairs, quantized
+from edgecloud_sd.models import devices, hf, load, memory, pairs, quantized
 from edgecloud_sd.models.quantized import GROUP, MIN_ROWS_TO_UNPACK, HalfEmbedding, HalfLinear, Int4Linear, Int8Linear
 from edgecloud_sd.pipeline import Captioner
 
@@ -139,7 +139,7 @@ def logits(model: hf.HFModel) -> Tensor:
 
 @pytest.mark.parametrize(("dtype", "most"), [("int8", 0.2), ("int4", 1.0)])
 def test_a_checkpoint_in_fewer_bits_says_nearly_the_same(dtype: str, most: float, captioner: Captioner) -> None:
-    model = hf.load_model(pairs.PAIRS["pocket"].edge, dtype=dtype)
+    model = load.load_model(pairs.PAIRS["pocket"].edge, dtype=dtype)
     near, exact = logits(model), logits(captioner.edge)
     assert near.dtype == torch.float32
     assert 0 < (near - exact).square().mean().sqrt() < most * exact.std()
@@ -150,11 +150,11 @@ def test_a_checkpoint_in_fewer_bits_says_nearly_the_same(dtype: str, most: float
     assert not audio & {Int8Linear, Int4Linear}
 
 
-@pytest.mark.parametrize("dtype", pairs.QUANTISED_DTYPES)
+@pytest.mark.parametrize("dtype", devices.QUANTISED_DTYPES)
 @pytest.mark.parametrize("side", ["edge", "cloud"])
 def test_a_checkpoint_takes_what_memory_says_that_it_needs(dtype: str, side: str) -> None:
     checkpoint = getattr(pairs.PAIRS["pocket"], side)
-    thinker = hf.load_model(checkpoint, dtype=dtype).thinker
+    thinker = load.load_model(checkpoint, dtype=dtype).thinker
     need = memory.checkpoint_need(checkpoint, dtype)
     assert need is not None
     assert need.loaded == held(thinker)
@@ -167,7 +167,7 @@ def held(thinker: nn.Module) -> int:
 
 
 def test_tied_embeddings_are_rounded_for_the_head_and_looked_up_as_they_are() -> None:
-    model = hf.load_model(pairs.PAIRS["pocket"].edge)
+    model = load.load_model(pairs.PAIRS["pocket"].edge)
     model.thinker.lm_head.weight = model.thinker.get_input_embeddings().weight
     table = model.thinker.lm_head.weight.detach().clone()
     quantized.quantise(model.thinker, "int8")
@@ -176,13 +176,13 @@ def test_tied_embeddings_are_rounded_for_the_head_and_looked_up_as_they_are() ->
     assert torch.equal(model.thinker.lm_head.weight, quantized.int8(table)[0])
     shapes = {"lm_head.weight": (640, 96), "model.embed_tokens.weight": (640, 96), "model.norm.weight": (96,)}
     tied = {name: shape for name, shape in shapes.items() if "lm_head" not in name}
-    for dtype in pairs.QUANTISED_DTYPES:
+    for dtype in devices.QUANTISED_DTYPES:
         assert memory.loaded_bytes(tied, dtype) == memory.loaded_bytes(shapes, dtype)
 
 
 @pytest.mark.slow
 def test_no_more_than_one_layer_is_there_twice() -> None:
-    thinker = hf.load_model(pairs.PAIRS["pocket"].edge).thinker
+    thinker = load.load_model(pairs.PAIRS["pocket"].edge).thinker
     done: list[weakref.ref[Tensor]] = []
     most = 0
 
@@ -198,7 +198,7 @@ def test_no_more_than_one_layer_is_there_twice() -> None:
     assert most <= 1
 
 
-@pytest.mark.parametrize("dtype", pairs.QUANTISED_DTYPES)
+@pytest.mark.parametrize("dtype", devices.QUANTISED_DTYPES)
 def test_the_cloud_has_other_formats(dtype: str) -> None:
     with pytest.raises(ConfigError, match=f"--cloud-dtype: '{dtype}' is for the edge alone .--edge-dtype.: choose one"):
         resolve({"cloud-dtype": dtype})
@@ -227,7 +227,7 @@ def test_a_machine_without_the_kernel_says_what_to_take(
     monkeypatch.setattr(owner, kernel, missing)
     message = rf"'{dtype}' has no kernel here \(not implemented for this CPU\): choose one of float32, float16"
     with pytest.raises(ValueError, match=message):
-        hf.load_model(pairs.PAIRS["pocket"].edge, dtype=dtype)
+        load.load_model(pairs.PAIRS["pocket"].edge, dtype=dtype)
 
 
 @pytest.mark.parametrize(("n", "k", "taken"), [(16, 32, True), (48, 96, True), (24, 32, False), (16, 48, False)])

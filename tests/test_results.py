@@ -14,9 +14,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from edgecloud_sd.data.dataset import Skipped
+from edgecloud_sd.data.dataset import Clip, Skipped
 from edgecloud_sd.events import (
-    Clip,
     Committed,
     Draft,
     Drafted,

@@ -27,7 +27,7 @@ HELP = (
     "edgecloud_sd caption --help",
     "edgecloud_sd.cloud --help",
     "edgecloud_sd.cloud serve --help",
-    "edgecloud_sd.data.dataset --help",
+    "edgecloud_sd.data --help",
     "edgecloud_sd.pocket --help",
     "bench.report --help",
 )

@@ -19,7 +19,7 @@ from edgecloud_sd import config
 from edgecloud_sd.measure import results
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.summary import METRICS
-from edgecloud_sd.models import hf, pairs
+from edgecloud_sd.models import hf, load, pairs
 from edgecloud_sd.pipeline import Captioner
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.pytest_plugin import join
@@ -121,13 +121,13 @@ def test_each_side_is_loaded_once_for_all_cells_and_loads(
     monkeypatch.setattr("cpuinfo.get_cpu_info", dict)
     loaded: list[str] = []
 
-    load = hf.load_model
+    load_model = load.load_model
 
     def counted(checkpoint: str, *how: str) -> hf.HFModel:
         loaded.append(checkpoint)
-        return load(checkpoint, *how)
+        return load_model(checkpoint, *how)
 
-    monkeypatch.setattr(hf, "load_model", counted)
+    monkeypatch.setattr(load, "load_model", counted)
     done = run(pytester, "--max-samples", "1", "--max-new-tokens", "4", "--k", "1,2")
     # cells, edges at once on a server, which loads its own, and what transformers does with the same two
     done.assert_outcomes(passed=4 + 3 + 1)

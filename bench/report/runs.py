@@ -10,8 +10,8 @@ from typing import Any
 
 from bench import forecasts
 from bench.comparison import Document
-from edgecloud_sd.config import AUTO
 from edgecloud_sd.measure import results, traces
+from edgecloud_sd.models.devices import AUTO
 from edgecloud_sd.timing import link
 from edgecloud_sd.timing import profile as profiles
 

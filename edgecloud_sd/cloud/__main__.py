@@ -17,12 +17,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgecloud_sd import config
 from edgecloud_sd.cloud import engine as engines
 from edgecloud_sd.cloud.keys import read_keys
 from edgecloud_sd.cloud.sessions import ServiceLimits
-from edgecloud_sd.models import pairs
-from edgecloud_sd.pipeline import use_threads
+from edgecloud_sd.models import devices, pairs
+from edgecloud_sd.models.devices import choose_threads, use_threads
 
 if TYPE_CHECKING:
     import uvicorn
@@ -51,7 +50,7 @@ def serve_parser() -> argparse.ArgumentParser:
     add("--engine", choices=engines.ENGINE_NAMES, default=engines.ENGINE_NAMES[0], help=f"what computes {shown}")
     add("--device", default="cpu", help=f"torch device, or auto: a GPU where there is one {shown}")
     add("--weights", default=pairs.REAL, choices=pairs.WEIGHTS, help=f"dummy ones are random {shown}")
-    dtypes = ", ".join(config.DTYPES_OR_AUTO)
+    dtypes = ", ".join(devices.DTYPES_OR_AUTO)
     add("--dtype", default="float32", help=f"number format: {dtypes}; auto is by the device {shown}")
     add("--threads", type=int, help="CPU threads of torch (default: one for models under 50 M parameters)")
     add("--host", default=LOOPBACK, help=f"address to listen on {shown}")
@@ -86,7 +85,7 @@ def serve(options: argparse.Namespace) -> None:
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')}: must be a number above 0, not {value}")
     try:
-        asked = config.parse_cloud_dtype(options.dtype)
+        asked = devices.parse_cloud_dtype(options.dtype)
     except ValueError as error:
         raise ValueError(f"--dtype: {options.dtype!r} {error}") from None
     limits = ServiceLimits(options.max_sessions, options.idle_timeout, options.max_audio_seconds, options.max_tokens)
@@ -97,10 +96,10 @@ def serve(options: argparse.Namespace) -> None:
     with listening:
         if options.until_stdin_closes:
             threading.Thread(target=stop_with_stdin, daemon=True).start()
-        device, dtype = config.resolve_device(options.device, asked)
+        device, dtype = devices.resolve_device(options.device, asked)
         engine = engines.load_engine(options.engine, options.model, device, dtype, given, options.weights)
         if isinstance(engine, engines.Transformers):
-            use_threads(options.threads, [engine.model])
+            use_threads(choose_threads(options.threads, [engine.model.thinker]))
         app = create_app(engine, limits, keys)
         server = uvicorn.Server(
             uvicorn.Config(

@@ -29,7 +29,7 @@ from edgecloud_sd import wire
 from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.engine import Identity
 from edgecloud_sd.events import Prompt, Verdict
-from edgecloud_sd.models.pairs import Traits
+from edgecloud_sd.models.frontend import Traits
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault

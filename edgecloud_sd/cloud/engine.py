@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from edgecloud_sd.acceptance import Rank, Rule
-from edgecloud_sd.models.pairs import DUMMY, REAL, Traits, frontend_traits
+from edgecloud_sd.models.frontend import Traits, frontend_traits
+from edgecloud_sd.models.pairs import DUMMY, REAL
 from edgecloud_sd.verifier import LocalVerifier, Verifier
 
 if TYPE_CHECKING:
@@ -140,15 +141,15 @@ def load_engine(
 
     vLLM finds its devices itself, and `flags` are its engine arguments.
     """
-    from edgecloud_sd.models import hf
+    from edgecloud_sd.models import load
 
     if name == "vllm":
         from edgecloud_sd.cloud import vllm_engine
 
         if weights != REAL:
             raise ValueError(f"--weights: {weights} is for --engine {ENGINE_NAMES[0]}")
-        front = hf.load_frontend(checkpoint)
+        front = load.load_frontend(checkpoint)
         return VLLM(vllm_engine.load_vllm(checkpoint, dtype, flags), frontend_traits(front), dtype)
     if flags:
         raise ValueError(f"--engine-option: {next(iter(flags))} is for --engine vllm")
-    return Transformers(hf.load_model(checkpoint, device, dtype, weights), dtype, weights)
+    return Transformers(load.load_model(checkpoint, device, dtype, weights), dtype, weights)

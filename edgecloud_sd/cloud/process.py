@@ -7,54 +7,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgecloud_sd.cloud.client import PATIENCE, Connection
-from edgecloud_sd.cloud.keys import read_keys
-from edgecloud_sd.config import AUTO
-from edgecloud_sd.data.dataset import MAX_CLIP_SECONDS
-from edgecloud_sd.models import pairs
-from edgecloud_sd.verifier import CloudFault
-
 if TYPE_CHECKING:
-    from edgecloud_sd.config import Settings
-
-
-MOST_TOKENS = 32_768  # of a prompt and its caption: what the published models take
-
-
-@contextmanager
-def connect(settings: Settings) -> Iterator[Connection | None]:
-    """The connection that a run asks for, to a server that is there or to one started for it; None without either.
-
-    ValueError, OSError or CloudFault where there is no such server.
-    """
-    if settings.cloud_url is None or settings.mode == ("edge",):
-        yield None
-        return
-    patience = PATIENCE[settings.on_cloud_fault]
-    with ExitStack() as stack:
-        url, key = settings.cloud_url, None
-        if settings.cloud_key_file:
-            key = read_keys(Path(settings.cloud_key_file))[0]
-        if url == AUTO:
-            pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
-            # whatever the data set may hold: this server is this run's alone
-            more = ["--max-audio-seconds", str(MAX_CLIP_SECONDS), "--max-tokens", str(MOST_TOKENS)]
-            more += ["--threads", str(settings.threads)] if settings.threads else []
-            more += ["--weights", pair.weights]
-            server = stack.enter_context(run_server(pair.cloud, settings.cloud_device, settings.cloud_dtype, more))
-            url, key = server.url, server.key
-        connection = Connection(url, key, settings.cloud_timeout, patience)
-        stack.callback(connection.close)
-        try:
-            _ = connection.remote
-        except CloudFault as fault:
-            raise CloudFault(f"--cloud-url: {url}: {fault}") from None
-        yield connection
+    pass
 
 
 @dataclass(frozen=True)

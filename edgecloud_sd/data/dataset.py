@@ -4,15 +4,13 @@ A manifest is a JSON list of objects with the published keys `file_id`, `dataset
 manifest), `caption`, `transcription`, `chinese_caption`, `english_caption`, `chinese_transcription`,
 `english_transcription` and `index`. A caption is a string or a list of references.
 
-    python -m edgecloud_sd.data.dataset secap FOLDER     turn SECap's published layout into a manifest
-    python -m edgecloud_sd.data.dataset check MANIFEST   read every clip and list what is wrong
+    python -m edgecloud_sd.data secap FOLDER     turn SECap's published layout into a manifest
+    python -m edgecloud_sd.data check MANIFEST   read every clip and list what is wrong
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +20,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecloud_sd.data.prompts import LANGUAGES
-from edgecloud_sd.events import Clip
-from edgecloud_sd.host.files import write_whole
 
 SAMPLE_RATE = 16_000
-SHORTEST, MAX_CLIP_SECONDS = (
-    0.025,
-    300.0,
-)  # s: one window of the feature extractor, and the most that Qwen2.5-Omni's reads
+SHORTEST = 0.025  # s: one window of the feature extractor
+MAX_CLIP_SECONDS = 300.0  # the most that the feature extractor of Qwen2.5-Omni reads
+SECAP_CAPTIONS = "fid2captions.json"  # of SECap's published layout
 CAPTION_TYPES = ("audio_only", "original")
 MANIFEST_ADVICE = "choose another --language or --caption-type"
 ON_BAD_CLIP = ("error", "skip")
-POCKET = "pocket"  # the data set that ships with the project
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One entry of a manifest, in one language. `references` are the captions to score against."""
+
+    file_id: str
+    audio_path: Path
+    language: str
+    references: tuple[str, ...]
+    transcription: str | None = None  # given to the prompt where the caption type allows it
+    dataset: str = ""
+    index: int = 0
 
 
 class BadClip(ValueError):
@@ -99,27 +106,16 @@ def _cut_off(path: Path) -> bool:
     return head[:4] == b"RIFF" and head[8:] == b"WAVE" and not streamed and path.stat().st_size < size + 8
 
 
-def manifest_path(dataset: str | Path, language: str) -> Path:
-    """The manifest meant by `dataset`: `pocket`, a manifest, or a folder that holds `manifest.json`.
-
-    Raises BadClip where there is none.
-    """
-    if str(dataset) == POCKET:
-        from edgecloud_sd.pocket import clips
-
-        return clips.evaluation_set() / clips.manifest_name(language)
-    path = Path(dataset)
+def find_manifest(path: Path) -> Path:
+    """Return a manifest file: `path` itself, or `manifest.json` in that folder. Raise BadClip if there is none."""
     if path.is_dir():
         if (path / "manifest.json").is_file():
             return path / "manifest.json"
-        hint = (
-            " (SECap's layout: run python -m edgecloud_sd.data.dataset secap on it)"
-            if (path / SECAP_CAPTIONS).is_file()
-            else ""
-        )
+        is_secap = (path / SECAP_CAPTIONS).is_file()
+        hint = " (this is SECap's layout: run python -m edgecloud_sd.data secap on it)" if is_secap else ""
         raise BadClip(f"{path}: holds no manifest.json{hint}")
     if not path.is_file():
-        raise BadClip(f"{path}: no such manifest; give a manifest file, a folder with manifest.json, or {POCKET!r}")
+        raise BadClip(f"{path}: no such manifest; give a manifest file, a folder with manifest.json, or 'pocket'")
     return path
 
 
@@ -164,13 +160,13 @@ def load_manifest(
 
 
 def _entries(path: Path) -> list[Any]:
-    entries = _json(path)
+    entries = read_json(path)
     if not isinstance(entries, list):
         raise BadClip(f"{path}: must be a JSON list of clips, not {type(entries).__name__}")
     return entries
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number without end
@@ -221,63 +217,6 @@ def _clip(path: Path, number: int, entry: Any, language: str, caption_type: str)
     )
 
 
-SECAP_CAPTIONS = "fid2captions.json"
-
-
-def import_secap(folder: Path, manifest: Path) -> int:
-    """Write a manifest for SECap's published layout (`fid2captions.json`, `text.txt`, `wav/`); returns its clips.
-
-    `audio_path` is relative where the manifest lies beside or above the audio, absolute elsewhere. Raises BadClip for a
-    missing or malformed file, or a caption without audio.
-    """
-    captions_file, texts_file = folder / SECAP_CAPTIONS, folder / "text.txt"
-    for needed in (captions_file, texts_file):
-        if not needed.is_file():
-            raise BadClip(f"{needed}: no such file; SECap's layout has fid2captions.json, text.txt and wav/")
-    captions = _json(captions_file)
-    if not isinstance(captions, dict):
-        raise BadClip(f"{captions_file}: must map clip ids to captions, not be a {type(captions).__name__}")
-    if not captions:
-        raise BadClip(f"{captions_file}: holds no caption")
-    try:
-        lines = texts_file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise BadClip(f"{texts_file}: is not UTF-8 ({error})") from error
-    texts: dict[str, str | None] = {}
-    for line in lines:
-        if line.strip():
-            file_id, *said = line.split(maxsplit=1)
-            texts[file_id] = said[0].strip() if said else None
-    entries: list[dict[str, Any]] = []
-    for index, (file_id, caption) in enumerate(sorted(captions.items())):
-        if not isinstance(caption, str) or not caption.strip():
-            raise BadClip(f"{captions_file}, {file_id}: must have a text that is not empty, not {caption!r}")
-        audio = folder / "wav" / f"{file_id}.wav"
-        if not audio.is_file():
-            raise BadClip(f"{captions_file}, {file_id}: has a caption, but {audio} does not exist")
-        entries.append(
-            {
-                "file_id": file_id,
-                "dataset": "secap",
-                "audio_path": str(_relative(audio, manifest.parent)),
-                "caption": caption,
-                "transcription": texts.get(file_id),
-                "chinese_caption": caption,
-                "english_caption": None,
-                "chinese_transcription": texts.get(file_id),
-                "english_transcription": None,
-                "index": index,
-            }
-        )
-    write_whole(manifest, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
-    return len(entries)
-
-
-def _relative(path: Path, start: Path) -> Path:
-    path, start = path.resolve(), start.resolve()
-    return path.relative_to(start) if path.is_relative_to(start) else path
-
-
 def check_manifest(path: Path, languages: Iterable[str] = LANGUAGES) -> tuple[bool, list[str]]:
     """Whether every clip is good in some language, and what to say: how many are, then a line a bad one."""
     usable, lines = False, []
@@ -291,34 +230,3 @@ def check_manifest(path: Path, languages: Iterable[str] = LANGUAGES) -> tuple[bo
         lines.append(f"{language}: {len(clips)} clips are good, {len(skipped)} are not")
         lines.extend(f"  {each.file_id}: {each.reason}" for each in skipped)
     return usable, lines
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m edgecloud_sd.data.dataset", description="Make and check manifests."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    secap = commands.add_parser("secap", help="turn SECap's published layout into a manifest")
-    secap.add_argument("folder", type=Path, help="the folder with fid2captions.json, text.txt and wav/")
-    secap.add_argument("--output", type=Path, help="where to write it (default: FOLDER/manifest.json)")
-    checks = commands.add_parser(
-        "check",
-        help="read every clip of a manifest and list what is wrong; exit status 1 if some are bad in each language",
-    )
-    checks.add_argument("manifest", type=Path)
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "secap":
-            target = options.output or options.folder / "manifest.json"
-            print(f"{import_secap(options.folder, target)} clips in {target}")
-        else:
-            usable, lines = check_manifest(options.manifest)
-            print("\n".join(lines))
-            if not usable:
-                sys.exit(1)
-    except (BadClip, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,8 @@ from operator import add
 from statistics import fmean, median
 from typing import Literal
 
-from edgecloud_sd.events import Clip, Trace
+from edgecloud_sd.data.dataset import Clip
+from edgecloud_sd.events import Trace
 from edgecloud_sd.host.utilization import Utilization
 from edgecloud_sd.measure import metrics, quality
 from edgecloud_sd.measure.breakdown import LatencyBreakdown, latency_breakdown, mean_breakdown

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from edgecloud_sd.host import limits
-from edgecloud_sd.models import hf, memory, quantized
+from edgecloud_sd.models import frontend, hf, memory, quantized
+from edgecloud_sd.models.devices import QUANTISED_DTYPES
 from edgecloud_sd.models.memory import Need
-from edgecloud_sd.models.pairs import DUMMY, PAIRS, QUANTISED_DTYPES
+from edgecloud_sd.models.pairs import DUMMY, PAIRS
 
 DIMENSIONS = Path(__file__).parent / "dimensions"
 # One row in so many is padding, the last ones: their logits are 0, which is never the largest. So a side of a pair says
@@ -50,11 +51,11 @@ def load_dummy(checkpoint: str | Path, device: str = "cpu", dtype: str = "float3
     """A thinker like that of `checkpoint`, with weights that are the same on every machine and in every dtype.
 
     Raises ValueError for a checkpoint of which no dimensions are known, or that does not fit; OSError as
-    `hf.load_model`.
+    `hf.load_checkpoint`.
     """
     config = configuration(checkpoint)
     front = load_dummy_frontend(checkpoint)
-    with hf.one_line_errors(str(checkpoint)):
+    with frontend.one_line_errors(str(checkpoint)):
         thinker = _empty(config)
     memory.check_need_fits(
         front.name, lambda each: memory_need(thinker, each), device, dtype, limits.in_force().memory_bytes
@@ -63,11 +64,11 @@ def load_dummy(checkpoint: str | Path, device: str = "cpu", dtype: str = "float3
     return hf.HFModel(**vars(front), thinker=thinker.eval())
 
 
-def load_dummy_frontend(checkpoint: str | Path) -> hf.Frontend:
+def load_dummy_frontend(checkpoint: str | Path) -> frontend.Frontend:
     """Its own front end, where it is a folder with a tokenizer, or the pocket pair's. Raises as `load_dummy`."""
     config = configuration(checkpoint)
     own = (Path(checkpoint) / "tokenizer_config.json").is_file()
-    front = hf.load_frontend(checkpoint if own else PAIRS["pocket"].edge)
+    front = frontend.read_frontend(checkpoint if own else PAIRS["pocket"].edge)
     tokens, rows = len(front.tokenizer), config.text_config.vocab_size
     if rows < tokens:
         raise ValueError(f"{str(checkpoint)!r} has {rows} rows for the {tokens} tokens of its tokenizer: give it more")
@@ -84,8 +85,8 @@ def configuration(checkpoint: str | Path) -> Any:
         raise ValueError(
             f"no dimensions of {str(checkpoint)!r}: give a folder with a config.json, or one of {', '.join(known)}"
         )
-    with hf.one_line_errors(str(checkpoint)):
-        config = hf.thinker_config(hf.load_config(str(known.get(str(checkpoint), checkpoint))))
+    with frontend.one_line_errors(str(checkpoint)):
+        config = frontend.thinker_config(frontend.load_config(str(known.get(str(checkpoint), checkpoint))))
         _check(config)
     return config
 

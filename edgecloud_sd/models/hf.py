@@ -11,10 +11,7 @@ causal attention nothing after it can be the same. Its keys and values are compu
 from __future__ import annotations
 
 import math
-import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -29,11 +26,11 @@ from edgecloud_sd.events import Prompt
 from edgecloud_sd.host import limits
 from edgecloud_sd.models import memory, quantized
 from edgecloud_sd.models.cache import GROWTH, Cache
-from edgecloud_sd.models.pairs import DTYPES, DUMMY, QUANTISED_DTYPES, REAL
+from edgecloud_sd.models.devices import QUANTISED_DTYPES
+from edgecloud_sd.models.frontend import Frontend, one_line_errors, read_frontend
 from edgecloud_sd.models.text import TextModel
 from edgecloud_sd.session import check_truncation
 
-MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")  # model types that hold a thinker
 # Prefixes that a model keeps the keys and values of, and how long they may be: a client of a server makes its own
 MAX_PREFIXES, MAX_PREFIX_LENGTH = 8, 64
 
@@ -77,17 +74,6 @@ class HFSession:
         check_truncation(length, len(self.tokens))
         self._cache.length -= len(self.tokens) - length
         del self.tokens[length:]
-
-
-@dataclass(frozen=True)
-class Frontend:
-    """What builds a checkpoint's prompts and reads its tokens: all of it but the weights."""
-
-    name: str
-    tokenizer: Any
-    extractor: Any
-    eos: frozenset[int]
-    audio_token: int  # id of the placeholder
 
 
 @dataclass(frozen=True)
@@ -166,22 +152,17 @@ class HFModel(Frontend):
         return embeddings.masked_scatter(places[None, :, None], audio.last_hidden_state.to(embeddings.dtype))
 
 
-def load_model(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32", weights: str = REAL) -> HFModel:
-    """Load a Qwen2.5-Omni checkpoint (whole or thinker only) from a folder or the hub, or its like with dummy weights.
+def load_checkpoint(checkpoint: str | Path, device: str, dtype: str) -> HFModel:
+    """Load a Qwen2.5-Omni checkpoint, whole or thinker only, from a folder or the hub.
 
-    Raises ValueError for an unknown dtype or device or a folder that is not there, OSError for a checkpoint of another
-    kind, or one that lacks weights or cannot be read.
+    Raise ValueError for a folder that does not exist or a model that does not fit in memory. Raise OSError for a
+    checkpoint of another kind, or one that lacks weights or cannot be read.
     """
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-    check_placement(device, dtype)
-    if weights == DUMMY:
-        from edgecloud_sd.models import dummy  # which imports this
-
-        return dummy.load_dummy(checkpoint, device, dtype)
-    front = load_frontend(checkpoint)
+    front = read_frontend(checkpoint)
     memory.check_checkpoint_fits(checkpoint, device, dtype, limits.in_force().memory_bytes)
-    # what is to be quantised is read as it is stored: it stays in the map of its file until its turn comes
+    # weights to quantise are read as they are stored: they stay in the map of their file until their turn comes
     read = "auto" if dtype in QUANTISED_DTYPES else getattr(torch, dtype)
     with one_line_errors(front.name):
         thinker, loading = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
@@ -190,82 +171,7 @@ def load_model(checkpoint: str | Path, device: str = "cpu", dtype: str = "float3
         if missing := sorted(loading["missing_keys"]):
             raise OSError(f"it lacks {len(missing)} weights, {missing[0]} first")
         del loading
-        thinker.model.visual = None  # a caption of speech sees nothing
+        thinker.model.visual = None  # a caption of speech needs no vision
         if dtype in QUANTISED_DTYPES:
             quantized.quantise(thinker, dtype)
     return HFModel(**vars(front), thinker=thinker.to(device).eval())
-
-
-def load_frontend(checkpoint: str | Path, weights: str = REAL) -> Frontend:
-    """A checkpoint without its weights. Raises as `load_model`."""
-    if weights == DUMMY:
-        from edgecloud_sd.models import dummy
-
-        return dummy.load_dummy_frontend(checkpoint)
-    from transformers import AutoTokenizer, GenerationConfig, WhisperFeatureExtractor
-    from transformers.utils import logging
-
-    name = str(checkpoint)
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(f"no checkpoint {name!r}: give a folder that exists, or a name on the hub as owner/name")
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    with one_line_errors(name):
-        config = load_config(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        extractor = WhisperFeatureExtractor.from_pretrained(name)
-        try:
-            configured = GenerationConfig.from_pretrained(name).eos_token_id
-        except OSError:  # a checkpoint need not have one
-            configured = getattr(config, "eos_token_id", None)
-    eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
-    return Frontend(name, tokenizer, extractor, frozenset(eos), thinker_config(config).audio_token_id)
-
-
-@contextmanager
-def one_line_errors(name: str) -> Iterator[None]:
-    """What cannot be loaded is an OSError that says so in one line."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    # RuntimeError is torch's, of memory
-    except (OSError, ValueError, SafetensorError, StrictDataclassError, MemoryError, RuntimeError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        # the first of a configuration's error names no value
-        reason = " ".join(map(str.strip, lines)) if isinstance(error, StrictDataclassError) else lines[0]
-        raise OSError(f"checkpoint {name!r} cannot be loaded: {reason}") from error
-
-
-def load_config(name: str) -> Any:
-    """The configuration of a checkpoint, or of a JSON file. OSError for one of another kind."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type not in MODEL_TYPES:
-        raise OSError(f"it is a {config.model_type}, not one of {', '.join(MODEL_TYPES)}")
-    return config
-
-
-def thinker_config(config: Any) -> Any:
-    """The part of a configuration that is the thinker's: a whole Omni's holds one for each of its parts."""
-    return getattr(config, "thinker_config", config)
-
-
-def check_placement(device: str, dtype: str) -> None:
-    """ValueError for a device that this machine does not have, or a number format that it or nobody has."""
-    if dtype not in (*DTYPES, *QUANTISED_DTYPES):
-        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join((*DTYPES, *QUANTISED_DTYPES))}")
-    check_device(device)
-    if dtype in QUANTISED_DTYPES:
-        quantized.check_quantised_device(dtype, device)
-
-
-def check_device(device: str) -> None:
-    """ValueError for a device that this machine does not have."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used here: {reason}") from error

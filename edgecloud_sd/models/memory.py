@@ -15,7 +15,7 @@ import psutil
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.limits import gb
 from edgecloud_sd.models import quantized
-from edgecloud_sd.models.pairs import DTYPES, QUANTISED_DTYPES
+from edgecloud_sd.models.devices import DTYPES, QUANTISED_DTYPES
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names

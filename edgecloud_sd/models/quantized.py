@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgecloud_sd.models.pairs import DTYPES, QUANTISED_DTYPES
+from edgecloud_sd.models.devices import DTYPES, QUANTISED_DTYPES
 
 GROUP = 32  # weights of a row that share a scale in int4: the least that the kernel takes
 INT8_ROW_MULTIPLE = 16  # multiple that the length of an int8 row must be: the kernel reads past the end of others

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecloud_sd.data.dataset import SAMPLE_RATE
+from edgecloud_sd.data.dataset import SAMPLE_RATE, find_manifest
 from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.pocket import synthesis, voices
 
 # Sets are disjoint by construction: the set's number is part of every clip's seed.
+POCKET = "pocket"  # the name of this data set in --dataset-path
 SETS = {"train": 1, "evaluation": 2, "held-out": 3}
 EVALUATION_CLIPS = 20  # a language
 FORMAT = 1  # raise when the sound or the manifest of a given seed changes, so that no stale set is reused
@@ -106,3 +107,8 @@ def write_clips(folder: Path, which: str, per_language: int) -> None:
             entries.append(entry)
         text = json.dumps(entries, ensure_ascii=False, indent=1)
         (folder / manifest_name(language)).write_text(text, encoding="utf-8")
+
+
+def manifest_path(dataset: str | Path, language: str) -> Path:
+    """Return the manifest of `POCKET`, of a manifest file, or of a folder. Raise BadClip if there is none."""
+    return evaluation_set() / manifest_name(language) if str(dataset) == POCKET else find_manifest(Path(dataset))

@@ -15,7 +15,7 @@ from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.engine import Engine, Identity
 from edgecloud_sd.cloud.server import create_app
 from edgecloud_sd.cloud.sessions import ServiceLimits
-from edgecloud_sd.models.pairs import Traits
+from edgecloud_sd.models.frontend import Traits
 from edgecloud_sd.session import Model
 from edgecloud_sd.verifier import LocalVerifier, Verifier
 from tests.support.strategies import VOCABULARY

@@ -1,0 +1,64 @@
+"""The importer for SECap's published layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgecloud_sd.data.dataset import SECAP_CAPTIONS, BadClip, read_json
+from edgecloud_sd.host.files import write_whole
+
+
+def import_secap(folder: Path, manifest: Path) -> int:
+    """Write a manifest for SECap's published layout (`fid2captions.json`, `text.txt`, `wav/`); returns its clips.
+
+    `audio_path` is relative where the manifest lies beside or above the audio, absolute elsewhere. Raises BadClip for a
+    missing or malformed file, or a caption without audio.
+    """
+    captions_file, texts_file = folder / SECAP_CAPTIONS, folder / "text.txt"
+    for needed in (captions_file, texts_file):
+        if not needed.is_file():
+            raise BadClip(f"{needed}: no such file; SECap's layout has fid2captions.json, text.txt and wav/")
+    captions = read_json(captions_file)
+    if not isinstance(captions, dict):
+        raise BadClip(f"{captions_file}: must map clip ids to captions, not be a {type(captions).__name__}")
+    if not captions:
+        raise BadClip(f"{captions_file}: holds no caption")
+    try:
+        lines = texts_file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadClip(f"{texts_file}: is not UTF-8 ({error})") from error
+    texts: dict[str, str | None] = {}
+    for line in lines:
+        if line.strip():
+            file_id, *said = line.split(maxsplit=1)
+            texts[file_id] = said[0].strip() if said else None
+    entries: list[dict[str, Any]] = []
+    for index, (file_id, caption) in enumerate(sorted(captions.items())):
+        if not isinstance(caption, str) or not caption.strip():
+            raise BadClip(f"{captions_file}, {file_id}: must have a text that is not empty, not {caption!r}")
+        audio = folder / "wav" / f"{file_id}.wav"
+        if not audio.is_file():
+            raise BadClip(f"{captions_file}, {file_id}: has a caption, but {audio} does not exist")
+        entries.append(
+            {
+                "file_id": file_id,
+                "dataset": "secap",
+                "audio_path": str(_relative(audio, manifest.parent)),
+                "caption": caption,
+                "transcription": texts.get(file_id),
+                "chinese_caption": caption,
+                "english_caption": None,
+                "chinese_transcription": texts.get(file_id),
+                "english_transcription": None,
+                "index": index,
+            }
+        )
+    write_whole(manifest, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
+    return len(entries)
+
+
+def _relative(path: Path, start: Path) -> Path:
+    path, start = path.resolve(), start.resolve()
+    return path.relative_to(start) if path.is_relative_to(start) else path

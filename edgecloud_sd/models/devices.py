@@ -1,0 +1,79 @@
+"""Devices, number formats and CPU threads: names, defaults and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from edgecloud_sd.host import limits
+
+AUTO = "auto"
+DTYPES = ("float32", "float16", "bfloat16", "float64")  # torch's names
+LOSSLESS_DTYPES = ("float32", "float64")  # lossless decoding promises equal tokens in these
+QUANTISED_DTYPES = ("int8", "int4")  # weights of an edge on a CPU
+DTYPES_OR_AUTO = (AUTO, *DTYPES)
+# A model below this many parameters runs on one thread. Its matrices are too small to share out, and on a busy
+# machine each step waits for the slower thread (measured: captions up to ten times slower).
+SMALL_MODEL_PARAMETERS = 50_000_000
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError if this machine does not have the torch device."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here: {reason}") from error
+
+
+def parse_cloud_dtype(text: str) -> str:
+    """Return the number format of a cloud, or raise ValueError with the known ones."""
+    known = ", ".join(DTYPES_OR_AUTO)
+    if text in QUANTISED_DTYPES:
+        raise ValueError(f"is for the edge alone (--edge-dtype): choose one of {known}")
+    if text not in DTYPES_OR_AUTO:
+        raise ValueError(f"is not one of {known}")
+    return text
+
+
+def resolve_device(device: str, dtype: str) -> tuple[str, str]:
+    """Return the device and the number format, with `AUTO` replaced by the choice for this machine."""
+    if device == AUTO:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == AUTO:
+        dtype = "float16" if device.startswith("cuda") else "float32"
+    return device, dtype
+
+
+def choose_threads(threads: int | None, thinkers: Sequence[Any]) -> int:
+    """Return the CPU threads of torch for these models.
+
+    None means one thread if every model is small, and torch's own choice otherwise.
+    """
+    if threads is not None:
+        return threads
+    small = all(thinker.num_parameters() < SMALL_MODEL_PARAMETERS for thinker in thinkers)
+    return 1 if small else _torch_threads()
+
+
+def use_threads(threads: int) -> None:
+    """Set the CPU threads of torch for this process, at most as many as there are usable cores."""
+    import torch
+
+    _torch_threads()  # read before the first change
+    threads = min(threads, limits.usable_cores())
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@cache
+def _torch_threads() -> int:
+    """Return torch's own choice for this machine."""
+    import torch
+
+    return torch.get_num_threads()
