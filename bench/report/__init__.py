@@ -1,1 +1,1 @@
-"""`python -m bench.report`: what saved benchmarks say, as one HTML file and as Markdown."""
+"""`python -m bench.report` writes a report of saved benchmarks as one HTML file and as Markdown."""

@@ -1,148 +1,190 @@
-"""What the reports of one file and of two have in common: how cells are called, chosen and described."""
+"""The cells of a run as a report shows them. Only this module of the report names keys of `experiment_config`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.comparison import Document
+from bench import comparison, forecasts
+from bench.comparison import ClipRecord, Document
 from bench.report.page import DASH
-from bench.report.runs import Run
-from edgecloud_sd.measure.metrics import Interval
+from edgecloud_sd.measure import traces
+from edgecloud_sd.models.devices import AUTO
+from edgecloud_sd.timing import link
+from edgecloud_sd.timing import profile as profiles
 
-MAIN = (
-    "ttft", "otps", "total", "bleu4", "cider", "meteor", "bertscore_f1", "acceptance_rate", "cloud_call_rate",
-    "useless_escalations", "missed_corrections", "cpu_percent", "rss_peak",
-)  # fmt: skip
-OUTPUT = "exact: the cloud's own tokens; near-exact: the same but for near-ties; lossy: neither"
-FEW = 20  # clips below which an interval is too narrow to rely on
+OUTPUT_NAMES = {"exact": "lossless", "near-exact": "lossless but for near-ties"}
+OUTPUT_MEANING = (
+    "lossless: the target's own tokens; lossless but for near-ties: half precision can break a tie differently; "
+    "lossy: no such promise"
+)
+# name of a fact -> templates over the results of a cell
+FACTS = {
+    "pair": ["{experiment_config[pair]}"],
+    "edge": ["{experiment_config[edge_model]}", "{experiment_config[edge_device]}", "{experiment_config[edge_dtype]}"],
+    "cloud": [
+        "{experiment_config[cloud_model]}",
+        "{experiment_config[cloud_device]}",
+        "{experiment_config[cloud_dtype]}",
+    ],
+    "cloud service": ["{experiment_config[cloud_url]}", "engine {experiment_config[cloud_engine]}"],
+    "clock": ["{experiment_config[clock]}", "cost profile {experiment_config[profile]}"],
+    "data": ["{experiment_config[dataset_path]}"],
+    "request": [
+        "captions {experiment_config[caption_type]}",
+        "prompt {experiment_config[prompt_type]}",
+        "at most {experiment_config[max_new_tokens]} tokens",
+    ],
+    "scores": ["tokenizer {metrics[tokenizer]}", "BERTScore model {metrics[bertscore_model]}"],
+    "machine": [
+        "{environment[system]} {environment[machine]}",
+        "{environment[cpu]}",
+        "{environment[cores]} cores",
+    ],
+    "GPU": ["{environment[gpu]}"],
+    "software": [
+        "Python {environment[python]}",
+        "torch {environment[torch]}",
+        "transformers {environment[transformers]}",
+        "edgecloud_sd {environment[edgecloud_sd]}",
+    ],
+    "limits": [
+        "cores {in_force[cores]}",
+        "torch threads {in_force[torch_threads]}",
+        "at most {in_force[memory_bytes]} bytes of memory",
+    ],
+}
 
 
 @dataclass(frozen=True)
-class ReportOptions:
-    """`quality`: the figure of FIGURES that is set against latency; `clips`: how many are shown with their captions."""
+class ReportCell:
+    """A cell of a run, with a label that is unique among the cells in its language."""
 
-    quality: str = "bleu4"
-    clips: int = 20
+    label: str
+    document: Document
+
+    @property
+    def mode(self) -> str:
+        """`edge`, `cloud` or `speculative`."""
+        return str(get_experiment(self.document)["mode"])
+
+    @property
+    def language(self) -> str:
+        """`chinese` or `english`."""
+        return str(get_experiment(self.document)["language"])
+
+    @property
+    def strategy(self) -> tuple[str, str, str]:
+        """Gate, acceptance rule and draft length of a speculative cell."""
+        experiment = get_experiment(self.document)
+        return str(experiment["gate"]), str(experiment["rule"]), str(experiment["k"])
+
+    @property
+    def output(self) -> str:
+        """The promise about the output, as OUTPUT_MEANING explains it."""
+        promise = get_experiment(self.document)["output"] or DASH
+        return OUTPUT_NAMES.get(promise, promise)
+
+    @property
+    def case_id(self) -> str:
+        """The id that the cell has in every run."""
+        return case_id(self.document)
+
+    @property
+    def clips(self) -> dict[str, ClipRecord]:
+        """The clips by file_id."""
+        return comparison.clips_by_id(self.document)
+
+    def metric(self, name: str) -> float | None:
+        """Return a metric by its name in `summary.METRICS`."""
+        return comparison.metric_value(self.document, name)
 
 
-Cells = Mapping[str, Document]  # by label
+def get_experiment(document: Document) -> dict[str, Any]:
+    """Return the settings that describe a cell."""
+    experiment: dict[str, Any] = document["experiment_config"]
+    return experiment
 
 
-def experiment(document: Document) -> dict[str, Any]:
-    """What a cell was."""
-    found: dict[str, Any] = document["experiment_config"]
-    return found
+def case_id(document: Document) -> str:
+    """Return the id that a cell has in every run."""
+    return str(get_experiment(document)["case"])
 
 
-def languages(documents: Iterable[Document]) -> list[tuple[str, str]]:
-    """Each language of the cells, with what to add to a title: nothing where there is but one."""
-    found = [*dict.fromkeys(experiment(document)["language"] for document in documents)]
-    return [(each, f" ({each})" if len(found) > 1 else "") for each in found]
+def group_by_language(documents: Iterable[Document]) -> dict[str, list[ReportCell]]:
+    """Return the cells by language. Labels that would be equal are replaced by case ids."""
+    groups: dict[str, list[Document]] = {}
+    for document in documents:
+        groups.setdefault(get_experiment(document)["language"], []).append(document)
+    cells = {}
+    for language, group in groups.items():
+        labels = [_short_label(document) for document in group]
+        if len(set(labels)) < len(labels):
+            labels = [case_id(document) for document in group]
+        cells[language] = [ReportCell(*labelled) for labelled in zip(labels, group, strict=True)]
+    return cells
 
 
-def cell_label(document: Document) -> str:
-    """What tells a cell from the others of a run, shorter than its id."""
-    cell = experiment(document)
-    words = [cell["mode"]] if cell["mode"] != "speculative" else [cell["gate"], f"k{cell['k']}", cell["rule"]]
-    words += ["lazy"] if cell["open"] == "lazy" else []
-    words += [cell["link"]] if cell["link"] not in (None, "none") else []
+def _short_label(document: Document) -> str:
+    """Return the settings in which the cells of one run usually differ."""
+    experiment = get_experiment(document)
+    words = [experiment["mode"]]
+    if experiment["mode"] == "speculative":
+        words = [experiment["gate"], f"k{experiment['k']}", experiment["rule"]]
+    if experiment["open"] == "lazy":
+        words.append("lazy")
+    if experiment["link"] not in (None, "none"):
+        words.append(experiment["link"])
     return " ".join(map(str, words))
 
 
-def labelled(documents: Iterable[Document], language: str) -> dict[str, Document]:
-    """The cells in a language by label; by id where labels would be alike."""
-    documents = [document for document in documents if experiment(document)["language"] == language]
-    short = [cell_label(document) for document in documents]
-    unique = len(set(short)) == len(short)
-    return {text if unique else experiment(each)["case"]: each for text, each in zip(short, documents, strict=True)}
+def list_facts(documents: Collection[Document]) -> dict[str, str]:
+    """Return what the cells ran and on which machine, by name. A fact has several values if the cells differ."""
+    facts = {}
+    for name, templates in FACTS.items():
+        values = ["; ".join(_fill_template(template, documents)) for template in templates]
+        facts[name] = ", ".join(filter(None, values)) or ("none" if name == "GPU" else DASH)
+    counts = sorted({len(document["detailed_results"]) for document in documents})
+    return facts | {"clips per cell": " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))}
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
-    """What a run was and ran on, line by line; several values where its cells differ."""
-    documents = list(run.cells.values())
-
-    def of(part: str, *keys: str, form: str = "{}") -> str:
-        """The values of these keys; `form` says them all."""
-        values = [[document[part].get(key) for key in keys] for document in documents]
-        return "; ".join(dict.fromkeys(form.format(*each) for each in values if None not in each))
-
-    def together(*values: str) -> str:
-        return ", ".join(value for value in values if value) or DASH
-
-    def side(which: str) -> str:
-        return together(*(of("experiment_config", f"{which}_{what}") for what in ("model", "device", "dtype")))
-
-    counts = [len(document["detailed_results"]) for document in documents]
-    few, many = min(counts), max(counts)
-    return [
-        ("pair", together(of("experiment_config", "pair"))),
-        ("edge", side("edge")),
-        ("cloud", side("cloud")),
-        (
-            "cloud's place",
-            together(
-                of("experiment_config", "cloud_url", form="a service ({})"),
-                of("experiment_config", "cloud_engine", form="engine {}"),
-            ),
-        ),
-        ("clock", together(of("experiment_config", "clock"), of("experiment_config", "profile", form="profile {}"))),
-        ("data", together(of("experiment_config", "dataset_path"))),
-        ("clips a cell", str(few) if few == many else f"{few} to {many}"),
-        (
-            "asked for",
-            together(
-                of("experiment_config", "caption_type", form="captions {}"),
-                of("experiment_config", "prompt_type", form="prompt {}"),
-                of("experiment_config", "max_new_tokens", form="at most {} tokens"),
-            ),
-        ),
-        (
-            "text compared by",
-            together(of("metrics", "tokenizer"), of("metrics", "bertscore_model", form="BERTScore model {}")),
-        ),
-        (
-            "machine",
-            together(
-                of("environment", "system", "machine", form="{} {}"),
-                of("environment", "cpu"),
-                of("environment", "cores", form="{} cores"),
-                of("environment", "gpu") or "no GPU",
-            ),
-        ),
-        (
-            "software",
-            together(
-                *(
-                    of("environment", key, form=f"{text} {{}}")
-                    for key, text in {
-                        "python": "Python",
-                        "torch": "torch",
-                        "transformers": "transformers",
-                        "edgecloud_sd": "edgecloud_sd",
-                    }.items()
-                )
-            ),
-        ),
-        (
-            "in force",
-            together(
-                of("in_force", "cores", form="on cores {}"),
-                of("in_force", "torch_threads", form="torch threads {}"),
-                of("in_force", "memory_bytes", form="at most {} bytes of memory"),
-            ),
-        ),
-        ("saved", run.saved or DASH),
-    ]
+def _fill_template(template: str, documents: Iterable[Document]) -> list[str]:
+    """Return the different texts of a template, without cells that lack one of its values."""
+    fields = re.findall(r"\{(\w+)\[(\w+)\]\}", template)
+    complete = (document for document in documents if all(document[part].get(key) is not None for part, key in fields))
+    return list(dict.fromkeys(template.format_map(document) for document in complete))
 
 
-def interval(found: Interval | None) -> str:
-    """`1.23 [1.10, 1.40]`, or a dash."""
-    return DASH if found is None else str(found)
+def share_virtual_clock(a: Document, b: Document) -> bool:
+    """Return whether both cells were timed by the same cost profile, so that their machines do not matter."""
+    clocks = {get_experiment(document)["clock"] for document in (a, b)}
+    return clocks == {"virtual"} and get_experiment(a)["profile_costs"] == get_experiment(b)["profile_costs"]
 
 
-def caveat(clips: int) -> str:
-    """What an interval over so many clips does not say."""
-    few = f" Over {clips} clips an interval comes out too narrow." if clips < FEW else ""
-    return f"They hold what differs from clip to clip, not what the machine did in between.{few}"
+def forecast_from_traces(document: Document) -> dict[str, str]:
+    """Return the sentence of the forecast by case id, from the traces in the results file of one cell."""
+    experiment = get_experiment(document)
+    stop = experiment["draft_stop"] or ""
+    # stopM needs a statistic of its own; any other stop needs one unless the gate's entropy serves both
+    statistics_per_token = int(experiment.get("entropy_threshold") is not None)
+    statistics_per_token += int(stop.startswith("stopM") or (stop != "" and not statistics_per_token))
+    in_one_process = experiment["clock"] == "real" and not experiment["cloud_url"]
+    on_one_device = in_one_process and experiment.get("edge_device") == experiment.get("cloud_device")
+    try:
+        cell = forecasts.Decoded(
+            experiment["mode"],
+            None if experiment["k"] == AUTO or experiment["draft_stop"] else experiment["k"],
+            statistics_per_token,
+            link.find_link(experiment["link"] or "none"),
+            experiment["open"] == "eager",
+            experiment["draft_ahead"] or 0,
+            experiment["output"] != "lossy",
+            [traces.trace_from_json(clip["trace"]) for clip in document["detailed_results"]],
+        )
+        costs = experiment["profile_costs"] and profiles.profile_from_json(experiment["profile_costs"])
+        answers = forecasts.forecast_cells({case_id(document): cell}, costs or None, on_one_device)
+    except (ValueError, KeyError, TypeError) as error:  # this version may not know a trace or a link
+        return {case_id(document): f"no forecast: {error}"}
+    return {case: forecasts.forecast_sentence(answer) for case, answer in answers.items()}

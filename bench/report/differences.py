@@ -1,4 +1,4 @@
-"""How one caption differs from another: Chinese by characters, English by words."""
+"""The differences between two captions: by characters in Chinese, by words in English."""
 
 from __future__ import annotations
 
@@ -8,27 +8,20 @@ from difflib import SequenceMatcher
 from itertools import groupby
 from typing import Literal
 
-_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
-
-Kind = Literal["same", "inserted", "deleted"]
+_ENGLISH_UNITS = re.compile(r"\s+|\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
 class TextPart:
-    """A stretch of text: in both captions, in the new one only, or in the base only."""
+    """A stretch of text that both captions have, or only the new one (inserted), or only the base (deleted)."""
 
-    kind: Kind
+    kind: Literal["same", "inserted", "deleted"]
     text: str
 
 
-def units(text: str, language: str) -> list[str]:
-    """What is compared; joined, they are the text."""
-    return list(text) if language == "chinese" else _WORDS.findall(text)
-
-
-def marked(base: str, text: str, language: str) -> list[TextPart]:
-    """`text`, with what differs from `base`: what is missing of the base stands before what replaced it."""
-    old, new = units(base, language), units(text, language)
+def mark_differences(base: str, text: str, language: str) -> list[TextPart]:
+    """Return `text` in parts, with each deleted stretch of `base` before the text that replaced it."""
+    old, new = _split_units(base, language), _split_units(text, language)
     parts: list[TextPart] = []
     for operation, i, j, m, n in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         if operation == "equal":
@@ -36,13 +29,18 @@ def marked(base: str, text: str, language: str) -> list[TextPart]:
         else:
             parts += [TextPart("deleted", "".join(old[i:j])), TextPart("inserted", "".join(new[m:n]))]
     return [
-        TextPart(kind, "".join(each.text for each in run))
-        for kind, run in groupby((part for part in parts if part.text), key=lambda part: part.kind)
+        TextPart(kind, "".join(part.text for part in stretch))
+        for kind, stretch in groupby((part for part in parts if part.text), key=lambda part: part.kind)
     ]
 
 
-def distance(base: str, text: str, language: str) -> float:
-    """0 for the same caption, 1 for nothing in common: 1 - 2 x units in common / units of both."""
+def caption_distance(base: str, text: str, language: str) -> float:
+    """Return 0 for equal captions and 1 for nothing in common: 1 - 2 x common units / units of both captions."""
     if base == text:
         return 0.0
-    return 1 - SequenceMatcher(None, units(base, language), units(text, language), autojunk=False).ratio()
+    return 1 - SequenceMatcher(None, _split_units(base, language), _split_units(text, language), autojunk=False).ratio()
+
+
+def _split_units(text: str, language: str) -> list[str]:
+    """Return the units that are compared. Their concatenation is the text."""
+    return list(text) if language == "chinese" else _ENGLISH_UNITS.findall(text)

@@ -1,20 +1,18 @@
-"""The pictures of a report, as SVG to stand inside HTML: no font, script or address of anything outside.
+"""The pictures of a report, drawn by matplotlib as SVG on a light background of their own.
 
-Text stays text, and has the colours of the page around it, in the dark too. The same numbers give the same bytes.
+Text stays text in the SVG. The same numbers give the same bytes with one version of matplotlib.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bench.report.labels import Box, place
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.metrics import Interval
 
@@ -23,12 +21,10 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-# Colours of the page, which the SVG names by these stand-ins
-INK, SOFT, PAPER = "#010203", "#040506", "#070809"
-HATCH = "#ffffff"
-PAGE = {INK: "currentColor", SOFT: "var(--soft)", PAPER: "var(--paper)"}
-# By place: the edge blue, the cloud orange, the link green, faults red; Okabe and Ito's colours, and shades of them
+INK, SOFT, PAPER = "#1c1e21", "#62676e", "#ffffff"
+# Edge blue, cloud orange, link green, faults red: the colours of Okabe and Ito, and shades of them
 PART_COLOURS = {
     "features": "#b8dcf2",
     "edge_prefill": "#56b4e9",
@@ -49,24 +45,21 @@ MODE_MARKERS = {"edge": ("^", "#56b4e9"), "cloud": ("s", "#d55e00"), "speculativ
 SERIES_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 MARKERS = "osD^vP*X"
-DIRECT = 8  # points that are named where they are; more are numbered
-MAX_NAMED_LINES = 16  # lines that are named one by one, at most
+FRONT_STYLE: dict[str, Any] = {"color": INK, "alpha": 0.7, "linewidth": 1.1, "linestyle": DASHES[1]}
+NUMBER_STYLE: dict[str, Any] = {"zorder": 4, "bbox": {"facecolor": PAPER, "alpha": 0.7, "linewidth": 0, "pad": 0.5}}
 PICTURE_WIDTH = 9.0  # inches
-STYLE: dict[Any, Any] = {  # of matplotlib, whose releases differ in the type of a name
-    "svg.hashsalt": "edgecloud_sd",  # else the ids within are drawn by chance
+STYLE: dict[Any, Any] = {  # the releases of matplotlib differ in the type of a key
+    "svg.hashsalt": "edgecloud_sd",  # ids would be random without a salt
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a dollar is a dollar
+    "text.parse_math": False,  # a label may contain a dollar sign
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": SOFT,
-    "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "axes.titlesize": 10,
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
+    "figure.facecolor": PAPER,
     "grid.color": SOFT,
     "grid.alpha": 0.35,
     "grid.linewidth": 0.6,
@@ -76,14 +69,14 @@ STYLE: dict[Any, Any] = {  # of matplotlib, whose releases differ in the type of
     "ytick.labelcolor": INK,
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "hatch.color": HATCH,
+    "hatch.color": PAPER,
     "hatch.linewidth": 1.2,
 }
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A cell's mean seconds by part, and those of `draft` that were thrown away."""
+    """A cell's mean seconds per caption by part. `discarded` seconds of `draft` went into discarded tokens."""
 
     label: str
     parts: Mapping[str, float]
@@ -92,18 +85,18 @@ class Bar:
 
 @dataclass(frozen=True)
 class Point:
-    """A cell between latency and quality. `calls`: share of its rounds that went to the cloud, where it has rounds."""
+    """A cell's mean seconds per caption and its quality. Only a speculative cell has a cloud call rate."""
 
     label: str
     mode: str
     seconds: float
     quality: float
-    calls: float | None
+    cloud_call_rate: float | None
 
 
 @dataclass(frozen=True)
 class Line:
-    """A cell's acceptance by position, and what its gate, rule and k are called."""
+    """A cell's acceptance rate by position in the draft, and its strategy."""
 
     label: str
     values: Sequence[float]
@@ -112,291 +105,209 @@ class Line:
     k: str
 
 
-def draw_breakdown(name: str, bars: Sequence[Bar]) -> str:
-    """Stacked bars, ms a caption by part, one a cell; discarded draft hatched; parts that are 0 everywhere left out."""
-    from matplotlib.patches import Patch, Rectangle
+def draw_breakdown(bars: Sequence[Bar]) -> str:
+    """Return stacked bars of ms per caption by part, with discarded draft hatched, without parts that are 0."""
+    from matplotlib.patches import Patch
 
-    used = [part for part in PARTS if any(bar.parts[part] for bar in bars)]
-    with _figure(1.2 + 0.34 * len(bars)) as (figure, axes):
+    with _open_figure(1.2 + 0.34 * len(bars)) as (figure, axes):
         longest = max(1e3 * sum(bar.parts.values()) for bar in bars) or 1.0
         for y, bar in enumerate(bars):
             left = 0.0
-            for part, ms, discarded in segments(bar):
-                look = _look(part, discarded)
-                axes.add_patch(Rectangle((left, y - 0.36), ms, 0.72, linewidth=0.5, **look))
+            for part, ms, is_discarded in list_segments(bar):
+                axes.barh(y, ms, 0.72, left, linewidth=0.5, **_segment_style(part, is_discarded))
                 text = f"{ms:.0f}"
-                if not discarded and ms > 0.011 * (len(text) + 1) * longest:  # it fits
-                    ink = "#ffffff" if _dark(PART_COLOURS[part]) else "#000000"
-                    axes.text(left + ms / 2, y, text, ha="center", va="center", color=ink, size=8)
+                if not is_discarded and ms > 0.011 * (len(text) + 1) * longest:  # the text fits
+                    colour = "#ffffff" if _is_dark(PART_COLOURS[part]) else "#000000"
+                    axes.text(left + ms / 2, y, text, ha="center", va="center", color=colour, size=8)
                 left += ms
             axes.text(left + 0.008 * longest, y, f"{left:.0f}", va="center", size=9, weight="bold")
-        axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
-        axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(bars) - 0.5, -0.5)
+        _label_rows(axes, [bar.label for bar in bars], "ms per caption, mean over clips")
         axes.set_xlim(0, 1.07 * longest)
-        axes.set_xlabel("ms a caption, mean over clips")
-        axes.grid(axis="x")
-        handles = [Patch(label=part.replace("_", " "), **_look(part, False)) for part in used]
-        if any(bar.discarded for bar in bars):
-            lost = Patch(label="draft, discarded", **_look("draft", True))
-            handles.insert(used.index("draft") + 1, lost)
+        handles = [
+            Patch(label=f"{part.replace('_', ' ')}{', discarded' * is_discarded}", **_segment_style(part, is_discarded))
+            for part in PARTS
+            for is_discarded in (False, True)
+            if any(segment[::2] == (part, is_discarded) for bar in bars for segment in list_segments(bar))
+        ]
         figure.legend(handles=handles, loc="outside upper left", ncols=6, columnspacing=1.2, handlelength=1.6)
-        return _svg(figure, name)
+        return _to_svg(figure)
 
 
-def _look(part: str, discarded: bool) -> dict[str, Any]:
-    """Of a part's bar, and of its place in the legend."""
-    if discarded:
-        return {"facecolor": PART_COLOURS[part], "edgecolor": HATCH, "hatch": "////"}
-    return {"facecolor": PART_COLOURS[part], "edgecolor": PAPER}
-
-
-def segments(bar: Bar) -> list[tuple[str, float, bool]]:
-    """(part, ms, whether thrown away) of a bar, from left to right; none of no length."""
-    found = []
+def list_segments(bar: Bar) -> list[tuple[str, float, bool]]:
+    """Return (part, ms, whether it is discarded) for the segments of a bar from left to right, without empty ones."""
+    segments = []
     for part in PARTS:
-        lost = bar.discarded if part == "draft" else 0.0
-        found += [(part, 1e3 * (bar.parts[part] - lost), False), (part, 1e3 * lost, True)]
-    return [each for each in found if each[1] > 0]
+        discarded = bar.discarded if part == "draft" else 0.0
+        segments += [(part, 1e3 * (bar.parts[part] - discarded), False), (part, 1e3 * discarded, True)]
+    return [segment for segment in segments if segment[1] > 0]
 
 
-def draw_latency_quality(name: str, points: Sequence[Point], front: Sequence[int], quality: str) -> str:
-    """Quality over seconds a caption, the Pareto front as steps, the share of rounds with a cloud call as size."""
-    from matplotlib.lines import Line2D
-
-    numbered = len(points) > DIRECT
-    with _figure(max(4.4, 1.6 + 0.19 * len(points) if numbered else 0)) as (figure, axes):
-        for point in points:
-            marker, colour = MODE_MARKERS[point.mode]
-            axes.scatter(
-                point.seconds,
-                point.quality,
-                s=_area(point.calls),
-                marker=marker,
-                color=colour,
-                edgecolor=PAPER,
-                linewidth=0.8,
-                alpha=0.85,
-                zorder=3,
-            )
-        _widen(axes, [point.seconds for point in points], [point.quality for point in points])
-        best = [points[i] for i in front]
-        right = axes.get_xlim()[1]
-        axes.step(
-            [*(point.seconds for point in best), right],
-            [*(point.quality for point in best), best[-1].quality],
-            where="post",
-            color=INK,
-            linewidth=1.1,
-            linestyle=(0, (5, 2)),
-            alpha=0.7,
-            zorder=2,
-        )
-        axes.set_xlabel("s a caption (total), mean over clips; left is better")
-        axes.set_ylabel(f"{quality}; up is better")
-        axes.grid()
-        keys = [
-            Line2D([], [], linestyle="", marker=marker, markersize=8, color=colour, label=mode)
-            for mode, (marker, colour) in MODE_MARKERS.items()
-            if any(point.mode == mode for point in points)
-        ]
-        keys.append(Line2D([], [], color=INK, linestyle=(0, (5, 2)), alpha=0.7, label="Pareto front"))
-        figure.legend(handles=keys, loc="outside upper left", ncols=len(keys))
-        if any(point.calls is not None for point in points):
-            sizes = [
-                Line2D([], [], linestyle="", marker="o", markersize=_area(rate) ** 0.5, color=SOFT, label=f"{rate:.0%}")
-                for rate in (0.0, 0.5, 1.0)
-            ]
-            title = Line2D([], [], linestyle="", label="rounds that went to the cloud:")
-            figure.legend(handles=[title, *sizes], loc="outside lower left", ncols=4, handletextpad=0.4)
-        labels = [str(i + 1) for i in range(len(points))] if numbered else [point.label for point in points]
-        if numbered:
-            listed = [
-                Line2D(
-                    [],
-                    [],
-                    linestyle="",
-                    marker=MODE_MARKERS[point.mode][0],
-                    color=MODE_MARKERS[point.mode][1],
-                    label=text,
-                )
-                for point, text in zip(points, (f"{i + 1}  {p.label}" for i, p in enumerate(points)), strict=True)
-            ]
-            figure.legend(handles=listed, loc="outside right center", handletextpad=0.3)
-        _label(figure, axes, points, labels)
-        return _svg(figure, name)
+def _segment_style(part: str, is_discarded: bool) -> dict[str, Any]:
+    return {"facecolor": PART_COLOURS[part], "edgecolor": PAPER, "hatch": "////" if is_discarded else None}
 
 
-def draw_acceptance(name: str, lines: Sequence[Line]) -> str:
-    """The share accepted over the position in the draft: colour by gate, dashes by rule, marker by k.
-
-    The legend names the lines, or, where there are many, what their looks mean.
-    """
-    from matplotlib.lines import Line2D
-
-    same: dict[tuple[float, ...], list[Line]] = {}
-    for line in lines:  # cells that differ in the link alone have one line
-        same.setdefault(tuple(line.values), []).append(line)
-    looks = {
-        "color": _looks(SERIES_COLOURS, [line.gate for line in lines]),
-        "linestyle": _looks(DASHES, [line.rule for line in lines]),
-        "marker": _looks(MARKERS, [f"k={line.k}" for line in lines]),
-    }
-    named = len(same) <= MAX_NAMED_LINES
-    with _figure(max(3.4, 1.0 + 0.2 * (len(same) if named else sum(map(len, looks.values()))))) as (figure, axes):
-        for values, alike in same.items():
-            more = f" (and {len(alike) - 1} more)" if len(alike) > 1 else ""
-            axes.plot(
-                range(1, len(values) + 1),
-                values,
-                color=looks["color"][alike[0].gate],
-                linestyle=looks["linestyle"][alike[0].rule],
-                marker=looks["marker"][f"k={alike[0].k}"],
-                markersize=6,
-                markeredgecolor=PAPER,
-                linewidth=1.8,
-                label=f"{alike[0].label}{more}",
-                clip_on=False,
-                zorder=3,
-            )
-        axes.set_xticks(range(1, max(map(len, same)) + 1))
-        axes.set_ylim(0, 1.02)
-        axes.set_xlabel("position in the draft")
-        axes.set_ylabel("share accepted")
-        axes.grid()
-        keys = [
-            Line2D([], [], **({"color": SOFT, "linestyle": "" if of == "marker" else "-"} | {of: look}), label=text)
-            for of, looking in looks.items()
-            for text, look in looking.items()
-        ]
-        figure.legend(handles=None if named else keys, loc="outside right upper", handlelength=3.2)
-        return _svg(figure, name)
-
-
-def _looks(series: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
-    """Of each name what it looks like, in turn."""
-    return dict(zip(dict.fromkeys(names), itertools.cycle(series), strict=False))
-
-
-def draw_speedups(name: str, rows: Sequence[tuple[str, Sequence[tuple[str, Interval | None]]]]) -> str:
-    """Intervals of how many times as fast, a row a cell: (label, [(over what, interval)])."""
-    kinds = [*dict.fromkeys(kind for _, found in rows for kind, _ in found)]
-    with _figure(1.1 + len(rows) * (0.16 + 0.1 * len(kinds))) as (figure, axes):
-        for y, (_, found) in enumerate(rows):
-            for kind, interval in found:
-                if interval is None:
-                    continue
-                i = kinds.index(kind)
-                low = interval.value if interval.low is None else interval.low
-                high = interval.value if interval.high is None else interval.high
-                axes.errorbar(
-                    interval.value,
-                    y + (i - (len(kinds) - 1) / 2) * 0.55 / len(kinds),
-                    xerr=[[interval.value - low], [high - interval.value]],
-                    color=SERIES_COLOURS[i % len(SERIES_COLOURS)],
-                    marker=MARKERS[i % len(MARKERS)],
-                    markersize=6,
-                    capsize=3,
-                    linewidth=1.6,
-                )
-        axes.axvline(1, color=INK, linewidth=1)
-        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-        axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel("times as fast, 95% interval; right of 1 is faster")
-        axes.grid(axis="x")
-        _speedup_legend(figure, kinds)
-        return _svg(figure, name)
-
-
-def _speedup_legend(figure: Figure, kinds: Sequence[str]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], marker=MARKERS[i % len(MARKERS)], color=SERIES_COLOURS[i % len(SERIES_COLOURS)], label=kind)
-        for i, kind in enumerate(kinds)
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(kinds))
-
-
-def _label(figure: Figure, axes: Axes, points: Sequence[Point], labels: Sequence[str]) -> None:
-    """Name the points where they are; a line leads to a label that stands far off."""
-    figure.draw_without_rendering()  # now the layout is known
-    figure.set_layout_engine("none")
-    markers, sizes = [], []
-    for point, text in zip(points, labels, strict=True):
-        x, y = axes.transData.transform((point.seconds, point.quality))
-        half = _area(point.calls) ** 0.5 / 2 + 1
-        markers.append(Box(x - half, y - half, x + half, y + half))
-        trial = figure.text(0, 0, text, size=9)
-        extent = trial.get_window_extent()
-        sizes.append((extent.width + 4, extent.height + 2))
-        trial.remove()
-    frame = axes.get_window_extent()
-    area = Box(frame.x0, frame.y0, frame.x1, frame.y1)
-    for marker, text, box in zip(markers, labels, place(markers, sizes, area), strict=True):
-        far = max(box.left - marker.right, marker.left - box.right, box.bottom - marker.top, marker.bottom - box.top)
-        axes.annotate(
-            text,
-            marker.centre,
-            xytext=box.centre,
-            xycoords="figure pixels",
-            textcoords="figure pixels",
-            ha="center",
-            va="center",
-            size=9,
-            zorder=5,
-            bbox={"facecolor": PAPER, "alpha": 0.8, "linewidth": 0, "pad": 1},
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": SOFT, "linewidth": 0.7} if far > 6 else None,
-        )
-
-
-def _area(calls: float | None) -> float:
-    """A marker's, in square points; a cell without rounds has a size of its own."""
-    return 75.0 if calls is None else 30 + 230 * calls
-
-
-def _widen(axes: Axes, xs: Sequence[float], ys: Sequence[float]) -> None:
-    """Room around the points, and some where they are all alike."""
-    for values, setter, share in ((xs, axes.set_xlim, 0.1), (ys, axes.set_ylim, 0.18)):
-        low, high = min(values), max(values)
-        room = share * (high - low) or 0.1 * (abs(high) or 1.0)
-        setter(low - room, high + room)
-
-
-def _dark(colour: str) -> bool:
-    """Whether white is easier to read on it than black (its luminance, with a gamma of 2)."""
+def _is_dark(colour: str) -> bool:
+    """Return whether white text is easier to read on the colour than black, by its luminance at a gamma of 2."""
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return 0.2126 * red * red + 0.7152 * green * green + 0.0722 * blue * blue < 0.18
 
 
+def draw_latency_quality(points: Sequence[Point], front: Sequence[int], quality: str) -> str:
+    """Return numbered points of quality over seconds per caption, with the Pareto front as steps.
+
+    A legend to the right names the numbers. The area of a circle shows the cloud call rate.
+    """
+    with _open_figure(max(4.4, 1.6 + 0.19 * len(points))) as (figure, axes):
+        for point in points:
+            look = _point_style(point.mode) | {"s": _marker_area(point.cloud_call_rate), "edgecolor": PAPER}
+            axes.scatter(point.seconds, point.quality, linewidth=0.8, zorder=3, **look)
+        left, right = _padded_range([point.seconds for point in points])
+        bottom, top = _padded_range([point.quality for point in points])
+        axes.set(xlim=(left, right), ylim=(bottom, top), ylabel=f"{quality}; up is better")
+        axes.set_xlabel("s per caption (total), mean over clips; left is better")
+        axes.grid()
+        steps = [(points[i].seconds, points[i].quality) for i in front] + [(right, points[front[-1]].quality)]
+        axes.step(*zip(*steps, strict=True), where="post", zorder=2, **FRONT_STYLE)
+        places = [((p.seconds - left) / (right - left), (p.quality - bottom) / (top - bottom)) for p in points]
+        for (x, y), numbers in group_numbers(places).items():
+            label = "\n".join(map(str, numbers))
+            axes.annotate(label, (x, y), (0, 10), "axes fraction", "offset points", ha="center", size=9, **NUMBER_STYLE)
+        _add_point_legends(figure, points)
+        return _to_svg(figure)
+
+
+def _add_point_legends(figure: Figure, points: Sequence[Point]) -> None:
+    """Explain the markers above the axes, the numbers to their right, and the areas of the circles below them."""
+    modes = [mode for mode in MODE_MARKERS if any(point.mode == mode for point in points)]
+    keys = [*(_key(mode, **_point_style(mode)) for mode in modes), _key("Pareto front", **FRONT_STYLE)]
+    figure.legend(handles=keys, loc="outside upper left", ncols=len(keys))
+    names = [_key(f"{number}  {point.label}", **_point_style(point.mode)) for number, point in enumerate(points, 1)]
+    figure.legend(handles=names, loc="outside right center", handletextpad=0.3)
+    if any(point.cloud_call_rate is not None for point in points):
+        sizes = {f"{rate:.0%}": _marker_area(rate) ** 0.5 for rate in (0, 0.5, 1)}
+        circles = [_key(label, marker="o", color=SOFT, markersize=size) for label, size in sizes.items()]
+        keys = [_key("rounds that went to the cloud:"), *circles]
+        figure.legend(handles=keys, loc="outside lower left", ncols=4, handletextpad=0.4)
+
+
+def _point_style(mode: str) -> dict[str, Any]:
+    marker, colour = MODE_MARKERS[mode]
+    return {"marker": marker, "color": colour}
+
+
+def group_numbers(places: Sequence[tuple[float, float]]) -> dict[tuple[float, float], list[int]]:
+    """Return the numbers of the points, counted from 1, by the place of their common label.
+
+    Points whose labels would cover each other share the label of the first one.
+    """
+    numbers: dict[tuple[float, float], list[int]] = {}
+    for number, (x, y) in enumerate(places, 1):
+        near = next((place for place in numbers if abs(place[0] - x) < 0.035 and abs(place[1] - y) < 0.035), (x, y))
+        numbers.setdefault(near, []).append(number)
+    return numbers
+
+
+def _marker_area(cloud_call_rate: float | None) -> float:
+    """Return the area in square points."""
+    return 75.0 if cloud_call_rate is None else 30 + 230 * cloud_call_rate
+
+
+def _padded_range(values: Sequence[float]) -> tuple[float, float]:
+    """Return limits of an axis with room around the values, also if all values are equal."""
+    low, high = min(values), max(values)
+    padding = 0.15 * (high - low) or 0.1 * (abs(high) or 1.0)
+    return low - padding, high + padding
+
+
+def draw_acceptance(lines: Sequence[Line]) -> str:
+    """Return the acceptance rate over the position in the draft: colour by gate, dashes by rule, marker by k."""
+    same: dict[tuple[float, ...], list[Line]] = {}
+    for line in lines:  # cells that differ only in the link have equal lines
+        same.setdefault(tuple(line.values), []).append(line)
+    colours = _assign(SERIES_COLOURS, [line.gate for line in lines])
+    dashes = _assign(DASHES, [line.rule for line in lines])
+    markers = _assign(MARKERS, [line.k for line in lines])
+    with _open_figure(max(3.4, 1.0 + 0.2 * len(same))) as (figure, axes):
+        for values, (line, *others) in same.items():
+            axes.plot(
+                range(1, len(values) + 1),
+                values,
+                color=colours[line.gate],
+                linestyle=dashes[line.rule],
+                marker=markers[line.k],
+                markeredgecolor=PAPER,
+                label=f"{line.label} (and {len(others)} more)" if others else line.label,
+                clip_on=False,
+                zorder=3,
+            )
+        axes.set_xticks(range(1, max(map(len, same)) + 1))
+        axes.set(ylim=(0, 1.02), xlabel="position in the draft", ylabel="share accepted")
+        axes.grid()
+        figure.legend(loc="outside right upper", handlelength=3.2)
+        return _to_svg(figure)
+
+
+def _assign(looks: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return a look for each name, in turn."""
+    return dict(zip(dict.fromkeys(names), itertools.cycle(looks), strict=False))
+
+
+def draw_speedups(rows: Sequence[tuple[str, Mapping[str, Interval | None]]]) -> str:
+    """Return intervals of speed-ups, from (label, interval by name of the speed-up), one row per cell."""
+    names = list(dict.fromkeys(name for _, intervals in rows for name in intervals))
+    styles: dict[str, dict[str, Any]] = {
+        name: {"color": colour, "marker": marker}
+        for name, colour, marker in zip(names, itertools.cycle(SERIES_COLOURS), itertools.cycle(MARKERS), strict=False)
+    }
+    with _open_figure(1.1 + len(rows) * (0.16 + 0.1 * len(names))) as (figure, axes):
+        for y, (_, intervals) in enumerate(rows):
+            for name, interval in intervals.items():
+                if interval is None:
+                    continue
+                low = interval.value if interval.low is None else interval.low
+                high = interval.value if interval.high is None else interval.high
+                offset = (names.index(name) - (len(names) - 1) / 2) * 0.55 / len(names)
+                error = [[interval.value - low], [high - interval.value]]
+                axes.errorbar(interval.value, y + offset, xerr=error, capsize=3, **styles[name])
+        axes.axvline(1, color=INK, linewidth=1)
+        _label_rows(axes, [label for label, _ in rows], "times as fast, 95% interval; right of 1 is faster")
+        keys = [_key(name, linestyle="-", **style) for name, style in styles.items()]
+        figure.legend(handles=keys, loc="outside upper left", ncols=len(keys))
+        return _to_svg(figure)
+
+
+def _label_rows(axes: Axes, labels: Sequence[str], xlabel: str) -> None:
+    """Label one row per cell, from top to bottom."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel(xlabel)
+    axes.grid(axis="x")
+
+
+def _key(label: str, **style: Any) -> Line2D:
+    """Return an entry of a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, **{"linestyle": "", "markersize": 7, **style})
+
+
 @contextmanager
-def _figure(height: float) -> Iterator[tuple[Figure, Axes]]:
-    """An empty picture in the style of the report, whatever the user's own settings of matplotlib are."""
+def _open_figure(height: float) -> Iterator[tuple[Figure, Axes]]:
+    """Yield an empty picture of this height in inches, in the style of the report and not of the user's matplotlib."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(), warnings.catch_warnings():
-        # the browser's fonts show the text, not those that matplotlib measures it with
+        # the browser shows the text in its own fonts, so a glyph that matplotlib lacks does no harm
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(PICTURE_WIDTH, height), dpi=72, layout="constrained")  # a pixel is a point
+        figure = Figure(figsize=(PICTURE_WIDTH, height), dpi=72, layout="constrained")  # one pixel per point
         yield figure, figure.add_subplot()
 
 
-def _svg(figure: Figure, name: str) -> str:
-    """To stand in HTML among others: ids of its own, colours of the page."""
-    file = io.BytesIO()
-    figure.savefig(file, format="svg")
-    text = file.getvalue().decode("utf-8")
-    text = text[text.index("<svg") :]
-    # the metadata have the date, and the style would be the whole page's
-    text = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", text, flags=re.S)
-    text = re.sub(r' (xmlns(:xlink)?|version)="[^"]*"', "", text)
-    text = text.replace("xlink:href=", "href=")
-    text = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{name}-", text)
-    for stand_in, colour in PAGE.items():
-        text = text.replace(stand_in, colour)
-    return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
+def _to_svg(figure: Figure) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()

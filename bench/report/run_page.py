@@ -1,0 +1,267 @@
+"""The report of one file: what was run, how long it took, how good the captions are, and the captions themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bench import comparison
+from bench.report import pictures
+from bench.report.captions import list_captions
+from bench.report.cells import OUTPUT_MEANING, ReportCell, group_by_language, list_facts
+from bench.report.metric_text import (
+    MAIN_METRICS,
+    explain_missing,
+    format_interval,
+    format_metric,
+    interval_limits,
+    metric_column,
+    metric_name,
+)
+from bench.report.page import (
+    DASH,
+    Block,
+    BulletList,
+    Column,
+    Page,
+    Paragraph,
+    Picture,
+    Section,
+    Table,
+    list_sections,
+)
+from bench.report.runs import Run
+from edgecloud_sd.measure.breakdown import PARTS
+from edgecloud_sd.measure.summary import METRICS
+
+
+def build_run_page(run: Run, quality: str, max_clips: int) -> Page:
+    """Return the report of one run, with its sections once per language."""
+    groups = group_by_language(run.cells.values())
+    sections = [Section("What was run", describe_run(run, groups))]
+    for language, cells in groups.items():
+        sections += list_sections(
+            {
+                "Summary": summarise_metrics(cells),
+                "Where the time goes": [show_breakdown(cells)],
+                "Latency against quality": compare_latency_and_quality(cells, quality),
+                "Acceptance by position": show_acceptance(cells),
+                "Does it pay?": [*show_speedups(cells, quality), *list_forecasts(cells, run.forecasts)],
+                "Captions side by side": list_captions(cells, quality, max_clips),
+            },
+            f" ({language})" if len(groups) > 1 else "",
+        )
+    return Page(f"edgecloud_sd: {run.name}", sections)
+
+
+def describe_run(run: Run, groups: Mapping[str, Sequence[ReportCell]]) -> list[Block]:
+    """Return the facts of the run, the ids of its cells, and the clips that were skipped."""
+    documents = list(run.cells.values())
+    facts = list_facts(documents) | {"saved": run.saved or DASH}
+    rows = [
+        [cell.label, cell.case_id, language, str(len(cell.clips))]
+        for language, cells in groups.items()
+        for cell in cells
+    ]
+    columns = [Column("cell"), Column("id", is_text=True), Column("language", is_text=True), Column("clips")]
+    blocks: list[Block] = [
+        Table(
+            [Column("fact"), Column("value", is_text=True)],
+            [[name, value] for name, value in facts.items() if value != DASH],
+        ),
+        Table(columns, rows, fold_title="The cells and their ids"),
+    ]
+    skipped = {clip["file_id"]: clip["reason"] for document in documents for clip in document["skipped_clips"]}
+    if skipped:
+        blocks += [Paragraph("Clips that were skipped:", is_warning=True), BulletList(list(skipped.items()))]
+    return blocks
+
+
+def summarise_metrics(cells: Sequence[ReportCell]) -> list[Block]:
+    """Return the main metrics with a row per cell, then every metric with a row per metric."""
+    main = [metric for metric in MAIN_METRICS if any(cell.metric(metric) is not None for cell in cells)]
+    main_table = Table(
+        [Column("cell"), Column("output", OUTPUT_MEANING, is_text=True), *map(metric_column, main)],
+        [[cell.label, cell.output, *(format_metric(metric, cell.metric(metric)) for metric in main)] for cell in cells],
+    )
+    full_table = Table(
+        [Column("metric"), Column("better", is_text=True), *(Column(cell.label) for cell in cells)],
+        [
+            [
+                metric_column(metric).heading,
+                METRICS[metric].better or DASH,
+                *(format_metric(metric, cell.metric(metric)) for cell in cells),
+            ]
+            for metric in METRICS
+        ],
+        fold_title="Every metric",
+    )
+    documents = [cell.document for cell in cells]
+    main_reasons = explain_missing(MAIN_METRICS, documents)
+    other_reasons = explain_missing([metric for metric in METRICS if metric not in MAIN_METRICS], documents)
+    meanings = [(metric_name(name), metric.meaning) for name, metric in METRICS.items()]
+    blocks: list[Block] = [main_table]
+    if main_reasons:
+        blocks += [Paragraph("Reasons for a dash or a missing column:"), BulletList(main_reasons)]
+    blocks.append(full_table)
+    if other_reasons:
+        blocks.append(BulletList(other_reasons, fold_title="Reasons for the other dashes"))
+    return [*blocks, BulletList(meanings, fold_title="Meaning of each metric")]
+
+
+def show_breakdown(cells: Sequence[ReportCell]) -> Picture:
+    """Return the latency breakdown of each cell."""
+    breakdowns = [cell.document["metrics"]["latency_breakdown"] for cell in cells]
+    closures = [cell.document["metrics"]["breakdown_closure"] for cell in cells]
+    parts = [part for part in PARTS if any(breakdown[part] for breakdown in breakdowns)]
+    bars, rows = [], []
+    for cell, breakdown, closure in zip(cells, breakdowns, closures, strict=True):
+        discarded = cell.metric("discarded_draft") or 0.0
+        bars.append(pictures.Bar(cell.label, breakdown, discarded))
+        milliseconds = [f"{1e3 * seconds:.1f}" for seconds in (*(breakdown[part] for part in parts), discarded)]
+        shares = [DASH if closure[kind] is None else f"{closure[kind]:.2%}" for kind in ("median", "worst")]
+        rows.append([cell.label, *milliseconds, *shares])
+    median, worst = (
+        max(
+            (closure[kind] for closure in closures if closure[kind] is not None),
+            key=lambda share: abs(share - 1),
+            default=None,
+        )
+        for kind in ("median", "worst")
+    )
+    description = "Latency breakdown: mean ms per caption by part, one bar per cell. Hatched: discarded draft tokens."
+    if median is not None and worst is not None:
+        description += (
+            f" The sum of the parts is {median:.2%} of the wall time in the median clip of the worst cell, and "
+            f"{worst:.2%} in the worst clip."
+        )
+    columns = [
+        Column("ms per caption"),
+        *(Column(part.replace("_", " "), PARTS[part]) for part in parts),
+        Column("discarded draft", METRICS["discarded_draft"].meaning),
+        Column("sum / wall", "sum of the parts / wall time by another clock; median over clips"),
+        Column("worst clip", "the same ratio in the clip where it is furthest from 100%"),
+    ]
+    return Picture(pictures.draw_breakdown(bars), description, Table(columns, rows, fold_title="The numbers"))
+
+
+def compare_latency_and_quality(cells: Sequence[ReportCell], quality: str) -> list[Block]:
+    """Return seconds per caption against one quality metric, with the Pareto front."""
+    points = [
+        pictures.Point(
+            cell.label,
+            cell.mode,
+            cell.document["metrics"]["figures"]["total"],
+            value,
+            cell.metric("cloud_call_rate") if cell.mode == "speculative" else None,
+        )
+        for cell in cells
+        if (value := cell.metric(quality)) is not None
+    ]
+    if not points:
+        reasons = explain_missing([quality], [cell.document for cell in cells])
+        return [Paragraph(f"No cell has {metric_name(quality)} (--quality selects another):"), BulletList(reasons)]
+    front = comparison.pareto_front([(point.seconds, point.quality) for point in points])
+    description = (
+        f"{metric_name(quality)} against seconds per caption. The Pareto front, from fast to good, is "
+        f"{', '.join(points[i].label for i in front)}. A larger circle sends more of its rounds to the cloud."
+    )
+    rows = [
+        [
+            str(i + 1),
+            point.label,
+            f"{point.seconds:.3f}",
+            format_metric(quality, point.quality),
+            format_metric("cloud_call_rate", point.cloud_call_rate),
+            "yes" if i in front else "no",
+        ]
+        for i, point in enumerate(points)
+    ]
+    columns = [
+        Column("number"),
+        Column("cell", is_text=True),
+        Column("s per caption", METRICS["total"].meaning),
+        Column(metric_name(quality), METRICS[quality].meaning),
+        Column("cloud calls", METRICS["cloud_call_rate"].meaning),
+        Column("on the front", "no other cell is as fast and as good, and better in one of the two", is_text=True),
+    ]
+    picture = pictures.draw_latency_quality(points, front, metric_name(quality))
+    return [Picture(picture, description, Table(columns, rows, fold_title="The numbers"))]
+
+
+def show_acceptance(cells: Sequence[ReportCell]) -> list[Block]:
+    """Return the share of accepted draft tokens by position in the draft, or nothing if no cell verified a draft."""
+    lines = [
+        pictures.Line(cell.label, values, *cell.strategy)
+        for cell in cells
+        if (values := cell.document["metrics"]["speculative_decoding_metrics"]["acceptance_by_position"])
+    ]
+    if not lines:
+        return []
+    longest = max(len(line.values) for line in lines)
+    rows = [
+        [line.label, *(f"{value:.3f}" for value in line.values), *[DASH] * (longest - len(line.values))]
+        for line in lines
+    ]
+    columns = [Column("cell"), *(Column(str(position)) for position in range(1, longest + 1))]
+    description = (
+        "Share of the verified drafts with a token at this position in which the cloud accepted that token, and so all "
+        "tokens before it. Colour: gate; dashes: rule; marker: k."
+    )
+    return [Picture(pictures.draw_acceptance(lines), description, Table(columns, rows, fold_title="The numbers"))]
+
+
+def show_speedups(cells: Sequence[ReportCell], quality: str) -> list[Block]:
+    """Return how many times as fast each speculative cell is as the edge alone and as the cloud alone."""
+    documents = [cell.document for cell in cells]
+    speculative = [cell for cell in cells if cell.mode == "speculative"]
+    if not speculative:
+        return []
+    rows, ranges, clip_counts = [], [], []
+    for cell in speculative:
+        row, by_caption = [cell.label], {}
+        baselines = {mode: comparison.find_baseline(cell.document, mode, documents) for mode in ("edge", "cloud")}
+        for mode, baseline in baselines.items():
+            speedup = comparison.caption_speedup(baseline, cell.document) if baseline else None
+            per_token = comparison.token_speedup(baseline, cell.document) if baseline else None
+            row += [format_interval(speedup), format_interval(per_token)]
+            by_caption[f"over {mode}"] = speedup
+            clip_counts.append(len(comparison.pair_clips(baseline, cell.document)) if baseline else 0)
+        gap = comparison.quality_gap_closed(cell.document, baselines["edge"], baselines["cloud"], quality)
+        rows.append([*row, DASH if gap is None else f"{gap:.2f}", cell.output])
+        ranges.append((cell.label, by_caption))
+    if not any(clip_counts):
+        return [Paragraph("No speed-up: neither the edge alone nor the cloud alone captioned these clips.")]
+    per_token_meaning = "by seconds per token after the first chunk, so that shorter captions give no advantage"
+    columns = [
+        Column("times as fast as"),
+        Column("edge", "by seconds per caption, summed over the clips that both cells have"),
+        Column("edge, per token", per_token_meaning),
+        Column("cloud", "by seconds per caption, over the same link"),
+        Column("cloud, per token", per_token_meaning),
+        Column(f"{metric_name(quality)} gap closed", "(speculative - edge) / (cloud - edge)"),
+        Column("output", OUTPUT_MEANING, is_text=True),
+    ]
+    description = (
+        "Speed-up over the edge alone and over the cloud alone, by seconds per caption over the same clips, with 95% "
+        f"intervals (paired bootstrap over clips). {interval_limits(min(filter(None, clip_counts)))}"
+    )
+    table = Table(columns, rows, fold_title="The numbers")
+    blocks: list[Block] = [Picture(pictures.draw_speedups(ranges), description, table)]
+    if any(row[5] == DASH for row in rows):
+        reason = "edge or cloud is missing, or the gap between them is not larger than its noise."
+        blocks.append(Paragraph(f"Reason for a dash under {metric_name(quality)} gap closed: {reason}"))
+    return blocks
+
+
+def list_forecasts(cells: Sequence[ReportCell], sentences: Mapping[str, str]) -> list[Block]:
+    """Return the forecast of each speculative cell."""
+    items = [
+        (cell.label, sentences.get(cell.case_id, "the file has no forecast"))
+        for cell in cells
+        if cell.mode == "speculative"
+    ]
+    intro = (
+        "Forecasts of the cost model, from the costs of this run. They are about the time per token after prefill, so "
+        "compare them with the speed-ups per token."
+    )
+    return [Paragraph(intro), BulletList(items)] if items else []
