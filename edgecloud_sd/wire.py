@@ -1,16 +1,18 @@
-"""What crosses between edge and cloud, as bytes: HTTP requests and answers, and how large each is.
+"""The messages between edge and cloud, as bytes, and their sizes.
 
-A prompt crosses as a safetensors body (ids in int32, the log-mel spectrogram in half precision), everything else as
-JSON: token ids and a few integers. Raw audio and logits never cross. Every message carries a check, the CRC-32 of the
-ids that it is about, begun with that of the prompt: a repeated, stale, misdirected or damaged one is told from the one
-that was meant.
+A prompt is sent as a safetensors body: ids in int32, the log-mel spectrogram in half precision. All other messages are
+JSON: token ids and a few integers. Raw audio and logits are never sent.
+
+Every message has a check: a CRC-32 over the ids that the message is about, which starts from the check of the prompt. A
+repeated, stale, misdirected or damaged message has another check than the receiver expects.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,42 +25,106 @@ if TYPE_CHECKING:
 OCTETS, JSON, LINES = "application/octet-stream", "application/json", "application/x-ndjson"  # media types
 MAX_IDS = 8192  # in one list of a message
 MAX_MESSAGE = 2 * 12 * MAX_IDS + 1024  # bytes of JSON: two such lists, with spaces
-MAX_HEADER = 1024  # bytes of what a prompt says of its tensors
-# Of a message on a connection that stands: request line or status, and headers, as client and server of `cloud` write
-# them (`tests/test_wire.py` counts them on a socket). TCP's, IP's and TLS's own bytes are not counted.
+MAX_HEADER = 1024  # bytes of the safetensors header of a prompt
+
+# Bytes of HTTP around a message on an open connection: the request line or status, and the headers that client and
+# server send. `tests/test_wire.py` counts them on a socket. They exclude the bytes of TCP, IP and TLS.
 REQUEST_HEAD = 202
 ANSWER_HEAD = 120
 CHUNK_HEAD = 6  # around each line of a streamed answer
 
-
-# For forecasts, before there is a message to measure: bytes of an id and its comma in JSON, as most of a vocabulary of
-# 150,000 have; of a verdict with its head; of a streamed line with its own.
-ID = 7
-VERDICT = ANSWER_HEAD + 48
-LINE = CHUNK_HEAD + 36
-
-
-def verify_size(fed: float) -> float:
-    """Bytes, about, of a request that feeds the cloud `fed` ids (committed tokens not yet sent, then the draft)."""
-    return REQUEST_HEAD + 56 + ID * fed
+# Mean sizes in bytes, for a forecast, which has no message to measure.
+ID_BYTES = 7  # an id and its comma in JSON: most ids of a vocabulary of 150,000 have six digits
+VERDICT_BYTES = ANSWER_HEAD + 48
+LINE_BYTES = CHUNK_HEAD + 36
 
 
 class WireError(ValueError):
-    """A message that is not what it should be: the message names what is wrong with it."""
+    """A malformed or unexpected message. The text is a predicate, such as "is not JSON", for the caller's sentence."""
 
 
-def checksum(ids: Iterable[int], begun: int = 0) -> int:
-    """CRC-32 over `ids` as little-endian int32, going on from `begun`."""
-    return zlib.crc32(np.fromiter(ids, dtype="<i4").tobytes(), begun)
+@dataclass(frozen=True)
+class OpenedMessage:
+    """Answer to a prompt: the name of the new session, and the fingerprint of the model that serves it."""
+
+    session: str
+    model: str
+    check: int
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """Request to verify `draft` after a context.
+
+    The cloud already has the first `base` tokens of the context; `tokens` are the rest.
+    """
+
+    base: int
+    tokens: tuple[int, ...]
+    draft: tuple[int, ...]
+    check: int
+
+
+@dataclass(frozen=True)
+class VerdictMessage:
+    """Answer to a verify request: the count of accepted draft tokens, and the target model's next token."""
+
+    accepted: int
+    token: int
+    check: int
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Request for the target model's own tokens after `output`, up to an id of `eos` or `max_new_tokens` in all."""
+
+    output: tuple[int, ...]
+    eos: tuple[int, ...]
+    max_new_tokens: int
+    check: int
+
+
+@dataclass(frozen=True)
+class TokenLine:
+    """A line of the stream that answers a generate request: the next token."""
+
+    token: int
+    check: int
+
+
+@dataclass(frozen=True)
+class EndLine:
+    """The last line of a stream: the count of tokens before it."""
+
+    end: int
+    check: int
+
+
+Message = OpenedMessage | VerifyRequest | VerdictMessage | GenerateRequest | TokenLine | EndLine
+
+
+def dumps(message: Message) -> bytes:
+    """Return a message as JSON without spaces, its fields in order."""
+    return json.dumps(vars(message), separators=(",", ":")).encode()
+
+
+def verify_size(fed: float) -> float:
+    """Return the approximate bytes of a verify request that sends `fed` ids, committed tokens and draft together."""
+    return REQUEST_HEAD + 56 + ID_BYTES * fed
+
+
+def checksum(ids: Iterable[int], start: int = 0) -> int:
+    """Return the CRC-32 over `ids` as little-endian int32, continued from the CRC-32 `start`."""
+    return zlib.crc32(np.fromiter(ids, dtype="<i4").tobytes(), start)
 
 
 def prompt_checksum(body: bytes, rule: str) -> int:
-    """The check of a prompt and of the rule, as text, that it is opened with: what every later check goes on from."""
+    """Return the check of a prompt's body and of the text of its acceptance rule. All later checks start from it."""
     return zlib.crc32(body, zlib.crc32(rule.encode()))
 
 
 def encode_prompt(prompt: Prompt) -> bytes:
-    """safetensors: `ids` int32 [n] and, where there is audio, `features` float16 [mel bins, frames]."""
+    """Return a safetensors body: `ids` int32 [n] and, if there is audio, `features` float16 [mel bins, frames]."""
     from safetensors.numpy import save
 
     tensors: dict[str, NDArray[Any]] = {"ids": np.asarray(prompt.ids, dtype=np.int32)}
@@ -68,11 +134,11 @@ def encode_prompt(prompt: Prompt) -> bytes:
 
 
 def decode_prompt(body: bytes) -> Prompt:
-    """The prompt that `encode_prompt` made this of, its features in float32 again. WireError for anything else."""
+    """Return the prompt of an `encode_prompt` body, with its features in float32. Raise WireError for other bytes."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    if int.from_bytes(body[:8], "little") > MAX_HEADER:  # room for tens of thousands of tensors
+    if int.from_bytes(body[:8], "little") > MAX_HEADER:  # a longer one could list tens of thousands of tensors
         raise WireError("has a header that is longer than ids and features need")
     try:
         tensors = load(body)
@@ -81,88 +147,90 @@ def decode_prompt(body: bytes) -> Prompt:
     ids = tensors.pop("ids", None)
     features = tensors.pop("features", None)
     if tensors or ids is None or ids.dtype != np.int32 or ids.ndim != 1 or not ids.size:
-        raise WireError("must hold ids, int32 [n] with n of at least 1, and features or nothing else")
+        raise WireError("must contain ids, int32 [n] with n of at least 1, and features or nothing else")
     if features is None:
         return Prompt(tuple(ids.tolist()))
     if features.dtype != np.float16 or features.ndim != 2 or not features.size:
-        raise WireError("must hold features as float16 [mel bins, frames]")
+        raise WireError("must contain features as float16 [mel bins, frames]")
     if not np.isfinite(features).all():
-        raise WireError("holds features that are not finite")
+        raise WireError("contains features that are not finite")
     import torch
 
     return Prompt(tuple(ids.tolist()), torch.from_numpy(features.astype(np.float32)))
 
 
-def opened(session: str, model: str, sent: int) -> dict[str, Any]:
-    """Answer to a prompt whose body had the check `sent`."""
-    return {
-        "session": session,
-        "model": model,
-        "check": zlib.crc32(f"{session} {model}".encode(errors="replace"), sent),
-    }
+def build_opened_message(session: str, model: str, prompt_check: int) -> OpenedMessage:
+    """Return the answer to the prompt with the check `prompt_check`."""
+    return OpenedMessage(session, model, zlib.crc32(f"{session} {model}".encode(errors="replace"), prompt_check))
 
 
-def to_verify(begun: int, context: Sequence[int], base: int, draft: Sequence[int]) -> dict[str, Any]:
-    """Request to judge `draft` after `context`, of which the cloud holds the first `base` tokens."""
-    fed = [*context, *draft]
-    return {"base": base, "tokens": list(context[base:]), "draft": list(draft), "check": checksum(fed, begun)}
+def build_verify_request(prompt_check: int, context: Sequence[int], base: int, draft: Sequence[int]) -> VerifyRequest:
+    """Return the request to verify `draft` after `context`, of which the cloud already has the first `base` tokens."""
+    check = checksum((*context, *draft), prompt_check)
+    return VerifyRequest(base, tuple(context[base:]), tuple(draft), check)
 
 
-def verdict(given: Verdict, asked: int) -> dict[str, Any]:
-    """Answer to a request whose check was `asked`."""
-    return {
-        "accepted": given.accepted,
-        "token": given.token,
-        "check": checksum((given.accepted, given.token), asked),
-    }
+def build_verdict_message(verdict: Verdict, request_check: int) -> VerdictMessage:
+    """Return the answer to the verify request with the check `request_check`."""
+    check = checksum((verdict.accepted, verdict.token), request_check)
+    return VerdictMessage(verdict.accepted, verdict.token, check)
 
 
-def to_generate(begun: int, output: Sequence[int], eos: Iterable[int], max_new_tokens: int) -> dict[str, Any]:
-    """Request for the cloud's own tokens after `output`."""
-    ends = sorted(eos)
-    what = checksum((*output, *ends, max_new_tokens), begun)
-    return {"output": list(output), "eos": ends, "max_new_tokens": max_new_tokens, "check": what}
+def build_generate_request(
+    prompt_check: int, output: Sequence[int], eos: Iterable[int], max_new_tokens: int
+) -> GenerateRequest:
+    """Return the request for the target model's own tokens after `output`."""
+    ends = tuple(sorted(eos))
+    check = checksum((*output, *ends, max_new_tokens), prompt_check)
+    return GenerateRequest(tuple(output), ends, max_new_tokens, check)
 
 
-def written(output: Sequence[int], asked: int) -> dict[str, Any]:
-    """One line of the stream: the last of `output`, all that was written in answer to the request."""
-    return {"token": output[-1], "check": checksum(output, asked)}
+def build_token_line(generated: Sequence[int], request_check: int) -> TokenLine:
+    """Return the line for the last of `generated`, which are all tokens generated for this request so far."""
+    return TokenLine(generated[-1], checksum(generated, request_check))
 
 
-def ended(output: Sequence[int], asked: int) -> dict[str, Any]:
-    """The last line of the stream."""
-    return {"end": len(output), "check": checksum((*output, len(output)), asked)}
+def build_end_line(generated: Sequence[int], request_check: int) -> EndLine:
+    """Return the last line of a stream in which all of `generated` was sent."""
+    return EndLine(len(generated), checksum((*generated, len(generated)), request_check))
 
 
-def read_verdict(answer: bytes, drafted: int, asked: int) -> Verdict:
-    """The verdict on a draft of `drafted` tokens. WireError for an answer to anything but the request `asked`."""
+def read_opened(answer: bytes, prompt_check: int) -> tuple[str, str]:
+    """Return the session's name and the model's fingerprint. Raise WireError for an answer to another prompt."""
+    message = _object(answer)
+    session, model = message.get("session"), message.get("model")
+    if not isinstance(session, str) or not isinstance(model, str):
+        raise WireError("does not name a session and a model")
+    if message != vars(build_opened_message(session, model, prompt_check)):
+        raise WireError("does not belong to the prompt that was sent")
+    return session, model
+
+
+def read_verdict(answer: bytes, drafted: int, request_check: int) -> Verdict:
+    """Return the verdict on a draft of `drafted` tokens. Raise WireError for an answer to another request."""
     message = _integers(answer, ("accepted", "token", "check"))
-    found = Verdict(message["accepted"], message["token"])
-    if not 0 <= found.accepted <= drafted or not _id(found.token) or message != verdict(found, asked):
-        raise WireError("is no verdict on what was asked")
-    return found
+    verdict = Verdict(message["accepted"], message["token"])
+    if not 0 <= verdict.accepted <= drafted or not _is_id(verdict.token):
+        raise WireError("is not a possible verdict on the draft")
+    if message != vars(build_verdict_message(verdict, request_check)):
+        raise WireError("does not belong to the verify request")
+    return verdict
 
 
-def read_written(line: bytes, output: Sequence[int], asked: int) -> int | None:
-    """The token that follows `output` in the stream, or None for its last line. WireError for any other line."""
+def read_stream_line(line: bytes, generated: Sequence[int], request_check: int) -> int | None:
+    """Return the token that follows `generated` in the stream, or None for the last line.
+
+    Raise WireError for any other line.
+    """
     if b'"end"' in line:
-        if _integers(line, ("end", "check")) != ended(output, asked):
-            raise WireError("ends where the stream does not")
+        if _integers(line, ("end", "check")) != vars(build_end_line(generated, request_check)):
+            raise WireError("does not match the end of the stream")
         return None
     message = _integers(line, ("token", "check"))
     token = message["token"]
-    if not _id(token) or message != written([*output, token], asked):
-        raise WireError("is no token of what was asked")
+    if not _is_id(token) or message != vars(build_token_line([*generated, token], request_check)):
+        raise WireError("is not the next token of the stream")
     return token
-
-
-def read_opened(answer: bytes, sent: int) -> tuple[str, str]:
-    """The session's id, and which model it is on."""
-    message = _object(answer)
-    session, model = message.get("session"), message.get("model")
-    if not isinstance(session, str) or not isinstance(model, str) or message != opened(session, model, sent):
-        raise WireError("is no answer to the prompt that was sent")
-    return session, model
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -171,21 +239,16 @@ def _object(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise WireError("is not JSON") from None
     if not isinstance(message, dict):
-        raise WireError("is no JSON object")
+        raise WireError("is not a JSON object")
     return message
 
 
 def _integers(body: bytes, names: Sequence[str]) -> dict[str, int]:
     message = _object(body)
     if message.keys() != set(names) or not all(type(value) is int for value in message.values()):
-        raise WireError(f"must hold the integers {', '.join(names)}")
+        raise WireError(f"must be an object of the integers {', '.join(names)}")
     return message
 
 
-def _id(token: int) -> bool:
+def _is_id(token: int) -> bool:
     return 0 <= token < 2**31
-
-
-def dumps(message: Mapping[str, Any]) -> bytes:
-    """JSON without spaces."""
-    return json.dumps(message, separators=(",", ":")).encode()

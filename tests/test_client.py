@@ -466,7 +466,7 @@ def test_an_attempt_that_was_the_last_is_time_lost_too(proxy: Proxy) -> None:
 
 def test_the_time_of_a_stream_is_told_apart_by_what_the_server_says_of_its_first_token() -> None:
     output = [1, 2, 3, 4, 5, 6]
-    whole = told(output, lambda asked: [wire.dumps(wire.ended(output, asked))])(0)
+    whole = told(output, lambda asked: [wire.dumps(wire.build_end_line(output, asked))])(0)
     timing = b"Server-Timing: queue;dur=1e9,model;dur=0\r\n"
     answer = whole.replace(b"\r\n", b"\r\n" + timing, 1)
     stage = Harness(far=True)
@@ -596,7 +596,7 @@ def test_garbage_is_a_fault_and_nothing_else(what: str, call: Callable[[Connecti
 
 @pytest.mark.parametrize("session", ["", "../model", "a b", "a\nb", "é", "x" * 65])
 def test_a_session_whose_name_no_path_can_hold_is_garbage(session: str) -> None:
-    answer = said(201, wire.dumps(wire.opened(session, TOY.fingerprint, BEGUN)))
+    answer = said(201, wire.dumps(wire.build_opened_message(session, TOY.fingerprint, BEGUN)))
     with Canned(lambda heard: answer) as other, connected(other.url, patience=0.0) as connection:
         connection.remote = TOY
         verification = connection.verifier(GREEDY, Harness()).open(PROMPT)
@@ -703,8 +703,8 @@ def told(output: list[int], more: Callable[[int], list[bytes]]) -> Callable[[int
     """A stream that is right up to `output`, and then goes on with `more`, made of the request's check."""
 
     def say(heard: int) -> bytes:
-        asked = wire.to_generate(BEGUN, [], ALL.eos, ALL.max_new_tokens)["check"]
-        lines = [wire.dumps(wire.written(output[: n + 1], asked)) for n in range(len(output))]
+        asked = wire.build_generate_request(BEGUN, [], ALL.eos, ALL.max_new_tokens).check
+        lines = [wire.dumps(wire.build_token_line(output[: n + 1], asked)) for n in range(len(output))]
         return CHUNKED + b"".join(framed(line + b"\n") for line in [*lines, *more(asked)]) + framed(b"")
 
     return say
@@ -712,14 +712,14 @@ def told(output: list[int], more: Callable[[int], list[bytes]]) -> Callable[[int
 
 def test_a_stream_that_goes_on_after_the_captions_end_is_left() -> None:
     output = [1, 2, 3, 4, 5, 6]
-    more = told(output, lambda asked: [wire.dumps(wire.written([*output, 0], asked))] * 3)
+    more = told(output, lambda asked: [wire.dumps(wire.build_token_line([*output, 0], asked))] * 3)
     with Canned(more) as other, connected(other.url, patience=0.0) as connection:
         assert list(streaming(connection)) == output
 
 
 def test_a_stream_that_ends_before_the_caption_is_a_fault() -> None:
     output = [1, 2, 3]
-    more = told(output, lambda asked: [wire.dumps(wire.ended(output, asked))])
+    more = told(output, lambda asked: [wire.dumps(wire.build_end_line(output, asked))])
     with Canned(more) as other, connected(other.url, patience=0.0) as connection:
         tokens = streaming(connection)
         assert [next(tokens) for _ in output] == output

@@ -156,7 +156,7 @@ def test_a_server_says_where_it_is_and_stops_within_seconds_even_in_a_stream(how
         begun = wire.prompt_checksum(body, "greedy")
         opened = said(f"{url}/v1/sessions?rule=greedy&check={begun}", body, content=wire.OCTETS)
         session, _ = wire.read_opened(opened, begun)
-        asked = wire.dumps(wire.to_generate(begun, [], (), 400))
+        asked = wire.dumps(wire.build_generate_request(begun, [], (), 400))
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as stream:
             head = f"POST /v1/sessions/{session}/generate HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {KEY}\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(asked)}\r\n\r\n"

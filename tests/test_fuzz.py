@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import psutil
@@ -135,14 +135,15 @@ class Vandal:
         if call == "verify":
             base = pick((0, 0, 0, 1, 2, 10**30))
             with suppress(OverflowError):
-                message = wire.to_verify(begun, [abs(each) for each in context], base, draft)
+                message = asdict(wire.build_verify_request(begun, [abs(each) for each in context], base, draft))
             message["tokens"] = context
         else:
-            message = wire.to_generate(begun, draft[:9], context[:2] if -1 not in context else (), pick((1, 5, 9)))
+            eos = context[:2] if -1 not in context else ()
+            message = asdict(wire.build_generate_request(begun, draft[:9], eos, pick((1, 5, 9))))
         for name_of in list(message):
             if odd and self.chance.random() < 0.2:
                 message[name_of] = pick((None, -1, 2**32, 10**400, 0.5, "1", True, [[]], [None], {}, [2**40] * 20_000))
-        return Asked("POST", f"/v1/sessions/{name}/{call}", wire.dumps(message), key=key)
+        return Asked("POST", f"/v1/sessions/{name}/{call}", json.dumps(message).encode(), key=key)
 
     def junk(self) -> Asked:
         name = self.chance.choice(self.sessions)[0]
@@ -183,11 +184,11 @@ class Rounds:
         self._chance = random.Random(0)
         self._context, self._held = [self.prompt.last], 0
 
-    def next(self) -> tuple[dict[str, Any], Verdict]:
+    def next(self) -> tuple[wire.VerifyRequest, Verdict]:
         if len(self._context) > 60:
             self._context, self._held = [self.prompt.last], 0
         draft = [self._chance.randrange(VOCABULARY) for _ in range(self._chance.randrange(5))]
-        asked = wire.to_verify(self.begun, self._context, self._held, draft)
+        asked = wire.build_verify_request(self.begun, self._context, self._held, draft)
         expected = self._local.verify(self._held, self._context[self._held :], draft)
         self._held = len(self._context) + expected.accepted
         self._context = [*self._context, *draft[: expected.accepted], expected.token]
@@ -210,7 +211,7 @@ def test_whatever_one_client_asks_another_is_served_as_if_it_were_alone(seed: in
                 message, expected = rounds.next()
                 given = await session.edge.ask("POST", f"{session.path}/verify", wire.dumps(message))
                 assert given.status == 200, given
-                assert wire.read_verdict(given.body, len(message["draft"]), message["check"]) == expected
+                assert wire.read_verdict(given.body, len(message.draft), message.check) == expected
 
     play(scene())
 
@@ -237,7 +238,7 @@ def rude(chance: random.Random, port: int, sessions: list[tuple[str, int]]) -> N
     """What no HTTP client would do, on a connection of its own."""
     name, begun = chance.choice(sessions)
     key = f"Authorization: Bearer {KEY}\r\nHost: x\r\n".encode()
-    stream = wire.dumps(wire.to_generate(begun, [], (), 3000))
+    stream = wire.dumps(wire.build_generate_request(begun, [], (), 3000))
     head = f"POST /v1/sessions/{name}/generate HTTP/1.1\r\nContent-Type: {JSON}\r\n".encode() + key
     said = chance.choice(
         (
@@ -312,7 +313,7 @@ def besieged(port: int, server: psutil.Process, requests: int = 5000, warm: int 
                 message, expected = rounds.next()
                 status, answer = good.ask(Asked("POST", path, wire.dumps(message), key=OTHER_KEY))
                 assert status == 200, answer
-                assert wire.read_verdict(answer, len(message["draft"]), message["check"]) == expected
+                assert wire.read_verdict(answer, len(message.draft), message.check) == expected
             if number == warm:
                 sizes.append(size())
         said = good.ask(Asked("GET", "/metrics", key=OTHER_KEY))[1].decode()

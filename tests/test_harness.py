@@ -101,9 +101,15 @@ def test_a_lazy_cloud_is_opened_by_the_first_escalated_draft() -> None:
 def test_every_span_of_a_speculative_caption_by_hand() -> None:
     opening = wire.REQUEST_HEAD + len(wire.encode_prompt(PROMPT))
     begun = wire.prompt_checksum(wire.encode_prompt(PROMPT), "greedy")
-    first, second = wire.to_verify(begun, [6, 0, 0], 0, [0, 1]), wire.to_verify(begun, [6, 0, 0, 0, 0], 4, [0, 0])
+    first, second = (
+        wire.build_verify_request(begun, [6, 0, 0], 0, [0, 1]),
+        wire.build_verify_request(begun, [6, 0, 0, 0, 0], 4, [0, 0]),
+    )
     up = [wire.REQUEST_HEAD + len(wire.dumps(request)) for request in (first, second)]
-    answers = wire.verdict(Verdict(1, 0), first["check"]), wire.verdict(Verdict(2, 0), second["check"])
+    answers = (
+        wire.build_verdict_message(Verdict(1, 0), first.check),
+        wire.build_verdict_message(Verdict(2, 0), second.check),
+    )
     down = [wire.ANSWER_HEAD + len(wire.dumps(answer)) for answer in answers]
     spans = speculative(Harness(PROFILE, LINK)).spans
     assert [span for span in spans if span.part not in ("gate", "rollback")] == [

@@ -40,9 +40,9 @@ def local(rule: str = "greedy", prompt: Prompt = PROMPT) -> Any:
     return LocalVerifier(ToyModel(random_table(VOCABULARY, 0), frozenset()), parse_rule(rule)).open(prompt)
 
 
-def verdict(answer: Any, asked: dict[str, Any]) -> Verdict:
+def verdict(answer: Any, asked: wire.VerifyRequest) -> Verdict:
     assert answer.status == 200, answer
-    return wire.read_verdict(answer.body, len(asked["draft"]), asked["check"])
+    return wire.read_verdict(answer.body, len(asked.draft), asked.check)
 
 
 @pytest.mark.parametrize("rule", ["greedy", "rank(3)", "synthetic(0.6)", "synthetic(1/0.5)"])
@@ -54,11 +54,14 @@ def test_verdicts_are_the_models_own_however_often_one_asks(rule: str) -> None:
             context, held, kept = [PROMPT.last], 0, 0
             for draft in ([0, 1, 2], [], [4, 4], [6], [1, 1, 1, 1], [2, 5]):
                 expected = model.verify(held, context[held:], draft)
-                asked = wire.to_verify(session.begun, context, held, draft)
+                asked = wire.build_verify_request(session.begun, context, held, draft)
                 for _ in range(3):
                     assert verdict(await session.verify(context, held, draft), asked) == expected
                 assert (
-                    verdict(await session.verify(context, 0, draft), wire.to_verify(session.begun, context, 0, draft))
+                    verdict(
+                        await session.verify(context, 0, draft),
+                        wire.build_verify_request(session.begun, context, 0, draft),
+                    )
                     == expected
                 )
                 kept += expected.accepted
@@ -75,13 +78,13 @@ def test_a_stream_is_the_models_own_caption_and_goes_on_from_anywhere() -> None:
             session = await Edge(app).opened()
             expected = list(local().generate(Stopping(frozenset(), 9)))
             for start in (0, 4, 9):
-                asked = wire.to_generate(session.begun, expected[:start], (), 9)
+                asked = wire.build_generate_request(session.begun, expected[:start], (), 9)
                 answer = await session.generate(9, expected[:start])
                 assert (answer.status, answer.headers["content-type"]) == (200, "application/x-ndjson")
                 assert "model;dur=" in answer.headers["server-timing"]
                 written: list[int] = []
                 for line in answer.body.splitlines():
-                    token = wire.read_written(line, written, asked["check"])
+                    token = wire.read_stream_line(line, written, asked.check)
                     written += [] if token is None else [token]
                 assert expected[:start] + written == expected
                 assert answer.lines[-1]["end"] == 9 - start
@@ -139,7 +142,7 @@ MEL = np.zeros((8, 8), np.float16)  # 8 frames are 2 positions
         (b"", 422, "safetensors"),
         (b"\xff" * 100, 422, "header"),
         (body(ids=IDS, features=MEL)[:-1], 422, "safetensors"),
-        (body(features=MEL), 422, "must hold ids"),
+        (body(features=MEL), 422, "must contain ids"),
         (body(ids=IDS, features=MEL, more=MEL), 422, "nothing else"),
         (body(ids=IDS.astype(np.int64), features=MEL), 422, "int32"),
         (body(ids=IDS[None], features=MEL), 422, "int32"),

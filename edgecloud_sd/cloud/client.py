@@ -340,9 +340,9 @@ class RemoteVerification:
         self._session = session
 
     def _verify(self, draft: Sequence[int]) -> Verdict:
-        request = wire.to_verify(self._begun, self._context, self._held, draft)
+        request = wire.build_verify_request(self._begun, self._context, self._held, draft)
         answer = self._timed(f"/v1/sessions/{self._session}/verify", wire.dumps(request), wire.JSON)
-        return _read(lambda: wire.read_verdict(answer, len(draft), request["check"]))
+        return _read(lambda: wire.read_verdict(answer, len(draft), request.check))
 
     def _timed(self, path: str, body: bytes, content: str) -> bytes:
         """One attempt, its time told apart: the server's queue and model by what it says, the rest is the network's."""
@@ -365,7 +365,7 @@ class RemoteVerification:
     def _stream(self, stopping: Stopping, output: Sequence[int]) -> Generator[int]:
         """The tokens of one attempt. Read to its end, or the connection could not be used again."""
         output = tuple(output)
-        request = wire.to_generate(self._begun, output, stopping.eos, stopping.max_new_tokens)
+        request = wire.build_generate_request(self._begun, output, stopping.eos, stopping.max_new_tokens)
         body = wire.dumps(request)
         self._stage.up(wire.REQUEST_HEAD + len(body))
         start = self._stage.watch.seconds()
@@ -375,7 +375,7 @@ class RemoteVerification:
             self._answered(start, timing)
             head = wire.ANSWER_HEAD
             for line in lines:
-                token = _read(lambda line=line: wire.read_written(line, written, request["check"]))  # type: ignore[misc]
+                token = _read(lambda line=line: wire.read_stream_line(line, written, request.check))  # type: ignore[misc]
                 self._stage.down(head + wire.CHUNK_HEAD + len(line) + 1, follows=bool(written))
                 head = 0
                 whole = stopping.reason([*output, *written]) is not None

@@ -288,7 +288,7 @@ def create_app(engine: Engine, limits: ServiceLimits | None = None, keys: Sequen
                 await close(out, held.owner, "room")
             begin = partial(engine.verifier(judges).open, prompt)
             ran = await run("open", held, partial(held.open, begin))
-        return answer(wire.opened(held.name, fingerprint, check), 201, ran)
+        return answer(wire.build_opened_message(held.name, fingerprint, check), 201, ran)
 
     @app.post("/v1/sessions/{session}/verify", response_model=VerdictMessage, responses=on_session)
     async def verify(request: Request, session: str, asked: VerifyRequest) -> Response:
@@ -311,7 +311,7 @@ def create_app(engine: Engine, limits: ServiceLimits | None = None, keys: Sequen
             held.context = context + asked.draft[: ran.result.accepted]
         metrics.drafted.inc(len(asked.draft))
         metrics.accepted.inc(ran.result.accepted)
-        return answer(wire.verdict(ran.result, asked.check), 200, ran)
+        return answer(wire.build_verdict_message(ran.result, asked.check), 200, ran)
 
     @app.post(
         "/v1/sessions/{session}/generate",
@@ -344,8 +344,8 @@ def create_app(engine: Engine, limits: ServiceLimits | None = None, keys: Sequen
                 while (ran := await run("generate", held, partial(held.call, step))).result is not None:
                     written.append(ran.result)
                     metrics.written.inc()
-                    yield wire.dumps(wire.written(written, asked.check)) + b"\n", ran
-                yield wire.dumps(wire.ended(written, asked.check)) + b"\n", ran
+                    yield wire.dumps(wire.build_token_line(written, asked.check)) + b"\n", ran
+                yield wire.dumps(wire.build_end_line(written, asked.check)) + b"\n", ran
 
         begun = lines()
         first, ran = await anext(begun)  # what fails before there is one has its own status
@@ -419,7 +419,7 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def answer(message: dict[str, Any], status: int, ran: Completed[Any]) -> Response:
+def answer(message: wire.Message, status: int, ran: Completed[Any]) -> Response:
     return Response(wire.dumps(message), status, timing(ran), wire.JSON)
 
 

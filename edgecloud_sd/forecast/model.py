@@ -165,7 +165,7 @@ def _crossing(profile: Profile, link: Link, work: Workload) -> float:
 
 def cloud_seconds_per_token(profile: Profile, link: Link) -> float:
     """s a token of cloud mode: one step, and its bytes; the latency of a stream is paid once, with the opening."""
-    return profile.cloud.step + 8 * wire.LINE / link.down
+    return profile.cloud.step + 8 * wire.LINE_BYTES / link.down
 
 
 def opening_seconds(profile: Profile, link: Link, mode: str, work: Workload) -> float:
@@ -213,7 +213,7 @@ def _link_seconds(link: Link, work: Workload) -> float:
     if link == links.NO_LINK:
         return 0.0
     up = sum(chance * link.up_seconds(wire.verify_size(n)) for chance, n in _fed(work))
-    return up + link.down_seconds(wire.VERDICT)
+    return up + link.down_seconds(wire.VERDICT_BYTES)
 
 
 @dataclass(frozen=True)

@@ -225,22 +225,22 @@ class _Verification:
 
     def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
         self._context[base:] = tokens
-        request = wire.to_verify(self._begun, self._context, base, draft)
+        request = wire.build_verify_request(self._begun, self._context, base, draft)
         self._stage.up(wire.REQUEST_HEAD + len(wire.dumps(request)))
         self._stage.queue()
         verdict = self._verification.verify(base, tokens, draft)
         self._context += draft[: verdict.accepted]
-        self._stage.down(wire.ANSWER_HEAD + len(wire.dumps(wire.verdict(verdict, request["check"]))))
+        self._stage.down(wire.ANSWER_HEAD + len(wire.dumps(wire.build_verdict_message(verdict, request.check))))
         return verdict
 
     def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
         """Asked for together with the opening; the tokens follow each other at the pace at which they are made."""
-        asked = wire.to_generate(self._begun, output, stopping.eos, stopping.max_new_tokens)["check"]
+        asked = wire.build_generate_request(self._begun, output, stopping.eos, stopping.max_new_tokens).check
         written: list[int] = []
         for token in self._verification.generate(stopping, output):
             written.append(token)
             head = wire.CHUNK_HEAD if len(written) > 1 else wire.ANSWER_HEAD + wire.CHUNK_HEAD
-            self._stage.down(head + len(wire.dumps(wire.written(written, asked))), follows=len(written) > 1)
+            self._stage.down(head + len(wire.dumps(wire.build_token_line(written, asked))), follows=len(written) > 1)
             yield token
 
     def close(self) -> None:

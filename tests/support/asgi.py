@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -185,13 +185,13 @@ class Opened:
         return f"/v1/sessions/{self.name}"
 
     async def verify(self, context: Sequence[int], base: int, draft: Sequence[int], /, **but: object) -> Answer:
-        request = wire.to_verify(self.begun, context, base, draft)
-        return await self.edge.ask("POST", f"{self.path}/verify", wire.dumps(request | but))
+        request = wire.build_verify_request(self.begun, context, base, draft)
+        return await self.edge.ask("POST", f"{self.path}/verify", json.dumps(asdict(request) | but).encode())
 
     async def generate(
         self, limit: int, output: Sequence[int] = (), read: Callable[[bytes], Awaitable[bool]] | None = None
     ) -> Answer:
-        request = wire.to_generate(self.begun, output, (), limit)
+        request = wire.build_generate_request(self.begun, output, (), limit)
         # where the server gives up in the middle, it does so by cutting the connection
         return await self.edge.ask("POST", f"{self.path}/generate", wire.dumps(request), read=read, server_fails=True)
 
