@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgecloud_sd.cloud.client import PATIENCE, Connection
+from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.keys import read_keys
 from edgecloud_sd.cloud.process import run_server
+from edgecloud_sd.cloud.retry import PATIENCE
 from edgecloud_sd.data.dataset import MAX_CLIP_SECONDS
 from edgecloud_sd.models import pairs
 from edgecloud_sd.models.devices import AUTO

@@ -271,7 +271,7 @@ def test_a_fault_that_does_not_end_is_given_up(world: World, kind: Fault, mode: 
     how = STRICT.how if mode == "speculative" else Decoding("cloud", SCENE.stopping)
     before = world.proxy.injected[kind]
     patience = 5.0 if kind not in SLOW else 0.4
-    with pytest.raises(CloudFault, match=r"failed (once|\d+ times), the last time so: "):
+    with pytest.raises(CloudFault, match=r"failed (once|\d+ times), the last time with: "):
         run(world, replace(STRICT, how=how, faults=[kind] * 500), patience)
     # waits are doubled from 0.05 s: some eight make 5 s, and what is lost is asked for anew twice without one
     assert 1 + (kind not in SLOW) <= world.proxy.injected[kind] - before <= 14

@@ -323,7 +323,7 @@ def test_a_call_that_is_not_answered_is_noticed(
 ) -> None:
     spoil(raised)
     with pytest.raises(
-        LoadError, match=r"^edge 0, clip clip-0, round 1: the cloud failed once, the last time so: .* 500"
+        LoadError, match=r"^edge 0, clip clip-0, round 1: the cloud failed once, the last time with: .* 500"
     ):
         load.replay_rounds([clips[:1]], cloud)
 

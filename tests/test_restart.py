@@ -11,7 +11,8 @@ from contextlib import closing, contextmanager
 import pytest
 
 from edgecloud_sd import gate
-from edgecloud_sd.cloud.client import PATIENCE, Connection
+from edgecloud_sd.cloud.client import Connection
+from edgecloud_sd.cloud.retry import PATIENCE
 from edgecloud_sd.events import Committed, Degraded, Event, Finished, Trace, Verified
 from edgecloud_sd.measure.breakdown import latency_breakdown
 from edgecloud_sd.models import pairs

@@ -251,19 +251,19 @@ def test_the_sizes_charged_to_a_link_are_within_5_percent_of_the_bytes_on_a_sock
     body = wire.encode_prompt(prompt)
     prompt_check = wire.prompt_checksum(body, "rank(7)")
     with tapped_connection() as (tap, connection):
-        answer = connection.call("POST", f"/v1/sessions?rule=rank(7)&check={prompt_check}", body, OCTETS)
+        answer = connection.transport.call("POST", f"/v1/sessions?rule=rank(7)&check={prompt_check}", body, OCTETS)
         up, down = tap.take_sizes()
         assert up == pytest.approx(wire.REQUEST_HEAD + len(body), rel=0.05)
         assert down == pytest.approx(wire.ANSWER_HEAD + len(answer.content), rel=0.05)
         path = f"/v1/sessions/{json.loads(answer.content)['session']}"
         for draft in ([], [1, 2, 3], [1] * 40):
             request = wire.dumps(wire.build_verify_request(prompt_check, [3], 0, draft))
-            answer = connection.call("POST", f"{path}/verify", request, JSON)
+            answer = connection.transport.call("POST", f"{path}/verify", request, JSON)
             up, down = tap.take_sizes()
             assert up == pytest.approx(wire.REQUEST_HEAD + len(request), rel=0.05)
             assert down == pytest.approx(wire.ANSWER_HEAD + len(answer.content), rel=0.05)
         request = wire.dumps(wire.build_generate_request(prompt_check, [], (), 20))
-        with connection.stream(f"{path}/generate", request) as (_, stream):
+        with connection.transport.stream(f"{path}/generate", request) as (_, stream):
             lines = [len(line) + 1 for line in stream]
         up, down = tap.take_sizes()
         assert up == pytest.approx(wire.REQUEST_HEAD + len(request), rel=0.05)

@@ -76,8 +76,8 @@ def serve(options: argparse.Namespace) -> None:
     """Load, listen, say where in one line on stdout, return when stopped. ValueError or OSError for bad options."""
     import uvicorn  # which no help text should wait for, as for what the two below bring
 
-    from edgecloud_sd.cloud.client import KEPT_ALIVE
     from edgecloud_sd.cloud.server import create_app
+    from edgecloud_sd.cloud.transport import KEEP_ALIVE
 
     keys = read_keys(options.api_key_file) if options.api_key_file else ()
     for name in ("max_sessions", "idle_timeout", "max_audio_seconds", "max_tokens", "threads"):
@@ -110,7 +110,7 @@ def serve(options: argparse.Namespace) -> None:
                 date_header=False,
                 proxy_headers=False,  # whoever has no key is told by an address, which must not be their own word
                 ws="none",
-                timeout_keep_alive=int(KEPT_ALIVE) + 15,
+                timeout_keep_alive=int(KEEP_ALIVE) + 15,
                 timeout_graceful_shutdown=5,
             )
         )

@@ -1,0 +1,89 @@
+"""The retry policy of the client: which failures are tried again, for how long, and after which delays."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from edgecloud_sd.verifier import CloudFault
+
+_T = TypeVar("_T")
+PATIENCE = {"wait": 60.0, "edge": 2.0, "error": 0.0}  # s for which a call is tried again, by --on-cloud-fault
+FIRST_DELAY, LONGEST_DELAY = 0.05, 5.0  # s before the next attempt: doubled each time, minus a random part
+
+
+class Refused(CloudFault, ValueError):
+    """An answer that no other attempt can change. The message gives the reason."""
+
+
+class AttemptFailed(Exception):
+    """The failure of one attempt at a call. Another attempt may succeed."""
+
+    def __init__(
+        self, reason: str, session_is_lost: bool = False, context_differs: bool = False, was_sent: bool = True
+    ) -> None:
+        super().__init__(reason)
+        self.session_is_lost = session_is_lost
+        self.context_differs = context_differs  # the two sides count on different contexts
+        self.was_sent = was_sent  # part of the request may have reached the server
+
+    @property
+    def can_retry_at_once(self) -> bool:
+        """True if the next attempt differs: it opens a new session first, or it sends the whole context."""
+        return self.session_is_lost or self.context_differs
+
+
+class Retries:
+    """The attempts at one call, until `patience` seconds have passed.
+
+    `on_failure` is called for each failed attempt, after the delay that follows it.
+    """
+
+    def __init__(
+        self,
+        patience: float,
+        sleep: Callable[[float], None],
+        on_failure: Callable[[AttemptFailed], None] = lambda failure: None,
+    ) -> None:
+        self._patience = patience
+        self._sleep = sleep
+        self._on_failure = on_failure
+        self._start = time.monotonic()
+        self._slept = 0.0
+        self._failures = 0
+
+    def run(self, attempt: Callable[[], _T]) -> _T:
+        """Return the result of the first `attempt` that succeeds. Raise CloudFault when patience is over."""
+        while True:
+            try:
+                return attempt()
+            except AttemptFailed as failure:
+                self.wait(failure)
+
+    def wait(self, failure: AttemptFailed) -> None:
+        """Sleep before the next attempt. Raise CloudFault when patience is over."""
+        try:
+            self._delay(failure)
+        finally:
+            self._on_failure(failure)
+
+    def _delay(self, failure: AttemptFailed) -> None:
+        self._failures += 1
+        # a test's `sleep` may return at once, but its seconds count as well
+        left = self._patience - max(time.monotonic() - self._start, self._slept)
+        if left <= 0:
+            attempts = "once" if self._failures == 1 else f"{self._failures} times"
+            raise CloudFault(f"the cloud failed {attempts}, the last time with: {failure}") from failure
+        if failure.can_retry_at_once and self._failures <= 2:
+            return
+        seconds = min(retry_delay(self._failures), left)
+        self._slept += seconds
+        self._sleep(seconds)
+
+
+def retry_delay(failures: int) -> float:
+    """Return the seconds to wait after so many failures. The random part spreads the attempts of many edges."""
+    longest = min(FIRST_DELAY * 2.0 ** min(failures - 1, 32), LONGEST_DELAY)
+    return longest * random.uniform(0.5, 1.0)

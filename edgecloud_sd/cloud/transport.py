@@ -1,0 +1,228 @@
+"""HTTP requests to a cloud server: single attempts, bounded in time and in bytes by the client alone.
+
+An attempt that fails raises AttemptFailed if another one may succeed, and Refused if none can. `cloud.retry` decides
+about the next attempt.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import ssl
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import httpcore2
+
+from edgecloud_sd import wire
+from edgecloud_sd.cloud.retry import AttemptFailed, Refused
+from edgecloud_sd.cloud.url import parse_url
+
+KEEP_ALIVE = 60.0  # s for which the pool keeps an unused connection; the server keeps its end longer
+CONNECT_TIMEOUT = 5.0  # s, and at most the time left to the request
+LARGEST_ANSWER = 2**16  # bytes of an answer, or of one line of a stream: real ones have a few hundred
+WRITE_SIZE = 2**16  # bytes per write to a socket
+HTTP_ERRORS = (  # the errors of httpcore that the server or the network causes
+    httpcore2.TimeoutException,
+    httpcore2.NetworkError,
+    httpcore2.ProtocolError,
+    httpcore2.UnsupportedProtocol,
+    httpcore2.ProxyError,
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The body of a successful answer, and its Server-Timing header."""
+
+    content: bytes
+    timing: str
+
+
+class Transport:
+    """A pool of HTTP connections to one server, for any number of threads.
+
+    `timeout` is the seconds from the start of a request to the last byte of its answer. For a stream it is the seconds
+    between two lines. Raise ValueError for a malformed URL.
+    """
+
+    def __init__(self, url: str, key: str | None, timeout: float) -> None:
+        self.url = url
+        self._timeout = timeout
+        self._base = parse_url(url)
+        self._headers = [(b"Host", self._base.host_header.encode())]
+        if key:
+            self._headers.append((b"Authorization", b"Bearer " + key.encode()))
+        self._is_closed = False
+        # httpcore follows no redirect, keeps no cookie, decompresses nothing and reads no proxy from the environment
+        self._pool = httpcore2.ConnectionPool(
+            ssl_context=httpcore2.default_ssl_context() if self._base.scheme == "https" else None,
+            max_connections=None,
+            keepalive_expiry=KEEP_ALIVE,
+            network_backend=_Backend(),
+        )
+
+    def call(
+        self, method: str, path: str, body: bytes | None = None, content: str = "", timeout: float = math.inf
+    ) -> Answer:
+        """Return the whole answer to one request, whose body has the media type `content`."""
+        deadline = _Deadline(min(timeout, self._timeout))
+        with self._request(method, path, body, content, deadline) as response:
+            return Answer(_read_body(response), _timing_header(response))
+
+    @contextmanager
+    def stream(self, path: str, body: bytes) -> Iterator[tuple[str, Iterator[bytes]]]:
+        """Post a JSON request, and yield the answer's Server-Timing header and an iterator over its lines."""
+        deadline = _Deadline(self._timeout)
+        with self._request("POST", path, body, wire.JSON, deadline) as response:
+            yield _timing_header(response), _read_lines(response, deadline)
+
+    def close(self) -> None:
+        """Close all connections, including those on which another thread waits."""
+        self._is_closed = True
+        self._pool.close()
+
+    @contextmanager
+    def _request(
+        self, method: str, path: str, body: bytes | None, content: str, deadline: _Deadline
+    ) -> Iterator[httpcore2.Response]:
+        if self._is_closed:
+            raise Refused(f"{self.url}: this connection was closed; make a new one")
+        base = self._base
+        url = httpcore2.URL(scheme=base.scheme, host=base.host, port=base.port, target=base.path + path)
+        headers = [*self._headers, (b"Content-Type", content.encode())] if content else self._headers
+        timeouts = {"timeout": dict.fromkeys(("connect", "read", "write"), deadline)}
+        try:
+            with self._pool.stream(method, url, headers=headers, content=body, extensions=timeouts) as response:
+                if response.status not in (200, 201, 204):
+                    raise _status_error(response)
+                yield response
+        except HTTP_ERRORS as error:
+            was_sent = not isinstance(error, httpcore2.ConnectError | httpcore2.ConnectTimeout)
+            reason = f"{type(error).__name__} {_printable(str(error))}".strip()
+            raise AttemptFailed(reason, was_sent=was_sent) from None
+
+
+def parse_server_timing(header: str, total: float) -> tuple[float, float]:
+    """Return the (queue, model) seconds of this server's Server-Timing header.
+
+    A missing or unreadable entry is 0. The sum is at most `total`: the client does not trust the server's clock.
+    """
+    entries = {}
+    for entry in header.split(","):
+        name, _, milliseconds = entry.partition(";dur=")
+        with suppress(ValueError):
+            seconds = float(milliseconds) / 1e3
+            if math.isfinite(seconds):
+                entries[name.strip()] = max(seconds, 0.0)
+    model = min(entries.get("model", 0.0), total)
+    return min(entries.get("queue", 0.0), total - model), model
+
+
+def _status_error(response: httpcore2.Response) -> AttemptFailed | Refused:
+    """Return the exception for an answer whose status is not a success."""
+    status = response.status
+    try:
+        detail = str(json.loads(_read_body(response))["detail"])
+    except (AttemptFailed, ValueError, KeyError, TypeError, RecursionError):
+        detail = ""
+    reason = f"{status} {_printable(detail)}".strip()
+    if status in (401, 403):
+        return Refused(f"the cloud refuses the key: {reason} (see --cloud-key-file)")
+    if status == 413:
+        return Refused(f"the cloud refuses the request: {reason}")
+    return AttemptFailed(f"the cloud answered {reason}", session_is_lost=status == 404, context_differs=status == 409)
+
+
+def _printable(text: str) -> str:
+    """Return the first 200 characters, with blanks for the control characters that a terminal would obey."""
+    return "".join(character if character.isprintable() else " " for character in text[:200])
+
+
+def _read_body(response: httpcore2.Response) -> bytes:
+    body = bytearray()
+    for chunk in response.iter_stream():
+        body += chunk
+        if len(body) > LARGEST_ANSWER:
+            raise AttemptFailed(f"the answer is longer than {LARGEST_ANSWER} bytes")
+    return bytes(body)
+
+
+def _read_lines(response: httpcore2.Response, deadline: _Deadline) -> Iterator[bytes]:
+    """Yield each line as it arrives. A last line without a newline was cut off, so it is dropped."""
+    rest = b""
+    for chunk in response.iter_stream():
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+        if lines:
+            deadline.renew()
+        if len(rest) > LARGEST_ANSWER:
+            raise AttemptFailed(f"a line of the answer is longer than {LARGEST_ANSWER} bytes")
+
+
+def _timing_header(response: httpcore2.Response) -> str:
+    return b",".join(value for name, value in response.headers if name.lower() == b"server-timing").decode("latin-1")
+
+
+class _Deadline:
+    """The moment by which a request must be done.
+
+    httpcore applies a timeout to each read and each write, of which one answer may need any number. httpcore passes the
+    timeout object on unchanged, so one deadline can bound them all.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.renew()
+
+    def renew(self) -> None:
+        self._end = time.monotonic() + self._seconds
+
+    def remaining(self, error: type[Exception]) -> float:
+        """Return the seconds left, or raise `error` if the moment has passed."""
+        seconds = self._end - time.monotonic()
+        if seconds <= 0:
+            raise error("took too long")
+        return seconds
+
+
+class _Backend(httpcore2.NetworkBackend):
+    """Sockets whose timeouts are `_Deadline` objects."""
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: Any = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+    ) -> httpcore2.NetworkStream:
+        seconds = min(timeout.remaining(httpcore2.ConnectTimeout), CONNECT_TIMEOUT)
+        return _Stream(httpcore2.SyncBackend().connect_tcp(host, port, seconds, local_address, socket_options))
+
+
+class _Stream(httpcore2.NetworkStream):
+    def __init__(self, stream: httpcore2.NetworkStream) -> None:
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: Any = None) -> bytes:
+        return self._stream.read(max_bytes, timeout.remaining(httpcore2.ReadTimeout))
+
+    def write(self, buffer: bytes, timeout: Any = None) -> None:
+        for start in range(0, len(buffer), WRITE_SIZE):
+            self._stream.write(buffer[start : start + WRITE_SIZE], timeout.remaining(httpcore2.WriteTimeout))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: Any = None
+    ) -> httpcore2.NetworkStream:
+        seconds = min(timeout.remaining(httpcore2.ConnectTimeout), CONNECT_TIMEOUT)
+        return _Stream(self._stream.start_tls(ssl_context, server_hostname, seconds))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)

@@ -1,0 +1,46 @@
+"""The URL of a cloud server: what `--cloud-url` and the client accept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+
+@dataclass(frozen=True)
+class ServerUrl:
+    """The parts of a server's URL. `path` comes before the path of every request; it does not end with a slash."""
+
+    scheme: str
+    host: str  # without the brackets of an IPv6 address
+    port: int | None
+    path: str
+
+    @property
+    def host_header(self) -> str:
+        """The value of the Host header."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port is None else f"{host}:{self.port}"
+
+
+def parse_url(text: str) -> ServerUrl:
+    """Return the parts of an http or https URL, or raise ValueError with the URL, its problem and the accepted form.
+
+    The error does not repeat a URL with an `@`, because it may contain a password.
+    """
+    shown = repr(text) if "@" not in text else "the given text with '@' (not shown)"
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")  # the socket encodes the host like this when it connects
+    except ValueError as error:
+        reason = f" ({error})" if "@" not in text else ""
+        raise ValueError(f"{shown} is not a URL{reason}; give http://host:port or https://host/prefix") from None
+    if parts.username or parts.password:
+        raise ValueError(
+            "the URL (not shown) contains a user name or password, which the client does not send; "
+            "give http://host:port or https://host/prefix, and a key with --cloud-key-file"
+        )
+    is_plain = text.isascii() and text.isprintable() and " " not in text
+    if parts.scheme not in ("http", "https") or not host or not is_plain or parts.query or parts.fragment:
+        raise ValueError(f"{shown} is not a URL of a server; give http://host:port or https://host/prefix")
+    return ServerUrl(parts.scheme, host, port, parts.path.rstrip("/"))
