@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgecloud_sd import acceptance, gate
+from edgecloud_sd.cloud.url import parse_url
 from edgecloud_sd.data.dataset import CAPTION_TYPES, ON_BAD_CLIP
 from edgecloud_sd.data.prompts import LANGUAGES, PROMPT_TYPES
 from edgecloud_sd.decoder import MODES
@@ -65,6 +66,8 @@ class Option:
         text = str(value).strip()
         try:
             return self.read(text)
+        except ConfigError:  # its message is complete, and leaves out a password
+            raise
         except ValueError as error:
             raise ConfigError(f"--{self.name}: {text!r} {error}") from None
 
@@ -144,8 +147,11 @@ def _link(text: str) -> str:
 
 
 def _url(text: str) -> str:
-    if text != AUTO and not re.fullmatch(r"https?://[^/\s]+/?", text):
-        raise ValueError("is neither auto nor a URL like http://host:8700")
+    if text != AUTO:
+        try:
+            parse_url(text)
+        except ValueError as error:
+            raise ConfigError(f"--cloud-url: {error} (or auto)") from None
     return text.rstrip("/")
 
 
