@@ -1,4 +1,4 @@
-"""The cloud of a run: a server that is there, or one that this run starts."""
+"""The cloud server of a run: one that runs already, or one that the run starts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from edgecloud_sd.verifier import CloudFault
 if TYPE_CHECKING:
     from edgecloud_sd.config import Settings
 
-MOST_TOKENS = 32_768  # of a prompt and its caption: what the published models take
+MAX_TOKENS = 32_768  # prompt and caption together: the maximum length of the published models
 
 
 @contextmanager
 def connect(settings: Settings) -> Iterator[Connection | None]:
-    """The connection that a run asks for, to a server that is there or to one started for it; None without either.
+    """Yield a connection to the server of `--cloud-url`, or None for a run without a server.
 
-    ValueError, OSError or CloudFault where there is no such server.
+    For `auto`, start a server and stop it at the end. Raise ValueError, OSError or CloudFault if no server can be
+    started or reached.
     """
     if settings.cloud_url is None or settings.mode == ("edge",):
         yield None
@@ -38,11 +39,11 @@ def connect(settings: Settings) -> Iterator[Connection | None]:
             key = read_keys(Path(settings.cloud_key_file))[0]
         if url == AUTO:
             pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
-            # whatever the data set may hold: this server is this run's alone
-            more = ["--max-audio-seconds", str(MAX_CLIP_SECONDS), "--max-tokens", str(MOST_TOKENS)]
-            more += ["--threads", str(settings.threads)] if settings.threads else []
-            more += ["--weights", pair.weights]
-            server = stack.enter_context(run_server(pair.cloud, settings.cloud_device, settings.cloud_dtype, more))
+            # only this run uses the server, so the limits admit every clip of any data set
+            limits = ["--max-audio-seconds", str(MAX_CLIP_SECONDS), "--max-tokens", str(MAX_TOKENS)]
+            limits += ["--threads", str(settings.threads)] if settings.threads else []
+            limits += ["--weights", pair.weights]
+            server = stack.enter_context(run_server(pair.cloud, settings.cloud_device, settings.cloud_dtype, limits))
             url, key = server.url, server.key
         connection = Connection(url, key, settings.cloud_timeout, patience)
         stack.callback(connection.close)

@@ -1,4 +1,4 @@
-"""The real server killed in the middle of a caption of the pocket pair, and started again: or not."""
+"""The real server is killed during a caption of the pocket pair; it is started again, or it stays away."""
 
 from __future__ import annotations
 
@@ -22,34 +22,35 @@ from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
 
 pytestmark = pytest.mark.slow
-STRICT = Cell("speculative", gate.ALWAYS, k=2)
+LOSSLESS = Cell("speculative", gate.ALWAYS, k=2)
 CLOUD = Cell("cloud")
 REQUEST = Request(clips.make_clip("evaluation", 7).samples)
 LENGTH = 32
 
 
 class Service:
-    """The server as users start it, on a port that stays its own."""
+    """The server as users start it, on a port that a restart does not change."""
 
     def __init__(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
-        self.ready()
+        self.wait_until_ready()
 
     def start(self) -> None:
-        """Not waiting until it listens."""
+        """Start the process without waiting until it listens."""
         command = [sys.executable, "-m", "edgecloud_sd.cloud", "serve", "--until-stdin-closes"]
         command += ["--port", str(self.port), "--model", pairs.PAIRS["pocket"].cloud]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def ready(self) -> None:
+    def wait_until_ready(self) -> None:
+        """Return when the server has printed its URL."""
         assert self._process.stdout is not None
         assert self._process.stdout.readline().decode().strip() == self.url
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL and wait for the end of the process."""
         self._process.kill()
         self._process.communicate()
 
@@ -60,62 +61,62 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    made = Service()
-    yield made
-    made.kill()
+    service = Service()
+    yield service
+    service.kill()
 
 
 @contextmanager
-def far(service: Service, policy: str) -> Iterator[Captioner]:
+def remote_captioner(service: Service, policy: str) -> Iterator[Captioner]:
     with closing(Connection(service.url, None, 10.0, PATIENCE[policy])) as connection:
         yield Captioner(connection=connection, alone=policy == "edge")
 
 
-def caption(captioner: Captioner, cell: Cell, happens: Callable[[], None], after: int) -> Trace:
-    """One caption, to which something happens after so many answers of the cloud."""
-    stage = Harness(far=True)
+def caption(captioner: Captioner, cell: Cell, interrupt: Callable[[], None], after: int) -> Trace:
+    """Return the trace of a caption, with a call of `interrupt` once the cloud has answered `after` times."""
+    harness = Harness(far=True)
 
     def events() -> Iterator[Event]:
         answers = 0
-        for event in captioner.events(REQUEST, cell, LENGTH, stage):
+        for event in captioner.events(REQUEST, cell, LENGTH, harness):
             yield event
             answers += isinstance(event, Verified) or (isinstance(event, Committed) and event.origin == "cloud")
             if answers == after:
-                happens()
+                interrupt()
                 answers += 1
 
-    return stamp(events(), stage.watch)
+    return stamp(events(), harness.watch)
 
 
-# in this order, on one server that is started three times in all
+# The tests run in this order, on one server that is started three times in all.
 
 
-@pytest.mark.parametrize("cell", [STRICT, CLOUD], ids=lambda cell: cell.mode)
-def test_a_cloud_that_restarts_in_the_middle_changes_no_token(
+@pytest.mark.parametrize("cell", [LOSSLESS, CLOUD], ids=lambda cell: cell.mode)
+def test_a_restart_of_the_cloud_during_a_caption_changes_no_token(
     captioner: Captioner, service: Service, cell: Cell
 ) -> None:
-    right = captioner.trace(REQUEST, cell, LENGTH)
-    with far(service, "wait") as remote:
+    expected = captioner.trace(REQUEST, cell, LENGTH).tokens
+    with remote_captioner(service, "wait") as remote:
         plain = remote.trace(REQUEST, cell, LENGTH)
-        assert plain.tokens == right.tokens
-        harmed = caption(remote, cell, service.restart, after=2)
-    service.ready()
-    assert harmed.tokens == right.tokens
+        assert plain.tokens == expected
+        interrupted = caption(remote, cell, service.restart, after=2)
+    service.wait_until_ready()
+    assert interrupted.tokens == expected
     assert latency_breakdown(plain).parts["faults"] == 0
-    kept = latency_breakdown(harmed)
-    assert kept.parts["faults"] > kept.seconds / 2  # a start takes longer than many captions
-    assert kept.seconds == pytest.approx(harmed.seconds)
+    breakdown = latency_breakdown(interrupted)
+    assert breakdown.parts["faults"] > breakdown.seconds / 2  # a start takes longer than many captions
+    assert breakdown.seconds == pytest.approx(interrupted.seconds)
 
 
-def test_a_cloud_that_stays_away_leaves_the_rest_to_the_edge(captioner: Captioner, service: Service) -> None:
-    right = captioner.trace(REQUEST, STRICT, LENGTH).tokens
-    with far(service, "edge") as remote:
-        trace = caption(remote, STRICT, service.kill, after=2)
+def test_the_edge_finishes_the_caption_of_a_cloud_that_stays_away(captioner: Captioner, service: Service) -> None:
+    expected = captioner.trace(REQUEST, LOSSLESS, LENGTH).tokens
+    with remote_captioner(service, "edge") as remote:
+        trace = caption(remote, LOSSLESS, service.kill, after=2)
     events = [event for _, event in trace.events]
     (mark,) = [place for place, event in enumerate(events) if isinstance(event, Degraded)]
     by_the_cloud = Trace(trace.events[:mark]).tokens
     assert len(by_the_cloud) >= 2
-    assert by_the_cloud == right[: len(by_the_cloud)]
+    assert by_the_cloud == expected[: len(by_the_cloud)]
     assert {event.origin for event in events[mark:] if isinstance(event, Committed)} == {"local"}
     assert isinstance(events[-1], Finished)
     assert latency_breakdown(trace).parts["faults"] > 0

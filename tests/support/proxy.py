@@ -1,7 +1,7 @@
-"""A TCP proxy between client and server that reads whole HTTP messages and harms them as it is told.
+"""A TCP proxy between client and server that reads whole HTTP messages and injects planned faults.
 
-It stands for everything that can go wrong in between, the server's own restarts included. It counts what it has really
-done, so that a test can tell that it was tested by something.
+It simulates all failures between the two sides, restarts of the server included. It counts the faults that it really
+injected, so that a test can check that they took place.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 
 class Fault(Enum):
-    """What happens to one request or to its answer."""
+    """A fault of one request or of its answer."""
 
     REFUSED = "connection closed before anything is read"
     LOST = "connection closed after the request was executed"
@@ -32,7 +32,7 @@ class Fault(Enum):
     SHAPE = "answer is JSON of another shape"
     DIGIT = "answer with one digit changed"
     SHORT = "answer whose body breaks off"
-    STALE = "answer is the one before"
+    STALE = "answer is the one to the request before"
     ERROR_500 = "500"
     ERROR_502 = "502"
     ERROR_503 = "503"
@@ -42,83 +42,96 @@ class Fault(Enum):
     COPY_LATE = "request executed, and once more after the next one"
     LATE = "connection closed, and the request executed after the next one"
     DAMAGED = "request with one byte changed"
-    RESTARTED = "the server has forgotten every session"
+    RESTARTED = "server loses every session"
     STREAM_CUT = "stream cut in the middle"
-    STREAM_ENDED = "stream ended in the middle, as if that were all"
+    STREAM_ENDED = "stream ended in the middle, as if it were complete"
     STREAM_DIGIT = "stream with one digit changed"
-    STREAM_HUNG = "stream that says no more, for longer than the client waits"
+    STREAM_HUNG = "stream that stalls for longer than the client waits"
 
 
-SLOW = (Fault.HUNG, Fault.STREAM_HUNG)  # cost the client's timeout each
+SLOW = (Fault.HUNG, Fault.STREAM_HUNG)  # each costs the client its timeout
 STREAMED = (Fault.STREAM_CUT, Fault.STREAM_ENDED, Fault.STREAM_DIGIT, Fault.STREAM_HUNG)
 ERRORS = {Fault.ERROR_500: 500, Fault.ERROR_502: 502, Fault.ERROR_503: 503, Fault.ERROR_429: 429}
-LONGEST_HANG = 10.0  # s: clients have gone long before
+REQUEST_FAULTS = (
+    *(Fault.DAMAGED, Fault.RESTARTED, Fault.LATE, Fault.COPY_LATE),
+    *(Fault.TWICE_FIRST, Fault.TWICE_SECOND),
+)
+REPLACED = (*ERRORS, Fault.LOST, Fault.HUNG, Fault.BYTES, Fault.HTML, Fault.SHAPE)  # the server's answer is dropped
+SHAPES = (b"[]", b"{}", b"null", b'{"accepted":true,"token":"0","check":1e3}', b'{"session":7}', b"[" * 9999)
+LONGEST_HANG = 10.0  # s: no client of a test waits that long
 
 
-class Gone(Exception):
-    """The other end has closed."""
+class PeerClosed(Exception):
+    """The closing of a connection by the other end."""
 
 
 @dataclass(frozen=True)
 class Request:
+    """A whole HTTP request."""
+
     head: bytes  # with the empty line
     body: bytes
 
     @property
     def line(self) -> str:
-        """Method and path."""
+        """The method and the path."""
         return self.head.split(b" HTTP/", 1)[0].decode()
 
 
 @dataclass
 class Answer:
-    """`pieces` are the body, or the chunks of a stream as they come."""
+    """An HTTP answer. `pieces` are the body, or the chunks of a stream as they arrive."""
 
     head: bytes
     chunked: bool
     pieces: Iterator[bytes]
 
     def read(self) -> Answer:
-        """All of it, at once."""
+        """Return the same answer with all of its pieces in memory."""
         return Answer(self.head, self.chunked, iter(list(self.pieces)))
 
 
 class Proxy:
-    """In front of the server at `upstream`. Each fault planned befalls one request, the first that it fits.
+    """A proxy in front of the server at `upstream`. Each planned fault hits the first request that it fits.
 
-    Only what closes a session is let through: it is sent once, and its failure would matter to nobody.
+    A request that closes a session always passes: the client sends it once and ignores a failure. With a `prefix`,
+    the proxy serves paths that start with it, and sends them on without it.
     """
 
-    def __init__(self, upstream: str) -> None:
-        self.move(upstream)
+    def __init__(self, upstream: str, prefix: str = "") -> None:
+        self.set_upstream(upstream)
+        self._prefix = prefix.encode()
         self._listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}{prefix}"
         self.injected: Counter[Fault] = Counter()
-        self.requests: list[Request] = []  # that were read since the last plan
+        self.requests: list[Request] = []  # read since the last plan
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self.plan(())
 
-    def move(self, upstream: str) -> None:
-        """In front of another server, for connections that are made from now on."""
+    def set_upstream(self, upstream: str) -> None:
+        """Send the requests of new connections to the server at `upstream`."""
         parts = urlsplit(upstream)
         self._upstream = (str(parts.hostname), int(parts.port or 80))
 
-    def drop(self) -> None:
-        """Close every connection that stands."""
-        for each in list(self._open):
+    def drop_connections(self) -> None:
+        """Close every open connection of a client."""
+        for client in list(self._open):
             with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+                client.shutdown(socket.SHUT_RDWR)
 
     def plan(self, faults: Sequence[Fault], seed: int = 0, place: int | None = None) -> None:
-        """What to do from now on, then nothing. `seed` draws where a message is harmed, `place` says it of a stream."""
+        """Inject these faults from now on, in this order, each once.
+
+        `seed` draws the position of the damage in a message; `place` sets the line of a stream instead.
+        """
         with self._lock:
             self._faults = deque(faults)
             self._random = random.Random(seed)
             self._place = place
             self._late: list[Request] = []
-            self._before: bytes | None = None  # the last answer as it was sent
+            self._last_answer: bytes | None = None
             self._sessions: set[str] = set()
             self.requests.clear()
 
@@ -129,14 +142,14 @@ class Proxy:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
-        self.drop()
+        self.drop_connections()
         for thread in self._threads:
             thread.join()
         self._listening.close()
 
     def _start(self, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, name="proxy")
-        self._threads = [each for each in self._threads if each.is_alive()] + [thread]
+        self._threads = [thread for thread in self._threads if thread.is_alive()] + [thread]
         thread.start()
 
     def _accept(self) -> None:
@@ -154,192 +167,183 @@ class Proxy:
         try:
             with client, client.makefile("rb") as inbound:
                 while client.recv(1, socket.MSG_PEEK):
-                    fault = self._next(client.recv(200, socket.MSG_PEEK).split(b"\r\n", 1)[0])
+                    fault = self._next_fault(client.recv(200, socket.MSG_PEEK).split(b"\r\n", 1)[0])
                     if fault is Fault.REFUSED:
-                        self._done(fault)
+                        self._count(fault)
                         return
-                    request = read_request(inbound)
+                    request = self._without_prefix(read_request(inbound))
                     with self._lock:
                         self.requests.append(request)
-                        due, self._late = self._late, []
+                        late, self._late = self._late, []
                     try:
                         self._answer(client, upstream, request, fault)
                     finally:
-                        for each in due:
-                            self._execute(each)
-        except (OSError, Gone):
+                        for late_request in late:
+                            self._execute(late_request)
+        except (OSError, PeerClosed):
             pass
         finally:
             upstream.close()
             self._open.discard(client)
 
-    def _next(self, line: bytes) -> Fault | None:
-        """For a request that begins with this line."""
+    def _without_prefix(self, request: Request) -> Request:
+        method, _, rest = request.head.partition(b" ")
+        if not rest.startswith(self._prefix + b"/"):
+            raise PeerClosed
+        return Request(b"%b %b" % (method, rest.removeprefix(self._prefix)), request.body)
+
+    def _next_fault(self, line: bytes) -> Fault | None:
+        """Return the planned fault of the request that begins with this line, or None."""
         if line.startswith(b"DELETE"):
             return None
         with self._lock:
             for fault in self._faults:
-                if fits(fault, line):
+                if can_hit(fault, line):
                     self._faults.remove(fault)
                     return fault
         return None
 
-    def _done(self, fault: Fault) -> None:
+    def _count(self, fault: Fault) -> None:
         with self._lock:
             self.injected[fault] += 1
 
     def _execute(self, request: Request) -> Answer:
-        """On a connection of its own, to the end."""
+        """Return the whole answer to a request on a connection of its own."""
         upstream = Upstream(self._upstream)
         try:
             return upstream.ask(request).read()
         finally:
             upstream.close()
 
-    def _forget(self) -> None:
+    def _close_sessions(self) -> None:
         with self._lock:
             sessions, self._sessions = self._sessions, set()
         for session in sessions:
             self._execute(Request(f"DELETE /v1/sessions/{session} HTTP/1.1\r\nHost: proxy\r\n\r\n".encode(), b""))
 
     def _answer(self, client: socket.socket, upstream: Upstream, request: Request, fault: Fault | None) -> None:
-        """Do what the fault says, or pass everything on where it does not fit the request."""
+        """Pass the request on and answer it, with the damage of `fault` to either."""
+        if fault in REQUEST_FAULTS:
+            self._count(fault)
         if fault is Fault.DAMAGED:
-            self._done(fault)
-            request = Request(request.head, self._flipped(request.body))
+            request = Request(request.head, self._flip_bit(request.body))
         elif fault is Fault.RESTARTED:
-            self._done(fault)
-            self._forget()
-        elif fault is Fault.LATE:
-            self._done(fault)
+            self._close_sessions()
+        elif fault in (Fault.LATE, Fault.COPY_LATE):
             self._late.append(request)
-            raise Gone
-        elif fault is Fault.COPY_LATE:
-            self._done(fault)
-            self._late.append(request)
-        elif fault in (Fault.TWICE_FIRST, Fault.TWICE_SECOND):
-            self._done(fault)
-            first = self._execute(request)
+            if fault is Fault.LATE:
+                raise PeerClosed
+        first = self._execute(request) if fault in (Fault.TWICE_FIRST, Fault.TWICE_SECOND) else None
         answer = upstream.ask(request)
-        if fault is Fault.TWICE_FIRST:
+        if fault is Fault.TWICE_FIRST and first is not None:
             answer.read()
             answer = first
+        if fault in REPLACED or (fault is Fault.STALE and self._last_answer is not None):
+            self._count(fault)
+            answer.read()
+            self._send_replacement(client, fault)
+        elif answer.chunked:
+            self._stream(client, answer, fault)
+        else:
+            self._send_whole(client, request, answer, fault)
+
+    def _send_replacement(self, client: socket.socket, fault: Fault) -> None:
+        """Send what `fault` puts in place of the server's answer. Raise PeerClosed if the connection must end."""
         if fault in ERRORS:
-            self._done(fault)
-            answer.read()
-            return client.sendall(said(ERRORS[fault], b"<html>come back later</html>", "text/html"))
-        if fault is Fault.LOST:
-            self._done(fault)
-            answer.read()
-            raise Gone
-        if fault is Fault.HUNG:
-            self._done(fault)
-            answer.read()
-            self._hang(client)
-        if fault is Fault.BYTES:
-            self._done(fault)
-            answer.read()
-            client.sendall(self._random.randbytes(self._random.choice([1, 30, 3000])))
-            raise Gone
-        if fault is Fault.HTML:
-            self._done(fault)
-            answer.read()
-            return client.sendall(said(200, b"<html>sign in to this network</html>", "text/html"))
-        if fault is Fault.SHAPE:
-            self._done(fault)
-            answer.read()
-            shapes = [
-                b"[]",
-                b"{}",
-                b"null",
-                b'{"accepted":true,"token":"0","check":1e3}',
-                b'{"session":7}',
-                b"[" * 9999,
-            ]
-            return client.sendall(said(200, self._random.choice(shapes)))
-        if fault is Fault.STALE and self._before is not None:
-            self._done(fault)
-            answer.read()
-            return client.sendall(self._before)
-        if answer.chunked:
-            return self._stream(client, answer, fault)
+            client.sendall(http_answer(ERRORS[fault], b"<html>come back later</html>", "text/html"))
+        elif fault is Fault.HTML:
+            client.sendall(http_answer(200, b"<html>sign in to this network</html>", "text/html"))
+        elif fault is Fault.SHAPE:
+            client.sendall(http_answer(200, self._random.choice(SHAPES)))
+        elif fault is Fault.STALE:
+            client.sendall(self._last_answer or b"")
+        else:
+            if fault is Fault.HUNG:
+                self._hang(client)
+            if fault is Fault.BYTES:
+                client.sendall(self._random.randbytes(self._random.choice([1, 30, 3000])))
+            raise PeerClosed
+
+    def _send_whole(self, client: socket.socket, request: Request, answer: Answer, fault: Fault | None) -> None:
+        """Send an answer that is no stream, with the damage of `fault` to its body."""
         body = b"".join(answer.pieces)
         if fault is Fault.SHORT:
-            self._done(fault)
+            self._count(fault)
             client.sendall(answer.head + body[: self._random.randrange(len(body))])
-            raise Gone
+            raise PeerClosed
         if fault is Fault.DIGIT:
-            self._done(fault)
-            return client.sendall(answer.head + self._miscounted(body))
-        self._note(request, body)
-        return self._send(client, Answer(answer.head, False, iter([body])))
+            self._count(fault)
+            client.sendall(answer.head + self._change_digit(body))
+        else:
+            self._note_session(request, body)
+            self._send(client, Answer(answer.head, False, iter([body])))
 
     def _stream(self, client: socket.socket, answer: Answer, fault: Fault | None) -> None:
-        """Piece by piece as it comes."""
+        """Send a stream piece by piece, with the damage of `fault` at the drawn piece."""
         if fault not in STREAMED:
             return self._send(client, answer)
-        self._done(fault)
+        self._count(fault)
         client.sendall(answer.head)
         untouched = self._random.randrange(5) if self._place is None else self._place
         pieces = list(answer.pieces)
         for place, piece in enumerate(pieces):
             if place >= min(untouched, len(pieces) - 1):
                 if fault is Fault.STREAM_DIGIT:
-                    piece = self._miscounted(piece)
+                    piece = self._change_digit(piece)
                 elif fault is Fault.STREAM_ENDED:
                     break
                 elif fault is Fault.STREAM_HUNG:
                     self._hang(client)
                 else:
-                    client.sendall(framed(piece)[: self._random.randrange(len(piece) + 1)])
-                    raise Gone
+                    client.sendall(http_chunk(piece)[: self._random.randrange(len(piece) + 1)])
+                    raise PeerClosed
                 untouched = len(pieces)
-            client.sendall(framed(piece))
-        return client.sendall(framed(b""))
+            client.sendall(http_chunk(piece))
+        return client.sendall(http_chunk(b""))
 
     def _send(self, client: socket.socket, answer: Answer) -> None:
         client.sendall(answer.head)
         sent = answer.head
         for piece in answer.pieces:
-            data = framed(piece) if answer.chunked else piece
+            data = http_chunk(piece) if answer.chunked else piece
             client.sendall(data)
             sent += data
         if answer.chunked:
-            client.sendall(framed(b""))
-            sent += framed(b"")
+            client.sendall(http_chunk(b""))
+            sent += http_chunk(b"")
         with self._lock:
-            self._before = sent
+            self._last_answer = sent
 
     def _hang(self, client: socket.socket) -> None:
-        """Until the client closes."""
+        """Wait until the client closes its end, then raise PeerClosed."""
         client.settimeout(LONGEST_HANG)
         client.recv(1)
-        raise Gone
+        raise PeerClosed
 
-    def _note(self, request: Request, body: bytes) -> None:
+    def _note_session(self, request: Request, body: bytes) -> None:
         if request.head.startswith(b"POST /v1/sessions?"):
             with suppress(ValueError, KeyError), self._lock:
                 self._sessions.add(json.loads(body)["session"])
 
-    def _flipped(self, body: bytes) -> bytes:
+    def _flip_bit(self, body: bytes) -> bytes:
         place = self._random.randrange(len(body))
         return body[:place] + bytes([body[place] ^ 1 << self._random.randrange(7)]) + body[place + 1 :]
 
-    def _miscounted(self, body: bytes) -> bytes:
-        place = self._random.choice([found.start() for found in re.finditer(rb"\d", body)])
+    def _change_digit(self, body: bytes) -> bytes:
+        place = self._random.choice([match.start() for match in re.finditer(rb"\d", body)])
         other = self._random.choice([digit for digit in b"0123456789" if digit != body[place]])
         return body[:place] + bytes([other]) + body[place + 1 :]
 
 
 class Upstream:
-    """One connection to the server."""
+    """A connection to the server."""
 
     def __init__(self, address: tuple[str, int]) -> None:
         self._address = address
         self._socket: socket.socket | None = None
 
     def ask(self, request: Request) -> Answer:
-        """Send it, and read the head of its answer."""
+        """Send a request, and return its answer, of which only the head was read."""
         if self._socket is None:
             self._socket = socket.create_connection(self._address)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -348,7 +352,7 @@ class Upstream:
         head = read_head(self._file)
         if re.search(rb"(?i)\r\ntransfer-encoding: *chunked", head):
             return Answer(head, True, self._chunks())
-        return Answer(head, False, iter([self._file.read(length(head))]))
+        return Answer(head, False, iter([self._file.read(content_length(head))]))
 
     def close(self) -> None:
         if self._socket is not None:
@@ -362,8 +366,8 @@ class Upstream:
         self._file.readline()
 
 
-def fits(fault: Fault, line: bytes) -> bool:
-    """Whether a fault can befall a request that begins with this line."""
+def can_hit(fault: Fault, line: bytes) -> bool:
+    """Return True if the fault can hit a request that begins with this line."""
     streamed = b"/generate " in line
     if fault in STREAMED:
         return streamed
@@ -375,32 +379,39 @@ def fits(fault: Fault, line: bytes) -> bool:
 
 
 def read_request(file: BinaryIO) -> Request:
+    """Return the next request. Raise PeerClosed if it breaks off."""
     head = read_head(file)
-    return Request(head, file.read(length(head)))
+    return Request(head, file.read(content_length(head)))
 
 
 def read_head(file: BinaryIO) -> bytes:
-    """With the empty line. Gone where it breaks off."""
+    """Return a head with its empty line. Raise PeerClosed if it breaks off."""
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         line = file.readline()
         if not line:
-            raise Gone
+            raise PeerClosed
         head += line
     return head
 
 
-def length(head: bytes) -> int:
-    found = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
-    return int(found[1]) if found else 0
+def content_length(head: bytes) -> int:
+    """Return the value of the Content-Length header, or 0 without one."""
+    match = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+    return int(match[1]) if match else 0
 
 
-def framed(piece: bytes) -> bytes:
-    """As one chunk; nothing is the last one."""
+def http_chunk(piece: bytes) -> bytes:
+    """Return one chunk of a chunked body. An empty piece gives the last chunk."""
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 
-def said(status: int, body: bytes, content: str = "application/json") -> bytes:
-    """A whole answer, the last on its connection."""
-    head = [f"HTTP/1.1 {status} Said", f"Content-Type: {content}", f"Content-Length: {len(body)}", "Connection: close"]
+def http_answer(status: int, body: bytes, content: str = "application/json") -> bytes:
+    """Return a whole answer that is the last on its connection."""
+    head = [
+        f"HTTP/1.1 {status} Any",
+        f"Content-Type: {content}",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+    ]
     return "\r\n".join([*head, "", ""]).encode() + body

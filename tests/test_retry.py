@@ -1,0 +1,79 @@
+"""The delays between attempts, and the end of patience."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from edgecloud_sd.cloud.client import Connection
+from edgecloud_sd.cloud.retry import FIRST_DELAY, LONGEST_DELAY, AttemptFailed, Retries
+from edgecloud_sd.verifier import CloudFault
+
+
+def record_delays(patience: float) -> list[float]:
+    """Return the delays of a client that never reaches a server."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    delays: list[float] = []
+    connection = Connection(url, patience=patience, sleep=delays.append)
+    with pytest.raises(CloudFault, match=r"failed (once|\d+ times), the last time with: .*ConnectError"):
+        _ = connection.remote
+    connection.close()
+    return delays
+
+
+def test_delays_double_up_to_a_bound_and_differ_between_edges() -> None:
+    delays = record_delays(60.0)
+    for place, seconds in enumerate(delays[:-1]):
+        longest = min(FIRST_DELAY * 2**place, LONGEST_DELAY)
+        assert longest / 2 <= seconds <= longest
+    assert sum(delays) == pytest.approx(60.0, abs=1.0)  # the attempts took the rest
+    assert 60 / LONGEST_DELAY < len(delays) < 30
+    assert delays != record_delays(60.0)
+
+
+def test_without_patience_there_is_no_delay() -> None:
+    assert record_delays(0.0) == []
+
+
+def test_the_last_delay_ends_with_patience() -> None:
+    assert sum(record_delays(0.06)) <= 0.06
+
+
+def test_the_time_of_the_attempts_counts_against_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    delays: list[float] = []
+    retries = Retries(10.0, delays.append)
+
+    def attempt() -> None:
+        now[0] += 4.0
+        raise AttemptFailed("no answer")
+
+    with pytest.raises(CloudFault, match="failed 3 times, the last time with: no answer"):
+        retries.run(attempt)
+    assert len(delays) == 2
+
+
+@pytest.mark.parametrize("kind", ["session_is_lost", "context_differs"])
+def test_two_failures_that_change_the_next_attempt_cause_no_delay(kind: str) -> None:
+    delays: list[float] = []
+    retries = Retries(60.0, delays.append)
+    failure = AttemptFailed("the cloud answered 404", **{kind: True})
+    for expected in (0, 0, 1, 2):
+        retries.wait(failure)
+        assert len(delays) == expected
+
+
+def test_a_failure_is_reported_after_its_delay_even_when_the_sleep_is_interrupted() -> None:
+    order: list[str] = []
+
+    def interrupt(seconds: float) -> None:
+        order.append("sleep")
+        raise KeyboardInterrupt
+
+    retries = Retries(60.0, interrupt, lambda failure: order.append(str(failure)))
+    with pytest.raises(KeyboardInterrupt):
+        retries.wait(AttemptFailed("no answer"))
+    assert order == ["sleep", "no answer"]
