@@ -57,7 +57,7 @@ MEASURED_CLIPS = 3  # that --profile measure decodes
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     settings = config.stash[cases.SETTINGS]
-    unasked = (collection_path.name == "test_load.py" and not load.load_cases(settings)) or (
+    unasked = (collection_path.name == "test_load.py" and not load.list_load_cases(settings)) or (
         collection_path.name == "test_baselines.py" and baselines.is_left_out(settings)
     )
     return True if unasked else None  # rather than a case that is skipped for want of parameters

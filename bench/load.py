@@ -1,12 +1,12 @@
-"""Many edges on one cloud: N of them replay recorded drafts at once. What each is answered, how soon, and how evenly.
+"""Many edges on one cloud: N edges replay recorded drafts at once, to measure the server's throughput and fairness.
 
-An edge is a thread that replays whole captions, each in a session of its own: it opens a prompt, sends each draft as
-soon as the one before is answered, and closes. So it is the server that is measured, under edges that draft in no time.
-A latency is what an edge sees around its call, the client's own work included.
+An edge is a thread that replays whole captions, each in a session of its own. It opens a prompt, sends each draft as
+soon as the draft before is answered, and closes. Edges spend no time on drafting, so the benchmark measures the server.
+A latency is the time of a call at its edge, the client's own work included.
 
-All edges show the server one key, which makes them one client to it, and share one `Connection`, whose pool gives each
-call in flight a connection of its own. `cloud.turns` serves the calls of one client in the order in which they come:
-the fairness measured here is that of this queue and of what lies before it, not that of turns between clients.
+All edges use one key, so they are one client to the server. They share one `Connection`, whose pool gives each call in
+flight a socket of its own. `cloud.fair_queue` serves the calls of one client in order of arrival. The fairness measured
+here is the fairness of that queue and of the steps before it, not the fairness between clients.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import TypeVar
 
@@ -33,31 +34,36 @@ from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault, Verifier
 
 _T = TypeVar("_T")
-LOAD_CLIPS = 6  # that drafts are recorded of, at most
-STARTING = 60.0  # s, at most, for the threads to be there
+LOAD_CLIPS = 6  # recorded at most
+START_TIMEOUT = 60.0  # s for all threads to start
+LOADS = ((1, 4, 2), (4, 3, 1), (16, 2, 1))  # (edges, captions per edge, rounds), each about 100 verifications in all
 
 LOAD_METRICS = {
-    "verifications": Metric("1/s", "higher", "verifications answered, of all edges together"),
-    "p50": Metric("s", "lower", "a verification, as its edge sees it: median"),
-    "p99": Metric("s", "lower", "a verification, as its edge sees it: 99th percentile, linear between two"),
-    "opening": Metric("s", "lower", "a prompt opened, as its edge sees it: median"),
-    "queue": Metric("s", "lower", "a verification's wait for its turn, as the server says: mean"),
+    "verifications": Metric("1/s", "higher", "verifications per second, all edges together"),
+    "p50": Metric("s", "lower", "latency of a verification at its edge: median"),
+    "p99": Metric("s", "lower", "latency of a verification at its edge: 99th percentile, linearly interpolated"),
+    "prefill": Metric("s", "lower", "latency of opening a prompt at its edge: median"),
+    "queue": Metric("s", "lower", "time of a verification in the server's queue, as the server reports it: mean"),
     "fairness": Metric(
         "1/N to 1",
         "higher",
-        "Jain's index over the edges' verifications a second, counted until the first edge is done; mean over replays",
+        "Jain's index over the edges' verifications per second, until the first edge is done; mean over replays",
     ),
-    "slowest": Metric("0 to 1", "higher", "the slowest edge's verifications a second / the fastest's, counted so too"),
+    "slowest": Metric(
+        "0 to 1",
+        "higher",
+        "verifications per second, slowest edge / fastest edge, until the first edge is done; mean over replays",
+    ),
     "model_share": Metric(
         "of wall time",
         None,
-        "calls less queue and network; about 1 where the model never rests, an edge's own work in it",
+        "time of all calls without queue and network; about 1 for a busy model; includes the edges' own work",
     ),
     "differing": Metric(
-        "verdicts", "lower", "unlike the recorded ones; where float32 promises that none is, a failure"
+        "verdicts", "lower", "verdicts unlike the recorded ones; a failure where float32 promises that none differs"
     ),
 }
-# heading -> name in FIGURES, format, factor
+# heading -> name in LOAD_METRICS, format, factor
 LOAD_COLUMNS = {
     "verifications/s": ("verifications", ".1f", 1.0),
     "p50 ms": ("p50", ".1f", 1e3),
@@ -65,13 +71,13 @@ LOAD_COLUMNS = {
     "fairness": ("fairness", ".3f", 1.0),
     "slowest / fastest": ("slowest", ".2f", 1.0),
     "queue ms": ("queue", ".1f", 1e3),
-    "opening ms": ("opening", ".1f", 1e3),
+    "prefill ms": ("prefill", ".1f", 1e3),
 }
 
 
 @dataclass(frozen=True)
 class LoadCase:
-    """One benchmark: so many edges, each of which replays `clips` captions, `rounds` times over."""
+    """One benchmark: `edges` edges, each of which replays `clips` captions, `rounds` times."""
 
     id: str
     edges: int
@@ -80,28 +86,23 @@ class LoadCase:
     language: str
 
 
-def load_cases(settings: Settings) -> list[LoadCase]:
-    """What a run asks for: nothing without speculative cells or on a virtual clock, and one language, the first.
+def list_load_cases(settings: Settings) -> list[LoadCase]:
+    """Return the load cases of a run, in its first language.
 
-    It takes a server. Where none is given one is started, beside the cloud that this process holds in memory already:
-    only for the pocket pair, which is small.
+    A run without speculative cells has none, and neither has one on a virtual clock. The load needs a server. Without
+    `--cloud-url` only the pocket pair gets one: this process has the cloud's model in memory already, and a second copy
+    of a large one may not fit.
     """
     pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
-    small = pair == pairs.PAIRS["pocket"]
-    if "speculative" not in settings.mode or settings.clock == "virtual" or not (settings.cloud_url or small):
+    has_server = bool(settings.cloud_url) or pair == pairs.PAIRS["pocket"]
+    if "speculative" not in settings.mode or settings.clock == "virtual" or not has_server:
         return []
     elsewhere = [] if settings.cloud_url in (None, AUTO) else ["elsewhere"]
     language = settings.language[0]
+    code = LANGUAGE_CODES[language]
     return [
-        LoadCase(
-            "-".join(["load", pair.name, str(edges), *elsewhere, LANGUAGE_CODES[language]]),
-            edges,
-            clips,
-            rounds,
-            language,
-        )
-        # the more edges, the fewer captions each: together some hundred verifications
-        for edges, clips, rounds in ((1, 4, 2), (4, 3, 1), (16, 2, 1))
+        LoadCase("-".join(["load", pair.name, str(edges), *elsewhere, code]), edges, clips, rounds, language)
+        for edges, clips, rounds in LOADS
     ]
 
 
@@ -116,7 +117,7 @@ class RecordedRound:
 
 @dataclass(frozen=True)
 class RecordedCaption:
-    """What one caption asked of the cloud."""
+    """The requests of one caption to the cloud, with their verdicts."""
 
     clip: str
     prompt: Prompt
@@ -124,14 +125,14 @@ class RecordedCaption:
 
 
 class LoadError(Exception):
-    """An edge was not answered as it should be: the message names edge, clip and round."""
+    """A missing, late or wrong answer to an edge. The message names the edge, the clip and the round."""
 
 
 def record_rounds(clip: str, prompt: Prompt, trace: Trace) -> RecordedCaption:
-    """Lost for a caption that the edge had to finish alone."""
-    why = degraded(trace)
-    if why is not None:
-        raise LoadError(f"{clip}: the cloud failed while its drafts were recorded: {why}")
+    """Return the escalated rounds of a trace. Raise LoadError for a caption that the edge had to finish alone."""
+    reason = degraded(trace)
+    if reason is not None:
+        raise LoadError(f"{clip}: the cloud failed while its drafts were recorded: {reason}")
     rounds: list[RecordedRound] = []
     committed = [prompt.last]
     context: tuple[int, ...] = ()
@@ -145,164 +146,178 @@ def record_rounds(clip: str, prompt: Prompt, trace: Trace) -> RecordedCaption:
     return RecordedCaption(clip, prompt, tuple(rounds))
 
 
-def shares(clips: Sequence[RecordedCaption], edges: int, each: int) -> list[list[RecordedCaption]]:
-    """The captions of each edge: each begins at another, so that neighbours ask for different things."""
-    return [[clips[(edge + place) % len(clips)] for place in range(min(each, len(clips)))] for edge in range(edges)]
+def assign_captions(captions: Sequence[RecordedCaption], edges: int, count: int) -> list[list[RecordedCaption]]:
+    """Return `count` captions for each edge. Each edge starts with another one, so that neighbours differ."""
+    count = min(count, len(captions))
+    return [[captions[(edge + place) % len(captions)] for place in range(count)] for edge in range(edges)]
 
 
 @dataclass(frozen=True)
 class Call:
-    """One that was answered: times in s. `model` is what is neither queue nor network, as the server tells them apart:
-    its model's time, and the edge's own work on the call."""
+    """An answered call of an edge, in s: a verification, or the opening of a prompt.
 
-    verify: bool  # or the opening of a prompt
+    `model` is the time of the call without queue and network: the server's model, and the edge's own work on the call.
+    """
+
+    is_verification: bool
     start: float
     end: float
     queue: float
     model: float
-    same: bool = True  # whether the verdict is the recorded one
+    is_as_recorded: bool = True
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The calls of each edge, in their order. `start`: when all edges were let go."""
+    """The calls of each edge, in order. All edges started together at `start`."""
 
     start: float
     edges: tuple[tuple[Call, ...], ...]
 
     @property
     def seconds(self) -> float:
-        """To the last answer."""
+        """Seconds from the start to the last answer."""
         return max(calls[-1].end for calls in self.edges) - self.start
 
     @property
     def rates(self) -> list[float]:
-        """Each edge's verifications a second for as long as all edges are at work: afterwards they have it easier."""
+        """Verifications per second of each edge, until the first edge is done: afterwards the load is lower."""
         end = min(calls[-1].end for calls in self.edges)
-        return [sum(call.verify and call.end <= end for call in calls) / (end - self.start) for calls in self.edges]
+        counts = [sum(call.is_verification and call.end <= end for call in calls) for calls in self.edges]
+        return [count / (end - self.start) for count in counts]
 
 
 def replay_rounds(
-    shares: Sequence[Sequence[RecordedCaption]], verifier: Callable[[Harness], Verifier], exact: bool = True
+    assignments: Sequence[Sequence[RecordedCaption]],
+    make_verifier: Callable[[Harness], Verifier],
+    is_exact: bool = True,
 ) -> Replay:
-    """All edges at once, each on a thread, let go together. Lost for a call that is not answered, or not at the first
-    attempt; and where `exact`, for a verdict that is not the recorded one."""
-    started: list[float] = []
-    ready = threading.Barrier(len(shares), lambda: started.append(real()), STARTING)
-    over = threading.Event()
+    """Replay the captions of all edges at once, each edge on a thread, after a common start.
 
-    def edge(number: int) -> tuple[Call, ...]:
+    Raise LoadError for a call that is not answered at its first attempt. If `is_exact`, also raise it for a verdict
+    that differs from the recorded one.
+    """
+    starts: list[float] = []
+    barrier = threading.Barrier(len(assignments), lambda: starts.append(real()), START_TIMEOUT)
+    is_over = threading.Event()
+
+    def run_edge(number: int) -> tuple[Call, ...]:
         calls: list[Call] = []
-        ready.wait()
+        barrier.wait()
         try:
-            for each in shares[number]:
-                if over.is_set():
+            for caption in assignments[number]:
+                if is_over.is_set():
                     break
-                calls += _caption(each, verifier, f"edge {number}, clip {each.clip}", exact)
+                calls += _replay_caption(caption, make_verifier, f"edge {number}, clip {caption.clip}", is_exact)
         except BaseException:
-            over.set()
+            is_over.set()
             raise
         return tuple(calls)
 
-    with ThreadPoolExecutor(len(shares), "edge") as threads:
+    with ThreadPoolExecutor(len(assignments), "edge") as threads:
         try:
-            running = [threads.submit(edge, number) for number in range(len(shares))]
-            wait(running)
+            edges = [threads.submit(run_edge, number) for number in range(len(assignments))]
+            wait(edges)
         finally:
-            over.set()
-    edges = tuple(each.result() for each in running)  # raises what an edge has raised
-    return Replay(started[0], edges)
+            is_over.set()
+    return Replay(starts[0], tuple(edge.result() for edge in edges))  # `result` raises the error of an edge
 
 
-def _caption(clip: RecordedCaption, verifier: Callable[[Harness], Verifier], where: str, exact: bool) -> list[Call]:
-    stage = Harness()
-    calls: list[Call] = []
+def _replay_caption(
+    caption: RecordedCaption, make_verifier: Callable[[Harness], Verifier], where: str, is_exact: bool
+) -> list[Call]:
+    recorder = _CallRecorder(is_exact)
+    verification = make_verifier(recorder.harness).open(caption.prompt)
+    try:
+        recorder.run(f"{where}, prefill", verification.wait, None)
+        base = 0
+        for number, recorded in enumerate(caption.rounds):
+            verify = partial(verification.verify, base, recorded.context[base:], recorded.draft)
+            verdict = recorder.run(f"{where}, round {number}", verify, recorded.verdict)
+            # after another verdict (in half precision), the cloud's context has tokens that the recording has not
+            base = len(recorded.context) + verdict.accepted if verdict == recorded.verdict else 0
+    finally:
+        verification.close()
+    return recorder.calls
 
-    def timed(where: str, call: Callable[[], _T], expected: _T) -> _T:
-        noted = len(stage.watch.spans)
+
+@dataclass
+class _CallRecorder:
+    """The timed and checked calls of one caption."""
+
+    is_exact: bool
+    harness: Harness = field(default_factory=Harness)
+    calls: list[Call] = field(default_factory=list)
+
+    def run(self, where: str, call: Callable[[], _T], recorded: _T) -> _T:
+        """Return the result of `call`, which must be `recorded` (None for a prefill). Raise LoadError for a failure."""
+        before = len(self.harness.watch.spans)
         start = real()
         try:
             result = call()
         except CloudFault as fault:
             raise LoadError(f"{where}: {fault}") from fault
         end = real()
-        spans = stage.watch.spans[noted:]
-        queue = spent(spans, "cloud_queue")
+        spans = self.harness.watch.spans[before:]
         if any(span.part == "faults" for span in spans):
             raise LoadError(f"{where}: was not answered at the first attempt")
-        if exact and result != expected:
-            raise LoadError(f"{where}: the answer is {result}, not {expected} as it was when recorded")
-        model = end - start - spent(spans, "network") - queue
-        calls.append(Call(expected is not None, start, end, queue, model, result == expected))
+        if self.is_exact and result != recorded:
+            raise LoadError(f"{where}: the answer is {result}, not {recorded} as in the recording")
+        queue = sum_seconds(spans, "cloud_queue")
+        model = end - start - sum_seconds(spans, "network") - queue
+        self.calls.append(Call(recorded is not None, start, end, queue, model, result == recorded))
         return result
 
-    verification = verifier(stage).open(clip.prompt)
-    try:
-        timed(f"{where}, opening", verification.wait, None)
-        known = 0
-        for number, each in enumerate(clip.rounds):
-            new = each.context[known:]
 
-            def verify(base: int = known, new: Sequence[int] = new, draft: Sequence[int] = each.draft) -> Verdict:
-                return verification.verify(base, new, draft)
-
-            given = timed(f"{where}, round {number}", verify, each.verdict)
-            # where it is another (in half precision), the cloud counts on what is not in the recording
-            known = len(each.context) + given.accepted if given == each.verdict else 0
-    finally:
-        verification.close()
-    return calls
-
-
-def spent(spans: Sequence[Span], part: str) -> float:
-    """Seconds."""
+def sum_seconds(spans: Sequence[Span], part: str) -> float:
+    """Return the seconds of all spans of one part."""
     return sum(span.end - span.start for span in spans if span.part == part)
 
 
-def load_metrics(replays: Sequence[Replay]) -> dict[str, float]:
-    """By the names of FIGURES, over several replays of one load."""
-    calls = list(chain.from_iterable(calls for each in replays for calls in each.edges))
-    verifications = [call for call in calls if call.verify]
-    seconds = sum(each.seconds for each in replays)
+def compute_load_metrics(replays: Sequence[Replay]) -> dict[str, float]:
+    """Return the LOAD_METRICS, by name, over several replays of one load."""
+    calls = list(chain.from_iterable(calls for replay in replays for calls in replay.edges))
+    verifications = [call for call in calls if call.is_verification]
+    seconds = sum(replay.seconds for replay in replays)
     latencies = [call.end - call.start for call in verifications]
-    rates = [each.rates for each in replays]
-    found = {
+    rates = [replay.rates for replay in replays]
+    values = {
         "verifications": len(verifications) / seconds,
-        "p50": percentile(latencies, 50),
-        "p99": percentile(latencies, 99),
-        "opening": percentile([call.end - call.start for call in calls if not call.verify], 50),
+        "p50": compute_percentile(latencies, 50),
+        "p99": compute_percentile(latencies, 99),
+        "prefill": compute_percentile([call.end - call.start for call in calls if not call.is_verification], 50),
         "queue": float(np.mean([call.queue for call in verifications])),
-        "fairness": float(np.mean([fairness(each) for each in rates])),
-        "slowest": float(np.mean([min(each) / max(each) for each in rates])),
+        "fairness": float(np.mean([compute_fairness(edge_rates) for edge_rates in rates])),
+        "slowest": float(np.mean([min(edge_rates) / max(edge_rates) for edge_rates in rates])),
         "model_share": sum(call.model for call in calls) / seconds,
-        "differing": float(sum(not call.same for call in calls)),
+        "differing": float(sum(not call.is_as_recorded for call in calls)),
     }
-    return {name: found[name] for name in LOAD_METRICS}
+    return {name: values[name] for name in LOAD_METRICS}
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """By linear interpolation between the two nearest values: numpy's default, the inclusive method of `statistics`."""
+def compute_percentile(values: Sequence[float], percent: float) -> float:
+    """Return a percentile, linearly interpolated between the two nearest values, as numpy does by default."""
     return float(np.percentile(values, percent))
 
 
-def fairness(rates: Sequence[float]) -> float:
-    """Jain's index (Jain, Chiu and Hawe, 1984): 1 where all get the same, 1/n where one gets all."""
+def compute_fairness(rates: Sequence[float]) -> float:
+    """Return Jain's index (Jain, Chiu and Hawe, 1984): 1 for n equal rates, 1/n if all but one are 0."""
     return sum(rates) ** 2 / (len(rates) * sum(rate**2 for rate in rates))
 
 
 def render_load(loads: Mapping[str, tuple[LoadCase, Mapping[str, float]]]) -> str:
-    """One row a load, and what is to be said of one whose verdicts were others than when recorded."""
-    lines = [
+    """Return a table with one row per load, and a note for each load whose verdicts differ from the recording."""
+    rows = [
         [
             name,
             str(load.edges),
-            *(format(factor * found[figure], form) for figure, form, factor in LOAD_COLUMNS.values()),
+            *(format(factor * metrics[metric], form) for metric, form, factor in LOAD_COLUMNS.values()),
         ]
-        for name, (load, found) in loads.items()
+        for name, (load, metrics) in loads.items()
     ]
     notes = [
-        f"- {name}: {found['differing']:.0f} verdicts are not the recorded ones, as half precision allows"
-        for name, (_, found) in loads.items()
-        if found["differing"]
+        f"- {name}: {metrics['differing']:.0f} verdicts differ from the recorded ones, as half precision allows"
+        for name, (_, metrics) in loads.items()
+        if metrics["differing"]
     ]
-    return "\n".join([tables.grid(lines, ["case", "edges", *LOAD_COLUMNS]), *notes])
+    return "\n".join([tables.grid(rows, ["case", "edges", *LOAD_COLUMNS]), *notes])

@@ -1,8 +1,8 @@
-"""Many edges on one cloud: recorded drafts of real captions, replayed by 1, 4 and 16 edges at once.
+"""Many edges on one cloud: 1, 4 and 16 edges replay recorded drafts of real captions at once.
 
-The server is the one of `--cloud-url`, or one that is started for it on loopback, in a process of its own. Every call
-must be answered at once, and every verdict be the one that was recorded when there was one edge alone. `bench.load`
-says what is measured, and for which runs.
+The server is the one of `--cloud-url`, or one that this module starts on loopback in a process of its own. Each call
+must be answered at its first attempt, and each verdict must equal the one that was recorded with one edge alone.
+`bench.load` defines the metrics and the runs that have a load.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from bench.load import (
     LoadError,
     RecordedCaption,
     Replay,
-    load_cases,
-    load_metrics,
+    assign_captions,
+    compute_load_metrics,
+    list_load_cases,
     record_rounds,
     replay_rounds,
-    shares,
 )
 from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY
@@ -38,57 +38,55 @@ from edgecloud_sd.models.devices import AUTO, LOSSLESS_DTYPES
 from edgecloud_sd.pipeline import Captioner, Cell
 from edgecloud_sd.timing.clock import garbage_collector_frozen
 
-STRICT = Cell("speculative", gate.ALWAYS, GREEDY, k=4)  # asks the cloud about every draft
+LOSSLESS = Cell("speculative", gate.ALWAYS, GREEDY, k=4)  # verifies every draft
 
-
-CLOUD = ("name", "engine", "dtype", "device", "max_rank", "fingerprint")  # what a result states of it
+CLOUD_FIELDS = ("name", "engine", "dtype", "device", "max_rank", "fingerprint")  # fields of the identity in a result
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    made = load_cases(metafunc.config.stash[SETTINGS])
-    metafunc.parametrize("load", made, ids=[load.id for load in made])
+    cases = list_load_cases(metafunc.config.stash[SETTINGS])
+    metafunc.parametrize("load", cases, ids=[case.id for case in cases])
 
 
 @contextmanager
-def lost_in_one_line() -> Iterator[None]:
-    """What an edge was not answered is no fault of the code that a traceback would show."""
+def load_errors_in_one_line() -> Iterator[None]:
+    """Fail the test without a traceback: a LoadError is a fault of the server, not of the code here."""
     try:
         yield
-    except LoadError as lost:
-        raise pytest.fail.Exception(str(lost), pytrace=False) from None
+    except LoadError as error:
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
 @pytest.fixture(scope="module")
 def pair(
     settings: Settings, connection: Connection | None, captioner: Captioner
 ) -> Iterator[tuple[Captioner, Connection]]:
-    """The run's own where its cloud is a server, or one whose cloud is a server started here."""
+    """Yield the run's own captioner and connection if it has a server, or else those of a server started here."""
     if connection is not None:
         yield captioner, connection
         return
-    served = replace(settings, cloud_url=AUTO, on_cloud_fault="error")
     with ExitStack() as stack:
         with problems_in_one_line():
-            started = stack.enter_context(connect(served))
-            assert started is not None
-            served_by = captioner.elsewhere(started)
-        yield served_by, started
+            server = stack.enter_context(connect(replace(settings, cloud_url=AUTO, on_cloud_fault="error")))
+            assert server is not None
+            remote_captioner = captioner.elsewhere(server)
+        yield remote_captioner, server
 
 
 @pytest.fixture(scope="module")
 def clips(
     settings: Settings, pair: tuple[Captioner, Connection], data: Callable[[str], DataSet]
 ) -> list[RecordedCaption]:
-    """The drafts of some captions and the verdicts on them, from one edge alone."""
+    """Return the drafts of some captions with their verdicts, recorded with one edge alone."""
     captioner, _ = pair
-    chosen = data(settings.language[0])
-    found = []
-    for clip in chosen.clips[:LOAD_CLIPS]:
-        with problems_in_one_line(), lost_in_one_line():
-            request = chosen.request(clip)
-            trace = captioner.trace(request, STRICT, settings.max_new_tokens)
-            found.append(record_rounds(clip.file_id, captioner.prompt(request, STRICT.mode), trace))
-    return found
+    dataset = data(settings.language[0])
+    captions = []
+    for clip in dataset.clips[:LOAD_CLIPS]:
+        with problems_in_one_line(), load_errors_in_one_line():
+            request = dataset.request(clip)
+            trace = captioner.trace(request, LOSSLESS, settings.max_new_tokens)
+            captions.append(record_rounds(clip.file_id, captioner.prompt(request, LOSSLESS.mode), trace))
+    return captions
 
 
 def test_load(
@@ -99,33 +97,36 @@ def test_load(
     settings: Settings,
     pytestconfig: pytest.Config,
 ) -> None:
-    remote = pair[1].remote
-    verifier = partial(pair[1].verifier, GREEDY)
-    exact = remote.dtype in LOSSLESS_DTYPES
-    each = shares(clips, load.edges, load.clips)
-    done: list[Replay] = []
-    benchmark.group = "many edges on one cloud"  # seconds a replay: nothing to rank captions with
-    with lost_in_one_line():
-        # so that every edge's connection stands before anything is timed
-        replay_rounds([[replace(share[0], rounds=share[0].rounds[:1])] for share in each], verifier, exact)
+    connection = pair[1]
+    make_verifier = partial(connection.verifier, GREEDY)
+    is_exact = connection.remote.dtype in LOSSLESS_DTYPES
+    assignments = assign_captions(clips, load.edges, load.clips)
+    replays: list[Replay] = []
+    benchmark.group = "many edges on one cloud"  # not comparable with the seconds of captions
+    with load_errors_in_one_line():
+        # a first round for each edge opens all sockets before anything is timed
+        first_rounds = [[replace(captions[0], rounds=captions[0].rounds[:1])] for captions in assignments]
+        replay_rounds(first_rounds, make_verifier, is_exact)
         with garbage_collector_frozen():
             benchmark.pedantic(
-                lambda: done.append(replay_rounds(each, verifier, exact)), rounds=load.rounds, iterations=1
+                lambda: replays.append(replay_rounds(assignments, make_verifier, is_exact)),
+                rounds=load.rounds,
+                iterations=1,
             )
-    found = load_metrics(done)
+    metrics = compute_load_metrics(replays)
     benchmark.extra_info["load"] = {
-        "figures": found,
+        "figures": metrics,
         "edges": load.edges,
-        "captions_an_edge": len(each[0]),
+        "captions_an_edge": len(assignments[0]),
         "clips": [clip.clip for clip in clips],
-        "verifications": sum(call.verify for one in done for calls in one.edges for call in calls),
-        "lost": 0,  # or there were no figures
+        "verifications": sum(call.is_verification for replay in replays for calls in replay.edges for call in calls),
+        "lost": 0,  # a lost call or a second attempt raises LoadError
         "tried_again": 0,
-        "cloud": {name: getattr(remote, name) for name in CLOUD},
-        "k": STRICT.k,
-        "rule": STRICT.rule.label,
+        "cloud": {name: getattr(connection.remote, name) for name in CLOUD_FIELDS},
+        "k": LOSSLESS.k,
+        "rule": LOSSLESS.rule.label,
         "language": load.language,
         "prompt_type": settings.prompt_type,
         "max_new_tokens": settings.max_new_tokens,
     }
-    pytestconfig.stash.setdefault(DONE, Done()).loads[load.id] = load, found
+    pytestconfig.stash.setdefault(DONE, Done()).loads[load.id] = load, metrics
