@@ -97,29 +97,29 @@ def test_load(
     settings: Settings,
     pytestconfig: pytest.Config,
 ) -> None:
-    connection = pair[1]
+    _, connection = pair
     make_verifier = partial(connection.verifier, GREEDY)
     is_exact = connection.remote.dtype in LOSSLESS_DTYPES
     assignments = assign_captions(clips, load.edges, load.clips)
     replays: list[Replay] = []
+
+    def replay() -> None:
+        replays.append(replay_rounds(assignments, make_verifier, is_exact))
+
     benchmark.group = "many edges on one cloud"  # not comparable with the seconds of captions
     with load_errors_in_one_line():
         # a first round for each edge opens all sockets before anything is timed
         first_rounds = [[replace(captions[0], rounds=captions[0].rounds[:1])] for captions in assignments]
         replay_rounds(first_rounds, make_verifier, is_exact)
         with garbage_collector_frozen():
-            benchmark.pedantic(
-                lambda: replays.append(replay_rounds(assignments, make_verifier, is_exact)),
-                rounds=load.rounds,
-                iterations=1,
-            )
+            benchmark.pedantic(replay, rounds=load.rounds, iterations=1)
     metrics = compute_load_metrics(replays)
     benchmark.extra_info["load"] = {
         "figures": metrics,
         "edges": load.edges,
         "captions_an_edge": len(assignments[0]),
         "clips": [clip.clip for clip in clips],
-        "verifications": sum(call.is_verification for replay in replays for calls in replay.edges for call in calls),
+        "verifications": sum(call.is_verification for done in replays for calls in done.edges for call in calls),
         "lost": 0,  # a lost call or a second attempt raises LoadError
         "tried_again": 0,
         "cloud": {name: getattr(connection.remote, name) for name in CLOUD_FIELDS},

@@ -73,7 +73,7 @@ def open_verification(
 
 
 def cloud_tokens(output: tuple[int, ...] = (), stopping: Stopping = SIX_TOKENS) -> list[int]:
-    """Return what the model generates after `output` in this process."""
+    """Return the tokens that the model generates after `output` in this process."""
     return list(LocalVerifier(MODEL, GREEDY).open(PROMPT).generate(stopping, output))
 
 

@@ -1,4 +1,4 @@
-"""The URL of a cloud server: what `--cloud-url` and the client accept."""
+"""The URL of a cloud server, as `--cloud-url` and the client accept it."""
 
 from __future__ import annotations
 
