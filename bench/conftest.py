@@ -26,7 +26,7 @@ from edgecloud_sd.connect import connect
 from edgecloud_sd.data import dataset
 from edgecloud_sd.data.dataset import Clip
 from edgecloud_sd.forecast import model as oracle
-from edgecloud_sd.host.limits import InForce
+from edgecloud_sd.host.limits import LimitsInForce
 from edgecloud_sd.measure import metrics, quality, results
 from edgecloud_sd.measure.summary import ClipResult, Summary, summarise
 from edgecloud_sd.models.pairs import DUMMY
@@ -248,10 +248,10 @@ def progress(pytestconfig: pytest.Config) -> Iterator[Callable[[int, str], Progr
 @pytest.fixture
 def report(
     pytestconfig: pytest.Config, settings: Settings, captioner: Captioner, profile: Profile | None
-) -> Callable[[cases.Case, list[ClipResult], DataSet, InForce], dict[str, object]]:
+) -> Callable[[cases.Case, list[ClipResult], DataSet, LimitsInForce], dict[str, object]]:
     """Sums up a case for the tables, writes its results file, and returns what the file holds."""
 
-    def add(case: cases.Case, captions: list[ClipResult], data: DataSet, held: InForce) -> dict[str, object]:
+    def add(case: cases.Case, captions: list[ClipResult], data: DataSet, held: LimitsInForce) -> dict[str, object]:
         meaningless = None
         if settings.weights == DUMMY:
             meaningless = "weights are random, so captions mean nothing"

@@ -36,14 +36,14 @@ def test_captioning(
     settings: Settings,
     profile: Profile | None,
     unfinished: Callable[[Case], Unfinished],
-    report: Callable[[Case, list[ClipResult], DataSet, limits.InForce], dict[str, object]],
+    report: Callable[[Case, list[ClipResult], DataSet, limits.LimitsInForce], dict[str, object]],
     progress: Callable[[int, str], Progress],
     cloud_tokens: dict[str, tuple[int, ...]],
     held: ExitStack,
 ) -> None:
     chosen = data(case.language)
     with problems_in_one_line():
-        held.enter_context(limits.hold(limits.Limits(settings.max_cpu_cores, settings.max_memory_gb)))
+        held.enter_context(limits.apply_limits(limits.Limits(settings.max_cpu_cores, settings.max_memory_gb)))
         captioner.load(case.cell.mode)
         saved = unfinished(case)
     bar = progress(len(chosen.clips), case.id)
@@ -107,7 +107,7 @@ def test_captioning(
         if exact and (tokens := promised(each.trace)):  # and where cloud mode ran before, on every clip
             own_tokens = cloud_tokens.setdefault(f"{case.language} {each.clip.file_id}", tokens)
             assert tokens == own_tokens, f"{each.clip.file_id}: the output differs from the cloud's own"
-    in_force = limits.in_force()
+    in_force = limits.read_limits()
     held.close()  # what scores the captions is not the edge's
     benchmark.extra_info["results"] = report(case, captions, chosen, in_force)
     saved.finish()

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         samples = load_audio(options.file)
         colour = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
         held = limits.Limits(settings.max_cpu_cores, settings.max_memory_gb)
-        with connect(settings) as connection, limits.hold(held):
+        with connect(settings) as connection, limits.apply_limits(held):
             captioner = Captioner.of(settings, connection)
             captioner.load(cell.mode)
             request = Request(samples, settings.language[0], settings.prompt_type, options.transcription)

@@ -1,4 +1,4 @@
-"""The cache of one stream against a plain list of positions."""
+"""The cache of one session, compared with a plain list of positions."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from torch import Tensor
 
 from edgecloud_sd.models.cache import GROWTH, Cache
 
-SHAPE = (4, 1, 2, 3)  # keys and values of two layers, one stream, two heads, three numbers
+SHAPE = (4, 1, 2, 3)  # keys and values of two layers, one session, two heads, head size 3
 
 
-def empty(room: int) -> Cache:
+def empty(capacity: int) -> Cache:
     layers, one, heads, size = SHAPE
-    return Cache(torch.full((layers, one, heads, room, size), torch.nan))
+    return Cache(torch.full((layers, one, heads, capacity, size), torch.nan))
 
 
 def add(cache: Cache, numbers: list[float]) -> list[list[float]]:
-    """Writes a number all over each next position; what is then seen of each of the layers' keys and values."""
-    new, seen = cache.more(len(numbers))
-    for each in new:
-        each.copy_(torch.tensor(numbers)[:, None].expand(1, 2, -1, 3))
+    """Write a number all over each next position and return the numbers in the keys and values of each layer."""
+    new, cached = cache.views(len(numbers))
+    for view in new:
+        view.copy_(torch.tensor(numbers)[:, None].expand(1, 2, -1, 3))
     cache.length += len(numbers)
-    assert len(new) == len(seen) == SHAPE[0]
-    assert all(each.shape == (1, 2, cache.length, 3) for each in seen)
-    return [alone(each) for each in seen]
+    assert len(new) == len(cached) == SHAPE[0]
+    assert all(view.shape == (1, 2, cache.length, 3) for view in cached)
+    return [read_numbers(view) for view in cached]
 
 
-def alone(positions: Tensor) -> list[float]:
-    """The one number that each position is full of."""
-    found: list[float] = positions[0, 0, :, 0].tolist()
+def read_numbers(positions: Tensor) -> list[float]:
+    """Return the one number that fills each position."""
+    numbers: list[float] = positions[0, 0, :, 0].tolist()
     assert (positions == positions[:, :1, :, :1]).all()
-    return found
+    return numbers
 
 
 @given(
     st.integers(0, 5),
     st.lists(st.one_of(st.integers(1, 7).map(lambda n: ("add", n)), st.floats(0, 1).map(lambda x: ("cut", x)))),
 )
-def test_what_is_seen_is_what_was_written_and_not_cut_off(room: int, steps: list[tuple[str, float]]) -> None:
-    cache = empty(room)
+def test_the_views_show_what_was_written_and_not_rolled_back(capacity: int, steps: list[tuple[str, float]]) -> None:
+    cache = empty(capacity)
     expected: list[float] = []
-    for number, (what, amount) in enumerate(steps):
-        if what == "cut":
+    for number, (action, amount) in enumerate(steps):
+        if action == "cut":
             del expected[int(amount * len(expected)) :]
             cache.length = len(expected)
         else:
@@ -53,15 +53,15 @@ def test_what_is_seen_is_what_was_written_and_not_cut_off(room: int, steps: list
             assert add(cache, new) == [expected] * SHAPE[0]
 
 
-def test_a_position_costs_no_copy_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adding_positions_copies_the_buffer_only_when_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     copies = []
-    copied = Cache._copied
+    reallocate = Cache._reallocate
 
-    def counted(cache: Cache, room: int) -> Tensor:
-        copies.append(room)
-        return copied(cache, room)
+    def counted(cache: Cache, capacity: int) -> Tensor:
+        copies.append(capacity)
+        return reallocate(cache, capacity)
 
-    monkeypatch.setattr(Cache, "_copied", counted)
+    monkeypatch.setattr(Cache, "_reallocate", counted)
     cache = empty(4)
     for number in range(100):
         add(cache, [float(number)])
@@ -71,7 +71,7 @@ def test_a_position_costs_no_copy_of_those_before(monkeypatch: pytest.MonkeyPatc
     assert copies == [4 + GROWTH, 4 + 2 * GROWTH]
 
 
-def test_a_copy_has_the_same_and_goes_its_own_way() -> None:
+def test_a_copy_has_the_same_positions_and_is_independent() -> None:
     first = empty(2)
     add(first, [1.0, 2.0, 3.0])
     second = first.copy(3)
@@ -81,8 +81,8 @@ def test_a_copy_has_the_same_and_goes_its_own_way() -> None:
     assert add(second, [5.0])[0] == [1.0, 2.0, 3.0, 5.0]
 
 
-def test_a_copy_needs_room_for_what_is_there() -> None:
+def test_a_copy_with_too_little_capacity_is_refused() -> None:
     cache = empty(2)
     add(cache, [1.0, 2.0])
-    with pytest.raises(ValueError, match="2 positions do not fit into room for 1"):
+    with pytest.raises(ValueError, match="a cache of 2 positions does not fit into a capacity of 1"):
         cache.copy(1)

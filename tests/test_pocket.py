@@ -1,4 +1,4 @@
-"""The embedded pair keeps its promises: against transformers' own generate, and on clips it never heard."""
+"""The pocket pair: equality with generate() of transformers, quality on new clips, its clips and its training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Costs, Profile
 
-SOME = [(0, "chinese"), (7, "chinese"), (21, "english"), (38, "english")]
+SAMPLE = [(0, "chinese"), (7, "chinese"), (21, "english"), (38, "english")]
 
 
 def request(index: int, language: str) -> Request:
@@ -31,7 +31,7 @@ def request(index: int, language: str) -> Request:
 
 
 def generated(captioner: Captioner, side: str, asked: Request) -> tuple[int, ...]:
-    """Greedy decoding by transformers' own generate."""
+    """Return the tokens of greedy decoding by generate() of transformers."""
     model = captioner.edge if side == "edge" else captioner.cloud
     prompt = captioner.prompt(asked, side)
     assert prompt.features is not None
@@ -47,7 +47,7 @@ def generated(captioner: Captioner, side: str, asked: Request) -> tuple[int, ...
     return tuple(output[0, len(prompt.ids) :].tolist())
 
 
-@pytest.mark.parametrize(("index", "language"), SOME[1:3])
+@pytest.mark.parametrize(("index", "language"), SAMPLE[1:3])
 @pytest.mark.parametrize("side", ["edge", "cloud"])
 def test_a_side_alone_equals_transformers_generate(captioner: Captioner, side: str, index: int, language: str) -> None:
     asked = request(index, language)
@@ -55,7 +55,7 @@ def test_a_side_alone_equals_transformers_generate(captioner: Captioner, side: s
     assert trace.tokens == generated(captioner, side, asked)
 
 
-@pytest.mark.parametrize(("k", "index", "language"), [(k, *SOME[k % 4]) for k in (1, 2, 4, 7)])
+@pytest.mark.parametrize(("k", "index", "language"), [(k, *SAMPLE[k % 4]) for k in (1, 2, 4, 7)])
 def test_strict_speculative_equals_the_cloud(captioner: Captioner, k: int, index: int, language: str) -> None:
     asked = request(index, language)
     cloud = stamp(captioner.events(asked, Cell("cloud"), MAX_NEW_TOKENS))
@@ -64,7 +64,7 @@ def test_strict_speculative_equals_the_cloud(captioner: Captioner, k: int, index
 
 
 def per_token(captioner: Captioner, cell: Cell, machines: Profile) -> float:
-    """s a token after what came first, on a virtual clock, over clips of both languages."""
+    """Return the seconds per token after the first chunk, on a virtual clock, over clips of both languages."""
     n, seconds = 0, 0.0
     for index in (*range(6), *range(20, 26)):
         asked = request(index, "chinese" if index < 20 else "english")
@@ -118,9 +118,9 @@ def test_audio_is_encoded_once_a_side(captioner: Captioner, monkeypatch: pytest.
         tower = getattr(captioner, side).thinker.model.audio_tower
         forward = tower.forward
 
-        def counted(*given: object, side: str = side, forward: object = forward, **named: object) -> object:
+        def counted(*inputs: object, side: str = side, forward: object = forward, **options: object) -> object:
             calls.append(side)
-            return forward(*given, **named)  # type: ignore[operator]
+            return forward(*inputs, **options)  # type: ignore[operator]
 
         monkeypatch.setattr(tower, "forward", counted)
     list(captioner.events(request(1, "english"), Cell("speculative", gate.ALWAYS, k=3), MAX_NEW_TOKENS))
@@ -128,7 +128,7 @@ def test_audio_is_encoded_once_a_side(captioner: Captioner, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(None, 1), (2, 2)])
-def test_threads_are_as_asked_and_one_for_small_models(threads: int | None, expected: int) -> None:
+def test_threads_are_as_requested_or_one_for_small_models(threads: int | None, expected: int) -> None:
     before = torch.get_num_threads()
     try:
         Captioner(threads=threads).load("edge")
@@ -138,7 +138,7 @@ def test_threads_are_as_asked_and_one_for_small_models(threads: int | None, expe
 
 
 @pytest.mark.gpu
-def test_strict_speculative_equals_the_cloud_on_a_gpu() -> None:
+def test_lossless_decoding_equals_the_cloud_on_a_gpu() -> None:
     pair = Captioner(cloud_device="cuda")
     asked = request(0, "chinese")
     cloud = stamp(pair.events(asked, Cell("cloud"), MAX_NEW_TOKENS))
@@ -157,13 +157,13 @@ def evaluation(captioner: Captioner) -> Evaluation:
     [
         ("cloud_attributes", 0.90, 1.0),
         ("edge_attributes", 0.55, 0.78),
-        ("swapped_attributes", 0.20, 0.50),  # three classes, unevenly drawn: chance is about 0.4
+        ("swapped_attributes", 0.20, 0.50),  # chance is about 0.4: two or three classes, unevenly drawn
         ("acceptance", 0.6, 0.9),
         ("step_ratio", 0.0, 0.2),
         ("megabytes", 0.0, 12.0),
     ],
 )
-def test_the_pair_is_as_good_as_it_must_be(evaluation: Evaluation, figure: str, least: float, most: float) -> None:
+def test_the_evaluation_is_within_its_bounds(evaluation: Evaluation, figure: str, least: float, most: float) -> None:
     assert least <= getattr(evaluation, figure) <= most
 
 
@@ -179,30 +179,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("language", prompts.LANGUAGES)
-def test_the_default_data_set_has_twenty_clips_a_language(folder: Path, language: str) -> None:
-    found, skipped = load_manifest(folder / clips.manifest_name(language), language)
-    assert len(found) == clips.EVALUATION_CLIPS
+def test_the_evaluation_set_has_twenty_clips_per_language(folder: Path, language: str) -> None:
+    loaded, skipped = load_manifest(folder / clips.manifest_name(language), language)
+    assert len(loaded) == clips.EVALUATION_CLIPS
     assert not skipped
-    spoken = {voices.caption(clips.make_clip("evaluation", i).attributes, language) for i in range(40)}
-    assert {clip.references[0] for clip in found} <= spoken
+    captions = {voices.write_caption(clips.make_clip("evaluation", i).attributes, language) for i in range(40)}
+    assert {clip.references[0] for clip in loaded} <= captions
 
 
-def test_a_clip_on_disk_is_the_clip_made(folder: Path) -> None:
+def test_a_clip_on_disk_equals_the_synthesised_clip(folder: Path) -> None:
     samples = load_audio(folder / "wav" / "pocket_evaluation_0005.wav")
     torch.testing.assert_close(
         torch.tensor(samples), torch.tensor(clips.make_clip("evaluation", 5).samples), atol=4e-5, rtol=0
     )
 
 
-def test_a_folder_with_something_else_is_refused_and_an_empty_one_filled(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_an_empty_one_is_filled(tmp_path: Path) -> None:
     (tmp_path / "some.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(FileExistsError, match="holds something else"):
+    with pytest.raises(FileExistsError, match="contains other files"):
         clips.evaluation_set(tmp_path)
     (tmp_path / "empty").mkdir()
     assert (clips.evaluation_set(tmp_path / "empty") / "manifest_chinese.json").is_file()
 
 
-def test_a_stopped_writer_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -212,7 +212,7 @@ def test_a_stopped_writer_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_clips_are_the_same_on_every_call_and_sets_do_not_meet() -> None:
+def test_clips_are_the_same_on_every_call_and_differ_between_sets() -> None:
     first, again = clips.make_clip("train", 3), clips.make_clip("train", 3)
     assert (first.samples == again.samples).all()
     assert (
@@ -225,22 +225,24 @@ def test_clips_are_the_same_on_every_call_and_sets_do_not_meet() -> None:
 @pytest.mark.parametrize("language", prompts.LANGUAGES)
 def test_a_caption_says_its_attributes_in_20_to_40_tokens(captioner: Captioner, language: str) -> None:
     for index in range(60):
-        attributes = clips.make_clip("evaluation", index % 20).attributes if index < 20 else draw(index)
-        text = voices.caption(attributes, language)
-        assert voices.named(text, language) == {name: getattr(attributes, name) for name in voices.ATTRIBUTE_NAMES}
+        attributes = clips.make_clip("evaluation", index % 20).attributes if index < 20 else draw_attributes(index)
+        text = voices.write_caption(attributes, language)
+        assert voices.find_named_classes(text, language) == {
+            name: getattr(attributes, name) for name in voices.ATTRIBUTE_NAMES
+        }
         assert 20 <= len(captioner.edge.tokenizer.encode(text + tokenizer.EOS)) <= 40
 
 
-def draw(seed: int) -> voices.Attributes:
+def draw_attributes(seed: int) -> voices.Attributes:
     import numpy as np
 
-    return voices.draw(np.random.default_rng(seed))
+    return voices.draw_attributes(np.random.default_rng(seed))
 
 
-def test_a_caption_that_names_two_classes_names_none() -> None:
-    assert voices.named("low pitch and high pitch, slow pace", "english") == dict.fromkeys(voices.ATTRIBUTE_NAMES) | {
-        "rate": 0
-    }
+def test_a_caption_with_two_classes_of_an_attribute_names_none() -> None:
+    assert voices.find_named_classes("low pitch and high pitch, slow pace", "english") == dict.fromkeys(
+        voices.ATTRIBUTE_NAMES
+    ) | {"rate": 0}
 
 
 def test_the_tokenizer_in_the_repository_is_the_one_that_training_makes(captioner: Captioner) -> None:
@@ -248,32 +250,32 @@ def test_the_tokenizer_in_the_repository_is_the_one_that_training_makes(captione
     assert captioner.cloud.tokenizer.get_vocab() == captioner.edge.tokenizer.get_vocab()
 
 
-def test_training_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_reduces_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     small = train.Recipe(1, 32, 32, 1, 16, steps=12, learning_rate=1e-2, tower_steps=2, batch=4, tower_batch=4)
     monkeypatch.setitem(train.RECIPES, "edge", small)
     tokens = tokenizer.train_tokenizer()
-    data = train.examples("train", 6, train.new_extractor())
+    data = train.make_examples("train", 6, train.build_extractor())
     torch.manual_seed(0)
     losses = [
-        loss_of(thinker, tokens, data)
-        for thinker in (train.new_thinker(small, tokens), train.train_side("edge", data, tokens))
+        compute_loss(thinker, tokens, data)
+        for thinker in (train.build_thinker(small, tokens), train.train_side("edge", data, tokens))
     ]
     assert losses[1] < 0.8 * losses[0]
 
 
 @torch.no_grad()
-def loss_of(thinker: torch.nn.Module, tokens: object, data: list[train.Example]) -> float:
+def compute_loss(thinker: torch.nn.Module, tokens: object, data: list[train.Example]) -> float:
     import numpy as np
 
-    heard, positions = train.hear(thinker, data)
-    return train.caption_loss(thinker, tokens, heard, positions, data, np.random.default_rng(0)).item()
+    audio, positions = train.encode_audio(thinker, data)
+    return train.caption_loss(thinker, tokens, audio, positions, data, np.random.default_rng(0)).item()
 
 
 @pytest.mark.slow
 def test_making_the_default_data_set_is_quick_against_captioning_it(tmp_path: Path, captioner: Captioner) -> None:
     start = time.perf_counter()
     clips.evaluation_set(tmp_path / "set")
-    making = (time.perf_counter() - start) / (2 * clips.EVALUATION_CLIPS)
+    synthesis_seconds = (time.perf_counter() - start) / (2 * clips.EVALUATION_CLIPS)
     start = time.perf_counter()
     list(captioner.events(request(0, "english"), Cell("cloud"), MAX_NEW_TOKENS))
-    assert making < time.perf_counter() - start
+    assert synthesis_seconds < time.perf_counter() - start

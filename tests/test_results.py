@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from edgecloud_sd.data.dataset import Clip, Skipped
+from edgecloud_sd.data.dataset import Clip, SkippedClip
 from edgecloud_sd.events import (
     Committed,
     Draft,
@@ -27,7 +27,7 @@ from edgecloud_sd.events import (
     Verdict,
     Verified,
 )
-from edgecloud_sd.host.limits import InForce
+from edgecloud_sd.host.limits import LimitsInForce
 from edgecloud_sd.host.utilization import Utilization
 from edgecloud_sd.measure import metrics, quality, results
 from edgecloud_sd.measure.breakdown import PARTS
@@ -129,7 +129,7 @@ ENVIRONMENT = (
 )  # fmt: skip
 
 
-HELD = InForce(cores=(0, 1), torch_threads=1, memory_bytes=None)
+HELD = LimitsInForce(cores=(0, 1), torch_threads=1, memory_bytes=None)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def both() -> list[ClipResult]:
 def made(both: list[ClipResult], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The whole document, without waiting for torch to say which version it is."""
     monkeypatch.setattr(results, "environment", lambda: dict.fromkeys(ENVIRONMENT, "1.0"))
-    skipped = [Skipped("bad", "bad.wav: holds no audio")]
+    skipped = [SkippedClip("bad", "bad.wav: holds no audio")]
     return results_document(dict(EXPERIMENT), both, *summarise(both, "chinese"), HELD, skipped)
 
 

@@ -1,4 +1,4 @@
-"""The text model as a function of its weights: transformers' own forward pass, bit for bit."""
+"""The text model equals the forward pass of transformers, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,19 +15,28 @@ from edgecloud_sd.models import text
 from edgecloud_sd.models.text import TextModel
 from edgecloud_sd.pipeline import Captioner
 
-STEPS = [(0, 70), (70, 1), (71, 5), (73, 2), (75, 1), (76, 90), (80, 3)]  # (cached, and cut back to; fed)
+STEPS = [
+    (0, 70),
+    (70, 1),
+    (71, 5),
+    (73, 2),
+    (75, 1),
+    (76, 90),
+    (80, 3),
+]  # (cached positions to roll back to, positions to feed)
 
 
 def embeddings(thinker: Any, n: int, seed: int) -> Tensor:
-    """Of random tokens: [n, hidden]."""
-    found: Tensor = thinker.get_input_embeddings()(torch.randint(600, (n,), generator=torch.manual_seed(seed)))
-    return found
+    """Return the embeddings [n, hidden] of random tokens."""
+    rows: Tensor = thinker.get_input_embeddings()(torch.randint(600, (n,), generator=torch.manual_seed(seed)))
+    return rows
 
 
 @torch.inference_mode()
-def by_transformers(thinker: Any, steps: Sequence[tuple[int, int]]) -> list[Tensor]:
+def run_transformers(thinker: Any, steps: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return the hidden states of each step by transformers."""
     cache = DynamicCache(config=thinker.config.text_config)
-    found = []
+    states = []
     for seed, (cached, n) in enumerate(steps):
         if cached < cache.get_seq_length():
             cache.crop(cached - cache.get_seq_length())
@@ -37,30 +46,31 @@ def by_transformers(thinker: Any, steps: Sequence[tuple[int, int]]) -> list[Tens
             past_key_values=cache,
             use_cache=True,
         )
-        found.append(output.last_hidden_state[0])
-    return found
+        states.append(output.last_hidden_state[0])
+    return states
 
 
 @torch.inference_mode()
-def by_ours(thinker: Any, steps: Sequence[tuple[int, int]]) -> list[Tensor]:
+def run_text_model(thinker: Any, steps: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return the hidden states of each step by `TextModel`."""
     model = TextModel(thinker)
-    cache = model.cache(8)
-    found = []
+    cache = model.new_cache(8)
+    states = []
     for seed, (cached, n) in enumerate(steps):
         cache.length = cached
-        found.append(model(embeddings(thinker, n, seed), cache))
+        states.append(model(embeddings(thinker, n, seed), cache))
         assert cache.length == cached + n
-    return found
+    return states
 
 
 def assert_same_bits(thinker: Any, steps: Sequence[tuple[int, int]] = STEPS) -> None:
-    for step, ours, theirs in zip(steps, by_ours(thinker, steps), by_transformers(thinker, steps), strict=True):
+    for step, ours, theirs in zip(steps, run_text_model(thinker, steps), run_transformers(thinker, steps), strict=True):
         assert torch.equal(ours, theirs), f"step {step}: up to {(ours - theirs).abs().max()} apart"
 
 
 @pytest.fixture
 def thinker(captioner: Captioner) -> Any:
-    """One to change."""
+    """Return a copy that a test may change."""
     return copy.deepcopy(captioner.edge.thinker)
 
 
@@ -71,87 +81,97 @@ def test_hidden_states_are_transformers_bit_for_bit(captioner: Captioner, side: 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_in_every_number_format_and_by_either_attention(thinker: Any, dtype: str, attention: str) -> None:
+def test_hidden_states_are_equal_in_every_dtype_and_with_either_attention(
+    thinker: Any, dtype: str, attention: str
+) -> None:
     thinker = thinker.to(getattr(torch, dtype))
     thinker.set_attn_implementation(attention)
     assert_same_bits(thinker)
 
 
-def test_by_transformers_own_attention_as_on_a_gpu(thinker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = text._attention
-    monkeypatch.setattr(text, "_attention", lambda module, _: choose(module, torch.device("cuda")))
+def test_hidden_states_are_equal_with_the_attention_function_of_a_gpu(
+    thinker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = text._choose_attention
+    monkeypatch.setattr(text, "_choose_attention", lambda module, _: choose(module, torch.device("cuda")))
     assert_same_bits(thinker)
 
 
-def test_positions_beyond_the_first_table(thinker: Any) -> None:
+def test_hidden_states_are_equal_beyond_the_first_rotary_table(thinker: Any) -> None:
     assert_same_bits(thinker, [(0, 1020), (1020, 3), (1023, 1), (1024, 1), (1025, 1200)])
 
 
-def test_filling_leaves_what_a_call_leaves(captioner: Captioner) -> None:
+def test_filling_the_cache_leaves_the_same_cache_as_a_call(captioner: Captioner) -> None:
     thinker = captioner.cloud.thinker
     model = TextModel(thinker)
-    found = []
+    states = []
     with torch.inference_mode():
-        for run in (model.fill, model):
-            cache = model.cache(1)
+        for run in (model.fill_cache, model):
+            cache = model.new_cache(1)
             run(embeddings(thinker, 20, 0), cache)
-            found.append(model(embeddings(thinker, 2, 1), cache))
-    assert torch.equal(*found)
+            states.append(model(embeddings(thinker, 2, 1), cache))
+    assert torch.equal(*states)
 
 
-class Other(nn.Module):
-    """A linear map that has no weight of its own to read."""
+class Wrapper(nn.Module):
+    """A linear map without a weight of its own."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.halves = nn.ModuleList([linear])
+        self.inner = nn.ModuleList([linear])
         self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        found: Tensor = self.halves[0](x)
-        return found
+        output: Tensor = self.inner[0](x)
+        return output
 
 
-def test_any_module_may_stand_in_for_a_linear_one(thinker: Any) -> None:
-    placed = []
+def test_any_module_may_replace_a_linear_one(thinker: Any) -> None:
+    wrappers = []
     for layer in thinker.model.language_model.layers:
         for parent in (layer.self_attn, layer.mlp):
             for name, module in list(parent.named_children()):
                 if isinstance(module, nn.Linear):
-                    placed.append(Other(module))
-                    setattr(parent, name, placed[-1])
-    by_ours(thinker, STEPS[:2])
-    assert len(placed) == 7 * len(thinker.model.language_model.layers)
-    assert {each.calls for each in placed} == {2}
+                    wrappers.append(Wrapper(module))
+                    setattr(parent, name, wrappers[-1])
+    run_text_model(thinker, STEPS[:2])
+    assert len(wrappers) == 7 * len(thinker.model.language_model.layers)
+    assert {wrapper.calls for wrapper in wrappers} == {2}
     assert_same_bits(thinker)
 
 
 def test_hooks_of_a_linear_module_are_called(thinker: Any) -> None:
     layer = thinker.model.language_model.layers[0]
-    seen = []
-    layer.self_attn.q_proj.register_forward_hook(lambda *_: seen.append("after"))
-    layer.mlp.up_proj.register_forward_pre_hook(lambda *_: seen.append("before"))
-    by_ours(thinker, [(0, 1)])
-    assert seen == ["after", "before"]
+    calls = []
+    layer.self_attn.q_proj.register_forward_hook(lambda *_: calls.append("after"))
+    layer.mlp.up_proj.register_forward_pre_hook(lambda *_: calls.append("before"))
+    run_text_model(thinker, [(0, 1)])
+    assert calls == ["after", "before"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda model: setattr(model.rotary_emb, "rope_type", "dynamic"), "rotary embeddings 'dynamic'"),
-        (lambda model: setattr(model.config, "hidden_act", "gelu"), "activation 'gelu': only silu is known"),
+        (
+            lambda model: setattr(model.rotary_emb, "rope_type", "dynamic"),
+            "rope_type 'dynamic' is not supported: its frequencies change",
+        ),
+        (
+            lambda model: setattr(model.config, "hidden_act", "gelu"),
+            "hidden_act 'gelu' is not supported: use a model with silu",
+        ),
         (
             lambda model: setattr(model.config, "layer_types", ["sliding_attention", "full_attention"]),
-            "layers of full_attention, sliding_attention: only full_attention is known",
+            "layer_types full_attention, sliding_attention are not supported: use a model with full_attention alone",
         ),
         (
             lambda model: setattr(model.config, "_attn_implementation", "flash_attention_2"),
-            "attention 'flash_attention_2': only eager, sdpa are known",
+            "attention 'flash_attention_2' is not supported: choose one of eager, sdpa",
         ),
     ],
 )
-def test_a_text_model_that_is_computed_otherwise_is_refused(thinker: Any, change: Any, message: str) -> None:
+def test_a_text_model_of_another_architecture_is_refused(thinker: Any, change: Any, message: str) -> None:
     changed = copy.deepcopy(thinker)
     change(changed.model.language_model)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""What a block of code used. CPU is bounded in CPU seconds, nothing in wall time: a slow machine passes."""
+"""The resources that a block of code used. No test bounds wall time, so that a slow machine passes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MB = 1_000_000
 
 
 class FakeNvml:
-    """A GPU that gives `readings` of (per cent, bytes), the last again and again, and fails after `until` of them."""
+    """A GPU that returns `readings` of (per cent, bytes), repeats the last one, and fails after `until` of them."""
 
     class NVMLError(Exception):
         pass
@@ -57,7 +57,7 @@ class FakeNvml:
 class FakeProcess:
     """A process with `first` bytes of resident memory in its first reading and `rest` in all others.
 
-    A reading on another thread than the main one is slow, so that a block mostly ends in the middle of one.
+    A reading outside the main thread is slow, so that a block usually ends during one.
     """
 
     def __init__(self, first: int, rest: int) -> None:
@@ -76,26 +76,26 @@ class FakeProcess:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utilization, "PERIOD", 0.001)
+    monkeypatch.setattr(utilization, "SAMPLING_PERIOD", 0.001)
 
 
 @pytest.fixture
 def ends_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No reading but those at the start and the end."""
-    monkeypatch.setattr(utilization, "PERIOD", 3600)
+    """Read only at the start and at the end."""
+    monkeypatch.setattr(utilization, "SAMPLING_PERIOD", 3600)
 
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utilization, "gpu", lambda device: (None, None, "no GPU here"))
+    monkeypatch.setattr(utilization, "find_gpu", lambda device: (None, None, "no GPU here"))
 
 
 def with_gpu(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml) -> None:
-    monkeypatch.setattr(utilization, "gpu", lambda device: (nvml, "gpu 0", ""))
+    monkeypatch.setattr(utilization, "find_gpu", lambda device: (nvml, "gpu 0", ""))
 
 
 class Burner(threading.Thread):
-    """A known load: a thread that uses so much CPU time, and notes in `burnt` how much it was."""
+    """A known load: a thread that uses `seconds` of CPU time and records the exact time in `burnt`."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -109,16 +109,16 @@ class Burner(threading.Thread):
 
 @pytest.mark.usefixtures("no_gpu", "ends_only")
 @pytest.mark.parametrize("burners", [0, 1, 2])
-def test_the_cpu_seconds_are_those_that_were_burnt_on_whatever_thread(burners: int) -> None:
+def test_the_cpu_seconds_of_every_thread_are_counted(burners: int) -> None:
     threads = [Burner(0.05) for _ in range(burners)]
     before, own = time.process_time(), time.thread_time()
     with Meter() as meter:
         for thread in threads:
             thread.start()
-        time.sleep(0.2)  # longer than the burning: wall time is no answer
+        time.sleep(0.2)  # longer than the load, so that wall time would be wrong
         for thread in threads:
             thread.join()
-    own = time.thread_time() - own  # next to nothing, but for a garbage collection or a stall
+    own = time.thread_time() - own  # almost 0, except for a garbage collection or a stall
     burnt = sum(thread.burnt for thread in threads)
     assert meter.used.cpu is not None
     assert burnt <= meter.used.cpu <= burnt + own + 0.05
@@ -131,7 +131,7 @@ def test_cpu_percent_is_cpu_seconds_over_wall_seconds() -> None:
     assert Utilization(wall=2.0, cpu=3.0, rss_mean_mb=1.0, rss_peak_mb=1.0).cpu_percent == 150
 
 
-def test_what_is_not_measured_is_none_with_the_reason() -> None:
+def test_figures_that_were_not_measured_are_none_with_the_reason() -> None:
     used = unmeasured(3.0, "a simulated clock")
     figures = ["cpu_percent", "rss_mean_mb", "rss_peak_mb", "gpu_percent", "gpu_memory_mb"]
     assert used.wall == 3
@@ -142,11 +142,11 @@ def test_what_is_not_measured_is_none_with_the_reason() -> None:
 
 @needs_peak
 @pytest.mark.usefixtures("no_gpu", "ends_only")
-def test_the_peak_sees_memory_that_was_freed_in_the_block_and_none_that_was_freed_before() -> None:
+def test_the_peak_counts_memory_freed_in_the_block_and_not_before_it() -> None:
     def measure(size: int) -> tuple[float, float]:
         with Meter() as meter:
-            held = b"x" * size
-            del held
+            block = b"x" * size
+            del block
         assert meter.used.rss_mean_mb is not None
         assert meter.used.rss_peak_mb is not None
         return meter.used.rss_mean_mb, meter.used.rss_peak_mb
@@ -158,46 +158,48 @@ def test_the_peak_sees_memory_that_was_freed_in_the_block_and_none_that_was_free
 
 
 @pytest.mark.usefixtures("no_gpu", "ends_only")
-def test_memory_that_is_held_is_seen_in_mb() -> None:
+def test_memory_in_use_is_reported_in_mb() -> None:
     with Meter() as meter:
-        held = b"x" * (80 * MB)
+        block = b"x" * (80 * MB)
     with Meter() as later:
         pass
-    assert len(held) == 80 * MB
+    assert len(block) == 80 * MB
     assert meter.used.rss_mean_mb is not None
     assert later.used.rss_mean_mb is not None
-    assert 20 < later.used.rss_mean_mb - meter.used.rss_mean_mb < 60  # held for one of the two readings: half
+    assert 20 < later.used.rss_mean_mb - meter.used.rss_mean_mb < 60  # in use at one of two readings: half
 
 
-def test_the_mean_weighs_each_reading_by_its_time() -> None:
+def test_the_mean_weights_each_reading_by_its_time() -> None:
     assert mean_over_time([(0, 10), (10, 10), (20, 30), (40, 30)]) == 22.5
 
 
-def test_the_mean_of_one_amount_is_that_amount_to_the_last_bit() -> None:
+def test_the_mean_of_a_constant_is_that_constant_to_the_last_bit() -> None:
     assert mean_over_time([(0, 123_456_789), (3, 123_456_789), (10, 123_456_789)]) == 123_456_789
 
 
 @pytest.mark.usefixtures("fast")
-@pytest.mark.parametrize("gpu", [False, True])
-def test_one_thread_reads_all_there_is_and_stops_with_the_block(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_one_thread_reads_memory_and_gpu_and_stops_with_the_block(
+    has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     process, nvml = FakeProcess(first=10 * MB, rest=30 * MB), FakeNvml((50, 2 * MB))
     monkeypatch.setattr("edgecloud_sd.host.utilization.psutil.Process", lambda: process)
-    monkeypatch.setattr(utilization, "gpu", lambda device: (nvml, "gpu 0", "" if gpu else "no GPU here"))
+    monkeypatch.setattr(utilization, "find_gpu", lambda device: (nvml, "gpu 0", "" if has_gpu else "no GPU here"))
     before = set(threading.enumerate())
     with Meter() as meter:
         (thread,) = set(threading.enumerate()) - before
         assert process.enough.wait(10)
-        assert not gpu or nvml.enough.wait(10)
+        assert not has_gpu or nvml.enough.wait(10)
     assert not thread.is_alive()
     assert set(process.threads) == {thread, threading.current_thread()}
     assert process.threads[0] == process.threads[-1] == threading.current_thread()  # the start and the end
-    assert nvml.threads == ({thread, threading.current_thread()} if gpu else set())
+    assert nvml.threads == ({thread, threading.current_thread()} if has_gpu else set())
     assert meter.used.rss_mean_mb is not None
-    assert 20 < meter.used.rss_mean_mb < 30  # 20 by the two ends alone
+    assert 20 < meter.used.rss_mean_mb < 30  # the two ends alone would give 20
 
 
 @pytest.mark.usefixtures("fast")
-def test_a_block_that_fails_is_measured_and_its_error_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_fails_is_measured_and_its_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpu(monkeypatch, FakeNvml((50, 2 * MB)))
     before = set(threading.enumerate())
     meter = Meter()
@@ -209,10 +211,10 @@ def test_a_block_that_fails_is_measured_and_its_error_passed_on(monkeypatch: pyt
 
 @needs_peak
 @pytest.mark.usefixtures("no_gpu")
-def test_of_two_blocks_at_once_only_the_first_has_a_peak_and_it_is_whole() -> None:
+def test_only_the_first_of_two_overlapping_blocks_has_a_peak() -> None:
     with Meter() as outer:
-        held = b"x" * (80 * MB)
-        del held
+        block = b"x" * (80 * MB)
+        del block
         with Meter() as inner:
             pass
     assert outer.used.rss_peak_mb is not None
@@ -223,7 +225,7 @@ def test_of_two_blocks_at_once_only_the_first_has_a_peak_and_it_is_whole() -> No
 
 
 @needs_peak
-def test_a_block_that_fails_leaves_the_peak_to_the_next() -> None:
+def test_a_block_that_fails_releases_the_peak_for_the_next() -> None:
     with pytest.raises(KeyError), Meter():
         raise KeyError("in the block")
     with Meter() as meter:
@@ -239,7 +241,7 @@ def test_a_block_that_fails_leaves_the_peak_to_the_next() -> None:
         (b"VmRSS:\t  2232 kB\n", "the kernel's peak cannot be read (no VmHWM)"),
     ],
 )
-def test_a_peak_that_the_kernel_does_not_give_is_none_and_not_the_largest_reading(
+def test_a_missing_kernel_peak_is_none_and_not_the_largest_reading(
     status: bytes | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proc = tmp_path / "proc"
@@ -247,7 +249,7 @@ def test_a_peak_that_the_kernel_does_not_give_is_none_and_not_the_largest_readin
     if status:
         proc.mkdir()
         (proc / "status").write_bytes(status)
-    for _ in range(2):  # the second shows that the first gave the mark back
+    for _ in range(2):  # the second shows that the first released the mark
         with Meter() as meter:
             pass
         assert meter.used.rss_mean_mb is not None
@@ -256,7 +258,7 @@ def test_a_peak_that_the_kernel_does_not_give_is_none_and_not_the_largest_readin
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_a_mark_that_lags_the_readings_never_puts_the_peak_below_the_mean(
+def test_the_peak_is_never_below_the_mean_when_the_kernel_mark_lags(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -272,7 +274,7 @@ def test_a_mark_that_lags_the_readings_never_puts_the_peak_below_the_mean(
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_without_a_gpu_its_figures_are_none_with_a_reason() -> None:
+def test_gpu_figures_are_none_with_a_reason_without_a_gpu() -> None:
     with Meter() as meter:
         pass
     assert (meter.used.gpu_percent, meter.used.gpu_memory_mb) == (None, None)
@@ -280,7 +282,7 @@ def test_without_a_gpu_its_figures_are_none_with_a_reason() -> None:
 
 
 @pytest.mark.usefixtures("ends_only")
-def test_even_the_shortest_block_is_read_and_a_gpu_only_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shortest_block_is_read_and_a_gpu_only_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = FakeNvml((30, 4 * MB))
     with_gpu(monkeypatch, nvml)
     with Meter() as meter:
@@ -291,7 +293,7 @@ def test_even_the_shortest_block_is_read_and_a_gpu_only_at_its_end(monkeypatch: 
 
 
 @pytest.mark.usefixtures("fast")
-def test_the_gpus_mean_per_cent_and_highest_memory_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_utilisation_and_the_largest_memory_of_a_gpu_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = FakeNvml((10, 3 * MB), (90, 9 * MB), (20, 6 * MB))
     with_gpu(monkeypatch, nvml)
     with Meter() as meter:
@@ -301,7 +303,7 @@ def test_the_gpus_mean_per_cent_and_highest_memory_are_given(monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("fast")
-def test_a_gpu_that_stops_answering_gives_what_it_said_and_a_reason_and_memory_is_read_on(
+def test_a_gpu_that_stops_answering_keeps_its_readings_and_memory_is_read_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nvml = FakeNvml((10, 1 * MB), (30, 2 * MB), until=2)
@@ -315,7 +317,7 @@ def test_a_gpu_that_stops_answering_gives_what_it_said_and_a_reason_and_memory_i
     assert sampler.reason == "the GPU stopped answering (GPU is lost)"
 
 
-def test_a_gpu_that_never_answers_gives_none_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_never_answers_has_no_figures_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpu(monkeypatch, FakeNvml((0, 0), until=0))
     with Meter() as meter:
         pass
@@ -326,7 +328,7 @@ def test_a_gpu_that_never_answers_gives_none_and_a_reason(monkeypatch: pytest.Mo
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """NVML with a handle for any index or UUID."""
+    """Install an NVML with a handle for any index or UUID."""
     nvml = SimpleNamespace(
         NVMLError=FakeNvml.NVMLError,
         nvmlInit=lambda: None,
@@ -337,8 +339,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return nvml
 
 
-def torch_sees(monkeypatch: pytest.MonkeyPatch, uuids: dict[str, str]) -> None:
-    """A torch with these GPUs: their UUIDs by the names of their devices."""
+def install_torch(monkeypatch: pytest.MonkeyPatch, uuids: dict[str, str]) -> None:
+    """Install a torch with these GPUs: UUIDs by device name."""
 
     def properties(device: str) -> SimpleNamespace:
         if device not in uuids:
@@ -348,49 +350,49 @@ def torch_sees(monkeypatch: pytest.MonkeyPatch, uuids: dict[str, str]) -> None:
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(get_device_properties=properties)))
 
 
-def test_without_nvidia_ml_py_the_reason_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_nvidia_ml_py_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert utilization.gpu.__wrapped__("cuda") == (None, None, "nvidia-ml-py is not installed")
+    assert utilization.find_gpu.__wrapped__("cuda") == (None, None, "nvidia-ml-py is not installed")
 
 
-def test_without_a_driver_the_reason_is_nvmls_own(monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace) -> None:
+def test_a_missing_driver_gives_the_reason_of_nvml(monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace) -> None:
     def fail() -> NoReturn:
         raise FakeNvml.NVMLError("NVML Shared Library Not Found")
 
     monkeypatch.setattr(driver, "nvmlInit", fail)
     reason = "no NVIDIA GPU can be read (NVML Shared Library Not Found)"
-    assert utilization.gpu.__wrapped__("cpu") == (driver, None, reason)
+    assert utilization.find_gpu.__wrapped__("cpu") == (driver, None, reason)
 
 
-def test_for_a_device_that_is_no_gpu_the_first_is_taken(
+def test_a_device_that_is_not_a_gpu_uses_the_first_gpu(
     monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace
 ) -> None:
-    torch_sees(monkeypatch, {})
-    assert utilization.gpu.__wrapped__("cpu") == (driver, "index 0", "")
+    install_torch(monkeypatch, {})
+    assert utilization.find_gpu.__wrapped__("cpu") == (driver, "index 0", "")
 
 
-def test_for_a_gpu_the_one_that_torch_means_is_taken_and_not_the_one_of_that_index(
+def test_a_gpu_is_identified_by_the_uuid_of_torch_and_not_by_its_index(
     monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace
 ) -> None:
-    torch_sees(monkeypatch, {"cuda": "8932f937", "cuda:0": "8932f937", "cuda:1": "04a7c0de"})
-    assert utilization.gpu.__wrapped__("cuda") == (driver, "UUID GPU-8932f937", "")
-    assert utilization.gpu.__wrapped__("cuda:1") == (driver, "UUID GPU-04a7c0de", "")
+    install_torch(monkeypatch, {"cuda": "8932f937", "cuda:0": "8932f937", "cuda:1": "04a7c0de"})
+    assert utilization.find_gpu.__wrapped__("cuda") == (driver, "UUID GPU-8932f937", "")
+    assert utilization.find_gpu.__wrapped__("cuda:1") == (driver, "UUID GPU-04a7c0de", "")
 
 
-def test_a_gpu_that_torch_does_not_see_is_not_read(monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace) -> None:
-    torch_sees(monkeypatch, {"cuda:0": "8932f937"})
-    assert utilization.gpu.__wrapped__("cuda:7") == (driver, None, "no NVIDIA GPU can be read (Invalid device id)")
+def test_a_gpu_that_torch_cannot_see_is_not_read(monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace) -> None:
+    install_torch(monkeypatch, {"cuda:0": "8932f937"})
+    assert utilization.find_gpu.__wrapped__("cuda:7") == (driver, None, "no NVIDIA GPU can be read (Invalid device id)")
 
 
-def test_a_meter_asks_for_the_gpu_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def test_a_meter_reads_the_gpu_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[str] = []
 
-    def gpu(device: str) -> tuple[None, None, str]:
-        asked.append(device)
+    def find_gpu(device: str) -> tuple[None, None, str]:
+        devices.append(device)
         return None, None, "no GPU here"
 
-    monkeypatch.setattr(utilization, "gpu", gpu)
+    monkeypatch.setattr(utilization, "find_gpu", find_gpu)
     for meter in (Meter("cuda:1"), Meter()):
         with meter:
             pass
-    assert asked == ["cuda:1", "cpu"]
+    assert devices == ["cuda:1", "cpu"]

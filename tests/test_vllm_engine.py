@@ -161,7 +161,7 @@ class FakeVLLM:
                 (frames,) = audio["audio_feature_lengths"].tolist()
                 assert audio["feature_attention_mask"].shape == (1, frames)
                 assert audio["input_audio_features"].shape[1] == frames
-                yield from [AUDIO] * prompts.audio_positions(frames)
+                yield from [AUDIO] * prompts.count_audio_positions(frames)
             else:
                 yield token
 
@@ -351,7 +351,7 @@ def clip(frames: int, found: int) -> Prompt:
 
 @pytest.mark.parametrize("frames", [4, 50, 333])
 def test_audio_is_expanded_once(toy: ToyModel, frames: int) -> None:
-    prompt = clip(frames, prompts.audio_positions(frames))
+    prompt = clip(frames, prompts.count_audio_positions(frames))
     local = LocalVerifier(toy, Rank(2)).open(prompt)
     engine = FakeVLLM(toy)
     ours = at_once(engine).verifier(Rank(2)).open(prompt)

@@ -1,1 +1,1 @@
-"""Clips and prompts."""
+"""Clips and prompts: manifests, audio files and the words of a prompt."""

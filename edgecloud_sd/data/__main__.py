@@ -1,4 +1,4 @@
-"""`python -m edgecloud_sd.data`: make and check manifests."""
+"""The command `python -m edgecloud_sd.data`, which writes and checks manifests."""
 
 from __future__ import annotations
 
@@ -11,28 +11,39 @@ from edgecloud_sd.data.secap import import_secap
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m edgecloud_sd.data", description="Make and check manifests.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    secap = commands.add_parser("secap", help="turn SECap's published layout into a manifest")
-    secap.add_argument("folder", type=Path, help="the folder with fid2captions.json, text.txt and wav/")
-    secap.add_argument("--output", type=Path, help="where to write it (default: FOLDER/manifest.json)")
-    checks = commands.add_parser(
-        "check",
-        help="read every clip of a manifest and list what is wrong; exit status 1 if some are bad in each language",
-    )
-    checks.add_argument("manifest", type=Path)
-    options = parser.parse_args(arguments)
+    """Run one command; exit with status 1 and one line for an error."""
+    options = _build_parser().parse_args(arguments)
     try:
         if options.command == "secap":
             target = options.output or options.folder / "manifest.json"
             print(f"{import_secap(options.folder, target)} clips in {target}")
         else:
-            usable, lines = check_manifest(options.manifest)
+            is_usable, lines = check_manifest(options.manifest)
             print("\n".join(lines))
-            if not usable:
+            if not is_usable:
                 sys.exit(1)
     except (BadClip, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m edgecloud_sd.data", description="Write and check manifests.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    secap = commands.add_parser(
+        "secap",
+        help="write a manifest for SECap's published layout",
+        description="Write a manifest for a folder in SECap's published layout.",
+    )
+    secap.add_argument("folder", type=Path, help="folder with fid2captions.json, text.txt and wav/")
+    secap.add_argument("--output", type=Path, help="manifest to write (default: FOLDER/manifest.json)")
+    check = commands.add_parser(
+        "check",
+        help="read every clip of a manifest and list the clips that cannot be used",
+        description="Read every clip of a manifest and list, for each language, the clips that cannot be used. "
+        "The exit status is 1 unless some language can use every clip.",
+    )
+    check.add_argument("manifest", type=Path, help="manifest to check")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Manifests and audio files: read, check, write; and importers for published data sets.
+"""Manifests and audio files.
 
 A manifest is a JSON list of objects with the published keys `file_id`, `dataset`, `audio_path` (relative to the
 manifest), `caption`, `transcription`, `chinese_caption`, `english_caption`, `chinese_transcription`,
 `english_transcription` and `index`. A caption is a string or a list of references.
 
-    python -m edgecloud_sd.data secap FOLDER     turn SECap's published layout into a manifest
-    python -m edgecloud_sd.data check MANIFEST   read every clip and list what is wrong
+    python -m edgecloud_sd.data secap FOLDER     write a manifest for SECap's published layout
+    python -m edgecloud_sd.data check MANIFEST   read every clip and list the ones that cannot be used
 """
 
 from __future__ import annotations
@@ -21,89 +21,91 @@ from numpy.typing import NDArray
 
 from edgecloud_sd.data.prompts import LANGUAGES
 
-SAMPLE_RATE = 16_000
-SHORTEST = 0.025  # s: one window of the feature extractor
-MAX_CLIP_SECONDS = 300.0  # the most that the feature extractor of Qwen2.5-Omni reads
-SECAP_CAPTIONS = "fid2captions.json"  # of SECap's published layout
+SAMPLE_RATE = 16_000  # Hz, of the feature extractor of Qwen2.5-Omni
+MIN_CLIP_SECONDS = 0.025  # one window of the feature extractor (n_fft = 400 samples)
+MAX_CLIP_SECONDS = 300.0  # the longest audio that the feature extractor of Qwen2.5-Omni reads
+SECAP_CAPTIONS_FILE = "fid2captions.json"  # part of SECap's published layout
 CAPTION_TYPES = ("audio_only", "original")
-MANIFEST_ADVICE = "choose another --language or --caption-type"
+CAPTION_ADVICE = "choose another --language or --caption-type"
 ON_BAD_CLIP = ("error", "skip")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One entry of a manifest, in one language. `references` are the captions to score against."""
+    """One entry of a manifest in one language; `references` are the captions to score against."""
 
     file_id: str
     audio_path: Path
     language: str
     references: tuple[str, ...]
-    transcription: str | None = None  # given to the prompt where the caption type allows it
+    transcription: str | None = None  # part of the prompt if the caption type allows it
     dataset: str = ""
     index: int = 0
 
 
 class BadClip(ValueError):
-    """A clip that cannot be used: the message names the file and the field, and what is wrong with it."""
+    """An error for a clip that cannot be used; the message names the file, the field and the reason."""
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A clip that was left out, and why."""
+class SkippedClip:
+    """A clip that was left out, with the reason."""
 
     file_id: str
     reason: str
 
 
 def load_audio(file: str | Path) -> NDArray[np.float32]:
-    """Mono samples at `SAMPLE_RATE` from any file that libsndfile reads (wav of every kind, FLAC, MP3, Ogg).
+    """Return mono samples at `SAMPLE_RATE` from a file that libsndfile reads (any wav, FLAC, MP3, Ogg).
 
-    They lie in [-1, 1], but for float files that go beyond it themselves.
-
-    Channels are averaged; other rates are resampled with soxr. Raises BadClip for a missing, corrupt or empty file, one
-    longer than `MAX_CLIP_SECONDS`, or one with samples that are not numbers.
+    Samples are in [-1, 1], except those of float files that exceed it. Channels are averaged, and other rates are
+    resampled with soxr. Raise BadClip for a missing, corrupt or empty file, for one longer than `MAX_CLIP_SECONDS`, and
+    for samples that are not finite.
     """
-    import soundfile
     import soxr
 
     path = Path(file)
-    try:
-        if not path.is_file():
-            raise BadClip(f"{path}: no such audio file")
-        if _cut_off(path):
-            raise BadClip(f"{path}: cannot be read as audio (the file is shorter than its header says)")
-        with soundfile.SoundFile(path) as audio:
-            rate = audio.samplerate
-            if (
-                audio.frames > MAX_CLIP_SECONDS * rate
-            ):  # before anything is allocated: a corrupt header may promise terabytes
-                raise BadClip(
-                    f"{path}: lasts {audio.frames / rate:.3f} s, and a clip may last {MAX_CLIP_SECONDS:g} s at most"
-                )
-            samples = audio.read(dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise BadClip(f"{path}: cannot be read as audio ({error.error_string.strip()})") from error
-    except (OSError, TypeError) as error:  # TypeError: a raw file, which does not say its rate
-        raise BadClip(f"{path}: cannot be read as audio ({error})") from error
+    samples, rate = _read_samples(path)
     if not len(samples):
-        raise BadClip(f"{path}: holds no audio (0 samples)")
+        raise BadClip(f"{path}: contains no audio (0 samples)")
     if not np.isfinite(samples).all():
-        raise BadClip(f"{path}: holds samples that are not finite numbers")
+        raise BadClip(f"{path}: contains samples that are not finite numbers")
     mono = samples.mean(axis=1)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
         if not len(mono):
-            raise BadClip(f"{path}: holds no audio (0 samples at {SAMPLE_RATE} Hz)")
+            raise BadClip(f"{path}: contains no audio (0 samples at {SAMPLE_RATE} Hz)")
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
-def _cut_off(path: Path) -> bool:
-    """Whether a wav file ends before its header says. libsndfile would read what is left as if it were all."""
+def _read_samples(path: Path) -> tuple[NDArray[np.float32], int]:
+    """Return samples [frames, channels] and their rate in Hz. Raise BadClip for an unreadable or too long file."""
+    import soundfile
+
+    try:
+        if not path.is_file():
+            raise BadClip(f"{path}: no such audio file")
+        if _is_cut_off(path):
+            raise BadClip(f"{path}: cannot be read as audio (the file is shorter than its header says)")
+        with soundfile.SoundFile(path) as audio:
+            rate: int = audio.samplerate
+            if audio.frames > MAX_CLIP_SECONDS * rate:  # before allocating: a corrupt header may promise terabytes
+                seconds = audio.frames / rate
+                raise BadClip(f"{path}: lasts {seconds:.3f} s, and a clip may last {MAX_CLIP_SECONDS:g} s at most")
+            return audio.read(dtype="float32", always_2d=True), rate
+    except soundfile.LibsndfileError as error:
+        raise BadClip(f"{path}: cannot be read as audio ({error.error_string.strip()})") from error
+    except (OSError, TypeError) as error:  # TypeError: a raw file, which has no rate
+        raise BadClip(f"{path}: cannot be read as audio ({error})") from error
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Return whether a wav file is shorter than its header says; libsndfile would read the rest without an error."""
     with path.open("rb") as file:
         head = file.read(12)
     size = int.from_bytes(head[4:8], "little")
-    streamed = size == 0 or size >= 0x7FFFF000  # written by a program that did not know the length
-    return head[:4] == b"RIFF" and head[8:] == b"WAVE" and not streamed and path.stat().st_size < size + 8
+    is_streamed = size == 0 or size >= 0x7FFFF000  # the writer did not know the length
+    return head[:4] == b"RIFF" and head[8:] == b"WAVE" and not is_streamed and path.stat().st_size < size + 8
 
 
 def find_manifest(path: Path) -> Path:
@@ -111,9 +113,9 @@ def find_manifest(path: Path) -> Path:
     if path.is_dir():
         if (path / "manifest.json").is_file():
             return path / "manifest.json"
-        is_secap = (path / SECAP_CAPTIONS).is_file()
+        is_secap = (path / SECAP_CAPTIONS_FILE).is_file()
         hint = " (this is SECap's layout: run python -m edgecloud_sd.data secap on it)" if is_secap else ""
-        raise BadClip(f"{path}: holds no manifest.json{hint}")
+        raise BadClip(f"{path}: contains no manifest.json{hint}")
     if not path.is_file():
         raise BadClip(f"{path}: no such manifest; give a manifest file, a folder with manifest.json, or 'pocket'")
     return path
@@ -121,45 +123,46 @@ def find_manifest(path: Path) -> Path:
 
 def load_manifest(
     path: Path, language: str, caption_type: str = "audio_only", on_bad_clip: str = "error", limit: int | None = None
-) -> tuple[list[Clip], list[Skipped]]:
-    """The clips of a manifest, in its order, and those left out; with `limit`, the first so many good ones.
+) -> tuple[list[Clip], list[SkippedClip]]:
+    """Return the clips of a manifest in its order, the first `limit` usable ones, and the skipped clips.
 
-    `audio_only` scores against `<language>_caption` and gives the model audio alone; `original` scores against
-    `caption` and gives it the transcription too, where there is one. Raises BadClip for the first bad clip unless
-    `on_bad_clip` is `skip`; a manifest that is no list of objects, or in which no clip is good, is always an error.
+    `audio_only` scores against `<language>_caption`, and the prompt has the audio alone. `original` scores against
+    `caption`, and the prompt has the transcription too, if there is one. Raise BadClip for the first bad clip unless
+    `on_bad_clip` is "skip", for a manifest that is not a list, and for one without a usable clip.
     """
-    entries = _entries(path)
     clips: list[Clip] = []
-    skipped: list[Skipped] = []
-    seen: set[str] = set()
-    for number, entry in enumerate(entries):
+    skipped: list[SkippedClip] = []
+    file_ids: set[str] = set()
+    for number, entry in enumerate(_read_entries(path)):
         if limit is not None and len(clips) == limit:
             break
         try:
-            clip = _clip(path, number, entry, language, caption_type)
-            if clip.file_id in seen:
-                raise BadClip(f"{path}, entry {number}, file_id: {clip.file_id!r} stands twice")
-            seen.add(clip.file_id)
-            seconds = len(load_audio(clip.audio_path)) / SAMPLE_RATE
-            if not SHORTEST <= seconds <= MAX_CLIP_SECONDS:
-                raise BadClip(
-                    f"{clip.audio_path}: lasts {seconds:.3f} s, and a clip may last "
-                    f"{SHORTEST} to {MAX_CLIP_SECONDS:g} s"
-                )
+            clip = _parse_entry(path, number, entry, language, caption_type)
+            if clip.file_id in file_ids:
+                raise BadClip(f"{path}, entry {number}, file_id: {clip.file_id!r} occurs twice")
+            file_ids.add(clip.file_id)
+            _check_length(clip.audio_path)
         except BadClip as error:
             if on_bad_clip == "error":
                 raise
-            named = entry.get("file_id") if isinstance(entry, dict) else None
-            skipped.append(Skipped(str(named or f"entry {number}"), str(error)))
+            file_id = entry.get("file_id") if isinstance(entry, dict) else None
+            skipped.append(SkippedClip(str(file_id or f"entry {number}"), str(error)))
         else:
             clips.append(clip)
     if not clips:
         first = f"; the first: {skipped[0].reason}" if skipped else ""
-        raise BadClip(f"{path}: holds no usable clip{first}")
+        raise BadClip(f"{path}: contains no usable clip{first}")
     return clips, skipped
 
 
-def _entries(path: Path) -> list[Any]:
+def _check_length(path: Path) -> None:
+    seconds = len(load_audio(path)) / SAMPLE_RATE
+    if not MIN_CLIP_SECONDS <= seconds <= MAX_CLIP_SECONDS:
+        bounds = f"{MIN_CLIP_SECONDS} to {MAX_CLIP_SECONDS:g} s"
+        raise BadClip(f"{path}: lasts {seconds:.3f} s, and a clip may last {bounds}")
+
+
+def _read_entries(path: Path) -> list[Any]:
     entries = read_json(path)
     if not isinstance(entries, list):
         raise BadClip(f"{path}: must be a JSON list of clips, not {type(entries).__name__}")
@@ -167,66 +170,76 @@ def _entries(path: Path) -> list[Any]:
 
 
 def read_json(path: Path) -> Any:
+    """Return the content of a JSON file. Raise BadClip if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number without end
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or a number with too many digits
         raise BadClip(f"{path}: is not JSON ({error})") from error
 
 
-def _clip(path: Path, number: int, entry: Any, language: str, caption_type: str) -> Clip:
+def _parse_entry(path: Path, number: int, entry: Any, language: str, caption_type: str) -> Clip:
     if not isinstance(entry, dict):
         raise BadClip(f"{path}, entry {number}: must be an object, not {type(entry).__name__}")
 
-    def text(field: str, required: bool = True) -> str:
+    def read_text(field: str, is_required: bool = True) -> str:
         value = entry.get(field)
-        if value is None and not required:
+        if value is None and not is_required:
             return ""
-        if not isinstance(value, str) or (required and not value.strip()):
+        if not isinstance(value, str) or (is_required and not value.strip()):
             raise BadClip(f"{path}, entry {number}, {field}: must be a text that is not empty, not {value!r}")
         return value
 
-    file_id = text("file_id")
-    field = "caption" if caption_type == "original" else f"{language}_caption"
-    value = entry.get(field)
-    references = [value] if isinstance(value, str) else value
-    if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
-        if value is None:
-            raise BadClip(f"{path}, {file_id}, {field}: there is no {language} caption; {MANIFEST_ADVICE}")
-        raise BadClip(f"{path}, {file_id}, {field}: must be a text or a list of texts, not {value!r}")
-    references = [each.strip() for each in references if each.strip()]
-    if not references:
-        raise BadClip(f"{path}, {file_id}, {field}: is empty; {MANIFEST_ADVICE}")
+    file_id = read_text("file_id")
+    place = f"{path}, {file_id}"
+    references = _parse_references(place, entry, language, caption_type)
     transcription = None
     if caption_type == "original":
-        others = [each for each in LANGUAGES if each != language and entry.get(f"{each}_caption") == value]
-        if others and entry.get(f"{language}_caption") != value:
-            raise BadClip(f"{path}, {file_id}, caption: is the {others[0]} one, not {language}; {MANIFEST_ADVICE}")
-        said = (text(f"{language}_transcription", False).strip(), text("transcription", False).strip())
-        transcription = said[0] or said[1] or None
+        own = read_text(f"{language}_transcription", False).strip()
+        common = read_text("transcription", False).strip()
+        transcription = own or common or None
     index = entry.get("index", number)
     if not isinstance(index, int) or isinstance(index, bool):
-        raise BadClip(f"{path}, {file_id}, index: must be a whole number, not {index!r}")
+        raise BadClip(f"{place}, index: must be a whole number, not {index!r}")
     return Clip(
         file_id=file_id,
-        audio_path=path.parent / text("audio_path"),
+        audio_path=path.parent / read_text("audio_path"),
         language=language,
-        references=tuple(references),
+        references=references,
         transcription=transcription,
-        dataset=text("dataset", False),
+        dataset=read_text("dataset", False),
         index=index,
     )
 
 
+def _parse_references(place: str, entry: dict[str, Any], language: str, caption_type: str) -> tuple[str, ...]:
+    """Return the captions of an entry. Raise BadClip, beginning with `place`, if there are none in this language."""
+    field = "caption" if caption_type == "original" else f"{language}_caption"
+    value = entry.get(field)
+    if value is None:
+        raise BadClip(f"{place}, {field}: is missing, so the clip has no {language} caption; {CAPTION_ADVICE}")
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadClip(f"{place}, {field}: must be a text or a list of texts, not {value!r}")
+    references = tuple(text.strip() for text in texts if text.strip())
+    if not references:
+        raise BadClip(f"{place}, {field}: is empty; {CAPTION_ADVICE}")
+    if caption_type == "original" and entry.get(f"{language}_caption") != value:
+        others = [other for other in LANGUAGES if other != language and entry.get(f"{other}_caption") == value]
+        if others:
+            raise BadClip(f"{place}, caption: is in {others[0]}, not in {language}; {CAPTION_ADVICE}")
+    return references
+
+
 def check_manifest(path: Path, languages: Iterable[str] = LANGUAGES) -> tuple[bool, list[str]]:
-    """Whether every clip is good in some language, and what to say: how many are, then a line a bad one."""
-    usable, lines = False, []
+    """Return whether some language can use every clip, and a report: the counts per language and each bad clip."""
+    is_usable, lines = False, []
     for language in languages:
         try:
             clips, skipped = load_manifest(path, language, on_bad_clip="skip")
         except BadClip as error:
             lines.append(f"{language}: {error}")
             continue
-        usable |= not skipped
-        lines.append(f"{language}: {len(clips)} clips are good, {len(skipped)} are not")
-        lines.extend(f"  {each.file_id}: {each.reason}" for each in skipped)
-    return usable, lines
+        is_usable |= not skipped
+        lines.append(f"{language}: {len(clips)} clips can be used, {len(skipped)} cannot")
+        lines.extend(f"  {clip.file_id}: {clip.reason}" for clip in skipped)
+    return is_usable, lines

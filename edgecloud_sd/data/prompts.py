@@ -1,6 +1,6 @@
-"""Prompts: the task in words for each language and prompt type, the chat format, and the audio features.
+"""Prompts: the task for each language and prompt type, the chat format and the audio features.
 
-The chat format is the one Qwen2.5-Omni was trained on (its chat template for one user turn with audio and text).
+The chat format is the chat template of Qwen2.5-Omni for one user turn with audio and text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edgecloud_sd.events import Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
-SYSTEM = "You caption the emotion in speech."
+SYSTEM_PROMPT = "You caption the emotion in speech."
 TASKS: dict[str, dict[str, str]] = {
     "chinese": {
         "default": "请用一句中文描述说话人的情感和声音特征。",
@@ -36,40 +36,42 @@ PROMPT_TYPES = tuple(TASKS["english"])
 AUDIO_TOKEN = "<|AUDIO|>"
 
 
-def task_text(language: str, prompt_type: str, transcription: str | None = None) -> str:
-    """The user's words: what was said, where the caption type allows it, then what to do."""
+def format_task(language: str, prompt_type: str, transcription: str | None = None) -> str:
+    """Return the text of the user's turn: the transcription, if one is given, and the task."""
     task = TASKS[language][prompt_type]
     return f"{TRANSCRIPTION_FORMATS[language].format(transcription)}\n{task}" if transcription else task
 
 
-def chat(task: str, audio_tokens: int) -> str:
-    """One user turn with audio, open for the assistant's answer."""
+def format_chat(task: str, audio_tokens: int) -> str:
+    """Return one user turn with `audio_tokens` placeholders, up to where the assistant's answer begins."""
     audio = f"<|audio_bos|>{AUDIO_TOKEN * audio_tokens}<|audio_eos|>" if audio_tokens else ""
-    return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{audio}{task}<|im_end|>\n<|im_start|>assistant\n"
+    system = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n"
+    return f"{system}<|im_start|>user\n{audio}{task}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def audio_positions(frames: int) -> int:
-    """Positions that Qwen2.5-Omni's audio encoder emits for `frames`: a stride-2 convolution, then 2:1 pooling."""
+def count_audio_positions(frames: int) -> int:
+    """Return the positions that the audio encoder emits for `frames`: a convolution of stride 2, then 2:1 pooling."""
     after_convolution = (frames - 1) // 2 + 1
     return (after_convolution - 2) // 2 + 1
 
 
 def check_placeholders(prompt: Prompt, placeholder: int) -> None:
-    """ValueError for a prompt whose ids hold `placeholder` more or less often than its audio fills positions."""
+    """Raise ValueError unless the prompt has one `placeholder` for each position of its audio."""
     frames = 0 if prompt.features is None else prompt.features.shape[1]
-    expected = audio_positions(frames) if frames else 0
+    expected = count_audio_positions(frames) if frames else 0
     if frames and expected < 1:
         raise ValueError(f"{frames} frames are too few for the audio encoder")
-    found = prompt.ids.count(placeholder)
-    if found != expected:
-        raise ValueError(f"the prompt has {found} audio placeholders for {frames} frames, not {expected}")
+    count = prompt.ids.count(placeholder)
+    if count != expected:
+        raise ValueError(f"the prompt has {count} audio placeholders for {frames} frames, not {expected}")
 
 
 def log_mel(samples: NDArray[np.float32], extractor: Any) -> Tensor:
-    """Whisper log-mel features [mel bins, frames] of mono samples, float32; 100 frames a second.
+    """Return Whisper log-mel features [mel bins, frames] of mono samples in float32, at 100 frames per second.
 
-    Equal to what the extractor gives when it pads to its full length and masks the padding off again, at the cost of
-    the clip alone: one window of zeros after the end is all that a real frame can see.
+    The extractor would pad each clip to its full length. Here one window of zeros follows the clip, because no frame of
+    the clip reaches further: the features are equal and cost less. Raise ValueError for a clip longer than the model
+    reads.
     """
     import torch
 
@@ -78,7 +80,7 @@ def log_mel(samples: NDArray[np.float32], extractor: Any) -> Tensor:
     if seconds > limit:
         raise ValueError(f"the clip is {seconds:.1f} s long and this model reads at most {limit:g} s: cut it first")
     padded = np.pad(samples, (0, extractor.n_fft))
-    # truncation would drop the window of zeros from a clip of nearly full length
+    # truncation would drop the window of zeros of a clip of nearly full length
     batch = extractor(padded, sampling_rate=extractor.sampling_rate, padding=False, truncation=False)
     frames = math.ceil(len(samples) / extractor.hop_length)
     return torch.as_tensor(np.asarray(batch["input_features"][0])[:, :frames], dtype=torch.float32)
@@ -93,13 +95,13 @@ def build_prompt(
     prompt_type: str = "default",
     transcription: str | None = None,
 ) -> Prompt:
-    """The prompt for one clip: mono samples at the extractor's rate, in [-1, 1].
+    """Return the prompt for mono samples in [-1, 1] at the extractor's rate.
 
-    Raises ValueError for a clip too short to fill one position of the encoder, or longer than it reads.
+    Raise ValueError for a clip that is too short for one position of the audio encoder or longer than it reads.
     """
     features = log_mel(samples, extractor)
-    positions = audio_positions(features.shape[1])
+    positions = count_audio_positions(features.shape[1])
     if positions < 1:
         raise ValueError(f"the clip has {len(samples)} samples, too few for one position of the audio encoder")
-    text = chat(task_text(language, prompt_type, transcription), positions)
+    text = format_chat(format_task(language, prompt_type, transcription), positions)
     return Prompt(tuple(tokenizer.encode(text, add_special_tokens=False)), features)

@@ -6,38 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgecloud_sd.data.dataset import SECAP_CAPTIONS, BadClip, read_json
+from edgecloud_sd.data.dataset import SECAP_CAPTIONS_FILE, BadClip, read_json
 from edgecloud_sd.host.files import write_whole
 
 
 def import_secap(folder: Path, manifest: Path) -> int:
-    """Write a manifest for SECap's published layout (`fid2captions.json`, `text.txt`, `wav/`); returns its clips.
+    """Write a manifest for SECap's layout (`fid2captions.json`, `text.txt`, `wav/`) and return its number of clips.
 
-    `audio_path` is relative where the manifest lies beside or above the audio, absolute elsewhere. Raises BadClip for a
-    missing or malformed file, or a caption without audio.
+    `audio_path` is relative if the manifest lies beside or above the audio, and absolute otherwise. Raise BadClip for a
+    missing or malformed file, and for a caption without audio.
     """
-    captions_file, texts_file = folder / SECAP_CAPTIONS, folder / "text.txt"
-    for needed in (captions_file, texts_file):
-        if not needed.is_file():
-            raise BadClip(f"{needed}: no such file; SECap's layout has fid2captions.json, text.txt and wav/")
-    captions = read_json(captions_file)
-    if not isinstance(captions, dict):
-        raise BadClip(f"{captions_file}: must map clip ids to captions, not be a {type(captions).__name__}")
-    if not captions:
-        raise BadClip(f"{captions_file}: holds no caption")
-    try:
-        lines = texts_file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise BadClip(f"{texts_file}: is not UTF-8 ({error})") from error
-    texts: dict[str, str | None] = {}
-    for line in lines:
-        if line.strip():
-            file_id, *said = line.split(maxsplit=1)
-            texts[file_id] = said[0].strip() if said else None
+    captions_file, texts_file = folder / SECAP_CAPTIONS_FILE, folder / "text.txt"
+    for file in (captions_file, texts_file):
+        if not file.is_file():
+            raise BadClip(f"{file}: no such file; SECap's layout has fid2captions.json, text.txt and wav/")
+    captions = _read_captions(captions_file)
+    texts = _read_texts(texts_file)
     entries: list[dict[str, Any]] = []
     for index, (file_id, caption) in enumerate(sorted(captions.items())):
-        if not isinstance(caption, str) or not caption.strip():
-            raise BadClip(f"{captions_file}, {file_id}: must have a text that is not empty, not {caption!r}")
         audio = folder / "wav" / f"{file_id}.wav"
         if not audio.is_file():
             raise BadClip(f"{captions_file}, {file_id}: has a caption, but {audio} does not exist")
@@ -57,6 +43,32 @@ def import_secap(folder: Path, manifest: Path) -> int:
         )
     write_whole(manifest, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
     return len(entries)
+
+
+def _read_captions(file: Path) -> dict[str, str]:
+    captions = read_json(file)
+    if not isinstance(captions, dict):
+        raise BadClip(f"{file}: must map clip ids to captions, not be a {type(captions).__name__}")
+    if not captions:
+        raise BadClip(f"{file}: contains no caption")
+    for file_id, caption in captions.items():
+        if not isinstance(caption, str) or not caption.strip():
+            raise BadClip(f"{file}, {file_id}: must have a text that is not empty, not {caption!r}")
+    return captions
+
+
+def _read_texts(file: Path) -> dict[str, str | None]:
+    """Return the transcription of each clip, or None if its line has none."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadClip(f"{file}: is not UTF-8 ({error})") from error
+    texts: dict[str, str | None] = {}
+    for line in lines:
+        if line.strip():
+            file_id, *rest = line.split(maxsplit=1)
+            texts[file_id] = rest[0].strip() if rest else None
+    return texts
 
 
 def _relative(path: Path, start: Path) -> Path:

@@ -1,1 +1,1 @@
-"""Limits and use of this process."""
+"""The limits, the utilisation and the files of this process."""

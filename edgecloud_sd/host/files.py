@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Writing files whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write UTF-8 `text` to a temporary file beside `path`, then rename it into place. Makes the folder if need be."""
+    """Write `text` in UTF-8 to a temporary file beside `path` and rename it to `path`, whose folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
@@ -22,6 +22,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _umask() -> int:
+    """Return the umask, which can be read only by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,8 +1,8 @@
-"""CPU and memory limits of this process: applied, read back from the system, and put back. Linux only.
+"""CPU and memory limits of this process: applied, read back from the system and removed again. Linux only.
 
-Memory is held by RLIMIT_DATA, which since Linux 4.7 counts private writable memory, used or not: what torch, numpy and
-Python allocate, and the maps through which safetensors reads weights. RLIMIT_AS would also count address space that is
-only reserved, tens of GB with CUDA, and a cgroup needs privileges. Memory of a GPU is not limited.
+The memory limit is RLIMIT_DATA. Since Linux 4.7 it counts private writable memory, used or not: the allocations of
+torch, numpy and Python, and the maps through which safetensors reads weights. RLIMIT_AS would also count reserved
+address space (tens of GB with CUDA), and a cgroup needs privileges. The memory of a GPU is not limited.
 """
 
 from __future__ import annotations
@@ -18,172 +18,193 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROC_SELF = Path("/proc/self")
-CORES, MEMORY = "--max-cpu-cores", "--max-memory-gb"
-NOT_HERE = "only Linux can hold a process to it: leave it out here"
+CORES_OPTION, MEMORY_OPTION = "--max-cpu-cores", "--max-memory-gb"
+NEEDS_LINUX = "needs Linux: leave it out on this system"
+LEAVE_OUT = "leave it out on this machine"
 
 
 class LimitError(ValueError):
-    """A limit that makes no sense, or cannot be held to here. The message starts with its option."""
+    """An error for a limit that is invalid or cannot be applied; the message starts with the option."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is asked for; None asks for no limit. LimitError for fewer than one core, or no memory."""
+    """The requested limits; None means no limit. Raises LimitError for fewer than one core or for no memory."""
 
     cpu_cores: int | None = None
     memory_gb: float | None = None  # 10^9 bytes
 
     def __post_init__(self) -> None:
         if self.cpu_cores is not None and self.cpu_cores < 1:
-            raise LimitError(f"{CORES}: {self.cpu_cores} asked: give 1 or more")
+            raise LimitError(f"{CORES_OPTION}: {self.cpu_cores} is too few: give 1 or more")
         if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
-            raise LimitError(f"{MEMORY}: {self.memory_gb:g} asked: give a number above 0")
+            raise LimitError(f"{MEMORY_OPTION}: {self.memory_gb:g} is not a size: give a number above 0")
 
 
 @dataclass(frozen=True)
-class InForce:
-    """What the system says that this process is held to, asked for or not."""
+class LimitsInForce:
+    """The limits that the system reports for this process, whether this package set them or not."""
 
-    cores: tuple[int, ...] | None  # ids of those that its threads may run on; None where the system does not say
-    torch_threads: int | None  # intra-op, of the calling thread; None if torch is not imported
-    memory_bytes: int | None  # most private writable memory; None if there is no limit
+    cores: tuple[int, ...] | None  # ids of the cores that its threads may use; None if the system does not report them
+    torch_threads: int | None  # intra-op threads of the calling thread; None if torch is not imported
+    memory_bytes: int | None  # largest private writable memory; None if there is no limit
 
 
 @contextmanager
-def hold(limits: Limits) -> Iterator[InForce]:
-    """Hold this process to `limits` in the block, and give what is in force. The end of the block puts all back.
+def apply_limits(limits: Limits) -> Iterator[LimitsInForce]:
+    """Limit this process in the block and yield the limits in force. The end of the block restores the old ones.
 
-    Every thread is pinned to the first `cpu_cores` of the cores that the process may use, and torch gets at most as
-    many intra-op threads; threads and processes that start in the block inherit the cores. The memory limit is a soft
-    one. Beyond it allocations fail, torch's with RuntimeError and Python's with MemoryError. Processes that start in
-    the block inherit it too, each for itself: it is no limit on their sum.
+    Every thread is pinned to the first `cpu_cores` cores that the process may use, and torch gets at most as many
+    intra-op threads. Beyond the memory limit, a soft one, torch raises RuntimeError and Python MemoryError. Threads and
+    processes that start in the block inherit both; each process has the memory limit for itself.
 
-    LimitError where a limit cannot be held to: more cores than there are, a process that uses more memory already, a
-    system that has no such limit, refuses it, or does not keep it.
+    Raise LimitError for too many cores and for a memory limit below the use. Raise it also if the system lacks a
+    limit, refuses it or does not enforce it.
     """
     with ExitStack() as stack:
         if limits.cpu_cores is not None:
-            stack.enter_context(_on_cores(limits.cpu_cores))
+            stack.enter_context(_limited_cores(limits.cpu_cores))
         if limits.memory_gb is not None:
-            stack.enter_context(_in_memory(limits.memory_gb))
-        yield in_force()
+            stack.enter_context(_limited_memory(limits.memory_gb))
+        yield read_limits()
 
 
-def in_force() -> InForce:
-    """What this process is held to now. Nothing is changed or imported."""
+def read_limits() -> LimitsInForce:
+    """Return the limits in force for this process, without changing or importing anything."""
     torch = sys.modules.get("torch")
-    return InForce(
-        cores=tuple(sorted(set().union(*affinities().values()))) or None,
+    return LimitsInForce(
+        cores=tuple(sorted(set().union(*read_thread_cores().values()))) or None,
         torch_threads=torch.get_num_threads() if torch else None,
-        memory_bytes=_memory_limit(),
+        memory_bytes=_read_memory_limit(),
     )
 
 
 def usable_cores() -> int:
-    """How many cores the calling thread may run on."""
+    """Return how many cores the calling thread may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def affinities() -> dict[int, set[int]]:
-    """Ids of the cores that each thread of this process may run on, by the thread's id. Empty where unknown."""
-    found: dict[int, set[int]] = {}
+def read_thread_cores() -> dict[int, set[int]]:
+    """Return the ids of the cores that each thread of this process may use, by thread id; empty except on Linux."""
+    cores: dict[int, set[int]] = {}
     if sys.platform != "linux":
-        return found
-    for thread in [int(each.name) for each in (PROC_SELF / "task").iterdir()]:
-        with suppress(ProcessLookupError):  # it ended meanwhile
-            found[thread] = os.sched_getaffinity(thread)
-    return found
+        return cores
+    for thread in [int(task.name) for task in (PROC_SELF / "task").iterdir()]:
+        with suppress(ProcessLookupError):  # the thread has ended since the listing
+            cores[thread] = os.sched_getaffinity(thread)
+    return cores
 
 
 def memory_in_use() -> int:
-    """Bytes of private writable memory of this process, as the memory limit counts them. LimitError if unknown."""
-    found = re.search(rb"^VmData:\s*(\d+) kB$", (PROC_SELF / "status").read_bytes(), re.MULTILINE)
-    if not found:
-        raise LimitError(f"{MEMORY}: the system does not say how much memory this process uses: leave it out here")
-    return int(found[1]) * 1024
+    """Return the bytes of private writable memory of this process, counted as the memory limit counts them.
+
+    Raise LimitError if the system does not report them.
+    """
+    match = re.search(rb"^VmData:\s*(\d+) kB$", (PROC_SELF / "status").read_bytes(), re.MULTILINE)
+    if not match:
+        raise LimitError(f"{MEMORY_OPTION}: the system does not report the memory of this process: {LEAVE_OUT}")
+    return int(match[1]) * 1024
 
 
-def gb(size: float) -> str:
-    """Bytes in GB of 10^9, to be read."""
+def format_gb(size: float) -> str:
+    """Return `size` bytes as a text in GB of 10^9 bytes."""
     return f"{size / 1e9:.1f}" if size >= 1e10 else f"{size / 1e9:.3f}"
 
 
 @contextmanager
-def _on_cores(count: int) -> Iterator[None]:
+def _limited_cores(count: int) -> Iterator[None]:
     if sys.platform != "linux":
-        raise LimitError(f"{CORES}: {count} asked, and {NOT_HERE}")
-    before = affinities()
+        raise LimitError(f"{CORES_OPTION}: {count} {NEEDS_LINUX}")
+    before = read_thread_cores()
     usable = set().union(*before.values())
     if count > len(usable):
-        listed = ", ".join(map(str, sorted(usable)))
-        raise LimitError(f"{CORES}: {count} asked, and this process may use {len(usable)} ({listed}): ask for fewer")
+        cores = f"{len(usable)} cores that this process may use ({_join(usable)})"
+        raise LimitError(f"{CORES_OPTION}: {count} is more than the {cores}: choose fewer")
     chosen = set(sorted(usable)[:count])
     import torch
 
     threads = torch.get_num_threads()
     try:
         try:
-            _pin({}, chosen)
+            _pin_threads({}, chosen)
         except OSError as error:
-            raise LimitError(f"{CORES}: {count} asked, and the system refused ({error}): leave it out here") from error
+            raise LimitError(f"{CORES_OPTION}: the system refused {count} ({error}): {LEAVE_OUT}") from error
         if threads > count:
             torch.set_num_threads(count)
-        kept = affinities()
-        if any(cores != chosen for cores in kept.values()) or torch.get_num_threads() > count:
-            found = sorted(set().union(*kept.values()))
-            raise LimitError(
-                f"{CORES}: {count} asked, and the system reads back {len(found)} ({', '.join(map(str, found))}) with "
-                f"{torch.get_num_threads()} threads of torch: leave it out here"
-            )
+        _check_cores(chosen)
         yield
     finally:
         torch.set_num_threads(threads)
-        _pin(before, usable)
+        _pin_threads(before, usable)
 
 
-def _pin(wanted: Mapping[int, set[int]], default: set[int]) -> None:
-    """Set the cores of every thread: its own in `wanted`, or else `default`."""
-    seen: set[int] = set()
-    # a thread that is born meanwhile has the cores of its parent, which may be the old ones: look again
-    while left := [
-        thread for thread, cores in affinities().items() if thread not in seen and cores != wanted.get(thread, default)
+def _check_cores(chosen: set[int]) -> None:
+    """Raise LimitError unless every thread is pinned to `chosen` and torch has no more threads than that."""
+    import torch
+
+    pinned, threads = read_thread_cores().values(), torch.get_num_threads()
+    if any(cores != chosen for cores in pinned) or threads > len(chosen):
+        cores = set().union(*pinned)
+        raise LimitError(
+            f"{CORES_OPTION}: {len(chosen)} was set, but the system reports {len(cores)} ({_join(cores)}) with "
+            f"{threads} threads of torch: {LEAVE_OUT}"
+        )
+
+
+def _join(cores: set[int]) -> str:
+    return ", ".join(map(str, sorted(cores)))
+
+
+def _pin_threads(cores_by_thread: Mapping[int, set[int]], default: set[int]) -> None:
+    """Set the cores of every thread: its own in `cores_by_thread`, or else `default`."""
+    done: set[int] = set()
+    # a thread that starts meanwhile inherits the cores of its parent, which may be the old ones: read again
+    while pending := [
+        thread
+        for thread, cores in read_thread_cores().items()
+        if thread not in done and cores != cores_by_thread.get(thread, default)
     ]:
-        for thread in left:
-            seen.add(thread)
+        for thread in pending:
+            done.add(thread)
             with suppress(ProcessLookupError):
-                os.sched_setaffinity(thread, wanted.get(thread, default))
+                os.sched_setaffinity(thread, cores_by_thread.get(thread, default))
 
 
 @contextmanager
-def _in_memory(gigabytes: float) -> Iterator[None]:
-    if sys.platform != "linux":  # macOS has this limit too, and does not count maps by it
-        raise LimitError(f"{MEMORY}: {gigabytes:g} asked, and {NOT_HERE}")
+def _limited_memory(gigabytes: float) -> Iterator[None]:
+    if sys.platform != "linux":  # macOS has this limit too, but does not count maps
+        raise LimitError(f"{MEMORY_OPTION}: {gigabytes:g} {NEEDS_LINUX}")
     import resource
 
-    asked, used = round(gigabytes * 1e9), memory_in_use()
+    limit, used = round(gigabytes * 1e9), memory_in_use()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if used > asked:
-        raise LimitError(f"{MEMORY}: {gigabytes:g} asked, and this process already uses {gb(used)}: ask for more")
-    if soft != resource.RLIM_INFINITY and asked > soft:
-        raise LimitError(f"{MEMORY}: {gigabytes:g} asked, and this process is held to {gb(soft)}: ask for less")
+    if used > limit:
+        in_use = f"{format_gb(used)} GB that this process uses already"
+        raise LimitError(f"{MEMORY_OPTION}: {gigabytes:g} is less than the {in_use}: raise it")
+    if soft != resource.RLIM_INFINITY and limit > soft:
+        raise LimitError(
+            f"{MEMORY_OPTION}: {gigabytes:g} is more than the {format_gb(soft)} GB of the limit in force: lower it"
+        )
     try:
-        resource.setrlimit(resource.RLIMIT_DATA, (asked, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     except (OSError, ValueError, OverflowError) as error:
-        raise LimitError(f"{MEMORY}: {gigabytes:g} asked, and the system refused ({error}): ask for less") from error
+        raise LimitError(f"{MEMORY_OPTION}: the system refused {gigabytes:g} ({error}): lower it") from error
     try:
-        if (found := _memory_limit()) != asked:
+        if (in_force := _read_memory_limit()) != limit:
             raise LimitError(
-                f"{MEMORY}: {gigabytes:g} asked, and the system reads back {found or 'none'}: leave it out"
+                f"{MEMORY_OPTION}: {gigabytes:g} was set, but the system reports {in_force or 'none'}: {LEAVE_OUT}"
             )
-        if _gives(asked):
-            raise LimitError(f"{MEMORY}: the system takes this limit and does not keep it (Linux 4.7 or later does)")
+        if _can_allocate(limit):
+            raise LimitError(
+                f"{MEMORY_OPTION}: the system does not enforce this limit (Linux 4.7 or later does): {LEAVE_OUT}"
+            )
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _gives(size: int) -> bool:
-    """Whether the system gives so many bytes. None is touched, so nothing is used."""
+def _can_allocate(size: int) -> bool:
+    """Return whether the system maps `size` bytes; they are never written, so that no memory is used."""
     try:
         mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
     except OSError:
@@ -191,7 +212,7 @@ def _gives(size: int) -> bool:
     return True
 
 
-def _memory_limit() -> int | None:
+def _read_memory_limit() -> int | None:
     if sys.platform == "win32":
         return None
     import resource

@@ -1,4 +1,4 @@
-"""CPU, memory and GPU of a block of code, measured around it: nothing of this runs inside the decode loop."""
+"""CPU, memory and GPU use of a block of code, measured from outside: no code here runs inside the decode loop."""
 
 from __future__ import annotations
 
@@ -15,43 +15,44 @@ import psutil
 
 from edgecloud_sd.host.limits import PROC_SELF
 
-PERIOD = 0.05  # s between two readings; one costs up to 0.3 ms of CPU with its wake-up, so 0.6 % of a core
+# Seconds between two readings. One reading costs up to 0.3 ms of CPU time with its wake-up, which is 0.6 % of a core.
+SAMPLING_PERIOD = 0.05
 UTILIZATION_FIELDS = ("cpu_percent", "rss_mean_mb", "rss_peak_mb", "gpu_percent", "gpu_memory_mb")
 
 
 @dataclass(frozen=True)
 class Utilization:
-    """What the process used in a block. A figure that is not measured is None, and `reasons` says why, by its name.
+    """The resources that the process used in a block; a MB is 10^6 bytes.
 
-    A GPU that stops answering keeps the figures read until then, with a reason too. MB are 10^6 bytes.
+    A figure that was not measured is None, and `reasons` has the reason by the figure's name. A GPU that stops
+    answering keeps its figures up to then, and has a reason too.
     """
 
     wall: float  # s
-    cpu: float | None  # s of CPU time, all threads of this process; the reason goes by "cpu_percent"
-    rss_mean_mb: float | None  # resident memory: mean of the readings, each weighted by its time
-    rss_peak_mb: float | None  # resident memory: highest moment, between readings too
-    gpu_percent: float | None = None  # plain mean of the readings, each NVML's own mean over the last 1/6 to 1 s
-    gpu_memory_mb: float | None = None  # highest reading, whole device
+    cpu: float | None  # s of CPU time, all threads of this process; its reason is that of "cpu_percent"
+    rss_mean_mb: float | None  # resident memory, mean over time of the readings
+    rss_peak_mb: float | None  # resident memory, largest, between readings too
+    gpu_percent: float | None = None  # mean of the readings; each is NVML's mean over the last 1/6 to 1 s
+    gpu_memory_mb: float | None = None  # largest reading, whole device
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def cpu_percent(self) -> float | None:
-        """100 x CPU seconds / wall seconds: exact, and above 100 with several cores."""
+        """100 x CPU seconds / wall seconds, above 100 with several cores."""
         return None if self.cpu is None else 100 * self.cpu / self.wall
 
 
 def unmeasured(wall: float, reason: str) -> Utilization:
-    """A block of `wall` seconds in which nothing was measured, for one reason."""
+    """Return the record of a block of `wall` seconds in which nothing was measured, for one reason."""
     return Utilization(wall, None, None, None, reasons=dict.fromkeys(UTILIZATION_FIELDS, reason))
 
 
 class Meter:
-    """`with Meter("cuda:1") as meter: ...`, then `meter.used`, whether the block ends or raises.
+    """A context manager that measures its block: `with Meter("cuda:1") as meter: ...`, then `meter.used`.
 
-    `meter.stop()` ends it before the block does.
-
-    The GPU is that of the torch device `device`, or the machine's first if that is no GPU. Of meters that overlap only
-    the one that began first gives a peak of memory.
+    `used` is set when the block ends, by an error too, or earlier by `stop()`. The GPU is that of the torch device
+    `device`, or the machine's first if the device is not a GPU. If two meters overlap, only the one that started first
+    measures a memory peak.
     """
 
     used: Utilization
@@ -61,7 +62,7 @@ class Meter:
         self._running = False
 
     def __enter__(self) -> Meter:
-        self._sampler = Sampler(*gpu(self._device))
+        self._sampler = Sampler(*find_gpu(self._device))
         self._mark = HighWaterMark()
         self._cpu = time.process_time()
         self._running = True
@@ -74,7 +75,7 @@ class Meter:
         self.stop()
 
     def stop(self) -> None:
-        """What was used until here; nothing more the second time."""
+        """End the measurement and set `used`; a second call does nothing."""
         if not self._running:
             return
         self._running = False
@@ -92,8 +93,8 @@ class Meter:
             wall=wall,
             cpu=cpu,
             rss_mean_mb=mean_over_time(rss) / 1e6,
-            # the kernel counts in batches, so that its mark can lag a reading by some pages a core
-            rss_peak_mb=None if mark is None else max(mark, *(each for _, each in rss)) / 1e6,
+            # the kernel updates its mark in batches, so that it can lag a reading by some pages per core
+            rss_peak_mb=None if mark is None else max(mark, *(size for _, size in rss)) / 1e6,
             gpu_percent=sum(percent) / len(percent) if percent else None,
             gpu_memory_mb=max(memory) / 1e6 if memory else None,
             reasons={figure: reason for figure, reason in missing.items() if reason},
@@ -101,8 +102,8 @@ class Meter:
 
 
 @functools.cache
-def gpu(device: str) -> tuple[Any, Any, str]:
-    """NVML, its handle for the GPU of a torch device (the first for "cpu"), and, where there is none, the reason."""
+def find_gpu(device: str) -> tuple[Any, Any, str]:
+    """Return NVML, its handle for the GPU of a torch device (the first for "cpu"), and the reason if it has none."""
     try:
         import pynvml
     except ImportError:
@@ -113,20 +114,21 @@ def gpu(device: str) -> tuple[Any, Any, str]:
             return pynvml, pynvml.nvmlDeviceGetHandleByIndex(0), ""
         import torch
 
-        # NVML counts every GPU; CUDA those of CUDA_VISIBLE_DEVICES, in an order of its own: both know the UUID
+        # NVML numbers every GPU, and CUDA those of CUDA_VISIBLE_DEVICES in its own order: only the UUID is common
         uuid = torch.cuda.get_device_properties(device).uuid
         return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"), ""
-    except (pynvml.NVMLError, AssertionError, RuntimeError) as error:  # the last two are torch's, without CUDA
+    except (pynvml.NVMLError, AssertionError, RuntimeError) as error:  # torch without CUDA raises the last two
         return pynvml, None, f"no NVIDIA GPU can be read ({error})"
 
 
 class HighWaterMark:
-    """The kernel's peak of this process's resident memory, reset here. `reason` says why there is none.
+    """The kernel's peak of this process's resident memory, reset by the constructor.
 
-    There is no second best: the largest of some readings would be a floor.
+    `reason` is not empty if the peak cannot be measured. The largest reading does not replace it, because that is only
+    a lower bound.
     """
 
-    _taken = threading.Lock()  # a process has one mark: a second reset would spoil the first block's peak
+    _taken = threading.Lock()  # a process has one mark, and a second reset would spoil the first block's peak
 
     def __init__(self) -> None:
         self.reason = ""
@@ -140,24 +142,24 @@ class HighWaterMark:
             self.reason = f"the kernel's peak cannot be reset ({error})"
 
     def read(self) -> int | None:
-        """The peak since the reset in bytes, or None. To be called once."""
+        """Return the peak since the reset in bytes, or None. Call this once."""
         if self.reason:
             return None
         try:
-            found = re.search(rb"^VmHWM:\s*(\d+) kB$", (PROC_SELF / "status").read_bytes(), re.MULTILINE)
+            match = re.search(rb"^VmHWM:\s*(\d+) kB$", (PROC_SELF / "status").read_bytes(), re.MULTILINE)
         finally:
             self._taken.release()
-        if not found:
+        if not match:
             self.reason = "the kernel's peak cannot be read (no VmHWM)"
             return None
-        return int(found[1]) * 1024
+        return int(match[1]) * 1024
 
 
 class Sampler:
-    """Reads resident memory and, if there is one, a GPU, on one thread until stopped.
+    """A thread that reads resident memory, and a GPU if there is one, until it is stopped.
 
-    Memory is read at the start and at the end as well. A GPU is read at the end but not at the start: what it says
-    there is about what came before. `reason` says why nothing (more) was read of it.
+    It also reads memory at the start and at the end. It does not read the GPU at the start, because that reading is a
+    mean over earlier time. `reason` is not empty if the GPU was not read, or not to the end.
     """
 
     def __init__(self, nvml: Any, handle: Any, reason: str = "") -> None:
@@ -174,7 +176,7 @@ class Sampler:
         self._thread.start()
 
     def _sample(self) -> None:
-        while not self._stopped.wait(PERIOD):
+        while not self._stopped.wait(SAMPLING_PERIOD):
             self._read_memory()
             self._read_gpu()
 
@@ -194,7 +196,7 @@ class Sampler:
         self.gpu_memory.append(memory)
 
     def stop(self) -> None:
-        """End the thread and read once more. To be called once."""
+        """End the thread and read once more. Call this once."""
         self._stopped.set()
         self._thread.join()
         self._read_memory()
@@ -202,7 +204,10 @@ class Sampler:
 
 
 def mean_over_time(readings: list[tuple[int, int]]) -> float:
-    """Mean of (moment, amount), in time order and not all at one moment, a straight line drawn between two readings."""
-    # whole numbers up to the division: rounding never lifts the mean above the largest reading
+    """Return the mean over time of readings (moment, amount), with linear interpolation between two readings.
+
+    The readings must be in time order and at two or more moments.
+    """
+    # whole numbers up to the division, so that rounding never raises the mean above the largest reading
     doubled = sum((after - before) * (a + b) for (before, a), (after, b) in itertools.pairwise(readings))
     return doubled / (2 * (readings[-1][0] - readings[0][0]))

@@ -16,10 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from edgecloud_sd.data.dataset import Skipped
+from edgecloud_sd.data.dataset import SkippedClip
 from edgecloud_sd.events import Prepared, Trace
 from edgecloud_sd.host.files import write_whole
-from edgecloud_sd.host.limits import InForce
+from edgecloud_sd.host.limits import LimitsInForce
 from edgecloud_sd.host.utilization import Utilization
 from edgecloud_sd.measure import metrics, quality, traces
 from edgecloud_sd.measure.summary import ClipResult, Summary, max_of_known, mean_of_known, min_of_known
@@ -33,8 +33,8 @@ def results_document(
     results: Sequence[ClipResult],
     summary: Summary,
     scores: quality.Quality,
-    held: InForce,
-    skipped: Iterable[Skipped],
+    held: LimitsInForce,
+    skipped: Iterable[SkippedClip],
 ) -> dict[str, Any]:
     """The results file of one experiment, with the published top-level keys."""
     clips = [_clip(each, scores, index) for index, each in enumerate(results)]

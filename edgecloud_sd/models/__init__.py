@@ -1,1 +1,1 @@
-"""Models that open sessions."""
+"""Models that open sessions: checkpoints, their front ends, dummy weights and memory checks."""

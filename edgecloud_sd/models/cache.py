@@ -1,39 +1,45 @@
-"""The keys and values of one stream, in one buffer that grows when it is full and is cut back in no time."""
+"""The KV cache of one session: one buffer that grows in steps and rolls back without copying."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-GROWTH = 256  # positions by which a buffer grows: a session holds hardly more than it is said to
+GROWTH = 256  # positions added when a buffer is full: more than one caption needs, so that it rarely grows twice
 
 
 class Cache:
-    """Keys and values of `length` positions. To cut it back, set `length`: what lies behind is written over later.
+    """Keys and values of the first `length` positions of a buffer.
 
-    `buffer` is [2 x layers, 1, heads, room, head size], keys and values in turn, of which `length` positions are read.
+    The buffer has the shape [2 x layers, 1, heads, capacity, head size], with the keys and the values of each layer in
+    turn. To roll back, set `length` to a smaller number: later writes replace the positions behind it.
     """
 
     def __init__(self, buffer: Tensor, length: int = 0) -> None:
         self._buffer = buffer
         self.length = length
 
-    def more(self, n: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Where the next `n` positions are to be written, and all that is there up to their end: views, keys and values
-        in turn, [1, heads, n, head size] and [1, heads, length + n, head size]. `length` stays as it is.
+    def views(self, n: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return views of the next `n` positions, for writing, and of all positions up to their end, for reading.
+
+        Each tuple has the keys and the values of each layer in turn: [1, heads, n, head size] and
+        [1, heads, length + n, head size]. The caller raises `length` after the write.
         """
         end = self.length + n
-        room = self._buffer.shape[-2]
-        if end > room:
-            self._buffer = self._copied(max(end, room + GROWTH))
+        capacity = self._buffer.shape[-2]
+        if end > capacity:
+            self._buffer = self._reallocate(max(end, capacity + GROWTH))
         return self._buffer.narrow(-2, self.length, n).unbind(), self._buffer.narrow(-2, 0, end).unbind()
 
-    def copy(self, room: int) -> Cache:
-        """One of its own with the same positions, and room for so many. ValueError if they are more."""
-        if room < self.length:
-            raise ValueError(f"{self.length} positions do not fit into room for {room}")
-        return Cache(self._copied(room), self.length)
+    def copy(self, capacity: int) -> Cache:
+        """Return an independent cache with the same positions.
 
-    def _copied(self, room: int) -> Tensor:
-        larger = self._buffer.new_empty((*self._buffer.shape[:-2], room, self._buffer.shape[-1]))
-        larger[..., : self.length, :] = self._buffer[..., : self.length, :]
-        return larger
+        Raise ValueError if they exceed `capacity`.
+        """
+        if capacity < self.length:
+            raise ValueError(f"a cache of {self.length} positions does not fit into a capacity of {capacity}")
+        return Cache(self._reallocate(capacity), self.length)
+
+    def _reallocate(self, capacity: int) -> Tensor:
+        buffer = self._buffer.new_empty((*self._buffer.shape[:-2], capacity, self._buffer.shape[-1]))
+        buffer[..., : self.length, :] = self._buffer[..., : self.length, :]
+        return buffer

@@ -1,8 +1,9 @@
-"""Models of a given size with random weights: how fast and how large a pair is on a machine, without its checkpoints.
+"""Models of a given size with random weights, which show the speed and memory of a pair without its checkpoints.
 
-`dimensions/` has what Qwen/Qwen2.5-Omni-3B and -7B publish in their config.json of the thinker's audio tower and text
-model (vision is left out: no caption of speech needs it); any other size is a folder with a config.json. A model that
-has no tokenizer takes that of the pocket pair, whose few hundred ids are the first of its rows.
+The folder `dimensions/` has the sizes that Qwen/Qwen2.5-Omni-3B and -7B publish in config.json for the audio tower and
+the text model of the thinker. Vision is left out, because a caption of speech does not need it. For any other size,
+pass a folder with a config.json. A folder without a tokenizer gets that of the pocket pair, whose few hundred ids are
+the first of the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,80 +20,80 @@ from torch import Tensor, nn
 from edgecloud_sd.host import limits
 from edgecloud_sd.models import frontend, hf, memory, quantized
 from edgecloud_sd.models.devices import QUANTISED_DTYPES
-from edgecloud_sd.models.memory import Need
+from edgecloud_sd.models.memory import MemoryNeed
 from edgecloud_sd.models.pairs import DUMMY, PAIRS
 
-DIMENSIONS = Path(__file__).parent / "dimensions"
-# One row in so many is padding, the last ones: their logits are 0, which is never the largest. So a side of a pair says
-# no id that is beyond the other's rows, as both published models pad their vocabularies, each in its own way.
-PADDING = 100
-TABLES = ("embed_tokens.weight", "lm_head.weight")  # with a row an id
-SPREAD = 73.9  # standard deviation of whole numbers -128 to 127, all as likely
+DIMENSIONS_FOLDER = Path(__file__).parent / "dimensions"
+# One row in this many is padding, at the end of the vocabulary, as in the published models. The logits of padding are 0
+# and never the largest, so that neither side emits an id that the other side lacks.
+ROWS_PER_PADDING_ROW = 100
+VOCABULARY_TABLES = ("embed_tokens.weight", "lm_head.weight")  # tensors with a row per id
+INT8_STANDARD_DEVIATION = 73.9  # uniform whole numbers from -128 to 127: sqrt((256^2 - 1) / 12)
 
 
 @dataclass(frozen=True)
-class Padded:
-    """A tokenizer for a model with more rows than tokens: an id beyond the last is read as if they began anew."""
+class PaddedTokenizer:
+    """A tokenizer for a model whose vocabulary is larger: an id beyond the last token wraps around to the first."""
 
     tokenizer: Any
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
 
-    def __call__(self, *given: Any, **options: Any) -> Any:
-        return self.tokenizer(*given, **options)
+    def __call__(self, *texts: Any, **options: Any) -> Any:
+        """Return the tokenizer's own encoding."""
+        return self.tokenizer(*texts, **options)
 
     def decode(self, ids: list[int], **options: Any) -> str:
-        text: str = self.tokenizer.decode([each % len(self.tokenizer) for each in ids], **options)
+        """Return the text of `ids`, modulo the number of tokens."""
+        text: str = self.tokenizer.decode([token % len(self.tokenizer) for token in ids], **options)
         return text
 
 
 def load_dummy(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32") -> hf.HFModel:
-    """A thinker like that of `checkpoint`, with weights that are the same on every machine and in every dtype.
+    """Return a thinker with the dimensions of `checkpoint` and random weights.
 
-    Raises ValueError for a checkpoint of which no dimensions are known, or that does not fit; OSError as
-    `hf.load_checkpoint`.
+    The weights are the same on every machine and in every dtype. Raise ValueError for a checkpoint with unknown
+    dimensions or one that does not fit in memory. Raise OSError for a configuration that cannot be used.
     """
-    config = configuration(checkpoint)
+    config = load_dummy_config(checkpoint)
     front = load_dummy_frontend(checkpoint)
     with frontend.one_line_errors(str(checkpoint)):
-        thinker = _empty(config)
-    memory.check_need_fits(
-        front.name, lambda each: memory_need(thinker, each), device, dtype, limits.in_force().memory_bytes
-    )
-    _materialise(thinker, device, dtype)
+        thinker = _build_empty_thinker(config)
+    limit_bytes = limits.read_limits().memory_bytes
+    memory.check_weights_fit(front.name, lambda dtype: estimate_memory_need(thinker, dtype), device, dtype, limit_bytes)
+    _fill_weights(thinker, device, dtype)
     return hf.HFModel(**vars(front), thinker=thinker.eval())
 
 
 def load_dummy_frontend(checkpoint: str | Path) -> frontend.Frontend:
-    """Its own front end, where it is a folder with a tokenizer, or the pocket pair's. Raises as `load_dummy`."""
-    config = configuration(checkpoint)
-    own = (Path(checkpoint) / "tokenizer_config.json").is_file()
-    front = frontend.read_frontend(checkpoint if own else PAIRS["pocket"].edge)
+    """Read the front end of a folder with a tokenizer, or else that of the pocket pair. Raise as `load_dummy` does."""
+    config = load_dummy_config(checkpoint)
+    has_tokenizer = (Path(checkpoint) / "tokenizer_config.json").is_file()
+    front = frontend.read_frontend(checkpoint if has_tokenizer else PAIRS["pocket"].edge)
     tokens, rows = len(front.tokenizer), config.text_config.vocab_size
     if rows < tokens:
-        raise ValueError(f"{str(checkpoint)!r} has {rows} rows for the {tokens} tokens of its tokenizer: give it more")
+        raise ValueError(f"{str(checkpoint)!r}: vocab_size {rows} is less than the {tokens} tokens: raise it")
     bins = config.audio_config.num_mel_bins
     if front.extractor.feature_size != bins:
         front = replace(front, extractor=type(front.extractor)(**front.extractor.to_dict() | {"feature_size": bins}))
-    return replace(front, name=f"{checkpoint}-{DUMMY}", tokenizer=Padded(front.tokenizer))
+    return replace(front, name=f"{checkpoint}-{DUMMY}", tokenizer=PaddedTokenizer(front.tokenizer))
 
 
-def configuration(checkpoint: str | Path) -> Any:
-    """The configuration of a thinker: of a published one by its name, or of a folder. Raises as `load_dummy`."""
-    known = {f"Qwen/{file.stem}": file for file in sorted(DIMENSIONS.glob("*.json"))}
-    if str(checkpoint) not in known and not Path(checkpoint).is_dir():
-        raise ValueError(
-            f"no dimensions of {str(checkpoint)!r}: give a folder with a config.json, or one of {', '.join(known)}"
-        )
+def load_dummy_config(checkpoint: str | Path) -> Any:
+    """Return the configuration of a thinker, from a published name or a folder. Raise as `load_dummy` does."""
+    published = {f"Qwen/{file.stem}": file for file in sorted(DIMENSIONS_FOLDER.glob("*.json"))}
+    if str(checkpoint) not in published and not Path(checkpoint).is_dir():
+        names = ", ".join(published)
+        raise ValueError(f"no dimensions of {str(checkpoint)!r}: give a folder with a config.json, or one of {names}")
     with frontend.one_line_errors(str(checkpoint)):
-        config = frontend.thinker_config(frontend.load_config(str(known.get(str(checkpoint), checkpoint))))
-        _check(config)
+        config = frontend.thinker_config(frontend.load_config(str(published.get(str(checkpoint), checkpoint))))
+        _check_sizes(config)
     return config
 
 
-def _check(config: Any) -> None:
-    """ValueError for sizes that do not go together and that transformers notices late, if it says which they are."""
+def _check_sizes(config: Any) -> None:
+    """Raise ValueError for inconsistent sizes that transformers reports late or without their names."""
     text, audio = config.text_config, config.audio_config
     sizes = {
         "hidden_size": text.hidden_size,
@@ -114,11 +115,11 @@ def _check(config: Any) -> None:
         if sizes[whole] % sizes[part]:
             raise ValueError(f"{whole} {sizes[whole]} must be a multiple of {part} {sizes[part]}")
     if audio.output_dim != text.hidden_size:
-        raise ValueError(f"output_dim {audio.output_dim} of the audio tower must be hidden_size {text.hidden_size}")
+        raise ValueError(f"output_dim {audio.output_dim} of the audio tower must equal hidden_size {text.hidden_size}")
 
 
-def _empty(config: Any) -> Any:
-    """A thinker that takes no memory."""
+def _build_empty_thinker(config: Any) -> Any:
+    """Return a thinker on torch's meta device, where its weights take no memory."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     with torch.device("meta"):
@@ -127,68 +128,68 @@ def _empty(config: Any) -> Any:
     return thinker
 
 
-def unpadded_size(rows: int) -> int:
-    """Rows that are no padding."""
-    return rows - max(rows // PADDING, 1)
+def unpadded_size(vocab_size: int) -> int:
+    """Return the number of vocabulary rows that are not padding."""
+    return vocab_size - max(vocab_size // ROWS_PER_PADDING_ROW, 1)
 
 
 def check_vocab_sizes(edge: int, cloud: int) -> None:
-    """ValueError where a side of a pair may say an id that the other has no row for."""
+    """Raise ValueError if one side of a pair could emit an id that the other side has no row for."""
     if unpadded_size(edge) > cloud or unpadded_size(cloud) > edge:
         raise ValueError(
-            f"vocab_size {edge} of the edge and {cloud} of the cloud differ by more than a padding of 1 in {PADDING}: "
-            "each would say ids that the other does not know"
+            f"vocab_size {edge} of the edge and {cloud} of the cloud differ by more than the padding of 1 row in "
+            f"{ROWS_PER_PADDING_ROW}: choose closer sizes"
         )
 
 
-def memory_need(thinker: Any, dtype: str) -> Need:
-    """What it needs in `dtype`: the largest tensor is there in several forms while it is made."""
-    shapes = {name: tuple(each.shape) for name, each in thinker.named_parameters()}
+def estimate_memory_need(thinker: Any, dtype: str) -> MemoryNeed:
+    """Return the need of a thinker in `dtype`; during the load the largest tensor exists in several forms."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in thinker.named_parameters()}
     sizes = [math.prod(shape) for shape in shapes.values()]
-    loaded = memory.loaded_bytes(shapes, dtype)
-    return Need(sum(sizes), loaded, loaded + 4 * max(sizes))
+    loaded = memory.count_loaded_bytes(shapes, dtype)
+    return MemoryNeed(sum(sizes), loaded, loaded + 4 * max(sizes))
 
 
-def _materialise(thinker: Any, device: str, dtype: str) -> None:
-    """Give an empty thinker its weights, a module at a time."""
-    made_of: dict[nn.Parameter, tuple[str, int]] = {}  # name and fan-in; of tied ones the first module's
+def _fill_weights(thinker: Any, device: str, dtype: str) -> None:
+    """Give an empty thinker its random weights, one module at a time."""
+    sources: dict[nn.Parameter, tuple[str, int]] = {}  # name and fan-in; a tied parameter has those of its first module
     for prefix, module in thinker.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             fan_in = 1 if isinstance(module, nn.Embedding) else math.prod(parameter.shape[1:])
-            made_of.setdefault(parameter, (f"{prefix}.{name}", fan_in))
-    # what is to be rounded is made in bfloat16, which holds these weights as they are
-    made = torch.bfloat16 if dtype in QUANTISED_DTYPES else getattr(torch, dtype)
+            sources.setdefault(parameter, (f"{prefix}.{name}", fan_in))
+    # weights to quantise are drawn in bfloat16, which represents them exactly
+    drawn_dtype = torch.bfloat16 if dtype in QUANTISED_DTYPES else getattr(torch, dtype)
 
-    def fill(module: nn.Module) -> None:
+    def initialise(module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
-            full, fan_in = made_of[parameter]
-            values = random_weights(full, fan_in, tuple(parameter.shape), made)
-            if full.endswith(TABLES):
+            full_name, fan_in = sources[parameter]
+            values = draw_weights(full_name, fan_in, tuple(parameter.shape), drawn_dtype)
+            if full_name.endswith(VOCABULARY_TABLES):
                 values[unpadded_size(len(values)) :] = 0
             setattr(module, name, nn.Parameter(values.to(device), requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty_like(buffer, device=device))
-            thinker._init_weights(module)  # tables of positions: what transformers computes of the configuration
+            thinker._init_weights(module)  # transformers computes position tables from the configuration
 
     if dtype in QUANTISED_DTYPES:
-        quantized.quantise(thinker, dtype, fill)
+        quantized.quantise(thinker, dtype, initialise)
         return
     for module in list(thinker.modules()):
-        fill(module)
+        initialise(module)
     thinker.tie_weights()
 
 
-def random_weights(name: str, fan_in: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Random weights of the tensor `name`, the same in every dtype.
+def draw_weights(name: str, fan_in: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return random weights of `shape` for the tensor `name`, with the same values in every dtype.
 
-    Matrices are uniform with a variance of about 1 / fan_in, so that what goes through keeps its scale at any depth
-    (LeCun et al. 1998, "Efficient BackProp", 4.6); of vectors, weights of norms are 1 and biases 0. All values are
-    whole numbers of 8 bits times a power of 2, which every floating format holds exactly.
+    Matrices are uniform with a variance of about 1 / fan_in, which keeps the scale of activations at any depth (LeCun
+    et al. 1998, "Efficient BackProp", 4.6). Vectors are 1 for the weights of norms and 0 for biases. Every value is an
+    8-bit whole number times a power of 2, which every floating-point format represents exactly.
     """
     if len(shape) == 1:
         return torch.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=dtype)
     size = math.prod(shape)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     numbers = torch.empty(-(-size // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    scale = 2.0 ** round(math.log2(1 / (SPREAD * math.sqrt(fan_in))))
+    scale = 2.0 ** round(math.log2(1 / (INT8_STANDARD_DEVIATION * math.sqrt(fan_in))))
     return numbers.view(torch.int8)[:size].to(dtype).mul_(scale).view(shape)

@@ -12,16 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")  # configurations that hold a thinker
+MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")  # configurations that contain a thinker
+
+
+@dataclass(frozen=True)
+class Frontend:
+    """The parts of a checkpoint that build prompts and decode tokens."""
+
+    name: str
+    tokenizer: Any
+    extractor: Any
+    eos: frozenset[int]
+    audio_token: int  # id of the audio placeholder
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What both sides of a pair have to have in common, wherever they run. Row counts may differ: both published Qwens
-    pad their vocabularies, each in its own way."""
+    """Properties that both sides of a pair must share, on whichever machines they run.
+
+    The vocabulary size is not one of them: the published checkpoints pad theirs differently.
+    """
 
     tokenizer: str  # digest of every token and its id
-    eos: tuple[int, ...]  # ids that end a caption, rising
+    eos: tuple[int, ...]  # ids that end a caption, in ascending order
     audio_token: int  # id of the audio placeholder
     mel_bins: int
     hop_length: int  # samples
@@ -29,7 +42,7 @@ class Traits:
 
 
 def frontend_traits(side: Frontend) -> Traits:
-    """Of a loaded side, or of its front end alone."""
+    """Return the traits of a front end, or of a loaded model."""
     vocabulary = json.dumps(side.tokenizer.get_vocab(), sort_keys=True)
     return Traits(
         tokenizer=hashlib.sha256(vocabulary.encode()).hexdigest(),
@@ -42,58 +55,16 @@ def frontend_traits(side: Frontend) -> Traits:
 
 
 def check_pair(edge_name: str, edge: Traits, cloud_name: str, cloud: Traits) -> None:
-    """ValueError unless both sides mean the same by every id, end at the same ids, and hear the same features."""
-    names = {
+    """Raise ValueError if the sides differ in their tokenizers, their end-of-caption ids or their audio features."""
+    fields_by_name = {
         "tokenizers": ("tokenizer",),
         "end-of-caption ids": ("eos",),
         "audio placeholders": ("audio_token",),
         "mel spectrograms": ("mel_bins", "hop_length", "n_fft"),
     }
-    for what, fields in names.items():
+    for name, fields in fields_by_name.items():
         if any(getattr(edge, field) != getattr(cloud, field) for field in fields):
-            raise ValueError(f"{edge_name} and {cloud_name} have different {what}, so they are not a pair")
-
-
-@dataclass(frozen=True)
-class Frontend:
-    """What builds a checkpoint's prompts and reads its tokens: all of it but the weights."""
-
-    name: str
-    tokenizer: Any
-    extractor: Any
-    eos: frozenset[int]
-    audio_token: int  # id of the placeholder
-
-
-@contextmanager
-def one_line_errors(name: str) -> Iterator[None]:
-    """What cannot be loaded is an OSError that says so in one line."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    # RuntimeError is torch's, of memory
-    except (OSError, ValueError, SafetensorError, StrictDataclassError, MemoryError, RuntimeError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        # the first of a configuration's error names no value
-        reason = " ".join(map(str.strip, lines)) if isinstance(error, StrictDataclassError) else lines[0]
-        raise OSError(f"checkpoint {name!r} cannot be loaded: {reason}") from error
-
-
-def load_config(name: str) -> Any:
-    """The configuration of a checkpoint, or of a JSON file. OSError for one of another kind."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type not in MODEL_TYPES:
-        raise OSError(f"it is a {config.model_type}, not one of {', '.join(MODEL_TYPES)}")
-    return config
-
-
-def thinker_config(config: Any) -> Any:
-    """The part of a configuration that is the thinker's: a whole Omni's holds one for each of its parts."""
-    return getattr(config, "thinker_config", config)
+            raise ValueError(f"{edge_name} and {cloud_name} have different {name}, so they are not a pair")
 
 
 def read_frontend(checkpoint: str | Path) -> Frontend:
@@ -115,7 +86,38 @@ def read_frontend(checkpoint: str | Path) -> Frontend:
         extractor = WhisperFeatureExtractor.from_pretrained(name)
         try:
             configured = GenerationConfig.from_pretrained(name).eos_token_id
-        except OSError:  # a checkpoint need not have one
+        except OSError:  # a generation config is optional
             configured = getattr(config, "eos_token_id", None)
     eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     return Frontend(name, tokenizer, extractor, frozenset(eos), thinker_config(config).audio_token_id)
+
+
+def load_config(name: str) -> Any:
+    """Return the configuration of a checkpoint or of a JSON file. Raise OSError if it describes another model type."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in MODEL_TYPES:
+        raise OSError(f"model_type is {config.model_type!r}, and must be one of {', '.join(MODEL_TYPES)}")
+    return config
+
+
+def thinker_config(config: Any) -> Any:
+    """Return the thinker's part of a configuration; a whole Omni model has one part for each of its models."""
+    return getattr(config, "thinker_config", config)
+
+
+@contextmanager
+def one_line_errors(name: str) -> Iterator[None]:
+    """Turn any failure to load checkpoint `name` into an OSError of one line."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    # torch raises RuntimeError when memory runs out
+    except (OSError, ValueError, SafetensorError, StrictDataclassError, MemoryError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        # a configuration error spreads over several lines, and its first one names no value
+        reason = " ".join(map(str.strip, lines)) if isinstance(error, StrictDataclassError) else lines[0]
+        raise OSError(f"checkpoint {name!r} cannot be loaded: {reason}") from error

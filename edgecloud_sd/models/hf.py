@@ -1,11 +1,11 @@
 """Qwen2.5-Omni thinkers through transformers: the published 3B and 7B and the pocket pair, by the same code.
 
-A session's passes go through `text.TextModel`, on the thinker's own weights. The thinker's own forward keeps
-`rope_deltas` on the model object, where two interleaved streams would corrupt each other; for audio and text the
-positions are a plain range, so nothing is lost.
+The passes of a session go through `text.TextModel`, on the weights of the thinker. The forward method of the thinker
+itself keeps `rope_deltas` on the model object, where two interleaved sessions would corrupt each other. For audio and
+text the positions are a plain range, so that nothing is lost.
 
-Audio stands before the task in the chat format, so what two clips' prompts share is what stands before the audio: with
-causal attention nothing after it can be the same. Its keys and values are computed once and copied.
+The chat format puts the audio before the task. With causal attention, only the ids before the audio give the same keys
+and values for two clips. The model computes those once and copies them into each session.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from edgecloud_sd.models.frontend import Frontend, one_line_errors, read_fronten
 from edgecloud_sd.models.text import TextModel
 from edgecloud_sd.session import check_truncation
 
-# Prefixes that a model keeps the keys and values of, and how long they may be: a client of a server makes its own
+# Bounds on the memory for shared prefixes, because clients of a server choose their own. The chat format
+# gives a single prefix of 16 ids with the pocket pair's tokenizer.
 MAX_PREFIXES, MAX_PREFIX_LENGTH = 8, 64
 
 
 class HFSession:
-    """One stream on a thinker. `tokens` starts with the prompt's last token once it has been fed."""
+    """One prompt on a thinker, with its KV cache. `tokens` starts with the last token of the prompt, once it is fed."""
 
     @torch.inference_mode()
     def __init__(self, model: HFModel, prompt: Prompt) -> None:
@@ -45,32 +46,32 @@ class HFSession:
         self._cache = model.prefill(prompt)
         self.tokens: list[int] = []
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # or whoever times the opening would time its launch
+            torch.cuda.synchronize(self._device)  # else a clock around the prefill times its launch alone
 
     def extend(self, tokens: Sequence[int]) -> Tensor:
-        """[len(tokens), vocab]; row i = logits for what follows tokens[i].
+        """Feed `tokens` and return logits [len(tokens), vocab]; row i = logits for what follows tokens[i].
 
-        FloatingPointError where a logit is not finite, as after an overflow in float16: no argmax of that is a token.
+        Raise FloatingPointError for a logit that is not finite, for example after an overflow in float16.
         """
-        if torch.is_inference_mode_enabled():  # for the whole caption: to enter it takes as long as an argmax
+        if torch.is_inference_mode_enabled():  # entering the mode takes as long as an argmax: once a caption is enough
             return self._extend(tokens)
         with torch.inference_mode():
             return self._extend(tokens)
 
     def _extend(self, tokens: Sequence[int]) -> Tensor:
-        if len(tokens) == 1:  # as most are: to fill in a number takes less than to copy a list to the device
+        if len(tokens) == 1:  # the most frequent case: filling in a number is faster than copying a list to the device
             ids = torch.full((1,), tokens[0], device=self._device)
         else:
             ids = torch.tensor(tokens, device=self._device)
         logits = self._model.logits(ids, self._cache)
         self.tokens.extend(tokens)
-        # a sum is the quickest look at every one of them: it keeps any nan and any infinity
+        # a sum is the fastest check of all logits, because it preserves nan and infinity
         if not math.isfinite(logits.sum(dtype=torch.float32).item()):
             raise FloatingPointError(f"the model gave logits that are not finite in {logits.dtype}; use a wider dtype")
         return logits
 
     def truncate(self, length: int) -> None:
-        """Drop what follows the first `length` tokens. ValueError if there are fewer."""
+        """Keep the first `length` tokens. Raise ValueError if there are fewer."""
         check_truncation(length, len(self.tokens))
         self._cache.length -= len(self.tokens) - length
         del self.tokens[length:]
@@ -89,67 +90,70 @@ class HFModel(Frontend):
 
     @property
     def vocab_size(self) -> int:
-        """The vocabulary size: ids are below it."""
+        """The vocabulary size: every id is below it."""
         size: int = self.thinker.config.text_config.vocab_size
         return size
 
     @cached_property
     def text(self) -> TextModel:
-        """The text model, without its head. ValueError as `TextModel`."""
+        """The text model, without its head. Raises ValueError for another architecture, as `TextModel` does."""
         return TextModel(self.thinker)
 
     @cached_property
     def embed(self) -> Callable[[Tensor], Tensor]:
-        """Ids [...] to embeddings [..., hidden]. transformers takes longer to find this module than it to compute."""
-        found: Callable[[Tensor], Tensor] = self.thinker.get_input_embeddings()
-        return found
+        """The map from ids [...] to embeddings [..., hidden], cached because transformers takes long to find it."""
+        module: Callable[[Tensor], Tensor] = self.thinker.get_input_embeddings()
+        return module
 
     def logits(self, ids: Tensor, cache: Cache) -> Tensor:
-        """[len(ids), vocab] of ids that follow what is cached and are cached now: the model's calls, nothing else."""
+        """Return logits [len(ids), vocab] of ids that follow the cached positions, and add those ids to the cache."""
         logits: Tensor = self.thinker.lm_head(self.text(self.embed(ids), cache))
         return logits
 
     def prefill(self, prompt: Prompt) -> Cache:
-        """The audio encoded once, and the keys and values of all but the last prompt token."""
+        """Encode the audio and return a cache of all but the last prompt token."""
         end = len(prompt.ids) - 1
-        shared = self.prefix(prompt)
-        cache = self._prefilled(shared).copy(end + GROWTH) if shared else self.text.cache(end + GROWTH)
+        shared = self.shared_prefix(prompt)
+        cache = self._prefix_cache(shared).copy(end + GROWTH) if shared else self.text.new_cache(end + GROWTH)
         if cache.length < end:
-            self.text.fill(self.embed_prompt(prompt)[0, cache.length : end], cache)
+            self.text.fill_cache(self.embed_prompt(prompt)[0, cache.length : end], cache)
         return cache
 
-    def prefix(self, prompt: Prompt) -> tuple[int, ...]:
-        """The ids that other clips' prompts share: those before the audio, where they are two or more, and not many."""
+    def shared_prefix(self, prompt: Prompt) -> tuple[int, ...]:
+        """Return the ids before the audio, which the prompts of other clips share.
+
+        The result is empty for fewer than two ids and for more than `MAX_PREFIX_LENGTH`.
+        """
         first = prompt.ids.index(self.audio_token) if self.audio_token in prompt.ids else 0
         return prompt.ids[:first] if 1 < first <= MAX_PREFIX_LENGTH else ()
 
-    def _prefilled(self, ids: tuple[int, ...]) -> Cache:
-        """What a prefix leaves in a cache: computed once, for as long as it is among the last few."""
-        with self._lock:  # sessions are opened on several threads
-            return self._prefixes(ids)
+    def _prefix_cache(self, ids: tuple[int, ...]) -> Cache:
+        """Return the cache of a prefix, computed once while it is among the last `MAX_PREFIXES`."""
+        with self._lock:  # several threads open sessions
+            return self._compute_prefix(ids)
 
     @cached_property
-    def _prefixes(self) -> Callable[[tuple[int, ...]], Cache]:
+    def _compute_prefix(self) -> Callable[[tuple[int, ...]], Cache]:
         @lru_cache(maxsize=MAX_PREFIXES)
         def compute(ids: tuple[int, ...]) -> Cache:
-            cache = self.text.cache(len(ids))
-            self.text.fill(self.embed(torch.tensor(ids, device=self.text.device)), cache)
+            cache = self.text.new_cache(len(ids))
+            self.text.fill_cache(self.embed(torch.tensor(ids, device=self.text.device)), cache)
             return cache
 
         return compute
 
     def embed_prompt(self, prompt: Prompt) -> Tensor:
-        """[1, len(prompt.ids), hidden]: text embeddings with the audio encoder's output at the placeholders."""
+        """Return [1, len(prompt.ids), hidden]: text embeddings, with the audio encoder's output at the placeholders."""
         thinker, device = self.thinker, self.text.device
         ids = torch.tensor([prompt.ids], device=device)
         embeddings = self.embed(ids)
         if prompt.features is None:
             return embeddings
-        places = ids[0] == self.audio_token
+        is_audio = ids[0] == self.audio_token
         prompts.check_placeholders(prompt, self.audio_token)
         lengths = torch.tensor([prompt.features.shape[1]], device=device)
         audio = thinker.model.audio_tower(prompt.features.to(device, thinker.dtype), feature_lens=lengths)
-        return embeddings.masked_scatter(places[None, :, None], audio.last_hidden_state.to(embeddings.dtype))
+        return embeddings.masked_scatter(is_audio[None, :, None], audio.last_hidden_state.to(embeddings.dtype))
 
 
 def load_checkpoint(checkpoint: str | Path, device: str, dtype: str) -> HFModel:
@@ -161,12 +165,12 @@ def load_checkpoint(checkpoint: str | Path, device: str, dtype: str) -> HFModel:
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     front = read_frontend(checkpoint)
-    memory.check_checkpoint_fits(checkpoint, device, dtype, limits.in_force().memory_bytes)
-    # weights to quantise are read as they are stored: they stay in the map of their file until their turn comes
-    read = "auto" if dtype in QUANTISED_DTYPES else getattr(torch, dtype)
+    memory.check_checkpoint_fits(checkpoint, device, dtype, limits.read_limits().memory_bytes)
+    # "auto" keeps the stored dtype: weights to quantise stay in the map of their file until each is quantised
+    read_dtype = "auto" if dtype in QUANTISED_DTYPES else getattr(torch, dtype)
     with one_line_errors(front.name):
         thinker, loading = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-            front.name, dtype=read, output_loading_info=True
+            front.name, dtype=read_dtype, output_loading_info=True
         )
         if missing := sorted(loading["missing_keys"]):
             raise OSError(f"it lacks {len(missing)} weights, {missing[0]} first")

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits in memory, told from its headers before any of it is loaded."""
+"""The memory that a checkpoint needs, from its headers, and the check that it fits before it is loaded."""
 
 from __future__ import annotations
 
@@ -13,150 +13,166 @@ from typing import Literal
 import psutil
 
 from edgecloud_sd.host import limits
-from edgecloud_sd.host.limits import gb
+from edgecloud_sd.host.limits import format_gb
 from edgecloud_sd.models import quantized
 from edgecloud_sd.models.devices import DTYPES, QUANTISED_DTYPES
 
-BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
-SAMPLE = 2**20  # bytes at each end of a file that its digest is of
+BYTES_PER_PARAMETER = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DIGEST_BYTES = 2**20  # read at each end of a file, because hashing all of a 7B checkpoint delays the start
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a thinker needs in one dtype, for its weights alone: decoding comes on top."""
+class MemoryNeed:
+    """The memory that the weights of a thinker need in one dtype; decoding needs more on top."""
 
     parameters: int
-    loaded: int  # bytes, once it is there
-    loading: int  # bytes while it loads, as --max-memory-gb counts them
+    loaded: int  # bytes, after the load
+    loading: int  # bytes during the load, counted as --max-memory-gb counts them
 
 
 @dataclass(frozen=True)
-class Room:
-    """Memory that weights can go to."""
+class MemoryBudget:
+    """The free memory of one device, or under one limit, for weights."""
 
     free: int  # bytes
-    words: str  # "7.400 GB of memory are free"
-    when: Literal["loaded", "loading"]  # the need that must fit in it
+    description: str  # "7.400 GB of memory are free"
+    phase: Literal["loaded", "loading"]  # the part of a need that must fit
     remedy: str
 
-    def holds(self, need: Need) -> bool:
-        return self.needs(need) <= self.free
+    def required(self, need: MemoryNeed) -> int:
+        """Return the bytes of `need` that count here."""
+        return need.loaded if self.phase == "loaded" else need.loading
 
-    def needs(self, need: Need) -> int:
-        return need.loaded if self.when == "loaded" else need.loading
+    def fits(self, need: MemoryNeed) -> bool:
+        """Return whether `need` fits."""
+        return self.required(need) <= self.free
 
 
 def check_checkpoint_fits(
     checkpoint: str | Path, device: str = "cpu", dtype: str = "float32", limit_bytes: int | None = None
 ) -> None:
-    """ValueError, naming the need and the remedy, for a checkpoint too large for `device` or the process's limit.
+    """Raise ValueError for a checkpoint that exceeds the memory of `device` or the limit of this process.
 
-    `limit_bytes` is the limit in force (`limits.InForce.memory_bytes`). What cannot be known passes: a checkpoint that
-    is not on this machine yet, the memory of a device that is neither CPU nor CUDA.
+    `limit_bytes` is the limit in force (`limits.LimitsInForce.memory_bytes`). The message gives the need and the
+    remedy. The check passes if it cannot know: for a checkpoint that is not downloaded yet, and for the memory of a
+    device that is neither CPU nor CUDA.
     """
-    check_need_fits(str(checkpoint), lambda each: checkpoint_need(checkpoint, each), device, dtype, limit_bytes)
+    check_weights_fit(
+        str(checkpoint), lambda dtype: read_checkpoint_need(checkpoint, dtype), device, dtype, limit_bytes
+    )
 
 
-def check_need_fits(
-    name: str, needs: Callable[[str], Need | None], device: str, dtype: str, limit_bytes: int | None = None
+def check_weights_fit(
+    name: str,
+    need_in: Callable[[str], MemoryNeed | None],
+    device: str,
+    dtype: str,
+    limit_bytes: int | None = None,
 ) -> None:
-    """As `check_checkpoint_fits`, for what needs so much in a dtype."""
-    need = needs(dtype)
+    """Raise the ValueError of `check_checkpoint_fits` for weights that need `need_in(dtype)`."""
+    need = need_in(dtype)
     if need is None:
         return
-    for room in rooms(device, limit_bytes):
-        if not room.holds(need):
-            known = (*DTYPES, *QUANTISED_DTYPES) if device.startswith("cpu") else DTYPES
-            others = [each for each in known if (other := needs(each)) and room.holds(other)]
-            raise ValueError(too_large(name, dtype, need, room, others))
+    for budget in find_memory_budgets(device, limit_bytes):
+        if not budget.fits(need):
+            candidates = (*DTYPES, *QUANTISED_DTYPES) if device.startswith("cpu") else DTYPES
+            others = [other for other in candidates if (smaller := need_in(other)) and budget.fits(smaller)]
+            raise ValueError(_too_large_message(name, dtype, need, budget, others))
 
 
-def too_large(name: str, dtype: str, need: Need, room: Room, others: list[str]) -> str:
-    """The message for a need that is more than the room; `others` are the dtypes in which it would fit."""
-    text = f"checkpoint {name!r} needs {gb(room.needs(need))} GB in {dtype}"
-    if room.when == "loading":
-        text += f" while it loads ({gb(need.loaded)} for its weights)"
-    text += f", and {room.words}: {room.remedy}"
-    floats, quantised = ([each for each in known if each in others] for known in (DTYPES, QUANTISED_DTYPES))
+def _too_large_message(name: str, dtype: str, need: MemoryNeed, budget: MemoryBudget, others: list[str]) -> str:
+    """Return the message for a need that exceeds the budget; the weights would fit in the dtypes `others`."""
+    text = f"checkpoint {name!r} needs {format_gb(budget.required(need))} GB in {dtype}"
+    if budget.phase == "loading":
+        text += f" while it loads ({format_gb(need.loaded)} for its weights)"
+    text += f", and {budget.description}: {budget.remedy}"
+    floats, quantised = ([dtype for dtype in group if dtype in others] for group in (DTYPES, QUANTISED_DTYPES))
     if floats:
-        text += f", or take it in {' or '.join(floats)} (--edge-dtype, --cloud-dtype)"
+        text += f", or choose {' or '.join(floats)} (--edge-dtype, --cloud-dtype)"
     if quantised:
-        text += f", or as the edge in {' or '.join(quantised)} (--edge-dtype)"
+        text += f", or choose {' or '.join(quantised)} for the edge (--edge-dtype)"
     return text
 
 
-def rooms(device: str, limit_bytes: int | None) -> Iterator[Room]:
-    """What must hold a checkpoint on a torch device: the limit if there is one, and the device as it is now."""
+def find_memory_budgets(device: str, limit_bytes: int | None) -> Iterator[MemoryBudget]:
+    """Yield the budgets that weights on a torch device must fit in: the limit if there is one, then the device."""
     if limit_bytes is not None:
         free = max(0, limit_bytes - limits.memory_in_use())
-        words = f"{gb(free)} of the {gb(limit_bytes)} GB of {limits.MEMORY} are free"
-        yield Room(free, words, "loading", "raise the limit")
+        description = f"{format_gb(free)} of the {format_gb(limit_bytes)} GB of {limits.MEMORY_OPTION} are free"
+        yield MemoryBudget(free, description, "loading", "raise the limit")
     if device.startswith("cpu"):
-        # pages of a mapped file can be dropped while it loads: only what stays counts
+        # the system can drop pages of a mapped file during the load: only the loaded weights count
         free = psutil.virtual_memory().available + psutil.swap_memory().free
-        yield Room(free, f"{gb(free)} GB of memory are free", "loaded", "take a smaller model")
+        yield MemoryBudget(free, f"{format_gb(free)} GB of memory are free", "loaded", "choose a smaller model")
     elif device.startswith("cuda"):
         import torch
 
         free, _ = torch.cuda.mem_get_info(device)
-        yield Room(free, f"{gb(free)} GB of {device} are free", "loaded", "take a smaller model")
+        yield MemoryBudget(free, f"{format_gb(free)} GB of {device} are free", "loaded", "choose a smaller model")
 
 
-def checkpoint_need(checkpoint: str | Path, dtype: str) -> Need | None:
-    """What the thinker of a checkpoint, a folder or a name on the hub, needs in `dtype`.
+def read_checkpoint_need(checkpoint: str | Path, dtype: str) -> MemoryNeed | None:
+    """Return the need of a checkpoint's thinker in `dtype`, from a folder or a name on the hub.
 
-    None where no weights can be read: not downloaded, or no safetensors. The loader has the word on those.
+    Return None if no safetensors can be read, for example before the download. The loader reports the error then.
     """
     try:
-        files = _files(checkpoint)
-        headers = [_header(file) for file in files]
+        files = _find_weight_files(checkpoint)
+        headers = [_read_header(file) for file in files]
         mapped = sum(file.stat().st_size for file in files)
     except (OSError, ValueError):
         return None
     tensors = {name: tensor for header in headers for name, tensor in header.items()}
-    whole = any(name.startswith("thinker.") for name in tensors)  # with a talker that is not loaded
-    counted = {name: tensor for name, tensor in tensors.items() if not whole or name.startswith("thinker.")}
-    shapes = {name: shape for name, (_, shape) in counted.items()}
-    loaded = loaded_bytes(shapes, dtype)
+    if any(name.startswith("thinker.") for name in tensors):  # a whole Omni: its talker is not loaded
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("thinker.")}
+    shapes = {name: shape for name, (_, shape) in tensors.items()}
+    loaded = count_loaded_bytes(shapes, dtype)
     if dtype in QUANTISED_DTYPES:
-        return Need(sum(map(math.prod, shapes.values())), loaded, mapped + loaded)
-    converted = sum(math.prod(shape) for stored, shape in counted.values() if STORED.get(stored) != dtype)
-    # all files are mapped until the end, talker and all; what is stored in `dtype` stays in its map, the rest is copied
-    return Need(loaded // BYTES[dtype], loaded, mapped + converted * BYTES[dtype])
+        return MemoryNeed(sum(map(math.prod, shapes.values())), loaded, mapped + loaded)
+    converted = sum(math.prod(shape) for stored, shape in tensors.values() if SAFETENSORS_DTYPES.get(stored) != dtype)
+    # every file stays mapped during the load, talker included; weights stored in `dtype` stay in their map, and the
+    # others are copied
+    bytes_each = BYTES_PER_PARAMETER[dtype]
+    return MemoryNeed(loaded // bytes_each, loaded, mapped + converted * bytes_each)
 
 
-def loaded_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
-    """Bytes that a thinker's tensors, by name, take in `dtype`."""
+def count_loaded_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
+    """Return the bytes of a thinker's tensors in `dtype`, from their shapes by name."""
     if dtype not in QUANTISED_DTYPES:
-        return BYTES[dtype] * sum(map(math.prod, shapes.values()))
-    heard = {name: shape for name, shape in shapes.items() if "visual." not in name}  # what sees is dropped first
-    tables = [shape for name, shape in heard.items() if "embed_tokens." in name]
-    if tables and not any("lm_head." in name for name in heard):  # tied: looked up as it is, rounded as the head
-        heard["lm_head.weight"] = tables[0]
-    return sum(quantized.tensor_bytes(quantized.part_of(name, shape), shape, dtype) for name, shape in heard.items())
+        return BYTES_PER_PARAMETER[dtype] * sum(map(math.prod, shapes.values()))
+    used = {name: shape for name, shape in shapes.items() if "visual." not in name}  # the vision tower is dropped first
+    embeddings = [shape for name, shape in used.items() if "embed_tokens." in name]
+    if embeddings and not any(
+        "lm_head." in name for name in used
+    ):  # tied: quantised for the head alone, so it counts twice
+        used["lm_head.weight"] = embeddings[0]
+    return sum(
+        quantized.count_tensor_bytes(quantized.choose_storage(name, shape), shape, dtype)
+        for name, shape in used.items()
+    )
 
 
 def weights_digest(checkpoint: str | Path) -> str:
-    """Tells checkpoints apart by their weights: of each file its size, its first and its last megabyte.
+    """Return a digest of the weights: of the size, the first and the last megabyte of each file.
 
-    Empty where no weights can be read, as `checkpoint_need` has it.
+    Return an empty text if no safetensors can be read.
     """
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
-        for path in _files(checkpoint):
+        for path in _find_weight_files(checkpoint):
             size = path.stat().st_size
             with path.open("rb") as file:
-                seen.update(f"{size} ".encode() + file.read(SAMPLE))
-                file.seek(max(size - SAMPLE, 0))
-                seen.update(file.read(SAMPLE))
+                digest.update(f"{size} ".encode() + file.read(DIGEST_BYTES))
+                file.seek(max(size - DIGEST_BYTES, 0))
+                digest.update(file.read(DIGEST_BYTES))
     except (OSError, ValueError):
         return ""
-    return seen.hexdigest()
+    return digest.hexdigest()
 
 
-def _files(checkpoint: str | Path) -> list[Path]:
-    """The files with a checkpoint's weights. OSError if there are none here."""
+def _find_weight_files(checkpoint: str | Path) -> list[Path]:
+    """Return the files with a checkpoint's weights. Raise OSError if this machine has none."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -172,15 +188,15 @@ def _files(checkpoint: str | Path) -> list[Path]:
     return [folder / name for name in sorted(set(index["weight_map"].values()))]
 
 
-def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Each tensor's stored dtype and shape. ValueError for a file that is no safetensors.
+def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the stored dtype and the shape of each tensor. Raise ValueError if the file is not safetensors.
 
-    Read by hand: safetensors maps the whole file even for this, which a memory limit may refuse.
+    The safetensors library would map the whole file even for its header, and a memory limit may refuse that.
     """
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > file.stat().st_size:
-            raise ValueError(f"{file} is no safetensors file")
+            raise ValueError(f"{file}: is not a safetensors file: download it again")
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     return {name: (tensor["dtype"], tuple(tensor["shape"])) for name, tensor in header.items()}

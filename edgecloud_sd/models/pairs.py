@@ -1,21 +1,20 @@
-"""Pairs: an edge and a cloud checkpoint with one tokenizer, by name or by their two checkpoints."""
+"""Pairs of an edge and a cloud checkpoint with the same tokenizer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-
-REAL, DUMMY = WEIGHTS = ("real", "dummy")  # dummy ones are random: see models/dummy.py
+REAL, DUMMY = WEIGHTS = ("real", "dummy")  # dummy weights are random: see models/dummy.py
 POCKET_WEIGHTS = Path(__file__).parents[1] / "pocket" / "weights"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two checkpoints: folders, or names on the hub. `name` stands in benchmark ids, and says so of dummy weights."""
+    """Two checkpoints, each a folder or a name on the hub.
+
+    `name` is part of every benchmark id. It ends in "-dummy" for dummy weights.
+    """
 
     name: str
     edge: str
@@ -30,11 +29,13 @@ PAIRS = {
 
 
 def find_pair(name: str, edge_model: str | None = None, cloud_model: str | None = None, weights: str = REAL) -> Pair:
-    """The pair `name`, with either checkpoint replaced, or with dummy weights. ValueError, naming the known pairs, for
-    an unknown name."""
+    """Return the pair `name`, with either checkpoint replaced if one is given, and with these weights.
+
+    Raise ValueError with the known names for an unknown one.
+    """
     if name not in PAIRS:
         raise ValueError(f"unknown pair {name!r}: choose one of {', '.join(PAIRS)}, or give both models")
     edge, cloud = edge_model or PAIRS[name].edge, cloud_model or PAIRS[name].cloud
-    own = Pair(f"{Path(edge).name}+{Path(cloud).name}", edge, cloud)
-    found = next((known for known in PAIRS.values() if (edge, cloud) == (known.edge, known.cloud)), own)
-    return found if weights == REAL else replace(found, name=f"{found.name}-{weights}", weights=weights)
+    unnamed = Pair(f"{Path(edge).name}+{Path(cloud).name}", edge, cloud)
+    pair = next((pair for pair in PAIRS.values() if (edge, cloud) == (pair.edge, pair.cloud)), unnamed)
+    return pair if weights == REAL else replace(pair, name=f"{pair.name}-{weights}", weights=weights)

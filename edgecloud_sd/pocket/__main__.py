@@ -1,4 +1,4 @@
-"""`python -m edgecloud_sd.pocket clips | train | evaluate`."""
+"""The command `python -m edgecloud_sd.pocket`, which writes the clips, trains the pair and evaluates it."""
 
 from __future__ import annotations
 
@@ -9,28 +9,12 @@ from pathlib import Path
 from edgecloud_sd.models.pairs import POCKET_WEIGHTS, Pair
 from edgecloud_sd.pocket import clips
 
+MIN_CLIPS = 4  # two per language, so that each clip can be captioned from another clip's audio
+
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m edgecloud_sd.pocket", description="The embedded pair and its clips."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    write = commands.add_parser(
-        "clips", help="make the evaluation clips (wav files and manifests) and print their folder"
-    )
-    write.add_argument("--folder", type=Path, help="where to write them (default: the user's cache folder)")
-    train = commands.add_parser("train", help="train both models from nothing (about 15 minutes on 2 slow cores)")
-    train.add_argument("--folder", type=Path, default=POCKET_WEIGHTS, help="where to save them (default: %(default)s)")
-    evaluate = commands.add_parser("evaluate", help="print what the pair can do on clips it never heard")
-    evaluate.add_argument(
-        "--folder", type=Path, default=POCKET_WEIGHTS, help="the pair to evaluate (default: %(default)s)"
-    )
-    evaluate.add_argument(
-        "--clips", type=int, default=2 * clips.EVALUATION_CLIPS, help="how many (default: %(default)s)"
-    )
-    evaluate.add_argument(
-        "--set", choices=("evaluation", "held-out"), default="evaluation", help="which clips (default: %(default)s)"
-    )
+    """Run one command; exit with one line for an error."""
+    parser = _build_parser()
     options = parser.parse_args(arguments)
     if options.command == "clips":
         try:
@@ -45,10 +29,44 @@ def main(arguments: list[str] | None = None) -> None:
         from edgecloud_sd.pipeline import Captioner
         from edgecloud_sd.pocket import evaluate as evaluation
 
-        if options.clips < 4:
-            parser.error(f"--clips must be at least 4, not {options.clips}")
+        if options.clips < MIN_CLIPS:
+            parser.error(f"--clips must be at least {MIN_CLIPS}, not {options.clips}")
         pair = Pair("pocket", str(options.folder / "edge"), str(options.folder / "cloud"))
         print(evaluation.evaluate(Captioner(pair), options.set, options.clips))
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m edgecloud_sd.pocket", description="Write, train and evaluate the pocket pair and its clips."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    write = commands.add_parser(
+        "clips",
+        help="write the evaluation clips and print their folder",
+        description="Write the evaluation clips (wav files and manifests) and print their folder.",
+    )
+    write.add_argument("--folder", type=Path, help="folder to write to (default: the user's cache folder)")
+    train = commands.add_parser(
+        "train",
+        help="train both models from random weights",
+        description="Train both models from random weights. This takes about 15 minutes on 2 slow cores.",
+    )
+    train.add_argument("--folder", type=Path, default=POCKET_WEIGHTS, help="folder to save to (default: %(default)s)")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="print the quality and the speed of the pair",
+        description="Print the quality and the speed of the pair on clips outside its training.",
+    )
+    evaluate.add_argument(
+        "--folder", type=Path, default=POCKET_WEIGHTS, help="folder of the pair (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--clips", type=int, default=2 * clips.EVALUATION_CLIPS, help="number of clips (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--set", choices=("evaluation", "held-out"), default="evaluation", help="set of clips (default: %(default)s)"
+    )
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The pocket pair's tokenizer: byte-level BPE that knows Qwen2.5-Omni's special tokens by name.
+"""The tokenizer of the pocket pair: byte-level BPE with the names of Qwen2.5-Omni's special tokens.
 
-Chinese is split into runs of at most two characters before merging, so that a caption costs about one token a word.
+Chinese is split into runs of at most two characters before merging, so that a caption has about one token per word.
 """
 
 from __future__ import annotations
@@ -12,48 +12,47 @@ from typing import Any
 from edgecloud_sd.data import prompts
 from edgecloud_sd.pocket import voices
 
-VOCABULARY = 640
+VOCABULARY_SIZE = 640  # 256 bytes, 6 special tokens and merges for the words of captions
 EOS = "<|im_end|>"
 PAD = "<|endoftext|>"
-SPECIAL = (PAD, "<|im_start|>", EOS, prompts.AUDIO_TOKEN, "<|audio_bos|>", "<|audio_eos|>")
-SPLIT = r"[\u4e00-\u9fff]{1,2}| ?[A-Za-z']+| ?[0-9]|\s+|[^\sA-Za-z0-9\u4e00-\u9fff]"
+SPECIAL_TOKENS = (PAD, "<|im_start|>", EOS, prompts.AUDIO_TOKEN, "<|audio_bos|>", "<|audio_eos|>")
+SPLIT_PATTERN = r"[\u4e00-\u9fff]{1,2}| ?[A-Za-z']+| ?[0-9]|\s+|[^\sA-Za-z0-9\u4e00-\u9fff]"
 
 
-def corpus() -> Iterator[str]:
-    """Every word that a caption or prompt can contain, about as often as it does."""
+def iterate_corpus() -> Iterator[str]:
+    """Yield prompts and captions with every word that they can contain, about as often as they contain it."""
     for language in prompts.LANGUAGES:
         for prompt_type in prompts.PROMPT_TYPES:
-            yield prompts.chat(prompts.task_text(language, prompt_type, "aeiou"), 0)
-    for combination in itertools.islice(
-        itertools.product(*(range(voices.classes(n)) for n in voices.ATTRIBUTE_NAMES)), 0, None, 3
-    ):
+            yield prompts.format_chat(prompts.format_task(language, prompt_type, "aeiou"), 0)
+    combinations = itertools.product(*(range(voices.count_classes(name)) for name in voices.ATTRIBUTE_NAMES))
+    for combination in itertools.islice(combinations, 0, None, 3):
         for language in prompts.LANGUAGES:
-            yield voices.caption(voices.Attributes(*combination), language)
-    for language in prompts.LANGUAGES:  # emotions that no sampled combination reaches
+            yield voices.write_caption(voices.Attributes(*combination), language)
+    for language in prompts.LANGUAGES:  # some emotions occur in none of these combinations
         for emotion in voices.EMOTIONS:
             yield f" {emotion.english}" if language == "english" else emotion.chinese
 
 
 def train_tokenizer() -> Any:
-    """A fast tokenizer, ready for `save_pretrained`."""
+    """Return a fast tokenizer of transformers, trained on `iterate_corpus`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL),
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(corpus(), trainer)
+    bpe.train_from_iterator(iterate_corpus(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
     )

@@ -1,15 +1,15 @@
-"""Train the pocket pair from nothing: `python -m edgecloud_sd.pocket train`.
+"""Training of the pocket pair from random weights: `python -m edgecloud_sd.pocket train`.
 
-What decides whether so small a pair learns to listen is the scale at the start: linear and convolution weights of
-standard deviation 1 / sqrt(fan-in), residual outputs smaller by sqrt(2 x layers), embeddings large enough to matter
-(0.5) and audio entering at the same size. The cloud's audio tower first learns the attributes alone, so that the
-language model has something to listen to.
+Such a small pair learns to use the audio only with the right initial scale. Linear and convolution weights have a
+standard deviation of 1 / sqrt(fan-in), and residual outputs are smaller by sqrt(2 x layers). Embeddings have a standard
+deviation of 0.5, and audio enters at the same scale. The audio tower of the cloud first learns the attributes alone, so
+that the language model gets useful audio from its first step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,16 @@ from tqdm import tqdm
 from edgecloud_sd.data import prompts
 from edgecloud_sd.pocket import clips, tokenizer, voices
 
-EMBEDDING_STD = 0.5
-ATTRIBUTE_WEIGHT = 0.2
-# How often training shows each prompt; the rest of the time the transcription stands before the default one.
+EMBEDDING_STD = 0.5  # audio enters at the same scale
+ATTRIBUTE_WEIGHT = 0.2  # weight of the attribute loss, relative to the caption loss
+# The share of training prompts of each type; the rest are default prompts with a transcription.
 PROMPT_SHARES = {"default": 0.7, "detailed": 0.1, "concise": 0.1}
+IGNORED = -100  # the label that cross_entropy of torch ignores
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Size and training of one model. Steps of `tower_steps` train the audio tower alone on the attributes."""
+    """The size and the training of one model; `tower_steps` train the audio tower alone, on the attributes."""
 
     layers: int
     width: int
@@ -55,44 +56,57 @@ TRAIN_CLIPS = 5000
 
 @dataclass(frozen=True)
 class Example:
+    """The features, attributes and captions of one training clip."""
+
     features: Tensor  # [mel bins, frames]
-    attributes: Tensor  # [len(voices.NAMES)]
+    attributes: Tensor  # [len(voices.ATTRIBUTE_NAMES)]
     transcription: str
     captions: dict[str, str]
 
 
-def examples(which: str, count: int, extractor: Any) -> list[Example]:
-    """The first `count` clips of a set, as features and captions."""
-    made = []
-    for index in tqdm(range(count), desc=f"{which} clips", unit="clip"):
-        clip = clips.make_clip(which, index)
-        made.append(
+def make_examples(set_name: str, count: int, extractor: Any) -> list[Example]:
+    """Return the first `count` clips of a set as examples."""
+    examples = []
+    for index in tqdm(range(count), desc=f"{set_name} clips", unit="clip"):
+        clip = clips.make_clip(set_name, index)
+        examples.append(
             Example(
                 prompts.log_mel(clip.samples, extractor),
                 torch.tensor([getattr(clip.attributes, name) for name in voices.ATTRIBUTE_NAMES]),
                 clip.transcription,
-                {language: voices.caption(clip.attributes, language) for language in prompts.LANGUAGES},
+                {language: voices.write_caption(clip.attributes, language) for language in prompts.LANGUAGES},
             )
         )
-    return made
+    return examples
 
 
-def new_extractor() -> Any:
+def build_extractor() -> Any:
+    """Return the feature extractor, with the mel bins and the length of Qwen2.5-Omni's."""
     from transformers import WhisperFeatureExtractor
 
     return WhisperFeatureExtractor(feature_size=128, chunk_length=300, return_attention_mask=True)
 
 
-def new_thinker(recipe: Recipe, tokens: Any) -> Any:
-    """A thinker of the recipe's size with weights scaled so that audio and text start at the same size."""
-    from transformers import GenerationConfig, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+def build_thinker(recipe: Recipe, tokens: Any) -> Any:
+    """Return a thinker of the recipe's size with the initial scale of the module's docstring."""
+    from transformers import GenerationConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-    ids = {name: tokens.convert_tokens_to_ids(name) for name in tokenizer.SPECIAL}
+    ids = {name: tokens.convert_tokens_to_ids(name) for name in tokenizer.SPECIAL_TOKENS}
+    thinker = Qwen2_5OmniThinkerForConditionalGeneration(_build_config(recipe, len(tokens), ids))
+    thinker.generation_config = GenerationConfig(eos_token_id=ids[tokenizer.EOS], pad_token_id=ids[tokenizer.PAD])
+    scale_weights(thinker)
+    return thinker
+
+
+def _build_config(recipe: Recipe, vocab_size: int, ids: dict[str, int]) -> Any:
+    """Return the configuration of a thinker; `ids` are those of the special tokens."""
+    from transformers import Qwen2_5OmniThinkerConfig
+
     heads = 4
     rotary = recipe.width // heads // 2
-    config = Qwen2_5OmniThinkerConfig(
+    return Qwen2_5OmniThinkerConfig(
         text_config={
-            "vocab_size": len(tokens),
+            "vocab_size": vocab_size,
             "hidden_size": recipe.width,
             "intermediate_size": recipe.ffn,
             "num_hidden_layers": recipe.layers,
@@ -115,7 +129,7 @@ def new_thinker(recipe: Recipe, tokens: Any) -> Any:
             "encoder_ffn_dim": 4 * recipe.tower_width,
             "output_dim": recipe.width,
         },
-        # the pair never sees: the least vision tower that the class accepts
+        # unused: the smallest vision tower that the class accepts
         vision_config={
             "depth": 1,
             "hidden_size": 8,
@@ -128,21 +142,17 @@ def new_thinker(recipe: Recipe, tokens: Any) -> Any:
         audio_token_index=ids[prompts.AUDIO_TOKEN],
         audio_start_token_id=ids["<|audio_bos|>"],
         audio_end_token_id=ids["<|audio_eos|>"],
-        # ids that no prompt contains, and that the thinker's own generate looks for
-        image_token_index=len(tokens),
-        video_token_index=len(tokens) + 1,
-        vision_start_token_id=len(tokens) + 2,
-        vision_end_token_id=len(tokens) + 3,
+        # generate() of transformers searches for these ids; no prompt contains them
+        image_token_index=vocab_size,
+        video_token_index=vocab_size + 1,
+        vision_start_token_id=vocab_size + 2,
+        vision_end_token_id=vocab_size + 3,
     )
-    thinker = Qwen2_5OmniThinkerForConditionalGeneration(config)
-    thinker.generation_config = GenerationConfig(eos_token_id=ids[tokenizer.EOS], pad_token_id=ids[tokenizer.PAD])
-    scale_weights(thinker)
-    return thinker
 
 
 @torch.no_grad()
 def scale_weights(thinker: Any) -> None:
-    """Draw all weights anew, in the scale that the module's docstring gives."""
+    """Draw all weights again, in the scale of the module's docstring."""
     for name, module in thinker.model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d):
             std = module.weight[0].numel() ** -0.5
@@ -161,79 +171,89 @@ def scale_weights(thinker: Any) -> None:
     nn.init.normal_(thinker.lm_head.weight, std=thinker.config.text_config.hidden_size**-0.5)
 
 
-def hear(thinker: Any, batch: list[Example]) -> tuple[Tensor, list[int]]:
-    """The audio tower's output for a batch, clip after clip: [positions, hidden], and each clip's positions."""
+def encode_audio(thinker: Any, batch: list[Example]) -> tuple[Tensor, list[int]]:
+    """Return the audio tower's output [positions, hidden] for a batch, clip after clip, and each clip's positions."""
     frames = [example.features.shape[1] for example in batch]
     features = torch.cat([example.features for example in batch], dim=1)
-    heard = thinker.model.audio_tower(features, feature_lens=torch.tensor(frames)).last_hidden_state
-    return heard, [prompts.audio_positions(n) for n in frames]
+    audio = thinker.model.audio_tower(features, feature_lens=torch.tensor(frames)).last_hidden_state
+    return audio, [prompts.count_audio_positions(n) for n in frames]
 
 
-def attribute_loss(heads: nn.ModuleList, heard: Tensor, positions: list[int], batch: list[Example]) -> Tensor:
-    """Mean cross-entropy of the attributes from each clip's mean-pooled audio."""
-    pooled = torch.stack([clip.mean(0) for clip in torch.split(heard, positions)])
+def attribute_loss(heads: nn.ModuleList, audio: Tensor, positions: list[int], batch: list[Example]) -> Tensor:
+    """Return the mean cross-entropy of the attributes, predicted from the mean of each clip's audio."""
+    pooled = torch.stack([clip.mean(0) for clip in torch.split(audio, positions)])
     targets = torch.stack([example.attributes for example in batch])
     losses = [F.cross_entropy(head(pooled), targets[:, i]) for i, head in enumerate(heads)]
     return torch.stack(losses).mean()
 
 
 def caption_loss(
-    thinker: Any, tokens: Any, heard: Tensor, positions: list[int], batch: list[Example], rng: Any
+    thinker: Any, tokens: Any, audio: Tensor, positions: list[int], batch: list[Example], rng: Any
 ) -> Tensor:
-    """Next-token cross-entropy of the captions, each after a prompt drawn from `PROMPT_SHARES`."""
+    """Return the next-token cross-entropy of the captions, each after a prompt drawn from `PROMPT_SHARES`."""
     sequences, targets = [], []
-    kinds = [*PROMPT_SHARES, "transcription"]
-    shares = [*PROMPT_SHARES.values(), 1 - sum(PROMPT_SHARES.values())]
-    for example, places in zip(batch, positions, strict=True):
-        language = str(rng.choice(prompts.LANGUAGES))
-        kind = str(rng.choice(kinds, p=shares))
-        said = example.transcription if kind == "transcription" else None
-        task = prompts.task_text(language, "default" if said else kind, said)
-        prompt = tokens.encode(prompts.chat(task, places))
-        answer = tokens.encode(example.captions[language] + tokenizer.EOS)
+    for example, audio_tokens in zip(batch, positions, strict=True):
+        prompt, answer = _draw_prompt_and_answer(example, audio_tokens, tokens, rng)
         sequences.append(torch.tensor(prompt + answer))
-        targets.append(torch.tensor([-100] * len(prompt) + answer))
+        targets.append(torch.tensor([IGNORED] * len(prompt) + answer))
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=tokens.pad_token_id)
-    labels = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
+    labels = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
     embeddings = thinker.get_input_embeddings()(ids)
-    embeddings = embeddings.masked_scatter((ids == thinker.config.audio_token_id)[..., None], heard)
+    embeddings = embeddings.masked_scatter((ids == thinker.config.audio_token_id)[..., None], audio)
     n = ids.shape[1]
     hidden = thinker.model.language_model(
         inputs_embeds=embeddings, position_ids=torch.arange(n).expand(3, len(batch), n), use_cache=False
     ).last_hidden_state
-    wanted = labels[:, 1:] != -100
-    return F.cross_entropy(thinker.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
+    is_answer = labels[:, 1:] != IGNORED
+    return F.cross_entropy(thinker.lm_head(hidden[:, :-1][is_answer]), labels[:, 1:][is_answer])
+
+
+def _draw_prompt_and_answer(example: Example, audio_tokens: int, tokens: Any, rng: Any) -> tuple[list[int], list[int]]:
+    """Return the ids of a prompt with random language and type, and those of its caption."""
+    types = [*PROMPT_SHARES, "transcription"]
+    shares = [*PROMPT_SHARES.values(), 1 - sum(PROMPT_SHARES.values())]
+    language = str(rng.choice(prompts.LANGUAGES))
+    prompt_type = str(rng.choice(types, p=shares))
+    transcription = example.transcription if prompt_type == "transcription" else None
+    task = prompts.format_task(language, "default" if transcription else prompt_type, transcription)
+    prompt = tokens.encode(prompts.format_chat(task, audio_tokens))
+    return prompt, tokens.encode(example.captions[language] + tokenizer.EOS)
 
 
 def train_side(side: str, data: list[Example], tokens: Any, seed: int = 0) -> Any:
-    """One trained thinker, float32, from its recipe."""
+    """Return one thinker in float32, trained by its recipe."""
     recipe = RECIPES[side]
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    thinker = new_thinker(recipe, tokens).train()
-    heads = nn.ModuleList(nn.Linear(recipe.width, voices.classes(name)) for name in voices.ATTRIBUTE_NAMES)
+    thinker = build_thinker(recipe, tokens).train()
+    heads = nn.ModuleList(nn.Linear(recipe.width, voices.count_classes(name)) for name in voices.ATTRIBUTE_NAMES)
     tower = [*thinker.model.audio_tower.parameters(), *heads.parameters()]
     language = [*thinker.model.language_model.parameters(), *thinker.lm_head.parameters()]
 
-    def batch_of(size: int) -> list[Example]:
+    def draw_batch(size: int) -> list[Example]:
         return [data[i] for i in rng.integers(len(data), size=size)]
 
-    for optimiser in optimise(tower, recipe.tower_steps, recipe.tower_learning_rate, f"{side} tower"):
-        batch = batch_of(recipe.tower_batch)
-        loss = attribute_loss(heads, *hear(thinker, batch), batch)
-        optimiser(loss)
-    for optimiser in optimise(tower + language, recipe.steps, recipe.learning_rate, f"{side} captions"):
-        batch = batch_of(recipe.batch)
-        heard, positions = hear(thinker, batch)
-        loss = caption_loss(thinker, tokens, heard, positions, batch, rng)
+    for step in iterate_optimiser_steps(tower, recipe.tower_steps, recipe.tower_learning_rate, f"{side} tower"):
+        batch = draw_batch(recipe.tower_batch)
+        loss = attribute_loss(heads, *encode_audio(thinker, batch), batch)
+        step(loss)
+    for step in iterate_optimiser_steps(tower + language, recipe.steps, recipe.learning_rate, f"{side} captions"):
+        batch = draw_batch(recipe.batch)
+        audio, positions = encode_audio(thinker, batch)
+        loss = caption_loss(thinker, tokens, audio, positions, batch, rng)
         if recipe.tower_steps:
-            loss = loss + ATTRIBUTE_WEIGHT * attribute_loss(heads, heard, positions, batch)
-        optimiser(loss)
+            loss = loss + ATTRIBUTE_WEIGHT * attribute_loss(heads, audio, positions, batch)
+        step(loss)
     return thinker.eval()
 
 
-def optimise(parameters: list[nn.Parameter], steps: int, rate: float, name: str) -> Iterator[Any]:
-    """AdamW on a one-cycle schedule, gradients clipped at 1: yields, `steps` times, what to call with the loss."""
+def iterate_optimiser_steps(
+    parameters: list[nn.Parameter], steps: int, rate: float, name: str
+) -> Iterator[Callable[[Tensor], None]]:
+    """Yield, `steps` times, a function of the loss that updates the parameters.
+
+    The optimiser is AdamW with a one-cycle schedule, and gradients are clipped at a norm of 1.
+    """
     if not steps:
         return
     adam = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98))
@@ -255,10 +275,10 @@ def optimise(parameters: list[nn.Parameter], steps: int, rate: float, name: str)
 
 
 def train_pair(folder: Path, sides: tuple[str, ...] = tuple(RECIPES)) -> None:
-    """Train and save the sides to `folder/edge` and `folder/cloud`, in half precision."""
-    extractor = new_extractor()
+    """Train both sides and save them in half precision to `folder/edge` and `folder/cloud`."""
+    extractor = build_extractor()
     tokens = tokenizer.train_tokenizer()
-    data = examples("train", TRAIN_CLIPS, extractor)
+    data = make_examples("train", TRAIN_CLIPS, extractor)
     for side in sides:
         thinker = train_side(side, data, tokens)
         target = folder / side

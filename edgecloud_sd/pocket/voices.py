@@ -1,7 +1,7 @@
-"""What a pocket clip can sound like: six acoustic attributes, the emotions that favour them, and the captions.
+"""The voices of pocket clips: six acoustic attributes, the emotions that favour them, and the captions.
 
-The caption is a function of the attributes alone, so whoever hears the attributes can write it: the emotion that it
-names is the one whose typical voice shares most attributes with the clip (ties: the first in `EMOTIONS`).
+The caption is a function of the attributes alone, so that a model that recognises the attributes can write it. Its
+emotion is the one whose typical voice shares most attributes with the clip (on a tie, the first in `EMOTIONS`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Language = str  # "chinese" or "english"
 
 @dataclass(frozen=True)
 class Attributes:
-    """One class index for each acoustic attribute; the classes are the positions in `WORDS`."""
+    """One class index for each acoustic attribute, a position in `WORDS`."""
 
     pitch: int
     range: int
@@ -27,7 +27,8 @@ class Attributes:
 
 ATTRIBUTE_NAMES = tuple(field.name for field in fields(Attributes))
 
-# attribute -> class -> the words for it. Each phrase occurs nowhere else in a caption.
+# The words for each class of each attribute. Each phrase occurs nowhere else in a caption, so that
+# `find_named_classes` can search for it.
 WORDS: dict[Language, dict[str, tuple[str, ...]]] = {
     "english": {
         "pitch": ("low pitch", "medium pitch", "high pitch"),
@@ -50,13 +51,14 @@ WORDS: dict[Language, dict[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Emotion:
-    """Its word in each language, and the voice typical of it."""
+    """An emotion: its word in each language and its typical voice."""
 
     english: str
     chinese: str
     typical: Attributes
 
     def word(self, language: Language) -> str:
+        """Return the word for this emotion in `language`."""
         return self.english if language == "english" else self.chinese
 
 
@@ -70,48 +72,48 @@ EMOTIONS = (
     Emotion("excited", "激动", Attributes(2, 2, 1, 2, 1, 1)),
 )
 
-TYPICAL = 0.65  # how often an attribute takes its emotion's typical class
+TYPICAL_PROBABILITY = 0.65  # probability that an attribute has its emotion's typical class
 TEMPLATES: dict[Language, str] = {
     "english": "The speaker sounds {emotion}, with {pitch}, {range}, {rate}, {loudness}, {tremor} and {voice}.",
     "chinese": "语气{emotion}，{pitch}，{range}，{rate}，{loudness}，{tremor}，{voice}。",
 }
 
 
-def classes(name: str) -> int:
-    """How many classes the attribute `name` has."""
+def count_classes(name: str) -> int:
+    """Return the number of classes of the attribute `name`."""
     return len(WORDS["english"][name])
 
 
-def draw(rng: np.random.Generator) -> Attributes:
-    """Draw an emotion, then each attribute: its typical class with probability `TYPICAL`, else one of the others."""
+def draw_attributes(rng: np.random.Generator) -> Attributes:
+    """Draw an emotion, then each attribute: the typical class with `TYPICAL_PROBABILITY`, or else another one."""
     typical = EMOTIONS[rng.integers(len(EMOTIONS))].typical
-    drawn = {}
+    classes = {}
     for name in ATTRIBUTE_NAMES:
         usual = getattr(typical, name)
-        others = [c for c in range(classes(name)) if c != usual]
-        drawn[name] = usual if rng.random() < TYPICAL else int(rng.choice(others))
-    return Attributes(**drawn)
+        others = [other for other in range(count_classes(name)) if other != usual]
+        classes[name] = usual if rng.random() < TYPICAL_PROBABILITY else int(rng.choice(others))
+    return Attributes(**classes)
 
 
-def emotion_of(attributes: Attributes) -> Emotion:
-    """The emotion whose typical voice shares most attributes with this one."""
+def find_emotion(attributes: Attributes) -> Emotion:
+    """Return the emotion whose typical voice shares most attributes with `attributes`."""
 
-    def shared(emotion: Emotion) -> int:
+    def count_shared(emotion: Emotion) -> int:
         return sum(getattr(emotion.typical, name) == getattr(attributes, name) for name in ATTRIBUTE_NAMES)
 
-    return max(EMOTIONS, key=shared)  # max keeps the first of equals
+    return max(EMOTIONS, key=count_shared)  # max returns the first of equals
 
 
-def caption(attributes: Attributes, language: Language) -> str:
-    """The one sentence that describes these attributes in `language`."""
+def write_caption(attributes: Attributes, language: Language) -> str:
+    """Return the sentence that describes `attributes` in `language`."""
     words = {name: WORDS[language][name][getattr(attributes, name)] for name in ATTRIBUTE_NAMES}
-    return TEMPLATES[language].format(emotion=emotion_of(attributes).word(language), **words)
+    return TEMPLATES[language].format(emotion=find_emotion(attributes).word(language), **words)
 
 
-def named(text: str, language: Language) -> dict[str, int | None]:
-    """The class that a caption names for each attribute; None where it names none, or more than one."""
-    found: dict[str, int | None] = {}
+def find_named_classes(text: str, language: Language) -> dict[str, int | None]:
+    """Return the class that a caption names for each attribute, or None if it names none or several."""
+    classes: dict[str, int | None] = {}
     for name in ATTRIBUTE_NAMES:
-        hits = [c for c, words in enumerate(WORDS[language][name]) if words in text]
-        found[name] = hits[0] if len(hits) == 1 else None
-    return found
+        matches = [number for number, words in enumerate(WORDS[language][name]) if words in text]
+        classes[name] = matches[0] if len(matches) == 1 else None
+    return classes
