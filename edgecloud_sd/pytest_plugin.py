@@ -1,9 +1,13 @@
-"""A pytest plugin, so that options may name paths anywhere.
+"""A pytest plugin that lets options of the suite name paths outside the checkout.
 
-pytest settles its root folder before it knows the options of plugins and of a conftest.py, and takes any existing path
-among the arguments for a place of tests: `--dataset-path /elsewhere/manifest.json` moves the root there, and the
-suite's own conftest.py is never read (pytest-dev/pytest#1471, closed as known). `--dataset-path=/elsewhere/...` does
-not. Where that happened to a run of a checkout, this plugin starts it over with the second form and the root named.
+pytest chooses its root folder before it knows the options of plugins and of a conftest.py. It then takes every existing
+path among the arguments for a folder of tests. So `--dataset-path /elsewhere/manifest.json` moves the root to
+`/elsewhere`, and pytest never reads the conftest.py of the suite (pytest-dev/pytest#1471, closed as known).
+`--dataset-path=/elsewhere/manifest.json` has no such effect. If a run of a checkout has lost its root, this plugin
+starts the run again with the second form and an explicit root.
+
+Every pytest run loads this module, in every project of an environment that has edgecloud_sd. It therefore imports the
+options only when it needs them.
 """
 
 from __future__ import annotations
@@ -17,20 +21,22 @@ import pytest
 def pytest_load_initial_conftests(
     early_config: pytest.Config, parser: pytest.Parser, args: list[str]
 ) -> Generator[None, None, None]:
+    """Start the run again with `--option=value` arguments if an option's path has moved the root folder."""
     checkout = early_config.invocation_params.dir
     if early_config.rootpath != checkout and (checkout / "bench" / "configs" / "default.yaml").is_file():
-        from edgecloud_sd import config
+        from edgecloud_sd.config import OPTIONS
 
-        names = {f"--{spelt}" for o in config.OPTIONS for spelt in (o.name, o.name.replace("-", "_"))} | {"--config"}
-        joined = join(args, names)
-        if not parser.parse_known_args(joined).file_or_dir:  # no place of tests was named: the checkout is meant
+        spellings = {f"--{name}" for option in OPTIONS for name in (option.name, option.name.replace("-", "_"))}
+        joined = join(args, spellings | {"--config"})
+        names_no_tests = not parser.parse_known_args(joined).file_or_dir
+        if names_no_tests:
             root = [f"--rootdir={checkout}", f"--config-file={checkout / 'pytest.ini'}"]
             raise SystemExit(pytest.main([*root, *joined]))
     return (yield)
 
 
 def join(args: Sequence[str], names: set[str]) -> list[str]:
-    """The arguments with each of the options `names` and its value in one: `--k 3` becomes `--k=3`."""
+    """Return the arguments with each option in `names` joined to its value: `--k 3` becomes `--k=3`."""
     joined: list[str] = []
     for arg in args:
         if joined and joined[-1] in names and not arg.startswith("--"):
