@@ -1,4 +1,4 @@
-"""Every option of the suite, and what `pytest` alone collects: tests, or with --benchmark-only the benchmarks."""
+"""The options of the suite, and the folder that plain `pytest` collects: tests/, or bench/ with --benchmark-only."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ import pytest
 from pytest_benchmark import plugin as pytest_benchmark
 
 from bench.cases import SETTINGS
+from bench.docs import option_groups
 from bench.rows import row_metric
-from edgecloud_sd import config as settings_room
+from edgecloud_sd import config as options
+from edgecloud_sd.config import Option, Settings
 
-REQUIREMENTS = ("gpu",)  # markers whose skip --require turns into a failure
+REQUIREMENTS = ("gpu",)  # markers that --require accepts
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("edgecloud_sd", "edge-cloud speculative decoding (defaults: bench/configs/default.yaml)")
-    group.addoption(
-        "--config", metavar="FILE", help="YAML file of options, over the defaults and under the command line"
+    """Add the options of the run itself, then those of `Settings` in one group of the help text per subject."""
+    run = parser.getgroup("edgecloud_sd run", "edgecloud_sd: run")
+    run.addoption(
+        "--config",
+        metavar="FILE",
+        help=f"YAML file of options; overrides {options.defaults_file().name}, and the command line overrides it",
     )
-    defaults = settings_room.read_file(settings_room.defaults_file())
-    for option in settings_room.OPTIONS:
-        default = settings_room.show_default(defaults[option.name])
-        many = "; a comma-separated list makes a grid" if option.many else ""
-        names = dict.fromkeys([f"--{option.name}", f"--{option.name.replace('-', '_')}"])
-        help = f"{option.help}{many} (default: {default})".replace("%", "%%")
-        group.addoption(*names, dest=_dest(option.name), metavar="LIST" if option.many else "VALUE", help=help)
-    group.addoption(
-        "--resume", action="store_true", help="go on with a run that was stopped: clips it finished are not done again"
+    run.addoption("--resume", action="store_true", help="continue a stopped run: finished clips are not decoded again")
+    run.addoption(
+        "--require", choices=REQUIREMENTS, action="append", default=[], help="fail the tests with this marker, not skip"
     )
-    group.addoption(
-        "--require", choices=REQUIREMENTS, action="append", default=[], help="fail, not skip, tests that need this"
-    )
+    defaults = options.read_file(options.defaults_file())
+    for name, members in option_groups(options.OPTIONS).items():
+        group = parser.getgroup(f"edgecloud_sd {name}", f"edgecloud_sd: {name}")
+        for option in members:
+            _add_option(group, option, defaults[option.name])
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    given = {option.name: config.getoption(_dest(option.name)) for option in settings_room.OPTIONS}
+    """Resolve the options, and choose the folder to collect if the command line names none."""
+    given = {option.name: config.getoption(_destination(option.name)) for option in options.OPTIONS}
     file = config.getoption("--config")
     try:
-        config.stash[SETTINGS] = settings_room.resolve(given, Path(file) if file else None)
-    except settings_room.ConfigError as error:
+        config.stash[SETTINGS] = options.resolve(given, Path(file) if file else None)
+    except options.ConfigError as error:
         raise pytest.UsageError(str(error)) from None
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         folder = "bench" if config.getoption("--benchmark-only") else "tests"
@@ -50,14 +52,18 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_benchmark_scale_unit(
     config: Any, unit: str, benchmarks: list[dict[str, Any]], best: Any, worst: Any, sort: str
 ) -> tuple[str, float]:
-    """Rows of metrics are shown as they are; the rest as pytest-benchmark does. Its own command calls this too."""
-    if any(row_metric(each["name"]) for each in benchmarks):
+    """Leave rows of metrics in their own unit; scale other rows as pytest-benchmark does.
+
+    `pytest-benchmark compare` calls this hook too.
+    """
+    if any(row_metric(benchmark["name"]) for benchmark in benchmarks):
         return "", 1.0
     scale: tuple[str, float] = pytest_benchmark.pytest_benchmark_scale_unit(config, unit, benchmarks, best, worst, sort)
     return scale
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked `gpu` on a machine without one, or fail it under `--require gpu`."""
     if item.get_closest_marker("gpu"):
         import torch
 
@@ -66,11 +72,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.fail(reason) if "gpu" in item.config.getoption("--require") else pytest.skip(reason)
 
 
-def _dest(name: str) -> str:
-    return f"edgecloud_{name.replace('-', '_')}"
-
-
 @pytest.fixture(scope="session")
-def settings(pytestconfig: pytest.Config) -> settings_room.Settings:
-    """What the command line, the file and the defaults ask for."""
+def settings(pytestconfig: pytest.Config) -> Settings:
+    """Return the settings from the defaults, the file of --config and the command line."""
     return pytestconfig.stash[SETTINGS]
+
+
+def _add_option(group: pytest.OptionGroup, option: Option, default: Any) -> None:
+    """Add one option, spelt with hyphens and with underscores."""
+    spellings = dict.fromkeys([f"--{option.name}", f"--{option.name.replace('-', '_')}"])
+    grid = "; a comma-separated list makes a grid" if option.many else ""
+    text = f"{option.help}{grid} (default: {options.show_default(default)})".replace("%", "%%")
+    metavar = "LIST" if option.many else "VALUE"
+    group.addoption(*spellings, dest=_destination(option.name), metavar=metavar, help=text)
+
+
+def _destination(name: str) -> str:
+    return f"edgecloud_{name.replace('-', '_')}"

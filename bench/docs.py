@@ -1,0 +1,90 @@
+"""Write bench/OPTIONS.md and bench/METRICS.md from the code: `python -m bench.docs`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.baselines import BASELINE_METRICS
+from bench.load import LOAD_METRICS
+from edgecloud_sd import config
+from edgecloud_sd.config import Option
+from edgecloud_sd.measure.breakdown import PARTS
+from edgecloud_sd.measure.summary import METRICS, Metric
+
+GENERATED = "<!-- `python -m bench.docs` writes this file. Do not edit it. -->"
+OPTIONS_INTRODUCTION = """\
+An option marked `list` accepts several values, separated by commas. Several values make a grid, and the suite runs
+equivalent cells of the grid once. [configs/default.yaml](configs/default.yaml) has the defaults. A file given with
+`--config` overrides the defaults, and the command line overrides both. `pytest --help` also lists `--config`,
+`--resume` and `--require`, which control the run."""
+METRICS_INTRODUCTION = """\
+N counts generated token ids. A rate over several clips is a ratio of sums. An undefined metric is null in the results
+file, which gives the reason."""
+
+
+def option_groups(options: Iterable[Option]) -> dict[str, list[Option]]:
+    """Return the options by group, groups in the order of their first option. Options without a group are one."""
+    groups: dict[str, list[Option]] = {}
+    for option in options:
+        groups.setdefault(getattr(option, "group", "options"), []).append(option)
+    return groups
+
+
+def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a Markdown table. A vertical bar in a cell is escaped."""
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def options_page() -> str:
+    """Return the text of bench/OPTIONS.md."""
+    defaults = config.read_file(config.defaults_file())
+    sections = [
+        f"## {group.capitalize()}\n\n{_options_table(options, defaults)}"
+        for group, options in option_groups(config.OPTIONS).items()
+    ]
+    return "\n\n".join(["# Options", GENERATED, OPTIONS_INTRODUCTION, *sections]) + "\n"
+
+
+def metrics_page() -> str:
+    """Return the text of bench/METRICS.md."""
+    parts = markdown_table(("part", "time spent on"), ((f"`{name}`", meaning) for name, meaning in PARTS.items()))
+    sections = (
+        "# Metrics",
+        GENERATED,
+        METRICS_INTRODUCTION,
+        f"## Captions\n\n{_metrics_table(METRICS)}",
+        f"## Parts of the latency breakdown\n\nThe parts add up to `total`.\n\n{parts}",
+        f"## Load on the service (`bench/test_load.py`)\n\n{_metrics_table(LOAD_METRICS)}",
+        f"## Baselines (`bench/test_baselines.py`)\n\n{_metrics_table(BASELINE_METRICS)}",
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _options_table(options: Iterable[Option], defaults: Mapping[str, Any]) -> str:
+    rows = (
+        (f"`--{option.name}`", config.show_default(defaults[option.name]), "yes" if option.many else "", option.help)
+        for option in options
+    )
+    return markdown_table(("option", "default", "list", "meaning"), rows)
+
+
+def _metrics_table(metrics: Mapping[str, Metric]) -> str:
+    rows = ((f"`{name}`", metric.unit, metric.better or "", metric.meaning) for name, metric in metrics.items())
+    return markdown_table(("metric", "unit", "better", "meaning"), rows)
+
+
+PAGES: dict[str, Callable[[], str]] = {"OPTIONS.md": options_page, "METRICS.md": metrics_page}
+
+
+def main() -> None:
+    """Write every generated page into the folder of this module."""
+    for name, page in PAGES.items():
+        Path(__file__).with_name(name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
