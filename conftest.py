@@ -9,10 +9,9 @@ import pytest
 from pytest_benchmark import plugin as pytest_benchmark
 
 from bench.cases import SETTINGS
-from bench.docs import option_groups
 from bench.rows import row_metric
 from edgecloud_sd import config as options
-from edgecloud_sd.config import Option, Settings
+from edgecloud_sd.config import GROUPS, Option, Settings
 
 REQUIREMENTS = ("gpu",)  # markers that --require accepts
 
@@ -23,17 +22,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     run.addoption(
         "--config",
         metavar="FILE",
-        help=f"YAML file of options; overrides {options.defaults_file().name}, and the command line overrides it",
+        help="YAML file of options; it overrides the defaults, and the command line overrides it",
     )
     run.addoption("--resume", action="store_true", help="continue a stopped run: finished clips are not decoded again")
     run.addoption(
         "--require", choices=REQUIREMENTS, action="append", default=[], help="fail the tests with this marker, not skip"
     )
-    defaults = options.read_file(options.defaults_file())
-    for name, members in option_groups(options.OPTIONS).items():
-        group = parser.getgroup(f"edgecloud_sd {name}", f"edgecloud_sd: {name}")
-        for option in members:
-            _add_option(group, option, defaults[option.name])
+    groups = {name: parser.getgroup(f"edgecloud_sd {name}", f"edgecloud_sd: {name}") for name in GROUPS}
+    for option in options.OPTIONS:
+        _add_option(groups[option.group], option)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -78,12 +75,11 @@ def settings(pytestconfig: pytest.Config) -> Settings:
     return pytestconfig.stash[SETTINGS]
 
 
-def _add_option(group: pytest.OptionGroup, option: Option, default: Any) -> None:
+def _add_option(group: pytest.OptionGroup, option: Option) -> None:
     """Add one option, spelt with hyphens and with underscores."""
     spellings = dict.fromkeys([f"--{option.name}", f"--{option.name.replace('-', '_')}"])
-    grid = "; a comma-separated list makes a grid" if option.many else ""
-    text = f"{option.help}{grid} (default: {options.show_default(default)})".replace("%", "%%")
     metavar = "LIST" if option.many else "VALUE"
+    text = option.help_text.replace("%", "%%")
     group.addoption(*spellings, dest=_destination(option.name), metavar=metavar, help=text)
 
 

@@ -23,18 +23,18 @@ from typing import TYPE_CHECKING, Any
 
 from bench.cases import LANGUAGE_CODES
 from bench.tables import grid
-from edgecloud_sd import gate
-from edgecloud_sd.acceptance import GREEDY
 from edgecloud_sd.config import Settings
-from edgecloud_sd.decoder import Decoding, decode
+from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import Prompt, Trace
+from edgecloud_sd.grid import strategies
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.measure.metrics import Interval
 from edgecloud_sd.measure.summary import Metric
 from edgecloud_sd.models import pairs
-from edgecloud_sd.pipeline import Captioner, Cell, Request, cells
+from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.session import Model, Session
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import real
 from edgecloud_sd.verifier import LocalVerifier
 
@@ -50,12 +50,10 @@ WAYS = {
     "greedy": "transformers' generate, greedy",
     "assisted": "transformers' generate, assisted, default schedule",
     "assisted_k": "transformers' generate, assisted, constant k",
-    "hearing": "the same made to hear, default schedule",
-    "hearing_k": "the same made to hear, constant k",
+    "hearing": "the same with audio for its assistant, default schedule",
     "cloud": "our cloud mode",
     "speculative": "our speculative mode, strict",
     "auto": "the same, --k auto",
-    "lazy": "the same at k, the cloud opened after the edge's first draft",
     "bound": "the same at k, its forward passes alone",
 }
 BASE_WAYS = {
@@ -63,7 +61,6 @@ BASE_WAYS = {
     "assisted": "over assisted",
     "assisted_k": "over assisted, k",
     "hearing": "over hearing",
-    "hearing_k": "over hearing, k",
     "cloud": "over cloud mode",
 }
 OWN_WAYS = {"over": ("speculative", "our speculative mode"), "auto_over": ("auto", "our speculative mode, --k auto")}
@@ -76,8 +73,6 @@ BASELINE_METRICS = {
     },
     "cloud_over_greedy": Metric("ratio", "higher", f"a token's time, {WAYS['greedy']} / our cloud mode"),
     "share_of_bound": Metric("ratio", "higher", "the forward passes alone / our speculative mode; they may overlap"),
-    "not_forward": Metric("of wall time", "lower", "speculative mode, opened lazily, less its own forward passes"),
-    "not_forward_replay": Metric("of wall time", "lower", "the same, less its forward passes alone"),
     "differing": Metric("captions", "lower", "unlike greedy's; where float32 promises that none is, a failure"),
 }
 
@@ -91,9 +86,9 @@ class BaselineCase:
     language: str
 
     @property
-    def cell(self) -> Cell:
-        """Our strict speculative mode, as a user gets it."""
-        return Cell("speculative", gate.ALWAYS, GREEDY, self.k)
+    def strategy(self) -> Strategy:
+        """The lossless strategy at this k."""
+        return Strategy("speculative", k=self.k)
 
 
 def baseline_cases(settings: Settings) -> list[BaselineCase]:
@@ -105,8 +100,11 @@ def baseline_cases(settings: Settings) -> list[BaselineCase]:
         return []
     pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
     language = settings.language[0]
-    k = next((cell.k for cell in cells(settings) if cell.is_lossless and cell.k and not cell.stop), BASELINE_K)
-    return [BaselineCase(f"peers-{pair.name}-k{k}-{LANGUAGE_CODES[language]}", k, language)]
+    k = next(
+        (s.k for s in strategies(settings) if s.is_speculative and s.is_lossless and s.k and not s.draft_stop),
+        BASELINE_K,
+    )
+    return [BaselineCase(f"baselines-{pair.name}-k{k}-{LANGUAGE_CODES[language]}", k, language)]
 
 
 def is_left_out(settings: Settings) -> bool:
@@ -137,23 +135,22 @@ class PreparedClip:
 
 @dataclass(frozen=True)
 class TimedCaption:
-    """A caption in one way. `beside`: those of its seconds that no forward pass took, where that was looked at."""
+    """A caption in one way, and its seconds."""
 
     tokens: tuple[int, ...]
     seconds: float
-    beside: float = 0.0
 
 
 Way = Callable[[PreparedClip], TimedCaption]
 
 
-def prepare_clip(captioner: Captioner, request: Request, cell: Cell, max_new_tokens: int) -> PreparedClip:
+def prepare_clip(pipeline: Pipeline, request: Request, strategy: Strategy, max_new_tokens: int) -> PreparedClip:
     """Off the clock."""
     import torch
 
-    prompt = captioner.prompt(request, cell.mode)
+    prompt = pipeline.prompt(request, strategy.mode)
     assert prompt.features is not None
-    device, dtype = captioner.cloud.thinker.device, captioner.cloud.thinker.dtype
+    device, dtype = pipeline.cloud_model.thinker.device, pipeline.cloud_model.thinker.dtype
     ids = torch.tensor([prompt.ids], device=device)
     heard = torch.ones(1, prompt.features.shape[1], dtype=torch.long, device=device)
     inputs = {
@@ -162,17 +159,17 @@ def prepare_clip(captioner: Captioner, request: Request, cell: Cell, max_new_tok
         "input_features": prompt.features[None].to(device, dtype),
         "feature_attention_mask": heard,
     }
-    return PreparedClip(request, prompt, inputs, *record_passes(captioner, prompt, cell, max_new_tokens))
+    return PreparedClip(request, prompt, inputs, *record_passes(pipeline, prompt, strategy, max_new_tokens))
 
 
 def record_passes(
-    captioner: Captioner, prompt: Prompt, cell: Cell, max_new_tokens: int
+    pipeline: Pipeline, prompt: Prompt, strategy: Strategy, max_new_tokens: int
 ) -> tuple[tuple[int, ...], tuple[Pass, ...]]:
     """The tokens of a speculative caption, and the forward passes that it takes after the prompt, in their order."""
     passes: list[Pass] = []
-    edge, cloud = (_Recorder(side, getattr(captioner, side), passes) for side in ("edge", "cloud"))
-    how = Decoding(cell.mode, Stopping(captioner.cloud.eos, max_new_tokens), cell.k or BASELINE_K, cell.gate)
-    events = decode(prompt, how, edge, LocalVerifier(cloud, cell.rule))
+    edge, cloud = (_Recorder(side, model, passes) for side, model in models_of(pipeline).items())
+    stopping = Stopping(pipeline.cloud_model.eos, max_new_tokens)
+    events = decode(prompt, strategy, stopping, edge, LocalVerifier(cloud, strategy.rule))
     return Trace(tuple((0.0, event) for event in events)).tokens, tuple(passes)
 
 
@@ -209,36 +206,32 @@ class _Recorded:
         self.session.truncate(length)
 
 
-def ways(captioner: Captioner, cell: Cell, max_new_tokens: int) -> dict[str, Way]:
+def models_of(pipeline: Pipeline) -> dict[str, HFModel]:
+    """Return both models by side."""
+    return {"edge": pipeline.edge, "cloud": pipeline.cloud_model}
+
+
+def ways(pipeline: Pipeline, strategy: Strategy, max_new_tokens: int) -> dict[str, Way]:
     """By the names of WAYS. The models' own settings stay as they are."""
-    models = {"edge": captioner.edge, "cloud": captioner.cloud}
+    models = models_of(pipeline)
 
-    def ours(way: Cell) -> Way:
-        return lambda clip: timed(captioner.trace(clip.request, way, max_new_tokens))
-
-    def watched(clip: PreparedClip) -> TimedCaption:
-        spent: list[float] = []
-        looked_at = copy.copy(captioner)
-        vars(looked_at).update({side: watch(model, spent) for side, model in models.items()})
-        caption = timed(looked_at.trace(clip.request, replace(cell, open="lazy"), max_new_tokens))
-        return replace(caption, beside=caption.seconds - sum(spent))
+    def ours(way: Strategy) -> Way:
+        return lambda clip: timed(pipeline.trace(clip.request, way, max_new_tokens))
 
     def theirs(helper: Any = None) -> Way:
-        return lambda clip: generated(captioner.cloud, clip, max_new_tokens, helper)
+        return lambda clip: generated(pipeline.cloud_model, clip, max_new_tokens, helper)
 
     constant: dict[str, Any] = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
-    constant["num_assistant_tokens"] = cell.k
-    edge = captioner.edge.thinker
+    constant["num_assistant_tokens"] = strategy.k
+    edge = pipeline.edge.thinker
     found = {
         "greedy": theirs(),
         "assisted": theirs(assistant(edge)),
         "assisted_k": theirs(assistant(edge, **constant)),
         "hearing": theirs(hearing(assistant(edge))),
-        "hearing_k": theirs(hearing(assistant(edge, **constant))),
-        "cloud": ours(Cell("cloud")),
-        "speculative": ours(cell),
-        "auto": ours(replace(cell, k=None)),
-        "lazy": watched,
+        "cloud": ours(Strategy("cloud")),
+        "speculative": ours(strategy),
+        "auto": ours(replace(strategy, k=None)),
         "bound": lambda clip: TimedCaption(clip.tokens, replay_passes(models, clip.prompt, clip.passes)),
     }
     return {name: found[name] for name in WAYS}
@@ -247,26 +240,6 @@ def ways(captioner: Captioner, cell: Cell, max_new_tokens: int) -> dict[str, Way
 def timed(trace: Trace) -> TimedCaption:
     """A caption of ours, from its prompt on."""
     return TimedCaption(trace.tokens, trace.seconds - (metrics.feature_seconds(trace) or 0.0))
-
-
-def watch(model: HFModel, spent: list[float]) -> HFModel:
-    """The model, with the seconds of each of its forward passes added to `spent`."""
-
-    settled = settle(model)
-
-    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*given: Any) -> Any:
-            start = real()
-            result = call(*given)
-            settled()
-            spent.append(real() - start)
-            return result
-
-        return run
-
-    made = copy.copy(model)
-    vars(made).update({name: timed(getattr(model, name)) for name in ("prefill", "logits")})
-    return made
 
 
 def settle(model: HFModel) -> Callable[[], None]:
@@ -376,19 +349,12 @@ def way_speedup(clips: Sequence[Mapping[str, TimedCaption]], base: str, way: str
 
 def way_ratios(clips: Sequence[Mapping[str, TimedCaption]]) -> dict[str, Interval]:
     """Those of FIGURES that have an interval, by name."""
-    forward = way_speedup(clips, "bound", "lazy")
-    beside = metrics.speedup([clip["lazy"].beside for clip in clips], [clip["lazy"].seconds for clip in clips])
-    assert beside is not None  # or there were no clips
     return {
         **{
             f"{name}_{base}": way_speedup(clips, base, way) for name, (way, _) in OWN_WAYS.items() for base in BASE_WAYS
         },
         "cloud_over_greedy": way_speedup(clips, "greedy", "cloud"),
         "share_of_bound": way_speedup(clips, "bound", "speculative"),
-        "not_forward": beside,
-        "not_forward_replay": Interval(
-            1 - forward.value, *(None if x is None else 1 - x for x in (forward.high, forward.low))
-        ),
     }
 
 
@@ -413,16 +379,11 @@ def _lines(name: str, clips: Sequence[Mapping[str, TimedCaption]]) -> Iterator[s
             meaning,
             format(1e3 * way_seconds_per_token(clips, way), ".2f"),
             *("-" if way == base else str(way_speedup(clips, base, way)) for base in BASE_WAYS),
-            way_speedup(clips, "bound", way).shown(".0%")
-            if way in ("speculative", "lazy")
-            else "-",  # of the same passes
+            way_speedup(clips, "bound", way).shown(".0%") if way == "speculative" else "-",  # of the same passes
         ]
         for way, meaning in WAYS.items()
     ]
     headings = [f"{name}, {len(clips)} clips", "ms a token", *BASE_WAYS.values(), "share of the bound"]
     yield grid(rows, headings)
-    found = way_ratios(clips)
-    seen, replayed = (found[each].shown(".1%") for each in ("not_forward", "not_forward_replay"))
-    yield f"- opened after the first draft, {seen} of a caption's time is no forward pass, {replayed} by the replay"
     if others := sum(bool(differing(clip)) for clip in clips):
         yield f"- {others} captions are not the same in every way, as half precision allows"

@@ -1,4 +1,4 @@
-"""The profile of the machine at hand: the pair decodes a few clips, and their traces are taken apart."""
+"""The cost profile of this machine, measured: the pair decodes a few clips, and their traces show the costs."""
 
 from __future__ import annotations
 
@@ -8,36 +8,41 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from edgecloud_sd import gate
-from edgecloud_sd.forecast import model as oracle
-from edgecloud_sd.pipeline import Captioner, Cell, Request
+from edgecloud_sd.forecast.estimate import estimate_profile
+from edgecloud_sd.pipeline import MAX_NEW_TOKENS, Pipeline, Request
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import garbage_collector_frozen
 from edgecloud_sd.timing.profile import Profile
 
-DRAFTS = (1, 2, 4, 8)  # lengths whose verify passes are timed; the others are interpolated, longer ones continued
+DRAFT_LENGTHS = (1, 2, 4, 8)  # timed; costs between them are interpolated, and longer drafts follow the last slope
 
 
-def measure(captioner: Captioner, requests: Sequence[Request], max_new_tokens: int = 64) -> Profile:
-    """Seconds a call of this pair on this machine, by edge, cloud and speculative captions of at least one request.
+def measure_profile(pipeline: Pipeline, requests: Sequence[Request], max_new_tokens: int = MAX_NEW_TOKENS) -> Profile:
+    """Return the seconds per call of the pair on this machine, from at least one request. Both sides are local.
 
-    The cells take turns on each request, so that a busy moment of the machine does not fall on one of them alone.
+    The strategies take turns on each request, so that a slow moment of the machine does not fall on one of them.
     """
-    # lazy: one side at a time, so that neither waits for the other's use of the processor
-    cells = [Cell("edge"), Cell("cloud"), Cell("speculative", gate.entropy_gate(1e-9), k=2, open="lazy")]
-    cells += [Cell("speculative", gate.ALWAYS, k=k, open="lazy") for k in DRAFTS]
-    for cell in cells[:3]:  # the first calls allocate
-        captioner.trace(requests[0], cell, max_new_tokens)
+    # lazy prefill: the sides compute in turn, so neither waits for the other's use of the processor
+    strategies = [
+        Strategy("edge"),
+        Strategy("cloud"),
+        Strategy("speculative", gate.entropy_gate(1e-9), k=2, prefill="lazy"),
+        *(Strategy("speculative", k=k, prefill="lazy") for k in DRAFT_LENGTHS),
+    ]
+    for strategy in strategies[:3]:  # first calls allocate memory
+        pipeline.trace(requests[0], strategy, max_new_tokens)
     with garbage_collector_frozen():
         traces = [
-            captioner.trace(request, cell, max_new_tokens)
+            pipeline.trace(request, strategy, max_new_tokens)
             for request in tqdm(requests, desc="measuring", unit="clip", disable=None, leave=False)
-            for cell in cells
+            for strategy in strategies
         ]
-    seen = oracle.observed(traces, "measure")
-    if seen is None:
+    profile = estimate_profile(traces, "measure")
+    if profile is None:
         raise ValueError("nothing was decoded, so nothing was measured")
-    together = captioner.edge.thinker.device == captioner.cloud.thinker.device
+    shares_device = pipeline.edge.thinker.device == pipeline.cloud_model.thinker.device
     return replace(
-        seen,
-        draft_at_cloud=seen.edge.step if together else None,
-        source=f"measured on {len(requests)} clips with the pair {captioner.pair.name}",
+        profile,
+        draft_at_cloud=profile.edge.step if shares_device else None,
+        source=f"measured on {len(requests)} clips with the pair {pipeline.pair.name}",
     )

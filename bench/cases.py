@@ -1,54 +1,56 @@
-"""The grid of a run: settings -> cells with stable ids. Meaningless cells are not made: edge has no threshold."""
+"""The grid of a run as benchmark cases with stable ids."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import pytest
 
 from edgecloud_sd.config import Settings
+from edgecloud_sd.grid import cells
 from edgecloud_sd.models import pairs
-from edgecloud_sd.models.devices import AUTO
-from edgecloud_sd.pipeline import Cell, cells
-from edgecloud_sd.timing import link
+from edgecloud_sd.strategy import Strategy
+from edgecloud_sd.timing.link import NO_LINK, Link
 
-SETTINGS = pytest.StashKey[Settings]()  # where the root conftest leaves what the run was asked for
+SETTINGS = pytest.StashKey[Settings]()  # the root conftest stores the settings of the run here
 LANGUAGE_CODES = {"chinese": "zh", "english": "en"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One benchmark: a way to decode, in one language. `id` says what makes two runs comparable."""
+    """One benchmark: a strategy over a link, in one language. Two runs are comparable if their ids are equal."""
 
     id: str
-    cell: Cell
+    strategy: Strategy
+    link: Link
     language: str
 
 
 def cases(settings: Settings) -> list[Case]:
-    """The grid."""
-    pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights).name
-    made = []
-    for cell, language in itertools.product(cells(settings), settings.language):
-        parts = [cell.mode, pair]
-        if cell.mode == "speculative":
-            parts += [cell.gate.label, f"k{cell.k or AUTO}", cell.rule.label]
-            if cell.stop:
-                parts.append(cell.stop.label)
-            if cell.ahead:
-                parts.append(f"ahead{cell.ahead}")
-            if cell.open != "eager":
-                parts.append(cell.open)
-        if cell.mode != "edge" and settings.cloud_url:
-            parts.append("served")
-        if settings.max_cpu_cores:
-            parts.append(f"cpu{settings.max_cpu_cores}")
-        if settings.max_memory_gb:
-            parts.append(f"mem{settings.max_memory_gb:g}")
-        if cell.link != link.NO_LINK:
-            parts.append(cell.link.name)
-        if settings.clock == "virtual":
-            parts += ["virtual", settings.profile_name]
-        made.append(Case("-".join([*parts, LANGUAGE_CODES[language]]), cell, language))
-    return made
+    """Return the cases of a run."""
+    return [
+        Case(case_id(settings, strategy, link, language), strategy, link, language)
+        for strategy, link in cells(settings)
+        for language in settings.language
+    ]
+
+
+def case_id(settings: Settings, strategy: Strategy, link: Link, language: str) -> str:
+    """Return `<mode>-<pair>-<details>-<place>-<limits>-<link>-<clock>-<language>`, without the parts that are usual."""
+    parts = [strategy.mode, run_pair(settings).name, *strategy.details]
+    if strategy.mode != "edge" and settings.cloud_url:
+        parts.append("served")
+    if settings.max_cpu_cores:
+        parts.append(f"cpu{settings.max_cpu_cores}")
+    if settings.max_memory_gb:
+        parts.append(f"mem{settings.max_memory_gb:g}")
+    if link != NO_LINK:
+        parts.append(link.name)
+    if settings.clock == "virtual":
+        parts += ["virtual", settings.profile_name]
+    return "-".join([*parts, LANGUAGE_CODES[language]])
+
+
+def run_pair(settings: Settings) -> pairs.Pair:
+    """Return the pair of a run."""
+    return pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)

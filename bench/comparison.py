@@ -72,9 +72,10 @@ def metric_value(document: Document, name: str) -> float | None:
 def find_baseline(ours: Document, mode: str, cells: Iterable[Document]) -> Document | None:
     """Return the cell of `mode` with the same pair, language, clock and profile, and for the cloud the same link."""
     same_keys = ["pair", "language", "clock", "profile"] + (["link"] if mode == "cloud" else [])
-    wanted = {"mode": mode} | {key: ours["experiment_config"][key] for key in same_keys}
+    own = ours["experiment_config"]
     for document in cells:
-        if all(document["experiment_config"][key] == value for key, value in wanted.items()):
+        experiment = document["experiment_config"]
+        if experiment["strategy"]["mode"] == mode and all(experiment[key] == own[key] for key in same_keys):
             return document
     return None
 

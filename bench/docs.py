@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from bench.baselines import BASELINE_METRICS
 from bench.load import LOAD_METRICS
@@ -24,14 +23,6 @@ N counts generated token ids. A rate over several clips is a ratio of sums. An u
 file, which gives the reason."""
 
 
-def option_groups(options: Iterable[Option]) -> dict[str, list[Option]]:
-    """Return the options by group, groups in the order of their first option. Options without a group are one."""
-    groups: dict[str, list[Option]] = {}
-    for option in options:
-        groups.setdefault(getattr(option, "group", "options"), []).append(option)
-    return groups
-
-
 def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a Markdown table. A vertical bar in a cell is escaped."""
     columns = list(columns)
@@ -41,10 +32,9 @@ def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str
 
 def options_page() -> str:
     """Return the text of bench/OPTIONS.md."""
-    defaults = config.read_file(config.defaults_file())
     sections = [
-        f"## {group.capitalize()}\n\n{_options_table(options, defaults)}"
-        for group, options in option_groups(config.OPTIONS).items()
+        f"## {group.capitalize()}\n\n{_options_table(option for option in config.OPTIONS if option.group == group)}"
+        for group in config.GROUPS
     ]
     return "\n\n".join(["# Options", GENERATED, OPTIONS_INTRODUCTION, *sections]) + "\n"
 
@@ -64,12 +54,17 @@ def metrics_page() -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _options_table(options: Iterable[Option], defaults: Mapping[str, Any]) -> str:
-    rows = (
-        (f"`--{option.name}`", config.show_default(defaults[option.name]), "yes" if option.many else "", option.help)
-        for option in options
-    )
+def _options_table(options: Iterable[Option]) -> str:
+    rows = ((f"`--{option.name}`", option.default_text, _list_mark(option), _meaning(option)) for option in options)
     return markdown_table(("option", "default", "list", "meaning"), rows)
+
+
+def _list_mark(option: Option) -> str:
+    return "yes" if option.many else ""
+
+
+def _meaning(option: Option) -> str:
+    return f"{option.help} ({', '.join(option.choices)})" if option.choices else option.help
 
 
 def _metrics_table(metrics: Mapping[str, Metric]) -> str:

@@ -1,4 +1,4 @@
-"""The oracle's answer for each speculative cell of a run, from its profile or the costs that the run itself shows."""
+"""The forecast of each speculative cell of a run, from its cost profile or from the costs that the run shows."""
 
 from __future__ import annotations
 
@@ -10,72 +10,74 @@ from statistics import median
 from typing import Any
 
 from edgecloud_sd.events import Opened, Trace
-from edgecloud_sd.forecast import model as oracle
+from edgecloud_sd.forecast.estimate import estimate_profile, estimate_workload
+from edgecloud_sd.forecast.model import Forecast, forecast
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Profile
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """One cell's captions, and what the oracle must know of the cell."""
+class DecodedCell:
+    """The traces of one cell of the grid."""
 
-    mode: str
-    k: int | None  # the length that drafts have but at the end of a caption; None where it varies
-    gated: int
+    strategy: Strategy
     link: Link
-    eager: bool
-    ahead: int
-    is_lossless: bool
     traces: Sequence[Trace]
 
 
 def forecast_cells(
-    cells: Mapping[str, Decoded], profile: Profile | None = None, together: bool = False
-) -> dict[str, oracle.Forecast | str]:
-    """By id, the forecast of each speculative cell, or why there is none.
+    cells: Mapping[str, DecodedCell], profile: Profile | None = None, shares_device: bool = False
+) -> dict[str, Forecast | str]:
+    """Return the forecast of each speculative cell by id, or the reason why there is none.
 
-    `profile`: the virtual clock's. `together`: both sides run on one device, so that the drafter's step beside the
-    cloud is its own; and each slows the other down where the edge drafts ahead, so that costs seen with and without it
-    are kept apart.
+    `profile` is that of the virtual clock. With `shares_device` both sides run on one device. The drafter then takes
+    its own step beside the cloud too. Drafting ahead slows both sides down, so cells with and without it keep their
+    own costs.
     """
 
     @cache
-    def costs(ahead: int | None) -> Profile | None:
-        """Of all cells for None, else of those that draft so far ahead and the cloud's own."""
-        alike = [each for each in cells.values() if ahead is None or ahead == each.ahead or each.mode == "cloud"]
-        seen = profile or oracle.observed(trace for each in alike for trace in each.traces)
-        return replace(seen, draft_at_cloud=seen.edge.step) if seen is not None and together else seen
+    def costs(draft_ahead: int | None) -> Profile | None:
+        """Return the costs of all cells for None, else of the cells that draft as far ahead and of mode cloud."""
+        alike = [
+            cell
+            for cell in cells.values()
+            if draft_ahead in (None, cell.strategy.draft_ahead) or cell.strategy.mode == "cloud"
+        ]
+        observed = profile or estimate_profile(trace for cell in alike for trace in cell.traces)
+        if observed and shares_device:
+            return replace(observed, draft_at_cloud=observed.edge.step)
+        return observed
 
-    found: dict[str, oracle.Forecast | str] = {}
+    forecasts: dict[str, Forecast | str] = {}
     for name, cell in cells.items():
-        if cell.mode != "speculative":
+        if not cell.strategy.is_speculative:
             continue
-        seen = costs(cell.ahead if together else None)
-        work = oracle.workload(cell.traces, cell.k, cell.gated, cell.eager, cell.ahead, cell.is_lossless)
-        if seen is None:
-            found[name] = "no answer: a step of the cloud alone was not timed (--mode edge,cloud,speculative)"
+        observed = costs(cell.strategy.draft_ahead if shares_device else None)
+        work = estimate_workload(cell.traces, cell.strategy)
+        if observed is None:
+            forecasts[name] = "no forecast: no step of the cloud alone was timed (--mode edge,cloud,speculative)"
         elif work is None:
-            found[name] = "no answer: nothing was verified"
+            forecasts[name] = "no forecast: nothing was verified"
         else:
-            found[name] = oracle.forecast(seen, link_with_network(cell), work)
-    return found
+            forecasts[name] = forecast(observed, link_with_network(cell), work)
+    return forecasts
 
 
-def link_with_network(cell: Decoded) -> Link:
-    """The link of a cell, with the round trip to a real service on top of what is emulated: the median of the calls
-    that verify."""
-    network = []
+def link_with_network(cell: DecodedCell) -> Link:
+    """Return the link of a cell plus the round trip to a real service: the median over its verifications."""
+    seconds = []
     for trace in cell.traces:
-        opened = next((s for s, event in trace.events if event == Opened("cloud")), math.inf)
-        network += [span.seconds for span in trace.spans if span.part == "network" and span.end > opened]
-    return replace(cell.link, rtt=cell.link.rtt + median(network)) if network else cell.link
+        opened = next((moment for moment, event in trace.events if event == Opened("cloud")), math.inf)
+        seconds += [span.seconds for span in trace.spans if span.part == "network" and span.end > opened]
+    return replace(cell.link, rtt=cell.link.rtt + median(seconds)) if seconds else cell.link
 
 
-def forecast_sentence(answer: oracle.Forecast | str) -> str:
-    """What to say of a cell."""
+def forecast_sentence(answer: Forecast | str) -> str:
+    """Return the forecast as one sentence, or the reason why there is none."""
     return answer if isinstance(answer, str) else answer.sentence
 
 
-def forecast_to_json(answer: oracle.Forecast | str) -> dict[str, Any]:
-    """`forecast_sentence`, and `forecast` with its fields or None."""
+def forecast_to_json(answer: Forecast | str) -> dict[str, Any]:
+    """Return `sentence`, and `forecast` with its fields or None."""
     return {"sentence": forecast_sentence(answer), "forecast": None if isinstance(answer, str) else asdict(answer)}

@@ -1,4 +1,4 @@
-"""How a run is shown: the tables of a terminal, the words that describe a cell, and the names of the results files."""
+"""The tables that a run prints, the description of a case, and the names of the results files."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tabulate import tabulate
 from bench import comparison
 from bench.cases import Case, cases
 from bench.comparison import Document
-from edgecloud_sd.acceptance import Rank
 from edgecloud_sd.config import Settings
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.summary import Summary
 from edgecloud_sd.models.devices import AUTO, LOSSLESS_DTYPES
-from edgecloud_sd.pipeline import Captioner
+from edgecloud_sd.pipeline import Pipeline
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.profile import Profile
 
-# heading -> name in summary.FIGURES, format, factor
+# heading -> name in summary.METRICS, format, factor
 SUMMARY_COLUMNS: dict[str, tuple[str, str, float]] = {
     "TTFT ms": ("ttft", ".1f", 1e3),
     "OTPS": ("otps", ".1f", 1),
@@ -40,58 +40,53 @@ SUMMARY_COLUMNS: dict[str, tuple[str, str, float]] = {
 
 
 def results_file(settings: Settings, case: Case) -> Path:
-    """`<output_name>.json` for a run of one cell; a grid writes one file a cell, `<output_name>-<id>.json`."""
-    alone = len(cases(settings)) == 1
-    name = settings.output_name if alone else f"{settings.output_name}-{case.id}"
+    """Return `<output_name>.json` for a run of one cell, or `<output_name>-<id>.json` for a cell of a grid."""
+    is_alone = len(cases(settings)) == 1
+    name = settings.output_name if is_alone else f"{settings.output_name}-{case.id}"
     return Path(settings.results_dir) / f"{name}.json"
 
 
-def describe_case(case: Case, captioner: Captioner, settings: Settings, profile: Profile | None) -> dict[str, Any]:
-    """What a cell was: for `extra_info` and the results file. The settings that make the grid are the cell's own."""
-    cell = case.cell
-    speculative = cell.mode == "speculative"
-    remote = captioner.remote if cell.mode != "edge" else None
+def describe_case(case: Case, pipeline: Pipeline, settings: Settings, profile: Profile | None) -> dict[str, Any]:
+    """Return the experiment of a case, for `extra_info` and the results file.
+
+    The settings of the grid appear once, as the case's own strategy, link and language. Paths and host names are left
+    out, because they say nothing about the experiment.
+    """
+    cloud = pipeline.cloud.identity if case.strategy.mode != "edge" else None
     shared = {name: value for name, value in asdict(settings).items() if not isinstance(value, tuple)}
-    for name in ("results_dir", "cloud_key_file"):  # where things lie is no part of what they are
+    for name in ("results_dir", "cloud_key_file"):
         del shared[name]
-    if remote:  # it decides, whatever was asked for
-        shared |= {"cloud_model": remote.name, "cloud_device": remote.device, "cloud_dtype": remote.dtype}
+    if cloud:
+        shared |= {"cloud_model": cloud.name, "cloud_device": cloud.device, "cloud_dtype": cloud.dtype}
     return shared | {
         "case": case.id,
-        "pair": captioner.pair.name,
-        "cloud_url": settings.cloud_url and (AUTO if settings.cloud_url == AUTO else "elsewhere"),  # no host names
-        "cloud_engine": remote.engine if remote else None,
-        "cloud_fingerprint": remote.fingerprint if remote else None,
-        "open": cell.open if speculative else None,
-        "mode": cell.mode,
+        "pair": pipeline.pair.name,
+        "cloud_url": settings.cloud_url and (AUTO if settings.cloud_url == AUTO else "elsewhere"),
+        "cloud_engine": cloud.engine if cloud else None,
+        "cloud_fingerprint": cloud.fingerprint if cloud else None,
+        "strategy": case.strategy.to_json(),
         "language": case.language,
-        "gate": cell.gate.label if speculative else None,
-        "entropy_threshold": cell.gate.threshold if cell.gate.score else None,
-        "k": (cell.k or AUTO) if speculative else None,
-        "draft_stop": cell.stop.label if cell.stop else None,
-        "draft_ahead": cell.ahead if speculative else None,
-        "rule": cell.rule.label if speculative else None,
-        "rank": cell.rule.r if speculative and isinstance(cell.rule, Rank) else None,
-        "link": cell.link.name if cell.mode != "edge" else None,
+        "link": case.link.name if cloud else None,
         "profile": settings.profile_name or None,
         "profile_costs": asdict(profile) if profile else None,
-        "output": output_promise(case, captioner.cloud_dtype if cell.mode != "edge" else ""),
+        "output": output_promise(case.strategy, cloud.dtype if cloud else ""),
     }
 
 
-def output_promise(case: Case, cloud_dtype: str) -> str | None:
-    """How the output relates to the cloud's own: exact, near-exact (half precision) or lossy; None for the edge's."""
-    if case.cell.mode == "edge":
+def output_promise(strategy: Strategy, cloud_dtype: str) -> str | None:
+    """Return how the output relates to the cloud's own: lossless, near-lossless, lossy, or None for mode edge.
+
+    Half precision makes it near-lossless: passes over one and over many tokens differ in their last bits.
+    """
+    if strategy.mode == "edge":
         return None
-    if case.cell.mode == "cloud":
-        return "exact"
-    if not case.cell.is_lossless:
+    if not strategy.is_lossless:
         return "lossy"
-    return "exact" if cloud_dtype in LOSSLESS_DTYPES else "near-exact"
+    return "lossless" if strategy.mode == "cloud" or cloud_dtype in LOSSLESS_DTYPES else "near-lossless"
 
 
 def render_summaries(rows: Mapping[str, Summary]) -> str:
-    """One row a cell, then the reason for each dash."""
+    """Return one row per cell, then the reason for each dash."""
     lines = []
     for name, summary in rows.items():
         line = [name, str(summary.clips)]
@@ -99,11 +94,11 @@ def render_summaries(rows: Mapping[str, Summary]) -> str:
             value = summary.figures[figure]
             line.append("-" if value is None else format(value * factor, form))
         lines.append(line)
-    return "\n".join([grid(lines, ["case", "clips", *SUMMARY_COLUMNS]), *_dashes(rows), *_clouds(rows)])
+    return "\n".join([grid(lines, ["case", "clips", *SUMMARY_COLUMNS]), *_dashes(rows), *_cloud_notes(rows)])
 
 
 def render_breakdowns(rows: Mapping[str, Summary]) -> str:
-    """Where the time of a caption goes, ms by part, and how near the parts come to the wall time."""
+    """Return the latency breakdown of each cell in ms per caption, and its closure."""
     used = [part for part in PARTS if any(summary.breakdown.parts[part] for summary in rows.values())]
     beside = {"discarded draft": "discarded"}
     if any(summary.breakdown.hidden for summary in rows.values()):
@@ -119,51 +114,52 @@ def render_breakdowns(rows: Mapping[str, Summary]) -> str:
         for name, summary in rows.items()
     ]
     headings = [part.replace("_", " ") for part in used]
-    return grid(lines, ["ms a caption", *headings, *beside, "sum / wall", "worst clip"])
+    return grid(lines, ["ms per caption", *headings, *beside, "sum / wall", "worst clip"])
 
 
 def render_speedups(cells: Mapping[str, Document]) -> str:
-    """Each speculative cell against the edge and the cloud alone, with 95 % intervals; empty where neither ran."""
+    """Return the speed-ups of each speculative cell over modes edge and cloud, or an empty text without these modes."""
     lines = []
     for name, ours in cells.items():
-        if ours["experiment_config"]["mode"] != "speculative":
+        if ours["experiment_config"]["strategy"]["mode"] != "speculative":
             continue
         columns = []
         for mode in ("edge", "cloud"):
             base = comparison.find_baseline(ours, mode, cells.values())
             for by in (comparison.caption_speedup, comparison.token_speedup):
-                columns.append(_shown(by(base, ours) if base else None))
+                columns.append(_text(by(base, ours) if base else None))
         if set(columns) != {"-"}:
             lines.append([name, *columns])
     headings = ["speed-up", "over edge", "per token", "over cloud", "per token"]
     return grid(lines, headings) if lines else ""
 
 
-def _shown(value: object | None) -> str:
+def _text(value: object | None) -> str:
     return "-" if value is None else str(value)
 
 
 def grid(lines: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
-    """A table as a terminal shows it: the first column to the left, the others to the right, numbers as they are."""
+    """Return a table for a terminal: the first column to the left, the others to the right."""
     return tabulate(lines, headings, disable_numparse=True, colalign=["left"] + ["right"] * (len(headings) - 1))
 
 
-def _clouds(rows: Mapping[str, Summary]) -> list[str]:
-    """What a cloud elsewhere did to the captions of a cell, where it is worth a line."""
-    said = {
+def _cloud_notes(rows: Mapping[str, Summary]) -> list[str]:
+    """Return a line for each cell in which the link or the cloud was unusual."""
+    notes = {
         "never_sent": "{:.0%} of the captions were never sent to the cloud",
-        "cloud_faults": "{:.2f} attempts on the cloud failed a caption",
-        "degraded": "{:.0%} of the captions were finished by the edge alone: the cloud had failed",
+        "cloud_faults": "{:.2f} attempts to reach the cloud failed per caption",
+        "degraded": "{:.0%} of the captions were finished by the edge alone, because the cloud failed",
     }
     return [
         f"- {name}: {text.format(value)}"
         for name, summary in rows.items()
-        for figure, text in said.items()
+        for figure, text in notes.items()
         if (value := summary.figures[figure])
     ]
 
 
 def _dashes(rows: Mapping[str, Summary]) -> list[str]:
+    """Return a line with the metrics that are null for each reason."""
     headings = {figure: heading for heading, (figure, _, _) in SUMMARY_COLUMNS.items()}
     reasons: dict[str, list[str]] = {}
     for summary in rows.values():

@@ -1,6 +1,6 @@
 """The captions that transformers' own `generate` writes, by ours and by its ways, clip by clip: what each way costs.
 
-`bench.peers` says what is measured, and for which runs. Every way must write the same tokens.
+`bench.baselines` says what is measured, and for which runs. Every way must write the same tokens.
 """
 
 from __future__ import annotations
@@ -25,37 +25,39 @@ from bench.baselines import (
     ways,
 )
 from bench.cases import SETTINGS
-from bench.conftest import DONE, DataSet, Done, Progress, problems_in_one_line
+from bench.session import DataSet, Progress, errors_in_one_line, outcomes
 from edgecloud_sd.config import Settings
 from edgecloud_sd.models.devices import LOSSLESS_DTYPES
-from edgecloud_sd.pipeline import Captioner
+from edgecloud_sd.pipeline import Pipeline
 from edgecloud_sd.timing.clock import VirtualClock, garbage_collector_frozen
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     made = baseline_cases(metafunc.config.stash[SETTINGS])
-    metafunc.parametrize("peer", made, ids=[each.id for each in made])
+    metafunc.parametrize("baseline", made, ids=[each.id for each in made])
 
 
-def test_peers(
-    peer: BaselineCase,
+def test_baselines(
+    baseline: BaselineCase,
     run_clock: VirtualClock,  # before `benchmark`, which takes it for its timer
     benchmark: BenchmarkFixture,
-    captioner: Captioner,
+    pipeline: Pipeline,
     data: Callable[[str], DataSet],
     settings: Settings,
     progress: Callable[[int, str], Progress],
     pytestconfig: pytest.Config,
 ) -> None:
-    chosen = data(peer.language)
+    chosen = data(baseline.language)
     named = pytestconfig.args_source is pytest.Config.ArgsSource.ARGS
-    with problems_in_one_line():
-        captioner.load(peer.cell.mode)
+    with errors_in_one_line():
+        pipeline.prepare("speculative")
         heard = chosen.clips if named else chosen.clips[:BASELINE_CLIPS]
-        clips = [prepare_clip(captioner, chosen.request(clip), peer.cell, settings.max_new_tokens) for clip in heard]
-    exact = captioner.cloud_dtype in LOSSLESS_DTYPES
-    found = ways(captioner, peer.cell, settings.max_new_tokens)
-    bar = progress(len(clips), peer.id)
+        clips = [
+            prepare_clip(pipeline, chosen.request(clip), baseline.strategy, settings.max_new_tokens) for clip in heard
+        ]
+    exact = pipeline.cloud.identity.dtype in LOSSLESS_DTYPES
+    found = ways(pipeline, baseline.strategy, settings.max_new_tokens)
+    bar = progress(len(clips), baseline.id)
     done: list[dict[str, TimedCaption]] = []
 
     def one(clip: PreparedClip, number: int) -> dict[str, TimedCaption]:
@@ -77,17 +79,17 @@ def test_peers(
         benchmark.pedantic(
             timed, setup=lambda: (next(waiting), {}), teardown=lambda *_: bar.advance(), rounds=len(clips), iterations=1
         )
-    benchmark.extra_info["peers"] = {
+    benchmark.extra_info["baselines"] = {
         "figures": baseline_metrics(done),
         "intervals": {name: [each.low, each.high] for name, each in way_ratios(done).items()},
         "clips": [clip.file_id for clip in heard],
         "tokens": [len(each["speculative"].tokens) for each in done],
         "seconds": {way: [each[way].seconds for each in done] for way in WAYS},
         "ways": WAYS,
-        "k": peer.k,
-        "rule": peer.cell.rule.label,
-        "language": peer.language,
+        "k": baseline.k,
+        "rule": baseline.strategy.rule.label,
+        "language": baseline.language,
         "prompt_type": settings.prompt_type,
         "max_new_tokens": settings.max_new_tokens,
     }
-    pytestconfig.stash.setdefault(DONE, Done()).peers[peer.id] = done
+    outcomes(pytestconfig).baselines[baseline.id] = done

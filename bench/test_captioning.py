@@ -1,127 +1,173 @@
-"""The main job: caption every clip of the data set, in every cell of the grid, one round a clip."""
+"""The main job: caption every clip of the data set in every case of the grid, one round per clip."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import tables
 from bench.cases import Case
-from bench.conftest import DataSet, Progress, problems_in_one_line
-from bench.resume import Unfinished
+from bench.resume import SavedClips
+from bench.session import DataSet, Progress, errors_in_one_line
 from edgecloud_sd.acceptance import Synthetic
 from edgecloud_sd.config import Settings
 from edgecloud_sd.data.dataset import Clip
 from edgecloud_sd.events import Finished, Trace
+from edgecloud_sd.forecast.adaptive_k import AdaptiveK
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.utilization import Meter, Utilization, unmeasured
-from edgecloud_sd.measure import results, shadow
+from edgecloud_sd.measure import results
 from edgecloud_sd.measure.metrics import Hindsight, degraded
+from edgecloud_sd.measure.shadow import shadow_verify
 from edgecloud_sd.measure.summary import ClipResult, clip_result
-from edgecloud_sd.pipeline import Captioner, Cell, Request
+from edgecloud_sd.pipeline import Pipeline, Request
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import VirtualClock, garbage_collector_frozen
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.profile import Profile
 from edgecloud_sd.verifier import CloudFault
+
+Measured = tuple[Trace, Utilization, Hindsight | None]
+
+
+@dataclass
+class Captioning:
+    """One case of the grid: how its clips are decoded, measured and kept."""
+
+    case: Case
+    pipeline: Pipeline
+    settings: Settings
+    profile: Profile | None
+    saved: SavedClips
+    captions: list[ClipResult] = field(default_factory=list)
+
+    def decode(
+        self,
+        clip: Clip,
+        request: Request,
+        strategy: Strategy | None = None,
+        on_finished: Callable[[], None] = lambda: None,
+    ) -> Trace:
+        """Return the trace of one clip. Fail with one line if the cloud fails."""
+        try:
+            return self.pipeline.trace(
+                request,
+                strategy or self.case.strategy,
+                self.settings.max_new_tokens,
+                link=self.case.link,
+                profile=self.profile,
+                seed=clip.file_id,
+                on_finished=on_finished,
+            )
+        except CloudFault as fault:
+            kept = f"{len(self.captions)} finished captions are kept: --resume goes on from there"
+            raise pytest.fail.Exception(f"{clip.file_id}: {fault}\n({kept})", pytrace=False) from None
+
+    def measure(self, clip: Clip, request: Request) -> Measured:
+        """Return the trace of one clip with the use of this process, or what an earlier run saved of them."""
+        if clip.file_id in self.saved.records:
+            measured = results.measurement_from_json(self.saved.records[clip.file_id])
+            self._adaptive_k().replay(measured[0])
+            return measured
+        if self.profile:
+            trace = self.decode(clip, request)
+            return trace, unmeasured(trace.seconds, "the clock was virtual"), None
+        with Meter(self.settings.cloud_device) as meter:
+            trace = self.decode(clip, request, on_finished=meter.stop)
+        return trace, meter.used, None
+
+    def keep(self, clip: Clip, request: Request, measured: Measured) -> ClipResult:
+        """Add a caption off the clock: ask the cloud about local tokens, and save the record."""
+        trace, used, hindsight = measured
+        if clip.file_id not in self.saved.records:
+            hindsight = self._shadow(trace, request)
+            self.saved.add(results.measurement_to_json(clip.file_id, trace, used, hindsight))
+        self.captions.append(clip_result(clip, trace, used, self._text, hindsight))
+        return self.captions[-1]
+
+    def _shadow(self, trace: Trace, request: Request) -> Hindsight | None:
+        """Return the cloud's verdict on local tokens, or None if it is not asked, says nothing of a gate, or fails."""
+        strategy = self.case.strategy
+        is_drawn = isinstance(strategy.rule, Synthetic)
+        if self.settings.shadow != "yes" or not strategy.is_speculative or is_drawn:
+            return None
+        with suppress(CloudFault):
+            cloud = self.pipeline.cloud.verifier(strategy.rule, Harness())
+            return shadow_verify(trace, self.pipeline.prompt(request, strategy.mode), cloud)
+        return None
+
+    def _adaptive_k(self) -> AdaptiveK:
+        return self.pipeline.adaptive_k(self.case.strategy, self.case.language, self.case.link, self.profile)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.pipeline.text(tokens, self.case.strategy.mode)
 
 
 def test_captioning(
     case: Case,
     run_clock: VirtualClock,  # before `benchmark`, which takes it for its timer
     benchmark: BenchmarkFixture,
-    captioner: Captioner,
+    pipeline: Pipeline,
     data: Callable[[str], DataSet],
     settings: Settings,
     profile: Profile | None,
-    unfinished: Callable[[Case], Unfinished],
+    saved_clips: Callable[[Case], SavedClips],
     report: Callable[[Case, list[ClipResult], DataSet, limits.LimitsInForce], dict[str, object]],
     progress: Callable[[int, str], Progress],
     cloud_tokens: dict[str, tuple[int, ...]],
-    held: ExitStack,
+    process_limits: ExitStack,
 ) -> None:
-    chosen = data(case.language)
-    with problems_in_one_line():
-        held.enter_context(limits.apply_limits(limits.Limits(settings.max_cpu_cores, settings.max_memory_gb)))
-        captioner.load(case.cell.mode)
-        saved = unfinished(case)
-    bar = progress(len(chosen.clips), case.id)
-    exact = tables.output_promise(case, captioner.cloud_dtype if case.cell.mode != "edge" else "") == "exact"
-    text = captioner.text(case.cell.mode)
+    """Caption every clip, check every caption, and record what they took."""
+    clips = data(case.language)
+    with errors_in_one_line():
+        process_limits.enter_context(limits.apply_limits(limits.Limits(settings.max_cpu_cores, settings.max_memory_gb)))
+        front = pipeline.prepare(case.strategy.mode)
+        job = Captioning(case, pipeline, settings, profile, saved_clips(case))
+    bar = progress(len(clips.clips), case.id)
+    dtype = pipeline.cloud.identity.dtype if case.strategy.mode != "edge" else ""
+    is_lossless = tables.output_promise(case.strategy, dtype) == "lossless"
+    requests = [(clip, clips.request(clip)) for clip in clips.clips]  # all samples are in memory before timing starts
+    warm_up(job, *requests[0], is_lossless)
 
-    def decode(
-        clip: Clip, request: Request, cell: Cell = case.cell, finished: Callable[[], None] = lambda: None
-    ) -> Trace:
-        try:
-            return captioner.trace(request, cell, settings.max_new_tokens, profile, clip.file_id, finished)
-        except CloudFault as fault:
-            kept = f"{len(captions)} finished captions are kept: --resume goes on from there"
-            raise pytest.fail.Exception(f"{clip.file_id}: {fault}\n({kept})", pytrace=False) from None
+    waiting = iter(requests)
+    measured: list[Measured] = []
 
-    captions: list[ClipResult] = []
-    # the warm-up proves the promise on the first clip before anything is timed
-    first = chosen.clips[0], chosen.request(chosen.clips[0])
-    warm = decode(*first)
-    if exact and promised(warm):
-        own = decode(*first, Cell("cloud", link=case.cell.link))
-        assert promised(warm) == own.tokens, "the output differs from the cloud's own"
-
-    taken: list[tuple[Trace, Utilization, Hindsight | None]] = []
-    waiting = iter([(clip, chosen.request(clip)) for clip in chosen.clips])  # the samples are in memory
-
-    def one(clip: Clip, request: Request) -> None:
-        if clip.file_id in saved.done:
-            trace, used, hindsight = results.measurement_from_json(saved.done[clip.file_id])
-            captioner.remember(trace, case.cell, case.language, profile)
-        elif profile:
-            trace, hindsight = decode(clip, request), None
-            used = unmeasured(trace.seconds, "the clock was virtual")
-        else:
-            with Meter(settings.cloud_device) as meter:
-                trace, hindsight = decode(clip, request, finished=meter.stop), None
-            used = meter.used
-        run_clock.advance(used.wall)
-        taken.append((trace, used, hindsight))
+    def decode(clip: Clip, request: Request) -> None:
+        measured.append(job.measure(clip, request))
+        run_clock.advance(measured[-1][1].wall)
 
     def keep(clip: Clip, request: Request) -> None:
-        """Off the clock: what the cloud says afterwards, and the record on the disk."""
-        trace, used, hindsight = taken.pop()
-        if clip.file_id not in saved.done:
-            drawn = isinstance(case.cell.rule, Synthetic)  # verdicts that say nothing of a gate
-            if settings.shadow == "yes" and case.cell.mode == "speculative" and not drawn:
-                prompt = captioner.prompt(request, case.cell.mode)
-                with suppress(CloudFault):  # what is not known is null
-                    hindsight = shadow.shadow_verify(trace, prompt, captioner.verifier(case.cell.rule))
-            saved.add(results.measurement_to_json(clip.file_id, trace, used, hindsight))
-        captions.append(clip_result(clip, trace, used, text, hindsight))
-        bar.advance(captions[-1])
+        bar.advance(job.keep(clip, request, measured.pop()))
 
     with garbage_collector_frozen():
-        benchmark.pedantic(
-            one, setup=lambda: (next(waiting), {}), teardown=keep, rounds=len(chosen.clips), iterations=1
-        )
-    eos = captioner.load(case.cell.mode).eos
-    for each in captions:
-        check_trace(each.trace, eos, settings.max_new_tokens)
-        if exact and (tokens := promised(each.trace)):  # and where cloud mode ran before, on every clip
-            own_tokens = cloud_tokens.setdefault(f"{case.language} {each.clip.file_id}", tokens)
-            assert tokens == own_tokens, f"{each.clip.file_id}: the output differs from the cloud's own"
+        benchmark.pedantic(decode, setup=lambda: (next(waiting), {}), teardown=keep, rounds=len(requests), iterations=1)
+    for result in job.captions:
+        check_trace(result.trace, front.eos, settings.max_new_tokens)
+        if is_lossless and not degraded(result.trace):
+            expected = cloud_tokens.setdefault(f"{case.language} {result.clip.file_id}", result.trace.tokens)
+            assert result.trace.tokens == expected, f"{result.clip.file_id}: the output differs from the cloud's own"
     in_force = limits.read_limits()
-    held.close()  # what scores the captions is not the edge's
-    benchmark.extra_info["results"] = report(case, captions, chosen, in_force)
-    saved.finish()
+    process_limits.close()  # scoring the captions is no work of the edge
+    benchmark.extra_info["results"] = report(case, job.captions, clips, in_force)
+    job.saved.finish()
 
 
-def promised(trace: Trace) -> tuple[int, ...] | None:
-    """The tokens, where they are promised to be the cloud's own: not where the edge had to finish alone."""
-    return None if degraded(trace) else trace.tokens
+def warm_up(job: Captioning, clip: Clip, request: Request, is_lossless: bool) -> None:
+    """Decode the first clip once, and check the lossless promise on it before anything is timed."""
+    trace = job.decode(clip, request)
+    if is_lossless and not degraded(trace):
+        own = job.decode(clip, request, Strategy("cloud"))
+        assert trace.tokens == own.tokens, "the output differs from the cloud's own"
 
 
-def check_trace(trace: Trace, eos: frozenset[int], limit: int) -> None:
-    """What must hold of every caption: one end, where it says."""
+def check_trace(trace: Trace, eos: frozenset[int], max_new_tokens: int) -> None:
+    """Check that a caption has one end, and that it ends for the reason that it gives."""
     finished = trace.events[-1][1]
     assert isinstance(finished, Finished)
     assert not eos.intersection(trace.tokens[:-1]), "tokens follow the end of the caption"
     assert (trace.tokens[-1] in eos) == (finished.reason == "eos")
-    assert len(trace.tokens) == limit or finished.reason == "eos"
+    assert len(trace.tokens) == max_new_tokens or finished.reason == "eos"

@@ -16,7 +16,6 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.cases import SETTINGS
-from bench.conftest import DONE, DataSet, Done, problems_in_one_line
 from bench.load import (
     LOAD_CLIPS,
     LoadCase,
@@ -29,16 +28,16 @@ from bench.load import (
     record_rounds,
     replay_rounds,
 )
-from edgecloud_sd import gate
+from bench.session import DataSet, errors_in_one_line, outcomes
 from edgecloud_sd.acceptance import GREEDY
-from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.config import Settings
 from edgecloud_sd.connect import connect
 from edgecloud_sd.models.devices import AUTO, LOSSLESS_DTYPES
-from edgecloud_sd.pipeline import Captioner, Cell
+from edgecloud_sd.pipeline import Pipeline
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import garbage_collector_frozen
 
-LOSSLESS = Cell("speculative", gate.ALWAYS, GREEDY, k=4)  # verifies every draft
+LOSSLESS_K4 = Strategy("speculative", k=4)  # verifies every draft
 
 CLOUD_FIELDS = ("name", "engine", "dtype", "device", "max_rank", "fingerprint")  # fields of the identity in a result
 
@@ -58,48 +57,41 @@ def load_errors_in_one_line() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def pair(
-    settings: Settings, connection: Connection | None, captioner: Captioner
-) -> Iterator[tuple[Captioner, Connection]]:
-    """Yield the run's own captioner and connection if it has a server, or else those of a server started here."""
-    if connection is not None:
-        yield captioner, connection
+def served(settings: Settings, pipeline: Pipeline) -> Iterator[Pipeline]:
+    """Yield the run's own pipeline if its cloud is a server, or else one with a server started here."""
+    if settings.cloud_url:
+        yield pipeline
         return
     with ExitStack() as stack:
-        with problems_in_one_line():
-            server = stack.enter_context(connect(replace(settings, cloud_url=AUTO, on_cloud_fault="error")))
-            assert server is not None
-            remote_captioner = captioner.elsewhere(server)
-        yield remote_captioner, server
+        with errors_in_one_line():
+            cloud = stack.enter_context(connect(replace(settings, cloud_url=AUTO, on_cloud_fault="error")))
+            served = pipeline.with_cloud(cloud)
+        yield served
 
 
 @pytest.fixture(scope="module")
-def clips(
-    settings: Settings, pair: tuple[Captioner, Connection], data: Callable[[str], DataSet]
-) -> list[RecordedCaption]:
+def clips(settings: Settings, served: Pipeline, data: Callable[[str], DataSet]) -> list[RecordedCaption]:
     """Return the drafts of some captions with their verdicts, recorded with one edge alone."""
-    captioner, _ = pair
     dataset = data(settings.language[0])
     captions = []
     for clip in dataset.clips[:LOAD_CLIPS]:
-        with problems_in_one_line(), load_errors_in_one_line():
+        with errors_in_one_line(), load_errors_in_one_line():
             request = dataset.request(clip)
-            trace = captioner.trace(request, LOSSLESS, settings.max_new_tokens)
-            captions.append(record_rounds(clip.file_id, captioner.prompt(request, LOSSLESS.mode), trace))
+            trace = served.trace(request, LOSSLESS_K4, settings.max_new_tokens)
+            captions.append(record_rounds(clip.file_id, served.prompt(request, LOSSLESS_K4.mode), trace))
     return captions
 
 
 def test_load(
     load: LoadCase,
     benchmark: BenchmarkFixture,
-    pair: tuple[Captioner, Connection],
+    served: Pipeline,
     clips: list[RecordedCaption],
     settings: Settings,
     pytestconfig: pytest.Config,
 ) -> None:
-    _, connection = pair
-    make_verifier = partial(connection.verifier, GREEDY)
-    is_exact = connection.remote.dtype in LOSSLESS_DTYPES
+    make_verifier = partial(served.cloud.verifier, GREEDY)
+    is_exact = served.cloud.identity.dtype in LOSSLESS_DTYPES
     assignments = assign_captions(clips, load.edges, load.clips)
     replays: list[Replay] = []
 
@@ -122,11 +114,11 @@ def test_load(
         "verifications": sum(call.is_verification for done in replays for calls in done.edges for call in calls),
         "lost": 0,  # a lost call or a second attempt raises LoadError
         "tried_again": 0,
-        "cloud": {name: getattr(connection.remote, name) for name in CLOUD_FIELDS},
-        "k": LOSSLESS.k,
-        "rule": LOSSLESS.rule.label,
+        "cloud": {name: getattr(served.cloud.identity, name) for name in CLOUD_FIELDS},
+        "k": LOSSLESS_K4.k,
+        "rule": LOSSLESS_K4.rule.label,
         "language": load.language,
         "prompt_type": settings.prompt_type,
         "max_new_tokens": settings.max_new_tokens,
     }
-    pytestconfig.stash.setdefault(DONE, Done()).loads[load.id] = load, metrics
+    outcomes(pytestconfig).loads[load.id] = load, metrics

@@ -5,17 +5,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__all__ = ["Captioner", "Cell", "Request", "stamp"]
+__all__ = ["Caption", "Pipeline", "Request", "Strategy"]
 
 if TYPE_CHECKING:
-    from edgecloud_sd.pipeline import Captioner, Cell, Request
-    from edgecloud_sd.timing.clock import stamp
+    from edgecloud_sd.pipeline import Caption, Pipeline, Request
+    from edgecloud_sd.strategy import Strategy
 else:
     _MODULES = {
-        "Captioner": "edgecloud_sd.pipeline",
-        "Cell": "edgecloud_sd.pipeline",
+        "Caption": "edgecloud_sd.pipeline",
+        "Pipeline": "edgecloud_sd.pipeline",
         "Request": "edgecloud_sd.pipeline",
-        "stamp": "edgecloud_sd.timing.clock",
+        "Strategy": "edgecloud_sd.strategy",
     }
 
     def __getattr__(name: str) -> object:

@@ -1,7 +1,8 @@
-"""Acceptance rules: what the cloud keeps of a draft. Pure functions of the draft, the cloud's own logits and uniforms.
+"""Acceptance rules decide which draft tokens the cloud accepts. They are pure functions.
 
-A rule looks at draft tokens from the left and stops at the first it rejects; the cloud's most likely token there is
-the correction, or the bonus where nothing was rejected (Leviathan et al. 2023, algorithm 1, at temperature 0).
+A rule reads the draft from the left and stops at the first token that it rejects. The target's most likely token at
+that place is the correction. If no token is rejected, the most likely token after the draft is the bonus
+(Leviathan et al. 2023, algorithm 1, at temperature 0).
 """
 
 from __future__ import annotations
@@ -21,36 +22,36 @@ if TYPE_CHECKING:
 
 RULE_NAMES = ("greedy", "rank", "rank(r)", "synthetic(p)")
 RATE_PATTERN = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-[0-9]+)?"
-MAX_SYNTHETIC_RATES = 10  # of rule synthetic
+MAX_SYNTHETIC_RATES = 10
 PUBLISHED_RANK = 20
 
 
 class Rule(Protocol):
-    """What a verifier judges a draft by. Hashable, and equal to one of the same text."""
+    """An acceptance rule. It is hashable, and equal to every rule of the same text."""
 
     @property
     def text(self) -> str:
-        """What `parse_rule` makes this rule of: letters, digits and what else may stand in a URL's query."""
+        """The text that `parse_rule` reads as this rule. It needs no escaping in the query of a URL."""
 
     @property
     def label(self) -> str:
-        """In the ids of cases, and so in the names of files."""
+        """The rule's part of a case id, and so of a file name."""
 
     @property
     def is_lossless(self) -> bool:
-        """Whether all that it lets pass are the cloud's own tokens; a rule that is not strict is lossy."""
+        """True if the rule accepts the target's own tokens only. Any other rule is lossy."""
 
     def __call__(self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float]) -> Verdict:
-        """The verdict on `draft`.
+        """Return the verdict on `draft`.
 
-        `logits` [len(draft) + 1, vocab]: row i is for the place of draft[i], the last for what follows the draft.
-        `uniforms` in [0, 1), one a draft token, are drawn when they are looked at.
+        `logits` is [len(draft) + 1, vocab_size]: row i is for the place of draft[i], the last row for the bonus.
+        `uniforms` gives one number in [0, 1) for each draft token, and is read only as far as the rule needs.
         """
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Keep a draft token while it is among the cloud's `r` most likely. `Rank(1)` is the greedy rule."""
+    """The rule that accepts a draft token if it is among the target's `r` most likely. `Rank(1)` is rule greedy."""
 
     r: int
 
@@ -60,17 +61,21 @@ class Rank:
 
     @property
     def text(self) -> str:
+        """The text that `parse_rule` reads as this rule."""
         return "greedy" if self.is_lossless else f"rank({self.r})"
 
     @property
     def label(self) -> str:
+        """The rule's part of a case id."""
         return "greedy" if self.is_lossless else f"rank{self.r}"
 
     @property
     def is_lossless(self) -> bool:
+        """True for rank 1."""
         return self.r == 1
 
     def __call__(self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float] = ()) -> Verdict:
+        """Return the verdict on `draft`."""
         best = logits.argmax(dim=-1).tolist()
         accepted = 0
         for token, top in zip(draft, best, strict=False):
@@ -85,10 +90,11 @@ GREEDY = Rank(1)
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Keep draft token i while its uniform is below `rates[i]`, whatever the cloud thinks of it: dry runs of hardware.
+    """The rule that accepts draft token i if its uniform is below `rates[i]`, whatever the target's logits say.
 
-    With random weights nothing would be kept, and a loop's time depends on how much is. Each rate is that of tokens
-    whose draft was kept so far; the last goes on beyond the list. A correction is another than the rejected token.
+    The rule serves dry runs of hardware. Random weights would reject every token, but a loop's time depends on how
+    many are accepted. Each rate is conditional on the acceptance of all tokens before. The last rate goes on beyond
+    the list. A correction always differs from the rejected token.
     """
 
     rates: tuple[float, ...]
@@ -102,45 +108,49 @@ class Synthetic:
 
     @property
     def text(self) -> str:
-        return f"synthetic({self._joined('/')})"
+        """The text that `parse_rule` reads as this rule."""
+        return f"synthetic({self._join_rates('/')})"
 
     @property
     def label(self) -> str:
-        return f"synthetic{self._joined('_')}"
+        """The rule's part of a case id."""
+        return f"synthetic{self._join_rates('_')}"
 
     @property
     def is_lossless(self) -> bool:
+        """Always False."""
         return False
 
     def __call__(self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float]) -> Verdict:
+        """Return the verdict on `draft`."""
         best = logits.argmax(dim=-1).tolist()
         accepted = 0
-        for token, uniform in zip(draft, uniforms, strict=False):
-            if uniform >= self.rates[min(accepted, len(self.rates) - 1)]:
+        for token, number in zip(draft, uniforms, strict=False):
+            if number >= self.rates[min(accepted, len(self.rates) - 1)]:
                 others = logits[accepted].clone()
                 others[token] = -math.inf
                 return Verdict(accepted, int(others.argmax()))
             accepted += 1
         return Verdict(accepted, best[accepted])
 
-    def _joined(self, between: str) -> str:
-        return between.join(repr(float(rate)).removesuffix(".0") for rate in self.rates)
+    def _join_rates(self, separator: str) -> str:
+        return separator.join(repr(float(rate)).removesuffix(".0") for rate in self.rates)
 
 
 def uniform(seed: bytes, place: int) -> float:
-    """In [0, 1): the same for the same seed and place, in whatever order they are asked for.
+    """Return a number in [0, 1) that depends on the seed (at most 64 bytes) and the place alone.
 
-    Counter-based, as in Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3"): 53 bits of the BLAKE2b of
-    the place, whose key is the seed (64 bytes at most).
+    The generator is counter-based, as in Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3"). It takes
+    53 bits of the BLAKE2b digest of the place, with the seed as key.
     """
     digest = hashlib.blake2b(place.to_bytes(8, "little"), digest_size=8, key=seed).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
 def parse_rule(rule: str, r: int = PUBLISHED_RANK) -> Rule:
-    """`greedy`, `rank` (with `r`), `rank(7)`, `synthetic(0.78)`, or `synthetic(0.9/0.8/0.6)` by the place in the draft.
+    """Return the rule that a text names: `greedy`, `rank` (with `r`), `rank(7)` or `synthetic(0.78)`.
 
-    ValueError, naming the known rules, for anything else.
+    `synthetic(0.9/0.8/0.6)` gives one rate for each place in the draft. Raise ValueError for an unknown rule.
     """
     if rule == "greedy":
         return GREEDY

@@ -1,6 +1,7 @@
-"""Every option of the suite, once: its name, its meaning, what it may be; and how files and the command line combine.
+"""Every option once: its name, default, meaning and allowed values. Files and the command line combine here.
 
-Defaults live in `bench/configs/default.yaml`. A file given with `--config` goes over them, the command line over both.
+The fields of `Settings` are the options. `bench/configs/default.yaml` is a copy of their defaults that a test compares.
+A file given with `--config` overrides the defaults, and the command line overrides both.
 """
 
 from __future__ import annotations
@@ -18,49 +19,56 @@ from edgecloud_sd import acceptance, gate
 from edgecloud_sd.cloud.url import parse_url
 from edgecloud_sd.data.dataset import CAPTION_TYPES, ON_BAD_CLIP
 from edgecloud_sd.data.prompts import LANGUAGES, PROMPT_TYPES
-from edgecloud_sd.decoder import MODES
 from edgecloud_sd.models import devices, pairs
-from edgecloud_sd.models.devices import AUTO, DTYPES_OR_AUTO, parse_cloud_dtype, resolve_device
-from edgecloud_sd.models.pairs import PAIRS
+from edgecloud_sd.models.devices import AUTO, DTYPES_OR_AUTO
 from edgecloud_sd.prefill import PREFILL_TIMES
+from edgecloud_sd.strategy import ADAPTIVE_K, MODES, Strategy
 from edgecloud_sd.timing import link, profile
 
 CLOCKS = ("real", "virtual")
 YES_NO = ("yes", "no")
 MEASURE = "measure"  # the profile of this machine
 ON_CLOUD_FAULT = ("wait", "edge", "error")
+GROUPS = ("decoding", "models", "cloud", "limits", "clock and link", "data", "results")
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used: the message names the option, the bad value and what it may be."""
+    """A setting that cannot be used. The message names the option, the bad value and the allowed ones."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option. `read` turns the text of one value into the value, or raises ValueError saying what it may be."""
+    """One option of the command line.
+
+    `read` turns the text of one value into the value, or raises ValueError with the allowed ones. `choices` are the
+    allowed values if there are few.
+    """
 
     name: str
+    default: Any
+    group: str
     help: str
     read: Callable[[str], Any]
+    choices: tuple[str, ...]
     many: bool
     optional: bool
     split: Callable[[str], list[str]]
 
     def parse(self, value: Any) -> Any:
-        """The value of this option from a command line's text or a YAML file's scalar or list."""
+        """Return the value of a command line's text, or of a YAML file's scalar or list. Raise ConfigError."""
         if value is None or (isinstance(value, str) and not value.strip()):
             if self.optional:
                 return None
             raise ConfigError(f"--{self.name}: needs a value")
         if not self.many:
-            return self._one(value)
+            return self._parse_one(value)
         parts = self.split(value) if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-        values = tuple(dict.fromkeys(self._one(part) for part in parts))
+        values = tuple(dict.fromkeys(self._parse_one(part) for part in parts))
         if not values:
             raise ConfigError(f"--{self.name}: needs at least one value")
         return values
 
-    def _one(self, value: Any) -> Any:
+    def _parse_one(self, value: Any) -> Any:
         if isinstance(value, list | tuple | dict | bool):
             raise ConfigError(f"--{self.name}: takes one value, not {value!r} (quote what YAML reads as true or false)")
         text = str(value).strip()
@@ -71,32 +79,44 @@ class Option:
         except ValueError as error:
             raise ConfigError(f"--{self.name}: {text!r} {error}") from None
 
+    @property
+    def default_text(self) -> str:
+        """The default as help texts and tables show it."""
+        values = self.default if isinstance(self.default, tuple) else (self.default,)
+        return ",".join(
+            "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value) for value in values
+        )
 
-def _one_of(known: tuple[str, ...]) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in known:
-            raise ValueError(f"is not one of {', '.join(known)}")
-        return text
+    @property
+    def help_text(self) -> str:
+        """The help with its choices and its default."""
+        choices = f" ({', '.join(self.choices)})" if self.choices else ""
+        grid = "; a comma-separated list makes a grid" if self.many else ""
+        return f"{self.help}{choices}{grid} (default: {self.default_text})"
 
-    return read
+
+def _read_choice(text: str, choices: tuple[str, ...]) -> str:
+    if text not in choices:
+        raise ValueError(f"is not one of {', '.join(choices)}")
+    return text
 
 
-def _count(text: str, least: int = 1, also: str = "") -> int:
+def _read_count(text: str, least: int = 1, also: str = "") -> int:
     if not re.fullmatch(r"\d+", text) or int(text) < least:
         raise ValueError(f"is not {also}a whole number of at least {least}")
     return int(text)
 
 
-def _draft_length(text: str) -> int | None:
-    return None if text == AUTO else _count(text, also=f"{AUTO} or ")
+def _read_k(text: str) -> int | None:
+    return None if text == ADAPTIVE_K else _read_count(text, also=f"{ADAPTIVE_K} or ")
 
 
-def _draft_stop(text: str) -> str:
+def _read_draft_stop(text: str) -> str:
     gate.parse_draft_stop(text, gate.ALWAYS)
     return text
 
 
-def _nats(text: str) -> float:
+def _read_nats(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -106,7 +126,7 @@ def _nats(text: str) -> float:
     return value
 
 
-def _rule(text: str) -> str:
+def _read_rule(text: str) -> str:
     try:
         acceptance.parse_rule(text)
     except ValueError:
@@ -117,36 +137,28 @@ def _rule(text: str) -> str:
     return text
 
 
-def _file_name(text: str) -> str:
+def _read_file_name(text: str) -> str:
     if not re.fullmatch(r"[\w][\w.+-]*", text):
         raise ValueError("is not a plain file name (letters, digits, and . _ + - after the first)")
     return text
 
 
-def _seconds(text: str) -> float:
-    return _above_zero(text, "a number of seconds")
-
-
-def _gigabytes(text: str) -> float:
-    return _above_zero(text, "a number of GB (10^9 bytes)")
-
-
-def _above_zero(text: str, what: str) -> float:
+def _read_positive(text: str, unit: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise ValueError(f"is not {what} above 0")
+        raise ValueError(f"is not {unit} above 0")
     return value
 
 
-def _link(text: str) -> str:
+def _read_link(text: str) -> str:
     link.parse_link(text)
     return text
 
 
-def _url(text: str) -> str:
+def _read_url(text: str) -> str:
     if text != AUTO:
         try:
             parse_url(text)
@@ -155,178 +167,252 @@ def _url(text: str) -> str:
     return text.rstrip("/")
 
 
-def _commas(text: str) -> list[str]:
+def _split_commas(text: str) -> list[str]:
     return text.split(",")
 
 
 def _option(
+    group: str,
+    default: Any,
     help: str,
-    read: Callable[[str], Any] = str,
+    read: Callable[[str], Any] | None = None,
     *,
+    choices: tuple[str, ...] = (),
     many: bool = False,
     optional: bool = False,
-    split: Callable[[str], list[str]] = _commas,
+    split: Callable[[str], list[str]] = _split_commas,
 ) -> Any:
-    metadata = {"help": help, "read": read, "many": many, "optional": optional, "split": split}
-    return dataclass_field(metadata=metadata)
-
-
-def _choice(help: str, known: tuple[str, ...], many: bool = False) -> Any:
-    return _option(f"{help}: {', '.join(known)}", _one_of(known), many=many)
+    """Return a field of `Settings`. An optional one may be left empty; `many` values make a grid."""
+    read = read or (partial(_read_choice, choices=choices) if choices else str)
+    metadata = {"group": group, "help": help, "read": read, "choices": choices, "many": many, "optional": optional}
+    return dataclass_field(
+        default=(default,) if many and not isinstance(default, tuple) else default, metadata=metadata | {"split": split}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a run was asked to do. Tuples make a grid."""
+    """The options of a run. Tuples make a grid."""
 
-    mode: tuple[str, ...] = _choice("who decodes", MODES, many=True)
-    gate: tuple[str, ...] = _choice("which drafts go to the cloud", gate.GATE_NAMES, many=True)
+    mode: tuple[str, ...] = _option("decoding", MODES, "who decodes", choices=MODES, many=True)
+    gate: tuple[str, ...] = _option(
+        "decoding", "entropy", "which drafts go to the cloud", choices=gate.GATE_NAMES, many=True
+    )
     entropy_threshold: tuple[float, ...] = _option(
-        "nats above which gate entropy escalates a draft; 0 is always, inf is never", _nats, many=True
+        "decoding",
+        1.5,
+        "gate entropy escalates a draft if the entropy of a token exceeds this many nats; 0 is always, inf is never",
+        _read_nats,
+        many=True,
     )
     k: tuple[int | None, ...] = _option(
-        "draft tokens a round, at most (more where they were drafted ahead); auto finds the fastest as it goes, "
-        "from what the rounds so far have taken and what the cloud has kept",
-        _draft_length,
+        "decoding",
+        Strategy.k,
+        f"draft tokens per round, at most; {ADAPTIVE_K} finds the fastest length from the times and verdicts so far",
+        _read_k,
         many=True,
     )
     draft_stop: tuple[str, ...] = _option(
-        "end a draft early, with a token that is unsure: entropy (where the gate would escalate it), entropy=x (above "
-        "x nats), margin=x (its two likeliest tokens less than x apart) or none",
-        _draft_stop,
+        "decoding",
+        "none",
+        "end a draft early with an unsure token: entropy (at the threshold of gate entropy), entropy=x (above x nats), "
+        "margin=x (the two most likely tokens differ by less than x) or none",
+        _read_draft_stop,
         many=True,
     )
     draft_ahead: tuple[int, ...] = _option(
-        "tokens that the edge drafts on while a verdict is on its way, at most, as if all before were accepted and the "
-        "first were the bonus; 0: it waits",
-        partial(_count, least=0),
+        "decoding",
+        Strategy.draft_ahead,
+        "tokens that the edge drafts during a verification, at most, as if the whole draft were accepted; 0 waits",
+        partial(_read_count, least=0),
         many=True,
     )
     rule: tuple[str, ...] = _option(
-        "what the cloud keeps of a draft: greedy (its own tokens), rank (see --rank) or rank(r); or, for dry runs of "
-        "hardware with random weights, synthetic(p), each token with chance p, or synthetic(p/p/...) by its place in "
-        "the draft",
-        _rule,
+        "decoding",
+        "rank",
+        "which draft tokens the cloud accepts: greedy (its own tokens), rank (see --rank), rank(r), or synthetic(p) "
+        "for dry runs with random weights: each token with chance p, or synthetic(p/p/...) by its place in the draft",
+        _read_rule,
         many=True,
     )
-    rank: tuple[int, ...] = _option("rule rank keeps a token among the cloud's r most likely", _count, many=True)
-    pair: str = _choice("the two checkpoints", tuple(PAIRS))
-    edge_model: str | None = _option("edge checkpoint instead of the pair's: a folder or a hub name", optional=True)
-    cloud_model: str | None = _option("cloud checkpoint instead of the pair's: a folder or a hub name", optional=True)
-    weights: str = _choice(
-        "of both models: real, or dummy, which are random: for how fast and how large, from a configuration alone",
-        pairs.WEIGHTS,
+    rank: tuple[int, ...] = _option(
+        "decoding",
+        acceptance.PUBLISHED_RANK,
+        "rule rank accepts a token among the cloud's r most likely",
+        _read_count,
+        many=True,
     )
-    edge_device: str = _option("torch device of the edge: cpu, cuda, cuda:1")
-    edge_dtype: str = _choice(
-        "number format of the edge; int8 and int4 are of its text model's weights alone, on a CPU",
-        (*devices.DTYPES, *devices.QUANTISED_DTYPES),
+    open: tuple[str, ...] = _option(
+        "decoding",
+        Strategy.prefill,
+        "when the cloud prefills a prompt: beside the edge's prefill, or at the first escalated draft",
+        choices=PREFILL_TIMES,
+        many=True,
     )
-    cloud_device: str = _option("torch device of the cloud; auto is a GPU where there is one")
+    max_new_tokens: int = _option("decoding", 64, "tokens of a caption, at most", _read_count)
+    pair: str = _option("models", "pocket", "the two checkpoints", choices=tuple(pairs.PAIRS))
+    edge_model: str | None = _option(
+        "models", None, "edge checkpoint instead of the pair's: a folder or a name on the hub", optional=True
+    )
+    cloud_model: str | None = _option(
+        "models", None, "cloud checkpoint instead of the pair's: a folder or a name on the hub", optional=True
+    )
+    weights: str = _option(
+        "models",
+        pairs.REAL,
+        "weights of both models; dummy weights are random, and show speed and size from a configuration alone",
+        choices=pairs.WEIGHTS,
+    )
+    edge_device: str = _option("models", "cpu", "torch device of the edge: cpu, cuda, cuda:1")
+    edge_dtype: str = _option(
+        "models",
+        "float32",
+        "number format of the edge; int8 and int4 hold the weights of its text model on a CPU",
+        choices=(*devices.DTYPES, *devices.QUANTISED_DTYPES),
+    )
+    cloud_device: str = _option("models", "cpu", "torch device of the cloud; auto takes a GPU if there is one")
     cloud_dtype: str = _option(
-        f"number format of the cloud; auto is float16 on a GPU and float32 elsewhere: {', '.join(DTYPES_OR_AUTO)}",
-        parse_cloud_dtype,
+        "models",
+        "float32",
+        f"number format of the cloud: {', '.join(DTYPES_OR_AUTO)}; auto is float16 on a GPU and float32 elsewhere",
+        devices.parse_cloud_dtype,
     )
     cloud_url: str | None = _option(
-        "the cloud is a server elsewhere, at this URL; auto starts one on loopback for the run and stops it",
-        _url,
+        "cloud",
+        None,
+        "URL of a server that is the cloud; auto starts one on loopback for the run and stops it",
+        _read_url,
         optional=True,
     )
-    cloud_key_file: str | None = _option("file with the key that the server at --cloud-url asks for", optional=True)
-    cloud_timeout: float = _option("s that one request to a server may take", _seconds)
-    on_cloud_fault: str = _choice(
-        "a request that fails is tried again for a minute (wait), or for 2 s, after which the edge finishes the "
-        "caption, marked degraded (edge), or ends the run (error)",
-        ON_CLOUD_FAULT,
+    cloud_key_file: str | None = _option(
+        "cloud", None, "file with the key that the server at --cloud-url asks for", optional=True
     )
-    open: tuple[str, ...] = _choice(
-        "when a prompt is sent to the cloud: beside the edge's own prefill, or with the first escalated draft",
-        PREFILL_TIMES,
-        many=True,
+    cloud_timeout: float = _option(
+        "cloud",
+        30.0,
+        "seconds that one request to a server may take",
+        partial(_read_positive, unit="a number of seconds"),
+    )
+    on_cloud_fault: str = _option(
+        "cloud",
+        "wait",
+        "after a failed request: try again for a minute (wait), try for 2 s and let the edge finish the caption, "
+        "marked degraded (edge), or end the run (error)",
+        choices=ON_CLOUD_FAULT,
     )
     max_cpu_cores: int | None = _option(
-        "hold this process, the edge, to so many CPU cores; the cloud then needs --cloud-url", _count, optional=True
-    )
-    max_memory_gb: float | None = _option(
-        "hold the memory of this process to so many GB (10^9 bytes) of private data", _gigabytes, optional=True
-    )
-    threads: int | None = _option(
-        "CPU threads of torch; none is one for models under 50 M parameters and torch's own choice for larger",
-        _count,
+        "limits",
+        None,
+        "CPU cores of this process, the edge, at most; the cloud then needs --cloud-url",
+        _read_count,
         optional=True,
     )
-    clock: str = _choice(
-        "time captions for real, or let the same tokens take the time that a profile gives to each call", CLOCKS
+    max_memory_gb: float | None = _option(
+        "limits",
+        None,
+        "private memory of this process in GB (10^9 bytes), at most; the cloud then needs --cloud-url",
+        partial(_read_positive, unit="a number of GB (10^9 bytes)"),
+        optional=True,
+    )
+    threads: int | None = _option(
+        "limits",
+        None,
+        "CPU threads of torch; none takes one for models under 50 M parameters and torch's own choice for larger ones",
+        _read_count,
+        optional=True,
+    )
+    clock: str = _option(
+        "clock and link",
+        "real",
+        "time captions for real, or let each call take the time that a profile gives it",
+        choices=CLOCKS,
     )
     profile: str | None = _option(
-        f"costs for the virtual clock: {', '.join(profile.PROFILE_NAMES)}, a YAML file, or measure, which first "
-        "writes the one of this machine to the results folder",
+        "clock and link",
+        None,
+        f"costs for the virtual clock: {', '.join(profile.PROFILE_NAMES)}, a YAML file, or measure, which first writes "
+        "the profile of this machine to the results folder",
         optional=True,
     )
     link: tuple[str, ...] = _option(
+        "clock and link",
+        "none",
         f"emulated between edge and cloud: {', '.join(link.LINKS)}, or one like {link.CUSTOM_LINK_EXAMPLE}",
-        _link,
+        _read_link,
         many=True,
         split=link.split_links,
     )
-    shadow: str = _choice(
-        "ask the cloud afterwards, off the clock, about the tokens it was not asked: tells what the gate missed", YES_NO
+    dataset_path: str = _option("data", "pocket", "pocket, a manifest file, or a folder with manifest.json")
+    max_samples: int | None = _option("data", None, "number of clips, from the first on", _read_count, optional=True)
+    on_bad_clip: str = _option(
+        "data", "error", "stop at a clip that cannot be used, or leave it out and list it", choices=ON_BAD_CLIP
+    )
+    caption_type: str = _option(
+        "data",
+        "audio_only",
+        "score against <language>_caption and give audio alone, or against caption and give the transcription too",
+        choices=CAPTION_TYPES,
+    )
+    language: tuple[str, ...] = _option("data", "chinese", "language of the captions", choices=LANGUAGES, many=True)
+    prompt_type: str = _option("data", "default", "wording of the task", choices=PROMPT_TYPES)
+    shadow: str = _option(
+        "results",
+        "yes",
+        "ask the cloud afterwards, off the clock, about local tokens: shows which corrections the gate missed",
+        choices=YES_NO,
     )
     bertscore_model: str | None = _option(
-        "model of BERTScore: a name on the hub or a folder; none leaves BERTScore out", optional=True
+        "results", None, "model of BERTScore: a name on the hub or a folder; none leaves BERTScore out", optional=True
     )
-    dataset_path: str = _option("pocket, a manifest file, or a folder with manifest.json")
-    max_samples: int | None = _option("caption the first so many clips only", _count, optional=True)
-    on_bad_clip: str = _choice("stop at a clip that cannot be used, or leave it out and list it", ON_BAD_CLIP)
-    caption_type: str = _choice(
-        "score against <language>_caption and give audio alone, or against caption and give the transcription too",
-        CAPTION_TYPES,
-    )
-    language: tuple[str, ...] = _choice("language of the captions", LANGUAGES, many=True)
-    prompt_type: str = _choice("wording of the task", PROMPT_TYPES)
-    max_new_tokens: int = _option("longest caption, in tokens", _count)
-    output_name: str = _option("name of the results file, without .json", _file_name)
-    results_dir: str = _option("folder of the results files")
+    output_name: str = _option("results", "captioning", "name of the results file, without .json", _read_file_name)
+    results_dir: str = _option("results", "results", "folder of the results files")
 
     @property
     def profile_name(self) -> str:
-        """How ids name the profile: its own name, or its file's without folder and ending."""
+        """The name of the profile in case ids: its own, or that of its file without folder and ending."""
         return Path(self.profile or "").stem
 
 
-OPTIONS = tuple(Option(field.name.replace("_", "-"), **field.metadata) for field in fields(Settings))
-
-
-def defaults_file() -> Path:
-    """`bench/configs/default.yaml`: in the checkout, or the copy that an installed package carries."""
-    packaged = Path(__file__).with_name("default.yaml")
-    return packaged if packaged.is_file() else Path(__file__).parents[1] / "bench" / "configs" / "default.yaml"
-
-
-def show_default(default: Any) -> str:
-    """A default as help texts write it."""
-    return ",".join(map(str, default)) if isinstance(default, list) else "none" if default is None else str(default)
+OPTIONS = tuple(Option(field.name.replace("_", "-"), field.default, **field.metadata) for field in fields(Settings))
 
 
 def resolve(command_line: Mapping[str, str | None], file: Path | None = None) -> Settings:
-    """Settings from the defaults, then `file`, then `command_line` (option name -> text, None where not given)."""
-    merged = read_file(defaults_file())
-    if file is not None:
-        merged |= read_file(file)
-    merged |= {name: text for name, text in command_line.items() if text is not None}
-    missing = [option.name for option in OPTIONS if option.name not in merged]
-    if missing:
-        raise ConfigError(f"{defaults_file()}: has no default for --{', --'.join(missing)}")
-    settings = Settings(**{option.name.replace("-", "_"): option.parse(merged[option.name]) for option in OPTIONS})
+    """Return the settings of the defaults, then of `file`, then of `command_line`.
+
+    `command_line` maps option names to text, or to None for an option that is not given. Raise ConfigError for an
+    option or a file that cannot be used.
+    """
+    values: dict[str, Any] = {option.name: option.default for option in OPTIONS}
+    texts = read_file(file) if file is not None else {}
+    texts |= {name: text for name, text in command_line.items() if text is not None}
+    values |= {option.name: option.parse(texts[option.name]) for option in OPTIONS if option.name in texts}
+    settings = Settings(**{name.replace("-", "_"): value for name, value in values.items()})
     _check(settings)
     if settings.cloud_url in (None, AUTO):
-        device, dtype = resolve_device(settings.cloud_device, settings.cloud_dtype)
+        device, dtype = devices.resolve_device(settings.cloud_device, settings.cloud_dtype)
         settings = replace(settings, cloud_device=device, cloud_dtype=dtype)
     return settings
 
 
 def _check(settings: Settings) -> None:
-    """ConfigError for values that are good each but make no sense together."""
+    """Raise ConfigError for values that do not fit together."""
+    _check_clock(settings)
+    limited = [name for name in ("max_cpu_cores", "max_memory_gb") if getattr(settings, name) is not None]
+    if limited and settings.mode != ("edge",) and not settings.cloud_url:
+        raise ConfigError(
+            f"--{limited[0].replace('_', '-')}: would limit the cloud too, in the same process; add --cloud-url auto"
+        )
+    if "entropy" in settings.draft_stop and "entropy" not in settings.gate:
+        raise ConfigError(
+            f"--draft-stop: entropy stops at the threshold of gate entropy, and --gate is {', '.join(settings.gate)}: "
+            "give entropy=x"
+        )
+    if settings.cloud_key_file and settings.cloud_url in (None, AUTO):
+        raise ConfigError("--cloud-key-file: is for a server at --cloud-url http://...")
+
+
+def _check_clock(settings: Settings) -> None:
+    """Raise ConfigError if the clock, the profile and the cloud do not fit together."""
     known = ", ".join((*profile.PROFILE_NAMES, MEASURE))
     if settings.clock == "virtual" and settings.profile is None:
         raise ConfigError(f"--clock: virtual needs --profile: {known} or a YAML file")
@@ -338,18 +424,6 @@ def _check(settings: Settings) -> None:
                 raise ConfigError(f"--{name.replace('_', '-')}: is for the real clock; leave out --clock virtual")
     if settings.profile == MEASURE and settings.cloud_url:
         raise ConfigError("--profile: measure times both sides in this process; leave out --cloud-url")
-    held = [name for name in ("max_cpu_cores", "max_memory_gb") if getattr(settings, name) is not None]
-    if held and settings.mode != ("edge",) and not settings.cloud_url:
-        raise ConfigError(
-            f"--{held[0].replace('_', '-')}: would hold the cloud as well, in the same process; add --cloud-url auto"
-        )
-    if "entropy" in settings.draft_stop and "entropy" not in settings.gate:
-        raise ConfigError(
-            f"--draft-stop: entropy stops at the threshold of gate entropy, and --gate is {', '.join(settings.gate)}: "
-            "give entropy=x"
-        )
-    if settings.cloud_key_file and settings.cloud_url in (None, AUTO):
-        raise ConfigError("--cloud-key-file: is for a server at --cloud-url http://...")
     if settings.profile not in (None, MEASURE):
         try:
             profile.load_profile(settings.profile)
@@ -358,7 +432,7 @@ def _check(settings: Settings) -> None:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The options of a YAML file by hyphenated name. ConfigError for anything that is not a map of known options."""
+    """Return the options of a YAML file by hyphenated name. Raise ConfigError for anything but known options."""
     import yaml
 
     try:
@@ -366,7 +440,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, ValueError) as error:
-        # ValueError: a date or number that is none, or bytes that are no text
+        # ValueError: an impossible date or number, or bytes that are no UTF-8
         raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
     if loaded is None:
         return {}
@@ -379,7 +453,7 @@ def read_file(path: Path) -> dict[str, Any]:
     unknown = [name for name in options if name not in known]
     if unknown:
         raise ConfigError(f"{path}: unknown option {', '.join(unknown)}; known are {', '.join(known)}")
-    for option in OPTIONS:  # so that a bad value is blamed on the file that holds it
+    for option in OPTIONS:  # so that the message names the file of a bad value
         if option.name in options:
             try:
                 option.parse(options[option.name])

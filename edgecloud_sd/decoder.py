@@ -1,6 +1,6 @@
-"""The decode loop: edge-only, cloud-only and speculative, as one generator of events.
+"""The decode loop: edge-only, cloud-only and speculative, as a generator of events.
 
-It holds no clock, no logger and no measurement: whoever iterates it may time the events (`clock.stamp`) or print them.
+The loop holds no clock, no logger and no measurement. `timing.clock.stamp` times the events from outside.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from edgecloud_sd import gate as gates
 from edgecloud_sd.drafter import Drafter
 from edgecloud_sd.events import (
     Ahead,
     Committed,
     Degraded,
+    Draft,
     Drafted,
     Escalated,
     Event,
@@ -27,139 +27,180 @@ from edgecloud_sd.events import (
     Verdict,
     Verified,
 )
-from edgecloud_sd.prefill import Begin
+from edgecloud_sd.gate import NEVER
+from edgecloud_sd.prefill import Background
 from edgecloud_sd.session import Model
 from edgecloud_sd.stopping import Stopping
-from edgecloud_sd.verifier import CloudFault, Verifier
+from edgecloud_sd.strategy import Strategy
+from edgecloud_sd.verifier import CloudFault, Verification, Verifier
 
-MODES = ("edge", "cloud", "speculative")
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How to decode. Edge mode is drafting one token at a time under a gate that never escalates."""
+class Runtime:
+    """The parts of a run that are no part of the strategy.
 
-    mode: str
-    stopping: Stopping
-    k: int | Callable[[], int] = 1  # or asked for before each draft
-    gate: gates.Gate = gates.NEVER
-    alone: bool = False  # whether the edge finishes a caption that the cloud fails
-    stop: gates.DraftStop | None = None  # what ends a draft early
-    begin: Begin[Verdict] | None = None  # of a call that the edge drafts ahead beside; None: it waits
-    ahead: int = 0  # tokens that it drafts then, at most
-    is_lossless: bool = (
-        False  # whether the output is the same however drafts are cut: all that was drafted ahead may be one
-    )
+    `choose_k` gives the length of the next draft if the strategy has none. `background` starts a verification that the
+    edge drafts ahead of; None makes the edge wait. `finish_alone` lets the edge finish after a fault of the cloud.
+    """
 
-    def __post_init__(self) -> None:
-        check_mode(self.mode)
-        if isinstance(self.k, int) and self.k < 1:
-            raise ValueError(f"k must be at least 1, not {self.k}")
+    choose_k: Callable[[], int] | None = None
+    background: Background[Verdict] | None = None
+    finish_alone: bool = False
 
 
-def check_mode(mode: str) -> None:
-    """ValueError, naming the known ones, for any other mode."""
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
+DEFAULT_RUNTIME = Runtime()
 
 
-def decode(prompt: Prompt, how: Decoding, edge: Model | None = None, cloud: Verifier | None = None) -> Iterator[Event]:
-    """Decode one prompt. `edge` is needed for the modes edge and speculative, `cloud` for cloud and speculative."""
-    if how.mode == "cloud":
-        return _cloud(prompt, how, _needed(cloud, "cloud"))
-    speculative = how.mode == "speculative" and how.gate.escalates
-    return _rounds(prompt, how, _needed(edge, "edge"), _needed(cloud, "cloud") if speculative else None)
+def decode(
+    prompt: Prompt,
+    strategy: Strategy,
+    stopping: Stopping,
+    edge: Model | None = None,
+    cloud: Verifier | None = None,
+    runtime: Runtime = DEFAULT_RUNTIME,
+) -> Iterator[Event]:
+    """Decode one prompt. Modes edge and speculative need `edge`, modes cloud and speculative need `cloud`."""
+    if strategy.mode == "cloud":
+        return _generate(prompt, stopping, _require(cloud, "cloud"))
+    if strategy.mode == "edge":
+        alone = Strategy("speculative", NEVER, k=1)  # one local token per round
+        return _speculate(prompt, alone, stopping, _require(edge, "edge"), None, runtime)
+    verifier = _require(cloud, "cloud") if strategy.gate.can_escalate else None
+    return _speculate(prompt, strategy, stopping, _require(edge, "edge"), verifier, runtime)
 
 
-def _cloud(prompt: Prompt, how: Decoding, cloud: Verifier) -> Iterator[Event]:
+def _generate(prompt: Prompt, stopping: Stopping, cloud: Verifier) -> Iterator[Event]:
+    """Let the cloud generate alone, token by token."""
     output: list[int] = []
     verification = cloud.open(prompt)
     try:
         verification.wait()
         yield Opened("cloud")
-        for token in verification.generate(how.stopping):
+        for token in verification.generate(stopping):
             output.append(token)
             yield Committed((token,), "cloud")
-        yield _finished(how, output)
+        yield _finish(stopping, output)
     finally:
         verification.close()
 
 
-def _rounds(prompt: Prompt, how: Decoding, edge: Model, cloud: Verifier | None) -> Iterator[Event]:
-    context = [prompt.last]  # then everything committed
-    known = 0  # how much of the context the cloud holds: none until it has answered once
+def _speculate(
+    prompt: Prompt, strategy: Strategy, stopping: Stopping, edge: Model, cloud: Verifier | None, runtime: Runtime
+) -> Iterator[Event]:
+    """Draft at the edge; verify at the cloud the drafts that the gate escalates. One iteration is one round."""
+    context = [prompt.last]  # the last prompt token, then every committed token
+    at_cloud = 0  # context tokens that the cloud holds: none before its first verdict
     verification = cloud.open(prompt) if cloud else None
-    escalates = how.gate if verification else gates.NEVER
+    escalates = strategy.gate if cloud else NEVER
     try:
-        drafter = Drafter(edge.open(prompt), how.stopping.eos, how.gate.score, how.stop)
+        drafter = Drafter(edge.open(prompt), stopping.eos, strategy.gate.score, strategy.draft_stop)
         yield Opened("edge")
-        while how.stopping.reason(context[1:]) is None:
-            ahead = drafter.follow(context)
-            room = how.stopping.room(len(context) - 1)
-            k = how.k if isinstance(how.k, int) else how.k()
-            drafted = drafter.draft(min(max(k, ahead) if how.is_lossless else k, room))
-            yield Drafted(drafted, min(ahead, len(drafted.tokens)))
-            parts: list[tuple[tuple[int, ...], Origin]] = [(drafted.tokens, "local")]
-            if verification and escalates(drafted):
-                yield Escalated(drafted, len(context) - known)
-                try:
-                    if not known:
-                        verification.wait()
-                        yield Opened("cloud")
-                    ask = partial(verification.verify, known, context[known:], drafted.tokens)
-                    if how.begin:
-                        n = len(drafted.tokens)
-                        verdict = yield from _ahead(ask, how.begin, drafter, n, min(n + how.ahead, room))
-                    else:
-                        verdict = ask()
-                except CloudFault as fault:
-                    if not how.alone:
-                        raise
-                    yield Degraded(str(fault))
-                    escalates = gates.NEVER
-                else:
-                    yield Verified(drafted, verdict)
-                    known = len(context) + verdict.accepted
-                    whole = verdict.accepted == len(drafted.tokens)
-                    parts = [
-                        (drafted.tokens[: verdict.accepted], "accepted"),
-                        ((verdict.token,), "bonus" if whole else "correction"),
-                    ]
-            for tokens, origin in parts:
-                # nothing follows EOS, and a bonus may be one token too many
-                if how.stopping.reason(context[1:]) is None and (kept := how.stopping.cut(tokens, len(context) - 1)):
-                    context.extend(kept)
-                    yield Committed(kept, origin)
-        yield _finished(how, context[1:])
+        while stopping.reason(context[1:]) is None:
+            drafted = _next_draft(drafter, context, strategy, stopping, runtime)
+            yield drafted
+            verdict = None
+            if verification and escalates(drafted.draft):
+                limit = min(len(drafted.draft.tokens) + strategy.draft_ahead, stopping.room(len(context) - 1))
+                verdict = yield from _escalate(verification, drafter, drafted.draft, context, at_cloud, limit, runtime)
+                at_cloud = len(context) + verdict.accepted if verdict else at_cloud
+                escalates = escalates if verdict else NEVER  # after a fault the edge finishes alone
+            for committed in _outcome(drafted.draft, verdict, context, stopping):
+                context.extend(committed.tokens)
+                yield committed
+        yield _finish(stopping, context[1:])
     finally:
         if verification:
             verification.close()
 
 
-def _ahead(
-    ask: Callable[[], Verdict], begin: Begin[Verdict], drafter: Drafter, drafted: int, n: int
-) -> Generator[Event, None, Verdict]:
-    """The verdict. Until it is there the edge drafts on, up to `n` tokens with the `drafted` ones."""
-    pending = begin(ask)
+def _next_draft(
+    drafter: Drafter, context: list[int], strategy: Strategy, stopping: Stopping, runtime: Runtime
+) -> Drafted:
+    """Draft up to k tokens after the context.
+
+    Tokens drafted ahead lengthen a lossless draft beyond k, because its output does not depend on the draft length.
+    """
+    reused = drafter.follow(context)
+    k = strategy.k if strategy.k is not None else _require(runtime.choose_k, "choose_k")()
+    length = max(k, reused) if strategy.is_lossless else k
+    draft = drafter.draft(min(length, stopping.room(len(context) - 1)))
+    return Drafted(draft, min(reused, len(draft.tokens)))
+
+
+def _escalate(
+    verification: Verification,
+    drafter: Drafter,
+    draft: Draft,
+    context: list[int],
+    at_cloud: int,
+    limit: int,
+    runtime: Runtime,
+) -> Generator[Event, None, Verdict | None]:
+    """Send the draft with the context tokens that the cloud lacks. Return its verdict, or None if the cloud failed."""
+    yield Escalated(draft, len(context) - at_cloud)
     try:
-        made = drafter.ahead(n, pending.done)
-        yield Ahead(drafter.tokens[drafted:], made)
+        if not at_cloud:
+            verification.wait()
+            yield Opened("cloud")
+        verify = partial(verification.verify, at_cloud, context[at_cloud:], draft.tokens)
+        if runtime.background:
+            verdict = yield from _draft_ahead(verify, runtime.background, drafter, len(draft.tokens), limit)
+        else:
+            verdict = verify()
+    except CloudFault as fault:
+        if not runtime.finish_alone:
+            raise
+        yield Degraded(str(fault))
+        return None
+    yield Verified(draft, verdict)
+    return verdict
+
+
+def _draft_ahead(
+    verify: Callable[[], Verdict], background: Background[Verdict], drafter: Drafter, drafted: int, limit: int
+) -> Generator[Event, None, Verdict]:
+    """Verify in the background. Until the verdict comes, draft on, up to `limit` tokens after the context.
+
+    The first `drafted` of these tokens are the draft itself.
+    """
+    pending = background(verify)
+    try:
+        new = drafter.draft_ahead(limit, pending.done)
+        yield Ahead(drafter.tokens[drafted:], new)
     except BaseException:
         with suppress(Exception):
-            pending.result()  # it must not run on into whatever comes next
+            pending.result()  # without the wait the call would still run during the next generation
         raise
     return pending.result()
 
 
-def _finished(how: Decoding, output: list[int]) -> Finished:
-    reason = how.stopping.reason(output)
+def _outcome(draft: Draft, verdict: Verdict | None, context: list[int], stopping: Stopping) -> Iterator[Committed]:
+    """Yield the tokens that the round commits: local ones without a verdict, else the accepted and the cloud's own.
+
+    The caller extends `context` by each before it asks for the next. Nothing follows EOS or exceeds the length limit.
+    """
+    parts: list[tuple[tuple[int, ...], Origin]] = [(draft.tokens, "local")]
+    if verdict:
+        is_whole = verdict.accepted == len(draft.tokens)
+        parts = [
+            (draft.tokens[: verdict.accepted], "accepted"),
+            ((verdict.token,), "bonus" if is_whole else "correction"),
+        ]
+    for tokens, origin in parts:
+        if stopping.reason(context[1:]) is None and (cut := stopping.cut(tokens, len(context) - 1)):
+            yield Committed(cut, origin)
+
+
+def _finish(stopping: Stopping, output: list[int]) -> Finished:
+    reason = stopping.reason(output)
     if reason is None:
         raise RuntimeError("the cloud stopped before EOS and before the length limit")
     return Finished(reason)
 
 
-def _needed(part: _T | None, side: str) -> _T:
-    if part is None:
-        raise ValueError(f"this mode needs the {side} model, and none was given")
-    return part
+def _require(value: _T | None, name: str) -> _T:
+    if value is None:
+        raise ValueError(f"this strategy needs the {name}, and none was given")
+    return value

@@ -1,85 +1,80 @@
-"""The edge's part of a round: draft up to k tokens greedily, with the statistic that the gate will read."""
+"""The edge's part of a round: draft up to k tokens greedily, with the score that the gate reads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from edgecloud_sd.events import Draft
+from edgecloud_sd.gate import DraftStop, Score
 from edgecloud_sd.session import Session, sync
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from edgecloud_sd.gate import DraftStop
 
 
 class Drafter:
-    """A session's greedy tokens, made one forward pass each, and kept for as long as the context agrees with them.
+    """The greedy tokens of a session, one forward pass each. They stay for as long as the context agrees with them.
 
-    `score` is the gate's statistic of a row of logits, None where it reads none; `stop` may end a draft early.
+    `score` computes the gate's score, or is None if the gate reads none. `draft_stop` may end a draft early.
     """
 
     def __init__(
         self,
         session: Session,
         eos: frozenset[int],
-        score: Callable[[Tensor], float] | None = None,
-        stop: DraftStop | None = None,
+        score: Score | None = None,
+        draft_stop: DraftStop | None = None,
     ) -> None:
         self._session = session
         self._eos = eos
         self._score = score
-        self._stop = stop
+        self._draft_stop = draft_stop
         self._context: list[int] = []
-        self._tokens: list[int] = []  # made, in order, to follow the context
-        self._scores: list[float] = []  # one a token, where there is a score
-        self._unsure: list[bool] = []  # whether a draft ends with the token
+        # Each list has one entry per token drafted after the context, except that scores may stay empty.
+        self._tokens: list[int] = []
+        self._scores: list[float] = []
+        self._ends_draft: list[bool] = []
 
     def follow(self, context: Sequence[int]) -> int:
-        """Draft after `context` from now on. Returns how many of the tokens made so far follow it."""
-        made = [*self._context, *self._tokens]
-        agreed = len(self._context) <= len(context) and made[: len(context)] == list(context)
-        passed = len(context) - len(self._context) if agreed else len(self._tokens)
-        for kept in (self._tokens, self._scores, self._unsure):
-            del kept[:passed]
+        """Draft after `context` from now on. Return how many of the tokens drafted so far follow it."""
+        drafted = [*self._context, *self._tokens]
+        agrees = len(self._context) <= len(context) and drafted[: len(context)] == list(context)
+        outdated = len(context) - len(self._context) if agrees else len(self._tokens)
+        for values in (self._tokens, self._scores, self._ends_draft):
+            del values[:outdated]
         self._context = list(context)
         return len(self._tokens)
 
     def draft(self, k: int) -> Draft:
-        """Up to `k` >= 1 tokens after the context, ending early at EOS or where `stop` says so.
+        """Return up to `k` >= 1 tokens after the context. The draft ends early at EOS or at the draft stop.
 
-        Made anew, the session is left holding the context and all of the draft but its last token.
+        Afterwards the session's cache holds the context and all draft tokens but the last new one.
         """
-        n = 0
-        while n < k:
-            if n == len(self._tokens):
-                self._more()
-            n += 1
-            if self._unsure[n - 1] or self._tokens[n - 1] in self._eos:
+        length = 0
+        while length < k:
+            if length == len(self._tokens):
+                self._draft_one()
+            length += 1
+            if self._ends_draft[length - 1] or self._tokens[length - 1] in self._eos:
                 break
-        return Draft(tuple(self._tokens[:n]), tuple(self._scores[:n]))
+        return Draft(tuple(self._tokens[:length]), tuple(self._scores[:length]))
 
-    def ahead(self, n: int, verdict: Callable[[], bool]) -> int:
-        """Make tokens until `n` stand after the context, EOS comes, or the `verdict` is there. Returns how many."""
+    def draft_ahead(self, limit: int, is_done: Callable[[], bool]) -> int:
+        """Draft until `limit` tokens follow the context, EOS comes, or `is_done` is true. Return the number drafted."""
         before = len(self._tokens)
-        while len(self._tokens) < n and not self._ended and not verdict():
-            self._more()
+        while len(self._tokens) < limit and not self._is_ended and not is_done():
+            self._draft_one()
         return len(self._tokens) - before
-
-    def _more(self) -> None:
-        """One more token, by one forward pass."""
-        row = self._session.extend(self._tokens[-1:]) if self._tokens else sync(self._session, self._context)
-        self._tokens.append(int(row.argmax().item()))
-        if self._score is not None:
-            self._scores.append(self._score(row[0]))
-        self._unsure.append(self._stop is not None and self._stop(row[0], self._scores))
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """All that stands after the context, the draft first."""
+        """All tokens drafted after the context, those of the current draft first."""
         return tuple(self._tokens)
 
+    def _draft_one(self) -> None:
+        logits = self._session.extend(self._tokens[-1:]) if self._tokens else sync(self._session, self._context)
+        self._tokens.append(int(logits.argmax().item()))
+        if self._score is not None:
+            self._scores.append(self._score(logits[0]))
+        self._ends_draft.append(self._draft_stop is not None and self._draft_stop(logits[0], self._scores))
+
     @property
-    def _ended(self) -> bool:
+    def _is_ended(self) -> bool:
         return bool(self._tokens) and self._tokens[-1] in self._eos

@@ -1,8 +1,7 @@
-"""The frozen records that pass between rooms. No logic beyond counting what a record already holds.
+"""The frozen records that pass between modules: prompts, drafts, verdicts, events and traces.
 
-Words (design, section 1): a *draft* is proposed by the edge; a *verdict* is the cloud's answer to it; the *context* is
-the last prompt token followed by everything committed, so that "feed what is new, read the last rows" needs no special
-case for the first token.
+The *context* of a generation is the last prompt token followed by every committed token. Prefill holds that token
+back, so every step is "feed the new tokens, read the last rows".
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ Origin = Literal["local", "accepted", "correction", "bonus", "cloud"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """What both sides are opened on.
+    """The input of both models.
 
-    `ids` holds one audio placeholder for each position that the audio encoder emits; `features` is the log-mel
+    `ids` has one audio placeholder for each position that the audio encoder emits. `features` is the log-mel
     spectrogram [mel bins, frames] in float32, or None for a prompt of text alone.
     """
 
@@ -30,13 +29,13 @@ class Prompt:
 
     @property
     def last(self) -> int:
-        """The token held back from prefill: the first of every context."""
+        """The token that prefill holds back: the first token of every context."""
         return self.ids[-1]
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Up to k tokens from the edge, with the gate's statistic for each, or none where the gate reads none."""
+    """Up to k tokens from the edge. `scores` has the gate's score of each token, or is empty without such a score."""
 
     tokens: tuple[int, ...]
     scores: tuple[float, ...] = ()
@@ -44,9 +43,9 @@ class Draft:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How many draft tokens the cloud keeps, and its own token for the position after them.
+    """The target's answer to a draft: the number of accepted tokens, and its own token for the place after them.
 
-    That token is a correction where a draft token was rejected, the bonus where all were accepted.
+    That token is a correction after a rejected token, and the bonus after a draft that was accepted whole.
     """
 
     accepted: int
@@ -55,7 +54,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Features computed from the samples, and the prompt built."""
+    """The features are computed and the prompt is built."""
 
     prompt_tokens: int
 
@@ -69,7 +68,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Drafted:
-    """`ahead` of the draft's tokens had been drafted before their round began, and were kept."""
+    """The edge has a draft. The first `ahead` of its tokens were drafted ahead, in earlier rounds."""
 
     draft: Draft
     ahead: int = 0
@@ -77,7 +76,7 @@ class Drafted:
 
 @dataclass(frozen=True)
 class Escalated:
-    """The gate has sent the draft to the cloud, with `sent` committed tokens that the cloud had not seen."""
+    """The gate sends the draft to the cloud, with `sent` committed tokens that the cloud does not have yet."""
 
     draft: Draft
     sent: int
@@ -85,10 +84,10 @@ class Escalated:
 
 @dataclass(frozen=True)
 class Ahead:
-    """While a verdict was on its way the edge has drafted on, as if all were accepted.
+    """The edge has drafted on during a verification, as if the whole draft were accepted.
 
-    `tokens` is all that follows the draft now: a guess of the bonus, then draft tokens. The last `made` of them are
-    new; those before were drafted during the rounds before. One wrong guess, and all of it is thrown away.
+    `tokens` follow the draft: a guess of the bonus, then draft tokens. The last `made` of them are new; earlier rounds
+    drafted the others. If one token before them turns out wrong, all of them are discarded.
     """
 
     tokens: tuple[int, ...]
@@ -96,23 +95,25 @@ class Ahead:
 
     @property
     def guess(self) -> int | None:
-        """Of the bonus; None before one is made."""
+        """The guess of the bonus, or None if the edge has not drafted one."""
         return self.tokens[0] if self.tokens else None
 
 
 @dataclass(frozen=True)
 class Verified:
+    """The cloud has answered."""
+
     draft: Draft
     verdict: Verdict
 
     def right(self, guess: int | None) -> bool:
-        """Whether the cloud has kept the whole draft and then said what the edge had guessed."""
+        """Return True if the cloud accepted the whole draft and its bonus is the `guess`."""
         return self.verdict == Verdict(len(self.draft.tokens), guess) if guess is not None else False
 
 
 @dataclass(frozen=True)
 class Committed:
-    """Tokens that are output now, all of one origin. Never empty."""
+    """Tokens are output from now on. They have one origin, and there is at least one."""
 
     tokens: tuple[int, ...]
     origin: Origin
@@ -120,13 +121,15 @@ class Committed:
 
 @dataclass(frozen=True)
 class Degraded:
-    """The cloud could not be had: the edge finishes the caption alone."""
+    """The cloud failed, and the edge finishes alone."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Finished:
+    """The generation is at its end."""
+
     reason: Literal["eos", "length"]
 
 
@@ -135,10 +138,10 @@ Event = Prepared | Opened | Drafted | Escalated | Ahead | Verified | Committed |
 
 @dataclass(frozen=True)
 class Span:
-    """Time inside an interval between two events that belongs to a part of the latency breakdown of its own.
+    """Time that belongs to one part of the latency breakdown, recorded where the work is done.
 
-    `start` and `end` are seconds since the request; `size` is the payload in bytes, for what crosses a link. `hidden`,
-    of a verdict's round trip, are the seconds of it that passed before `start`, while the edge drafted ahead.
+    `start` and `end` are seconds since the request. `size` is the payload in bytes of a message. `hidden` are the
+    seconds of a verification that passed before `start`, while the edge drafted ahead.
     """
 
     part: str
@@ -149,15 +152,15 @@ class Span:
 
     @property
     def seconds(self) -> float:
-        """All that it took, hidden or not."""
+        """All its seconds, the hidden ones included."""
         return self.end - self.start + self.hidden
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One caption's events with the seconds since its request at which each was seen from outside.
+    """The events of one generation, each with the seconds since the request at which it was seen from outside.
 
-    `spans` are in the order of their ends, and do not overlap.
+    `spans` are sorted by their ends, and do not overlap.
     """
 
     events: tuple[tuple[float, Event], ...]
@@ -170,5 +173,5 @@ class Trace:
 
     @property
     def seconds(self) -> float:
-        """Request to last event."""
+        """Seconds from the request to the last event."""
         return self.events[-1][0]

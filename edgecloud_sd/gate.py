@@ -1,4 +1,7 @@
-"""Gates: whether a draft goes to the cloud, decided on one statistic of each drafted token; and where drafts stop."""
+"""Gates decide if a draft goes to the cloud. Draft stops decide where a draft ends.
+
+Both read a score of each draft token, computed from the row of logits that the token was drafted from.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +17,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GATE_NAMES = ("entropy", "always", "never")
-Score = Callable[["Tensor"], float]
+Score = Callable[["Tensor"], float]  # of a row of logits [vocab_size]
 DRAFT_STOP_FORMS = ("none", "entropy", "entropy=x", "margin=x")
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Escalate when the largest score in the draft exceeds `threshold`. `score` is None where no score is needed."""
+    """A rule that escalates a draft if its largest score exceeds `threshold`.
 
-    label: str
+    `score` is None for a gate that decides without one: `ALWAYS` and `NEVER`.
+    """
+
+    name: str
     threshold: float
     score: Score | None = None
 
     def __call__(self, draft: Draft) -> bool:
+        """Return True if the draft goes to the cloud."""
         if self.score is None:
             return self.threshold < 0
         return max(draft.scores) > self.threshold
 
     @property
-    def escalates(self) -> bool:
-        """False for a gate that can never ask the cloud."""
+    def label(self) -> str:
+        """The gate's part of a case id."""
+        return f"H{self.threshold:g}" if self.name == "entropy" else self.name
+
+    @property
+    def can_escalate(self) -> bool:
+        """True unless the gate never asks the cloud."""
         return self.threshold < math.inf
 
 
@@ -42,9 +54,9 @@ NEVER = Gate("never", math.inf)
 
 
 def entropy_gate(threshold: float) -> Gate:
-    """Escalate when the largest entropy (nats) in the draft exceeds `threshold`.
+    """Return the gate that escalates if the largest entropy (nats) in the draft exceeds `threshold`.
 
-    At 0 or below it is `ALWAYS`, at inf `NEVER`. ValueError for nan.
+    A threshold of 0 or below gives `ALWAYS`, and inf gives `NEVER`. Raise ValueError for nan.
     """
     if math.isnan(threshold):
         raise ValueError("the entropy threshold must be a number of nats, not nan")
@@ -52,57 +64,11 @@ def entropy_gate(threshold: float) -> Gate:
         return ALWAYS
     if threshold == math.inf:
         return NEVER
-    return Gate(f"H{threshold:g}", threshold, probs.entropy)
+    return Gate("entropy", threshold, probs.entropy)
 
 
-@dataclass(frozen=True)
-class DraftStop:
-    """A draft ends with its first token whose score exceeds `threshold`. `score` None is the gate's own score."""
-
-    label: str
-    threshold: float
-    score: Score | None = None
-
-    def __call__(self, row: Tensor, scores: Sequence[float]) -> bool:
-        """For the last token made, from its row of logits [vocab]; `scores` are the gate's, that token's included."""
-        return (scores[-1] if self.score is None else self.score(row)) > self.threshold
-
-
-def parse_draft_stop(text: str, gate: Gate) -> DraftStop | None:
-    """A rule to stop drafts by, under `gate`; None for no rule. ValueError, naming the known ones, for any other text.
-
-    `entropy` stops at the threshold of the gate, so at a token that escalates the draft; it is None for other gates.
-    `entropy=x` has a threshold of its own, in nats; `margin=x` stops where the two most likely tokens are
-    less than x apart.
-    """
-    name, _, number = text.partition("=")
-    if text == "none" or (text == "entropy" and gate.score is not probs.entropy):
-        return None
-    try:
-        x = gate.threshold if text == "entropy" else float(number)
-    except ValueError:
-        x = math.nan
-    if name == "entropy" and x > 0:
-        return DraftStop(f"stopH{x:g}", x, None if gate.score is probs.entropy else probs.entropy)
-    if name == "margin" and 0 < x <= 1:
-        return DraftStop(f"stopM{x:g}", -x, _closeness)
-    raise ValueError(
-        f"is not one of {', '.join(DRAFT_STOP_FORMS)} "
-        "(nats above 0 for entropy, a difference of chances, to 1, for margin)"
-    )
-
-
-def statistics_per_token(gate: Gate, stop: DraftStop | None) -> int:
-    """How many are computed of each drafted token."""
-    return int(gate.score is not None) + int(stop is not None and stop.score is not None)
-
-
-def _closeness(row: Tensor) -> float:
-    return -probs.margin(row)
-
-
-def parse_gate(name: str, threshold: float) -> Gate:
-    """A gate by name; only `entropy_gate` reads `threshold`. ValueError, naming the known gates, for any other name."""
+def parse_gate(name: str, threshold: float = math.nan) -> Gate:
+    """Return a gate by name. Only `entropy` reads `threshold`. Raise ValueError for an unknown name."""
     if name == "entropy":
         return entropy_gate(threshold)
     if name == "always":
@@ -110,3 +76,70 @@ def parse_gate(name: str, threshold: float) -> Gate:
     if name == "never":
         return NEVER
     raise ValueError(f"unknown gate {name!r}: choose one of {', '.join(GATE_NAMES)}")
+
+
+@dataclass(frozen=True)
+class DraftStop:
+    """A rule that ends a draft with its first token whose score exceeds `threshold`.
+
+    `score` is None if the rule reads the gate's own score.
+    """
+
+    name: str
+    threshold: float
+    score: Score | None = None
+
+    def __call__(self, row: Tensor, gate_scores: Sequence[float]) -> bool:
+        """Return True if the draft ends with its last token.
+
+        `row` [vocab_size] holds the logits of that token. The last of `gate_scores` is its score under the gate.
+        """
+        return (gate_scores[-1] if self.score is None else self.score(row)) > self.threshold
+
+    @property
+    def limit(self) -> float:
+        """The number in the rule's text: nats, or the difference of two probabilities."""
+        return -self.threshold if self.name == "margin" else self.threshold
+
+    @property
+    def text(self) -> str:
+        """The text that `parse_draft_stop` reads as this rule."""
+        return f"{self.name}={self.limit!r}"
+
+    @property
+    def label(self) -> str:
+        """The rule's part of a case id."""
+        return f"stop{'M' if self.name == 'margin' else 'H'}{self.limit:g}"
+
+
+def parse_draft_stop(text: str, gate: Gate) -> DraftStop | None:
+    """Return the draft stop that `text` names, or None for `none`. Raise ValueError for any other text.
+
+    `entropy` ends a draft at the gate's own threshold, so with the token that escalates it. Under a gate that reads no
+    entropy it gives None. `entropy=x` ends a draft above x nats. `margin=x` ends it where the probabilities of the two
+    most likely tokens differ by less than x.
+    """
+    name, _, number = text.partition("=")
+    if text == "none" or (text == "entropy" and gate.score is not probs.entropy):
+        return None
+    try:
+        limit = gate.threshold if text == "entropy" else float(number)
+    except ValueError:
+        limit = math.nan
+    if name == "entropy" and limit > 0:
+        return DraftStop("entropy", limit, None if gate.score is probs.entropy else probs.entropy)
+    if name == "margin" and 0 < limit <= 1:
+        return DraftStop("margin", -limit, _negative_margin)
+    raise ValueError(
+        f"is not one of {', '.join(DRAFT_STOP_FORMS)} (nats above 0 for entropy, a difference of probabilities up to 1 "
+        "for margin)"
+    )
+
+
+def statistics_per_token(gate: Gate, draft_stop: DraftStop | None) -> int:
+    """Return how many scores are computed for each draft token."""
+    return int(gate.score is not None) + int(draft_stop is not None and draft_stop.score is not None)
+
+
+def _negative_margin(row: Tensor) -> float:
+    return -probs.margin(row)

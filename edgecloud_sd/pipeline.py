@@ -1,296 +1,324 @@
-"""From audio to caption: the way of the data in one place, for the command line, the suite and your own code."""
+"""A loaded pair that decodes requests, for the command line, the suite and your own code.
+
+pipeline = Pipeline.load("pocket")
+caption = pipeline.caption("speech.wav", language="english", strategy=Strategy("speculative", k=4))
+"""
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from edgecloud_sd import acceptance, decoder, gate
-from edgecloud_sd import prefill as opening
-from edgecloud_sd.data import prompts
-from edgecloud_sd.decoder import Decoding
+from edgecloud_sd.cloud.local import Cloud, LocalCloud
+from edgecloud_sd.data import audio, dataset, prompts
+from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import Event, Prepared, Prompt, Trace
 from edgecloud_sd.forecast.adaptive_k import AdaptiveK
-from edgecloud_sd.gate import DraftStop
 from edgecloud_sd.models import devices, frontend, pairs
+from edgecloud_sd.session import Model
 from edgecloud_sd.stopping import Stopping
-from edgecloud_sd.timing import link as links
+from edgecloud_sd.strategy import LOSSLESS, Strategy
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
-from edgecloud_sd.timing.link import Link
-from edgecloud_sd.verifier import LocalVerifier, Verifier
+from edgecloud_sd.timing.link import NO_LINK, Link
+from edgecloud_sd.timing.profile import Profile
 
 if TYPE_CHECKING:
-    from edgecloud_sd.cloud.client import Connection
-    from edgecloud_sd.cloud.engine import Identity
     from edgecloud_sd.config import Settings
     from edgecloud_sd.models.frontend import Frontend
     from edgecloud_sd.models.hf import HFModel
-    from edgecloud_sd.timing.profile import Profile
+
+MAX_NEW_TOKENS = 64  # of a caption, unless asked for otherwise
 
 
 @dataclass(frozen=True)
 class Request:
-    """One clip to caption: mono samples at 16 kHz, and how to ask for the caption."""
+    """One clip to caption: mono float32 samples at 16 kHz, and the wording of the prompt.
+
+    `Request.of` makes one of a file or of any array. Raise ValueError for an unknown language or prompt type.
+    """
 
     samples: NDArray[np.float32]
     language: str = "chinese"
     prompt_type: str = "default"
     transcription: str | None = None
 
-
-@dataclass(frozen=True)
-class Cell:
-    """One way to decode, by name: what a cell of the benchmark grid fixes."""
-
-    mode: str
-    gate: gate.Gate = gate.NEVER
-    rule: acceptance.Rule = acceptance.GREEDY
-    k: int | None = 1  # None: found anew each round
-    link: Link = links.NO_LINK
-    open: str = "eager"
-    stop: DraftStop | None = None
-    ahead: int = 0
-
     def __post_init__(self) -> None:
-        decoder.check_mode(self.mode)
-        if self.k is not None and self.k < 1:
-            raise ValueError(f"k must be at least 1, or None to have it found, not {self.k}")
-        if self.open not in opening.PREFILL_TIMES:
-            raise ValueError(f"open must be one of {', '.join(opening.PREFILL_TIMES)}, not {self.open!r}")
-        if self.ahead < 0:
-            raise ValueError(f"ahead must be 0 or more tokens, not {self.ahead}")
-        if self.stop and self.stop.score is None and self.gate.score is None:
-            raise ValueError(f"stop {self.stop.label} reads the gate's score, and gate {self.gate.label} has none")
-
-    @property
-    def is_lossless(self) -> bool:
-        """Whether the output is promised to equal the cloud's own, token for token (in float32 and float64)."""
-        return self.mode == "speculative" and self.gate == gate.ALWAYS and self.rule.is_lossless
-
-
-def cells(settings: Settings) -> list[Cell]:
-    """Each different way to decode that a run asks for, once, in the order of its settings."""
-    found: list[Cell] = []
-    crossed = [links.parse_link(text) for text in settings.link]
-    for mode in settings.mode:
-        if mode == "edge":
-            found.append(Cell(mode))
-            continue
-        if mode == "cloud":
-            found.extend(Cell(mode, link=link) for link in crossed)
-            continue
-        gates = [
-            gate.parse_gate(name, threshold)
-            for name in settings.gate
-            for threshold in (settings.entropy_threshold if name == "entropy" else (0.0,))
-        ]
-        rules = [acceptance.parse_rule(rule, r) for rule in settings.rule for r in settings.rank]
-        ways = list(
-            itertools.product(rules, settings.k, crossed, settings.open, settings.draft_stop, settings.draft_ahead)
-        )
-        found.extend(
-            Cell(mode, chosen, rule, k, link, when, gate.parse_draft_stop(stop, chosen), ahead)
-            for chosen in gates
-            # where nothing is sent, nothing else of a cell matters
-            for rule, k, link, when, stop, ahead in (ways if chosen.escalates else ways[:1])
-        )
-    return list(dict.fromkeys(found))
-
-
-class Captioner:
-    """A pair, each side loaded when a mode first needs it: edge mode never loads the cloud.
-
-    `threads` is how many CPU threads torch may use, for the whole process; None leaves it torch's own choice for a pair
-    with a model of 50 M parameters or more, and is one otherwise. With a `connection` the cloud is a service
-    elsewhere, and no weights of it are loaded here. `alone` lets the edge finish what the cloud fails.
-    """
+        for name, value, known in (
+            ("language", self.language, prompts.LANGUAGES),
+            ("prompt_type", self.prompt_type, prompts.PROMPT_TYPES),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
 
     @classmethod
-    def of(cls, settings: Settings, connection: Connection | None = None) -> Captioner:
-        """The captioner that a run asks for."""
-        return cls(
-            pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights),
-            edge_device=settings.edge_device,
-            edge_dtype=settings.edge_dtype,
-            cloud_device=settings.cloud_device,
-            cloud_dtype=settings.cloud_dtype,
-            threads=settings.threads,
-            connection=connection,
-            alone=settings.on_cloud_fault == "edge",
-        )
+    def of(
+        cls,
+        source: str | Path | ArrayLike,
+        sampling_rate: int = dataset.SAMPLE_RATE,
+        language: str = "chinese",
+        prompt_type: str = "default",
+        transcription: str | None = None,
+    ) -> Request:
+        """Return a request for an audio file, or for an array as `audio.as_samples` takes it.
+
+        Raise ValueError for audio that cannot be used. A file has its own sampling rate.
+        """
+        if isinstance(source, str | Path):
+            samples = dataset.load_audio(source)
+        else:
+            samples = audio.as_samples(source, sampling_rate)
+        return cls(samples, language, prompt_type, transcription)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """The text of a generation, its token ids and its trace."""
+
+    text: str
+    tokens: tuple[int, ...]
+    trace: Trace
+
+
+def generation_events(
+    build_prompt: Callable[[], Prompt],
+    strategy: Strategy,
+    stopping: Stopping,
+    edge: Model | None,
+    cloud: Cloud | None,
+    harness: Harness | None = None,
+    *,
+    adaptive_k: AdaptiveK | None = None,
+    finish_alone: bool = False,
+) -> Iterator[Event]:
+    """Yield the events of one generation, from its features to its last token.
+
+    Mode cloud needs no `edge`, and mode edge needs no `cloud`. A strategy without a k needs `adaptive_k`.
+    """
+    harness = harness or Harness()
+    prompt = harness.prepared(build_prompt)
+    yield Prepared(len(prompt.ids))
+    verifier = None
+    if cloud and strategy.mode != "edge":
+        verifier = cloud.verifier(strategy.rule, harness)
+        verifier = harness.deferred(verifier, strategy.prefill) if strategy.is_speculative else verifier
+    lengths = adaptive_k.for_generation() if adaptive_k and strategy.k is None else None
+    runtime = Runtime(
+        choose_k=lengths.choose_k if lengths else None,
+        background=harness.background_verification if strategy.draft_ahead else None,
+        finish_alone=finish_alone,
+    )
+    timed_edge = harness.edge(edge) if edge else None
+    events = decode(prompt, harness.timed_strategy(strategy), stopping, timed_edge, verifier, runtime)
+    yield from lengths.observe(events, harness.watch.seconds) if lengths else events
+
+
+class Pipeline:
+    """A pair that decodes requests. Each side loads when a strategy first needs it: mode edge never loads the cloud.
+
+    Threads and interleaved generators may share a pipeline. `threads` sets the CPU threads of torch for the whole
+    process; None chooses them by the size of the models. `finish_alone` lets the edge finish if the cloud fails.
+    """
 
     def __init__(
         self,
         pair: pairs.Pair = pairs.PAIRS["pocket"],
+        cloud: Cloud | None = None,
+        *,
+        edge_device: str = "cpu",
+        edge_dtype: str = "float32",
+        threads: int | None = None,
+        finish_alone: bool = False,
+    ) -> None:
+        self.pair = pair
+        self.cloud: Cloud = cloud or LocalCloud(pair.cloud, weights=pair.weights)
+        self.finish_alone = finish_alone
+        self._edge_device = edge_device
+        self._edge_dtype = edge_dtype
+        self._threads = threads
+        self._lock = RLock()
+        self._ready: dict[str, tuple[Frontend, int]] = {}  # by mode: the front end, and torch's threads
+        self._adaptive: dict[tuple[object, ...], AdaptiveK] = {}
+
+    @classmethod
+    def load(
+        cls,
+        pair: str | pairs.Pair = "pocket",
         *,
         edge_device: str = "cpu",
         edge_dtype: str = "float32",
         cloud_device: str = "cpu",
         cloud_dtype: str = "float32",
         threads: int | None = None,
-        connection: Connection | None = None,
-        alone: bool = False,
-    ) -> None:
-        self.pair = pair
-        self._edge = (pair.edge, edge_device, edge_dtype, pair.weights)
-        self._cloud = (pair.cloud, cloud_device, cloud_dtype, pair.weights)
-        self._threads = threads
-        self._connection = connection
-        self._alone = alone
-        self._paces: dict[tuple[Cell, str, Profile | None], AdaptiveK] = {}
-        self._loaded: dict[str, tuple[Frontend, int]] = {}
+    ) -> Pipeline:
+        """Load both sides of a pair into this process.
 
-    def elsewhere(self, connection: Connection) -> Captioner:
-        """The same pair with its cloud at a server, on the same edge: it is not loaded again. A fault is an error."""
-        _ = self.edge  # or each of the two would load its own
-        other = copy.copy(self)
-        other._connection, other._alone, other._paces, other._loaded = connection, False, {}, {}
+        Raise ValueError for an unknown pair, device or dtype, or if the checkpoints are no pair or do not fit in
+        memory. Raise OSError for a checkpoint that cannot be read.
+        """
+        pair = pairs.find_pair(pair) if isinstance(pair, str) else pair
+        cloud = LocalCloud(pair.cloud, cloud_device, cloud_dtype, pair.weights)
+        pipeline = cls(pair, cloud, edge_device=edge_device, edge_dtype=edge_dtype, threads=threads)
+        pipeline.prepare("speculative")
+        return pipeline
+
+    @classmethod
+    def from_settings(cls, settings: Settings, cloud: Cloud) -> Pipeline:
+        """Return the pipeline that the settings of a run ask for, with a cloud of `connect.connect`."""
+        return cls(
+            pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights),
+            cloud,
+            edge_device=settings.edge_device,
+            edge_dtype=settings.edge_dtype,
+            threads=settings.threads,
+            finish_alone=settings.on_cloud_fault == "edge",
+        )
+
+    def with_cloud(self, cloud: Cloud) -> Pipeline:
+        """Return a pipeline with another cloud that shares this one's edge, without finishing alone."""
+        other = Pipeline(self.pair, cloud, threads=self._threads)
+        other.edge = self.edge
         return other
 
     @cached_property
     def edge(self) -> HFModel:
-        """The small model, loaded when first asked for."""
-        return _load(*self._edge)
+        """The edge's model. It loads when it is first needed."""
+        from edgecloud_sd.models.load import load_model  # help texts must not wait for torch
 
-    @cached_property
-    def cloud(self) -> HFModel:
-        """The large model, loaded when first asked for."""
-        return _load(*self._cloud)
+        return load_model(self.pair.edge, self._edge_device, self._edge_dtype, self.pair.weights)
 
-    @cached_property
-    def front(self) -> Frontend:
-        """The edge's front end: where the cloud is elsewhere, cloud mode needs no weights here."""
-        from edgecloud_sd.models import load
+    @property
+    def cloud_model(self) -> HFModel:
+        """The cloud's model in this process. Raise ValueError if the cloud runs elsewhere."""
+        if not isinstance(self.cloud, LocalCloud):
+            raise ValueError(f"{self.cloud.identity.name} runs elsewhere, not in this process")
+        return self.cloud.model
 
-        return load.load_frontend(self.pair.edge, self.pair.weights)
+    def prepare(self, mode: str) -> Frontend:
+        """Load the sides that a mode needs, check that they are a pair, and return the front end for its prompts.
 
-    def load(self, mode: str) -> Frontend:
-        """Load what `mode` needs, check that it fits together, and return the side that prepares its prompts."""
-        if mode not in self._loaded:
-            models = [] if mode == "cloud" else [self.edge]
-            if mode != "edge" and self._connection is None:
-                models.append(self.cloud)
-            side = models[0] if models else self.front
-            if mode != "edge":
-                cloud = self._connection.remote if self._connection else None
-                there = cloud.traits if cloud else frontend.frontend_traits(self.cloud)
-                name = cloud.name if cloud else self.cloud.name
-                frontend.check_pair(side.name, frontend.frontend_traits(side), name, there)
-                if cloud and (cloud.weights == pairs.DUMMY) != (self.pair.weights == pairs.DUMMY):
-                    raise ValueError(f"{name}, at the server, and {side.name} are not both of dummy weights: --weights")
-                if models and self.pair.weights == pairs.DUMMY:
-                    from edgecloud_sd.models import dummy
-
-                    dummy.check_vocab_sizes(models[0].vocab_size, cloud.vocab_size if cloud else self.cloud.vocab_size)
-            threads = devices.choose_threads(self._threads, [model.thinker for model in models])
-            self._loaded[mode] = side, threads
-        side, threads = self._loaded[mode]
+        Mode cloud loads no weights of the edge.
+        """
+        with self._lock:
+            if mode not in self._ready:
+                self._ready[mode] = self._load_sides(mode)
+            front, threads = self._ready[mode]
         devices.use_threads(threads)
-        return side
+        return front
 
-    def prompt(self, request: Request, mode: str) -> Prompt:
-        side = self.load(mode)
+    def _load_sides(self, mode: str) -> tuple[Frontend, int]:
+        front: Frontend = self.edge if mode != "cloud" else (self.cloud.frontend or self._frontend())
+        parameters = [] if mode == "cloud" else [self.edge.thinker.num_parameters()]
+        if mode != "edge":
+            cloud = self.cloud.identity
+            frontend.check_pair(front.name, frontend.frontend_traits(front), cloud.name, cloud.traits)
+            if (cloud.weights == pairs.DUMMY) != (self.pair.weights == pairs.DUMMY):
+                raise ValueError(
+                    f"{cloud.name}, at the cloud, and {front.name} do not both have dummy weights: --weights"
+                )
+            if mode == "speculative" and self.pair.weights == pairs.DUMMY:
+                from edgecloud_sd.models import dummy
+
+                dummy.check_vocab_sizes(self.edge.vocab_size, cloud.vocab_size)
+            parameters.append(self.cloud.local_parameters)
+        return front, devices.choose_threads(self._threads, parameters)
+
+    def _frontend(self) -> Frontend:
+        """Return the edge's front end without its weights."""
+        from edgecloud_sd.models.load import load_frontend
+
+        return load_frontend(self.pair.edge, self.pair.weights)
+
+    def prompt(self, request: Request, mode: str = "speculative") -> Prompt:
+        """Return the prompt of a request: its features, and its ids."""
+        front = self.prepare(mode)
         return prompts.build_prompt(
             request.samples,
-            side.tokenizer,
-            side.extractor,
+            front.tokenizer,
+            front.extractor,
             language=request.language,
             prompt_type=request.prompt_type,
             transcription=request.transcription,
         )
 
+    def caption(
+        self,
+        source: str | Path | ArrayLike,
+        *,
+        sampling_rate: int = dataset.SAMPLE_RATE,
+        language: str = "chinese",
+        prompt_type: str = "default",
+        transcription: str | None = None,
+        strategy: Strategy = LOSSLESS,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> Caption:
+        """Caption an audio file, or an array of samples (see `audio.as_samples`) at a sampling rate in Hz.
+
+        Raise ValueError for audio, a language or another argument that cannot be used, and CloudFault if a remote
+        cloud fails.
+        """
+        request = Request.of(source, sampling_rate, language, prompt_type, transcription)
+        trace = self.trace(request, strategy, max_new_tokens)
+        return Caption(self.text(trace.tokens, strategy.mode), trace.tokens, trace)
+
     def events(
-        self, request: Request, cell: Cell, max_new_tokens: int, stage: Harness | None = None
+        self,
+        request: Request,
+        strategy: Strategy,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        harness: Harness | None = None,
     ) -> Iterator[Event]:
-        """Everything that happens to one request, from its features to its last token."""
-        stage = stage or self._stage(cell)
-        side = self.load(cell.mode)
-        stopping = Stopping(side.eos, max_new_tokens)
-        k = self._pace(cell, request.language, stage.profile) if cell.k is None else cell.k
-        how = Decoding(
-            cell.mode,
-            stopping,
-            k=k,
-            gate=stage.gate(cell.gate),
-            alone=self._alone,
-            stop=stage.stop(cell.stop),
-            begin=stage.begin_verdict if cell.ahead else None,
-            ahead=cell.ahead,
-            is_lossless=cell.is_lossless,
+        """Yield the events of one request as they come."""
+        harness = harness or Harness()
+        front = self.prepare(strategy.mode)
+        return generation_events(
+            lambda: self.prompt(request, strategy.mode),
+            strategy,
+            Stopping(front.eos, max_new_tokens),
+            None if strategy.mode == "cloud" else self.edge,
+            self.cloud,
+            harness,
+            adaptive_k=self.adaptive_k(strategy, request.language, harness.link, harness.profile),
+            finish_alone=self.finish_alone,
         )
-        prompt = stage.prepared(lambda: self.prompt(request, cell.mode))
-        yield Prepared(len(prompt.ids))
-        edge = None if cell.mode == "cloud" else stage.edge(self.edge)
-        cloud = None if cell.mode == "edge" else self.verifier(cell.rule, stage)
-        if cloud and cell.mode == "speculative":
-            cloud = stage.opened(cloud, cell.open)
-        decoded = decoder.decode(prompt, how, edge, cloud)
-        yield from k.look(decoded, stage.watch.seconds) if isinstance(k, AdaptiveK) else decoded
-
-    def remember(self, trace: Trace, cell: Cell, language: str, profile: Profile | None = None) -> None:
-        """A caption of an earlier run that this one goes on from: what it shows is not to be found out again."""
-        if cell.k is None:
-            self._pace(cell, language, profile).look_back(trace)
-
-    def _pace(self, cell: Cell, language: str, profile: Profile | None) -> AdaptiveK:
-        return self._paces.setdefault(
-            (cell, language, profile), AdaptiveK(cell.ahead, cell.is_lossless, cell.open == "eager")
-        )
-
-    def verifier(self, rule: acceptance.Rule, stage: Harness | None = None) -> Verifier:
-        """The cloud, wherever it is, for one caption."""
-        stage = stage or Harness()
-        if self._connection:
-            return self._connection.verifier(rule, stage)
-        return stage.linked(LocalVerifier(stage.cloud(self.cloud), rule))
 
     def trace(
         self,
         request: Request,
-        cell: Cell,
-        max_new_tokens: int,
+        strategy: Strategy,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        *,
+        link: Link = NO_LINK,
         profile: Profile | None = None,
         seed: str = "",
-        finished: Callable[[], None] = lambda: None,
+        on_finished: Callable[[], None] = lambda: None,
     ) -> Trace:
-        """One caption, timed: on the real clock, or under `profile` on a virtual one; the cell's link on either.
+        """Decode one request over a link, and return its trace: on the real clock, or on a virtual one under `profile`.
 
-        `finished` is called at its last event, before anything is cleared away.
+        `seed` draws the link's jitter. `on_finished` is called at the last event, before anything is cleaned up.
         """
         import torch
 
-        stage = self._stage(cell, profile, seed)
+        harness = Harness(profile, link, seed)
         with torch.inference_mode():
-            return stamp(self.events(request, cell, max_new_tokens, stage), stage.watch, finished)
+            return stamp(self.events(request, strategy, max_new_tokens, harness), harness.watch, on_finished)
 
-    def _stage(self, cell: Cell, profile: Profile | None = None, seed: str = "") -> Harness:
-        return Harness(profile, cell.link, seed, far=self._connection is not None and cell.mode != "edge")
+    def text(self, tokens: Sequence[int], mode: str = "speculative") -> str:
+        """Return the text of token ids, without special tokens."""
+        text: str = self.prepare(mode).tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text
 
-    @property
-    def cloud_dtype(self) -> str:
-        """The number format of the cloud, wherever it is."""
-        return self._connection.remote.dtype if self._connection else self._cloud[2]
-
-    @property
-    def remote(self) -> Identity | None:
-        """What the server says of itself, where the cloud is one."""
-        return self._connection.remote if self._connection else None
-
-    def text(self, mode: str) -> Callable[..., str]:
-        """The decoding from ids to a caption: special tokens, EOS among them, have no text."""
-        tokenizer = self.load(mode).tokenizer
-        return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)
-
-
-def _load(checkpoint: str, device: str, dtype: str, weights: str) -> HFModel:
-    from edgecloud_sd.models import load  # brings torch and transformers, which no help text should wait for
-
-    return load.load_model(checkpoint, device, dtype, weights)
+    def adaptive_k(
+        self, strategy: Strategy, language: str, link: Link = NO_LINK, profile: Profile | None = None
+    ) -> AdaptiveK:
+        """Return the statistics of adaptive k for requests that are alike. They belong to this pipeline's run."""
+        with self._lock:
+            key = (strategy, language, link, profile)
+            return self._adaptive.setdefault(key, AdaptiveK.for_strategy(strategy))

@@ -1,4 +1,4 @@
-"""When the cloud is opened on a prompt: beside the edge's own prefill, or only if a draft has to go there."""
+"""The moment at which the cloud prefills a prompt: beside the edge's own prefill, or at the first escalation."""
 
 from __future__ import annotations
 
@@ -17,52 +17,56 @@ _T_co = TypeVar("_T_co", covariant=True)
 
 
 class Pending(Protocol[_T_co]):
-    """A call that was begun: a `concurrent.futures.Future`, or its like on a virtual clock."""
+    """A call in the background: a `concurrent.futures.Future`, or its like on a virtual clock."""
 
     def done(self) -> bool:
-        """Whether `result` need not wait."""
+        """Return True if `result` returns without waiting."""
 
     def result(self) -> _T_co:
-        """What the call returns, or raises what it has raised."""
+        """Wait for the call. Return its result, or raise its exception."""
 
 
-Begin = Callable[[Callable[[], _T]], Pending[_T]]  # starts a call beside what follows
-
-
-@dataclass(frozen=True)
-class Eager:
-    """Opens at once, in the background that `begin` gives, and is waited for at the first escalation."""
-
-    verifier: Verifier
-    begin: Begin[Verification]
-
-    def open(self, prompt: Prompt) -> Verification:
-        opening = _Opening(self.verifier, prompt)
-        opening.begin(self.begin)
-        return opening
+Background = Callable[[Callable[[], _T]], Pending[_T]]  # starts a call in the background
 
 
 @dataclass(frozen=True)
-class Lazy:
-    """Opens at the first escalation: a prompt that never escalates is never sent."""
+class EagerPrefill:
+    """A verifier that opens a prompt at once, in the background. The first escalation waits for it."""
+
+    verifier: Verifier
+    background: Background[Verification]
+
+    def open(self, prompt: Prompt) -> Verification:
+        """Start to open the prompt."""
+        verification = _DeferredVerification(self.verifier, prompt)
+        verification.start(self.background)
+        return verification
+
+
+@dataclass(frozen=True)
+class LazyPrefill:
+    """A verifier that opens a prompt at the first escalation. A prompt that never escalates is never sent."""
 
     verifier: Verifier
 
     def open(self, prompt: Prompt) -> Verification:
-        return _Opening(self.verifier, prompt)
+        """Return a verification that has not sent anything yet."""
+        return _DeferredVerification(self.verifier, prompt)
 
 
-class _Opening:
+class _DeferredVerification:
+    """A verification that opens its prompt in the background, or when it is first used."""
+
     def __init__(self, verifier: Verifier, prompt: Prompt) -> None:
         self._verifier = verifier
         self._prompt = prompt
-        self._begun: Pending[Verification] | None = None
-        self._verification: Verification | None = None  # there as soon as there is something to close
-        self._open = False
-        self._over = False
+        self._pending: Pending[Verification] | None = None
+        self._verification: Verification | None = None  # set as soon as there is something to close
+        self._is_ready = False
+        self._is_closed = False
 
-    def begin(self, begin: Begin[Verification]) -> None:
-        self._begun = begin(self._opened)
+    def start(self, background: Background[Verification]) -> None:
+        self._pending = background(self._open)
 
     def wait(self) -> None:
         self._ready()
@@ -74,32 +78,34 @@ class _Opening:
         return self._ready().generate(stopping, output)
 
     def close(self) -> None:
-        """What was begun is waited for, after it was told that it need not go on: it must not run on into whatever
-        comes next. How it failed is no matter any more."""
-        self._over = True
-        begun, self._begun = self._begun, None
-        self._closed()
-        if begun:
+        """Tell a background call to stop early, wait for it, and ignore its failure.
+
+        Without the wait the call would still run during the next generation.
+        """
+        self._is_closed = True
+        pending, self._pending = self._pending, None
+        self._close_opened()
+        if pending:
             with suppress(Exception):
-                begun.result()
-            self._closed()
+                pending.result()
+            self._close_opened()
 
     def _ready(self) -> Verification:
-        begun, self._begun = self._begun, None  # waited for once: what it took and sent is noted then
-        if begun:
-            begun.result()
-        elif not self._open:
-            self._opened()
+        pending, self._pending = self._pending, None  # the time of a background call is recorded by its first wait
+        if pending:
+            pending.result()
+        elif not self._is_ready:
+            self._open()
         assert self._verification is not None
         return self._verification
 
-    def _opened(self) -> Verification:
+    def _open(self) -> Verification:
         self._verification = self._verifier.open(self._prompt)
-        if not self._over:
+        if not self._is_closed:
             self._verification.wait()
-            self._open = True
+            self._is_ready = True
         return self._verification
 
-    def _closed(self) -> None:
+    def _close_opened(self) -> None:
         if self._verification is not None:
             self._verification.close()

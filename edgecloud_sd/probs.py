@@ -1,4 +1,4 @@
-"""Statistics of one row of logits, as pure functions. Computed in float32 or wider, whatever the model's dtype."""
+"""Statistics of one row of logits, as pure functions. They compute in float32 or wider."""
 
 from __future__ import annotations
 
@@ -9,19 +9,28 @@ if TYPE_CHECKING:
 
 
 def entropy(logits: Tensor) -> float:
-    """Shannon entropy of softmax(logits) in nats: -sum_i p_i ln p_i, between 0 and ln(vocab). `logits`: [vocab]."""
+    """Return the Shannon entropy of softmax(logits) in nats: -sum_i p_i ln p_i, from 0 to ln(vocab_size).
+
+    `logits` is [vocab_size].
+    """
     wide = logits if logits.element_size() >= 4 else logits.float()
     logp = wide.log_softmax(dim=-1)
-    return float(-(logp.exp() * logp.clamp(min=-1e30)).sum())  # a probability of 0 adds 0, not nan
+    return float(-(logp.exp() * logp.clamp(min=-1e30)).sum())  # without the clamp a probability of 0 gives nan
 
 
 def margin(logits: Tensor) -> float:
-    """Chance of the most likely token less that of the next, under softmax(logits): 0 to 1. `logits`: [vocab >= 2]."""
+    """Return the probability of the most likely token minus that of the next one, from 0 to 1.
+
+    `logits` is [vocab_size], with at least two entries.
+    """
     first, second = logits.float().softmax(dim=-1).topk(2).values.tolist()
     return float(first - second)
 
 
 def rank(logits: Tensor, token: int) -> int:
-    """Place of `token` among the logits [vocab], 1 for the most likely; of equal logits the lowest id, as in argmax."""
+    """Return the place of `token` among the logits [vocab_size]: 1 is the most likely.
+
+    Among equal logits the lowest id comes first, as in argmax.
+    """
     own = logits[token]
     return 1 + int((logits > own).sum()) + int((logits[:token] == own).sum())

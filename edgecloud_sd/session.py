@@ -1,4 +1,4 @@
-"""One model, one prompt, one cache: the contract every model meets, and the only code that repairs a cache."""
+"""The contract of a model: one model, one prompt, one cache. Only `sync` repairs a cache."""
 
 from __future__ import annotations
 
@@ -12,50 +12,56 @@ if TYPE_CHECKING:
 
 
 class Session(Protocol):
-    """A stream of tokens after a prompt whose last token is held back: `tokens` starts with that one."""
+    """A stream of tokens after a prefilled prompt.
+
+    Prefill holds back the last prompt token. It is the first token that a session is fed.
+    """
 
     @property
     def tokens(self) -> Sequence[int]:
-        """Exactly what is in the cache after the prefilled prompt."""
+        """Exactly the tokens in the cache after the prefilled part of the prompt."""
 
     def extend(self, tokens: Sequence[int]) -> Tensor:
-        """One forward pass over at least one token: [len(tokens), vocab]; row i = logits for what follows tokens[i]."""
+        """Feed at least one token in one forward pass.
+
+        Return logits [len(tokens), vocab_size]. Row i is for the token that follows tokens[i].
+        """
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens. ValueError if there are fewer, or if it is negative."""
+        """Keep the first `length` tokens. Raise ValueError if `length` is negative or exceeds len(tokens)."""
 
 
 class Model(Protocol):
-    """Opens sessions. Two sessions of one model never influence each other."""
+    """A model that opens sessions. Two sessions of one model never influence each other."""
 
     @property
     def eos(self) -> frozenset[int]:
-        """The ids that end a caption."""
+        """The ids that end a generation."""
 
     def open(self, prompt: Prompt) -> Session:
-        """Encode the audio and prefill all but the last prompt token."""
+        """Encode the audio and prefill all prompt tokens but the last."""
 
 
-def check_truncation(length: int, held: int) -> None:
-    """The ValueError that `Session.truncate` promises."""
-    if not 0 <= length <= held:
-        raise ValueError(f"cannot truncate to {length} tokens: the session holds {held}")
+def check_truncation(length: int, cached: int) -> None:
+    """Raise the ValueError of `Session.truncate`."""
+    if not 0 <= length <= cached:
+        raise ValueError(f"cannot truncate to {length} tokens: the session holds {cached}")
 
 
 def sync(session: Session, context: Sequence[int], rows: int = 1) -> Tensor:
-    """Make the session's cache equal `context` and return its last `rows` logit rows, in one forward pass.
+    """Make the session's cache equal `context`, in one forward pass, and return the last `rows` rows of logits.
 
-    Truncates to the longest common prefix that leaves the wanted rows to be computed, then extends by the rest.
-    Returns [rows, vocab]: row i is for what follows context[len(context) - rows + i].
+    The cache is truncated to the longest common prefix that leaves these rows to compute, then extended by the rest.
+    Return [rows, vocab_size]. Row i is for the token that follows context[len(context) - rows + i].
     """
     if not 1 <= rows <= len(context):
         raise ValueError(f"cannot return {rows} rows of a context of {len(context)} tokens")
-    held = session.tokens
+    cached = session.tokens
     common = 0
-    limit = min(len(held), len(context) - rows)
-    while common < limit and held[common] == context[common]:
+    limit = min(len(cached), len(context) - rows)
+    while common < limit and cached[common] == context[common]:
         common += 1
-    if common < len(held):
+    if common < len(cached):
         session.truncate(common)
     logits = session.extend(context[common:])
-    return logits if len(logits) == rows else logits[-rows:]  # no view where all are wanted
+    return logits if len(logits) == rows else logits[-rows:]  # a view would cost time in the usual case

@@ -1,4 +1,4 @@
-"""When a caption ends. The one place that truncates what would be committed."""
+"""The end of a generation. Only this module truncates tokens before they are committed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Stopping:
-    """At the first of the `eos` ids (kept, as the last token) or after `max_new_tokens`."""
+    """The end at the first of the `eos` ids, which stays as the last token, or after `max_new_tokens`."""
 
     eos: frozenset[int]
     max_new_tokens: int
@@ -19,19 +19,19 @@ class Stopping:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
 
     def room(self, committed: int) -> int:
-        """How many tokens may still be committed after `committed`, before the length limit."""
+        """Return how many tokens the length limit allows after `committed` tokens."""
         return self.max_new_tokens - committed
 
     def cut(self, tokens: Sequence[int], committed: int) -> tuple[int, ...]:
-        """What of `tokens` may follow the `committed` tokens so far: nothing after EOS, nothing beyond the limit."""
-        kept = tuple(tokens[: max(self.room(committed), 0)])
-        for position, token in enumerate(kept):
+        """Return the part of `tokens` that may follow `committed` tokens: nothing after EOS or beyond the limit."""
+        allowed = tuple(tokens[: max(self.room(committed), 0)])
+        for position, token in enumerate(allowed):
             if token in self.eos:
-                return kept[: position + 1]
-        return kept
+                return allowed[: position + 1]
+        return allowed
 
     def reason(self, output: Sequence[int]) -> Literal["eos", "length"] | None:
-        """Why the output is finished, or None while it is not."""
+        """Return why the output is finished, or None if it is not."""
         if output and output[-1] in self.eos:
             return "eos"
         return "length" if len(output) >= self.max_new_tokens else None

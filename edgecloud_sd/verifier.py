@@ -1,4 +1,4 @@
-"""The cloud's part: verify a draft in one forward pass, or generate alone. Nobody above can tell where it runs."""
+"""The cloud's part: verify a draft in one forward pass, or generate alone. Callers cannot tell where it runs."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from edgecloud_sd.stopping import Stopping
 
 
 class CloudFault(Exception):
-    """The cloud could not be had, for as long as it was worth trying: the message says how it failed."""
+    """The cloud did not answer for as long as it was worth trying. The message says how it failed."""
 
 
 class Verification(Protocol):
-    """One prompt, opened on the cloud's side. CloudFault where the cloud is elsewhere and cannot be had."""
+    """One prompt at the cloud. Every method but `close` raises CloudFault if a remote cloud does not answer."""
 
     def wait(self) -> None:
-        """Returns when the prompt is encoded and prefilled, which `open` may have left to be done meanwhile."""
+        """Return when the prompt is encoded and prefilled. `open` may return before that."""
 
     def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
-        """Judge `draft` after a context whose first `base` tokens the cloud holds already and whose rest is `tokens`.
+        """Verify `draft` after a context: the first `base` tokens that the cloud holds, then `tokens`.
 
-        `base` is absolute, so a repeated call gives the same verdict. ValueError for a base beyond
-        what the cloud knows to be committed.
+        `base` is absolute, so a repeated call gives the same verdict. Raise ValueError if `base` exceeds the tokens
+        that the cloud knows to be committed.
         """
 
     def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
-        """The cloud's own greedy tokens after what is `output` already, one by one, the last included."""
+        """Yield the cloud's own greedy tokens after `output`, one by one, the last one included."""
 
     def close(self) -> None:
-        """Give back what the prompt occupies. Never fails."""
+        """Free the memory of the prompt. Never raise."""
 
 
 class Verifier(Protocol):
-    """Opens prompts on the cloud's side."""
+    """A place that opens prompts on the cloud's side."""
 
     def open(self, prompt: Prompt) -> Verification:
-        """Begin on a prompt; `Verification.wait` says when it is done."""
+        """Begin with a prompt. `Verification.wait` returns when the prompt is prefilled."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class LocalVerifier:
     rule: Rule
 
     def open(self, prompt: Prompt) -> LocalVerification:
+        """Encode and prefill the prompt."""
         return LocalVerification(self.model.open(prompt), prompt, self.rule)
 
 
@@ -65,19 +66,19 @@ class LocalVerification:
         self._session = session
         self._prompt = prompt
         self._rule = rule
-        self._agreed = 0  # how much of the cache the edge knows to be committed
+        self._committed = 0  # cached tokens that the edge knows to be committed
 
     def wait(self) -> None:
-        """Nothing is left to wait for."""
+        """Return at once: `open` has prefilled the prompt."""
 
     def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
-        """One forward pass over `tokens` and `draft` together."""
-        check_base(base, self._agreed)
+        """Verify in one forward pass over `tokens` and `draft`."""
+        check_base(base, self._committed)
         context = [*self._session.tokens[:base], *tokens, *draft]
         first = base + len(tokens)
         uniforms = (uniform(self._seed, place) for place in range(first, first + len(draft)))
         verdict = self._rule(draft, sync(self._session, context, rows=len(draft) + 1), uniforms)
-        self._agreed = first + verdict.accepted
+        self._committed = first + verdict.accepted
         return verdict
 
     @cached_property
@@ -85,29 +86,29 @@ class LocalVerification:
         return prompt_seed(self._prompt)
 
     def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
-        """Greedy decoding by the same session code."""
-        written = list(output)
-        self._agreed = 0  # the cache will hold what nobody has agreed upon
-        while stopping.reason(written) is None:
-            token = int(sync(self._session, [self._prompt.last, *written])[-1].argmax())
-            written.append(token)
+        """Yield greedy tokens."""
+        output = list(output)
+        self._committed = 0  # the cache will hold tokens that the edge does not know
+        while stopping.reason(output) is None:
+            token = int(sync(self._session, [self._prompt.last, *output])[-1].argmax())
+            output.append(token)
             yield token
 
     def close(self) -> None:
-        """Empty the cache; the memory goes with this object."""
-        self._agreed = 0
+        """Empty the cache."""
+        self._committed = 0
         self._session.truncate(0)
 
 
 def prompt_seed(prompt: Prompt) -> bytes:
-    """16 bytes that stand for a clip and what is asked of it, the same on both sides of a link."""
-    said = hashlib.blake2b(np.asarray(prompt.ids, dtype="<i4").tobytes(), digest_size=16)
+    """Return 16 bytes that identify the prompt. They are equal on both sides of a link."""
+    digest = hashlib.blake2b(np.asarray(prompt.ids, dtype="<i4").tobytes(), digest_size=16)
     if prompt.features is not None:
-        said.update(prompt.features.numpy().astype("<f2").tobytes())  # as it crosses
-    return said.digest()
+        digest.update(prompt.features.numpy().astype("<f2").tobytes())  # features cross a link in half precision
+    return digest.digest()
 
 
-def check_base(base: int, agreed: int) -> None:
-    """The ValueError that `Verification.verify` promises."""
-    if not 0 <= base <= agreed:
-        raise ValueError(f"the edge counts on {base} committed tokens here, and {agreed} are known")
+def check_base(base: int, committed: int) -> None:
+    """Raise the ValueError of `Verification.verify`."""
+    if not 0 <= base <= committed:
+        raise ValueError(f"the edge counts on {base} committed tokens here, and {committed} are known")

@@ -9,33 +9,31 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase, settings
 
-from edgecloud_sd.pipeline import Captioner
+from edgecloud_sd.pipeline import Pipeline
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may wait for a network
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, so that no test waits for a network
 
 pytest_plugins = ["pytester"]
 
 settings.register_profile("default", deadline=None, max_examples=20)
-settings.register_profile(  # tox's: more examples, the same in each run, and no minutes spent on a shorter one
+settings.register_profile(  # tox: more examples, equal in each run, and no minutes spent on shrinking one
     "tox", deadline=None, max_examples=40, derandomize=True, phases=(Phase.explicit, Phase.generate, Phase.target)
 )
 settings.load_profile("default")
 
 
 @pytest.fixture(scope="session")
-def captioner() -> Captioner:
+def pipeline() -> Pipeline:
     """The pocket pair, loaded once."""
-    loaded = Captioner()
-    loaded.load("speculative")
-    return loaded
+    return Pipeline.load("pocket")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """What is slow from its first to its last test is not even imported where no slow test is to run."""
+    """Do not import a file whose tests are all slow if no slow test is to run."""
     return True if collection_path.name == "test_fuzz.py" and config.getoption("markexpr") == "not slow" else None
 
 
 def pytest_collection_finish() -> None:
-    """Collections need not look at all that was imported: one takes longer than many a test."""
+    """Keep garbage collections from visiting all that was imported: one takes longer than many tests."""
     gc.collect()
     gc.freeze()

@@ -11,15 +11,16 @@ import torch
 
 from bench import baselines, rows
 from bench.baselines import BASELINE_K, WAYS, PreparedClip, TimedCaption
-from edgecloud_sd import config, gate
-from edgecloud_sd.acceptance import GREEDY
+from edgecloud_sd import config
 from edgecloud_sd.measure.metrics import Interval
-from edgecloud_sd.pipeline import Captioner, Cell, Request
+from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
+from edgecloud_sd.strategy import Strategy
+from tests.support.suite import run
 
 pytestmark = pytest.mark.slow  # all of it takes long beside the rest
 
-CELL = Cell("speculative", gate.ALWAYS, GREEDY, BASELINE_K)
+LOSSLESS = Strategy("speculative", k=BASELINE_K)
 LIMIT = 64
 
 # seconds a clip of 10 tokens, by the names of WAYS
@@ -28,48 +29,46 @@ SECONDS = {
     "assisted": 3.0,
     "assisted_k": 2.0,
     "hearing": 1.75,
-    "hearing_k": 1.5,
     "cloud": 2.5,
     "speculative": 1.0,
     "auto": 0.5,
-    "lazy": 1.25,
     "bound": 0.8,
 }
 
 
 def captions(scale: float = 1.0, n: int = 10) -> dict[str, TimedCaption]:
-    return {way: TimedCaption((7,) * n, scale * SECONDS[way], beside=scale * 0.25 * (way == "lazy")) for way in WAYS}
+    return {way: TimedCaption((7,) * n, scale * SECONDS[way]) for way in WAYS}
 
 
 @pytest.fixture(scope="module")
-def heard(captioner: Captioner) -> list[PreparedClip]:
+def heard(pipeline: Pipeline) -> list[PreparedClip]:
     """In the first the edge is less sure of some of its drafts than the default threshold."""
     requests = [
         Request(clips.make_clip("evaluation", i).samples, language) for i, language in [(4, "chinese"), (0, "english")]
     ]
-    return [baselines.prepare_clip(captioner, request, CELL, LIMIT) for request in requests]
+    return [baselines.prepare_clip(pipeline, request, LOSSLESS, LIMIT) for request in requests]
 
 
 @pytest.fixture(scope="module")
-def ways(captioner: Captioner) -> dict[str, baselines.Way]:
-    return baselines.ways(captioner, CELL, LIMIT)
+def ways(pipeline: Pipeline) -> dict[str, baselines.Way]:
+    return baselines.ways(pipeline, LOSSLESS, LIMIT)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_writes_the_same_tokens(
-    captioner: Captioner, heard: list[PreparedClip], ways: dict[str, baselines.Way], way: str
+    pipeline: Pipeline, heard: list[PreparedClip], ways: dict[str, baselines.Way], way: str
 ) -> None:
     for clip in heard:
         found = ways[way](clip)
         assert found.tokens == clip.tokens
-        assert found.tokens[-1] in captioner.cloud.eos
+        assert found.tokens[-1] in pipeline.cloud_model.eos
         assert found.seconds > 0
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_stops_at_the_same_length(captioner: Captioner, heard: list[PreparedClip], way: str) -> None:
-    short = baselines.prepare_clip(captioner, heard[0].request, CELL, 7)
-    assert baselines.ways(captioner, CELL, 7)[way](short).tokens == heard[0].tokens[:7]
+def test_every_way_stops_at_the_same_length(pipeline: Pipeline, heard: list[PreparedClip], way: str) -> None:
+    short = baselines.prepare_clip(pipeline, heard[0].request, LOSSLESS, 7)
+    assert baselines.ways(pipeline, LOSSLESS, 7)[way](short).tokens == heard[0].tokens[:7]
 
 
 def passes(thinker: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -87,9 +86,9 @@ def passes(thinker: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_an_assistant_hears_where_it_is_made_to(
-    captioner: Captioner, heard: list[PreparedClip], ways: dict[str, baselines.Way], monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, heard: list[PreparedClip], ways: dict[str, baselines.Way], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tower = captioner.edge.thinker.model.audio_tower
+    tower = pipeline.edge.thinker.model.audio_tower
     forward = tower.forward
     towers = []
 
@@ -105,30 +104,28 @@ def test_an_assistant_hears_where_it_is_made_to(
 
 
 def test_a_constant_schedule_drafts_k_tokens(
-    captioner: Captioner, heard: list[PreparedClip], ways: dict[str, baselines.Way], monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, heard: list[PreparedClip], ways: dict[str, baselines.Way], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = passes(captioner.cloud.thinker, monkeypatch)
-    for way in ("assisted_k", "hearing_k"):
-        seen.clear()
-        ways[way](heard[0])
-        assert set(seen[1:-1]) == {BASELINE_K + 1}
+    seen = passes(pipeline.cloud_model.thinker, monkeypatch)
+    ways["assisted_k"](heard[0])
+    assert set(seen[1:-1]) == {BASELINE_K + 1}
     seen.clear()
     ways["hearing"](heard[0])
     assert max(seen[1:]) > BASELINE_K + 1
 
 
-def test_the_models_settings_stay_as_they_are(captioner: Captioner, heard: list[PreparedClip]) -> None:
-    edge = captioner.edge.thinker
+def test_the_models_settings_stay_as_they_are(pipeline: Pipeline, heard: list[PreparedClip]) -> None:
+    edge = pipeline.edge.thinker
     before = copy.deepcopy(edge.generation_config)
     made = baselines.hearing(baselines.assistant(edge, num_assistant_tokens=9))
-    baselines.generated(captioner.cloud, heard[0], LIMIT, made)
+    baselines.generated(pipeline.cloud_model, heard[0], LIMIT, made)
     assert edge.generation_config == before
     assert made.generation_config.num_assistant_tokens == 9
     assert "prepare_inputs_for_generation" not in vars(edge)
     assert made.lm_head.weight is edge.lm_head.weight
 
 
-def test_the_bound_is_of_the_passes_that_a_caption_takes(captioner: Captioner, heard: list[PreparedClip]) -> None:
+def test_the_bound_is_of_the_passes_that_a_caption_takes(pipeline: Pipeline, heard: list[PreparedClip]) -> None:
     clip = heard[0]
     sides = {side: [each for each in clip.passes if each.side == side] for side in ("edge", "cloud")}
     assert [(sides[side][0].held, sides[side][0].ids[0]) for side in sides] == [(0, clip.prompt.last)] * 2
@@ -141,12 +138,12 @@ def test_the_bound_is_of_the_passes_that_a_caption_takes(captioner: Captioner, h
 
 
 def test_the_replay_makes_those_passes_and_no_others(
-    captioner: Captioner, heard: list[PreparedClip], monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, heard: list[PreparedClip], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = heard[0]
     made: list[tuple[str, int, int]] = []
     prefilled: list[str] = []
-    models = {"edge": captioner.edge, "cloud": captioner.cloud}
+    models = {"edge": pipeline.edge, "cloud": pipeline.cloud_model}
     ends: dict[str, int] = {}
 
     def noted(side: str) -> Any:
@@ -171,17 +168,8 @@ def test_the_replay_makes_those_passes_and_no_others(
     assert prefilled == ["edge", "cloud"]
 
 
-def test_what_is_beside_the_passes_is_seen_and_nothing_else_is_watched(
-    captioner: Captioner, heard: list[PreparedClip], ways: dict[str, baselines.Way]
-) -> None:
-    found = ways["lazy"](heard[0])
-    assert 0 < found.beside < found.seconds / 2
-    assert ways["speculative"](heard[0]).beside == 0
-    assert not {"prefill", "logits"} & (vars(captioner.edge).keys() | vars(captioner.cloud).keys())
-
-
-def test_the_features_are_outside(captioner: Captioner, heard: list[PreparedClip]) -> None:
-    trace = captioner.trace(heard[0].request, CELL, LIMIT)
+def test_the_features_are_outside(pipeline: Pipeline, heard: list[PreparedClip]) -> None:
+    trace = pipeline.trace(heard[0].request, LOSSLESS, LIMIT)
     found = baselines.timed(trace)
     assert found.seconds == trace.seconds - trace.events[0][0] < trace.seconds
 
@@ -208,26 +196,15 @@ def test_ratios_are_of_sums_a_token() -> None:
         "over_assisted": 3.0,
         "over_assisted_k": 2.0,
         "over_hearing": 1.75,
-        "over_hearing_k": 1.5,
         "over_cloud": 2.5,
         "auto_over_greedy": 8.0,
         "auto_over_cloud": 5.0,
         "cloud_over_greedy": 1.6,
         "share_of_bound": 0.8,
-        "not_forward": 0.2,
-        "not_forward_replay": 1 - 0.8 / 1.25,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert list(found) == list(baselines.BASELINE_METRICS)
     assert baselines.way_ratios([captions()])["over_greedy"] == Interval(4.0, None, None)
-
-
-def test_the_interval_of_what_is_left_is_turned_round() -> None:
-    other = captions() | {"lazy": TimedCaption((7,) * 10, 1.0, 0.1)}
-    found = baselines.way_ratios([captions(), other, captions()])["not_forward_replay"]
-    assert found.low == pytest.approx(0.2)
-    assert found.high == pytest.approx(1 - 0.8 / 1.25)
-    assert 0.2 < found.value < 0.36
 
 
 def test_no_clips_are_an_error() -> None:
@@ -236,20 +213,16 @@ def test_no_clips_are_an_error() -> None:
 
 
 def test_the_table_has_a_row_a_way() -> None:
-    shown = baselines.render_baselines({"peers-pocket-k4-zh": [captions(), captions(2.0)]})
+    shown = baselines.render_baselines({"baselines-pocket-k4-zh": [captions(), captions(2.0)]})
     lines = shown.splitlines()
     assert [line.split("  ")[0] for line in lines[2 : 2 + len(WAYS)]] == list(WAYS.values())
-    assert "peers-pocket-k4-zh, 2 clips" in lines[0]
+    assert "baselines-pocket-k4-zh, 2 clips" in lines[0]
     (ours,) = [line.split("  ") for line in lines if line.startswith(WAYS["speculative"])]
     assert [cell.strip() for cell in ours if cell.strip()][1:] == [
         "150.00",
-        *(f"{ratio} [{ratio}, {ratio}]" for ratio in ("4.00", "3.00", "2.00", "1.75", "1.50", "2.50")),
+        *(f"{ratio} [{ratio}, {ratio}]" for ratio in ("4.00", "3.00", "2.00", "1.75", "2.50")),
         "80% [80%, 80%]",
     ]
-    assert lines[-1].startswith(
-        "- opened after the first draft, 20.0% [20.0%, 20.0%] of a caption's time is no forward"
-    )
-    assert "36.0%" in lines[-1]
     other = captions() | {"cloud": TimedCaption((7, 8), 1.0)}
     assert "- 1 captions are not the same" in baselines.render_baselines({"a": [captions(), other]})
 
@@ -257,11 +230,11 @@ def test_the_table_has_a_row_a_way() -> None:
 @pytest.mark.parametrize(
     ("asked", "ids"),
     [
-        ({}, ["peers-pocket-k4-zh"]),
-        ({"language": "english,chinese"}, ["peers-pocket-k4-en"]),
-        ({"gate": "entropy,always", "rule": "greedy", "k": "7,2"}, ["peers-pocket-k7-zh"]),
-        ({"gate": "always", "k": "7"}, ["peers-pocket-k4-zh"]),  # by rank, so not strict
-        ({"gate": "always", "rule": "greedy", "k": "auto"}, ["peers-pocket-k4-zh"]),
+        ({}, ["baselines-pocket-k4-zh"]),
+        ({"language": "english,chinese"}, ["baselines-pocket-k4-en"]),
+        ({"gate": "entropy,always", "rule": "greedy", "k": "7,2"}, ["baselines-pocket-k7-zh"]),
+        ({"gate": "always", "k": "7"}, ["baselines-pocket-k4-zh"]),  # by rank, so not strict
+        ({"gate": "always", "rule": "greedy", "k": "auto"}, ["baselines-pocket-k4-zh"]),
         ({"mode": "edge,cloud"}, []),
         ({"clock": "virtual", "profile": "published"}, []),
         ({"cloud-url": "auto"}, []),
@@ -275,23 +248,23 @@ def test_what_a_run_asks_for(asked: dict[str, Any], ids: list[str]) -> None:
 
 def test_a_large_pair_is_compared_only_where_that_is_asked_for() -> None:
     settings = config.resolve({"pair": "qwen2.5-omni"})
-    assert [each.id for each in baselines.baseline_cases(settings)] == ["peers-qwen2.5-omni-k4-zh"]
+    assert [each.id for each in baselines.baseline_cases(settings)] == ["baselines-qwen2.5-omni-k4-zh"]
     assert baselines.is_left_out(settings)
 
 
 def test_every_figure_is_a_row() -> None:
-    extra = {"peers": {"figures": baselines.baseline_metrics([captions(), captions()])}}
-    saved = {"name": "test_peers[x]", "fullname": "bench/test_peers.py::test_peers[x]", "extra_info": extra}
+    extra = {"baselines": {"figures": baselines.baseline_metrics([captions(), captions()])}}
+    saved = {"name": "test_baselines[x]", "fullname": "bench/test_baselines.py::test_baselines[x]", "extra_info": extra}
     found = {row["name"]: row for row in rows.metric_rows(saved | {"params": None, "param": None, "options": {}})}
-    assert list(found) == [f"test_peers[x]:{name}" for name in baselines.BASELINE_METRICS]
-    assert found["test_peers[x]:over_greedy"]["group"] == "over_greedy (ratio, higher is better)"
-    assert found["test_peers[x]:over_greedy"]["stats"]["ops"] == pytest.approx(4.0)
-    assert found["test_peers[x]:bound"]["stats"]["mean"] == pytest.approx(0.08)
+    assert list(found) == [f"test_baselines[x]:{name}" for name in baselines.BASELINE_METRICS]
+    assert found["test_baselines[x]:over_greedy"]["group"] == "over_greedy (ratio, higher is better)"
+    assert found["test_baselines[x]:over_greedy"]["stats"]["ops"] == pytest.approx(4.0)
+    assert found["test_baselines[x]:bound"]["stats"]["mean"] == pytest.approx(0.08)
 
 
 @pytest.mark.slow
 def test_the_benchmark_says_which_way_wrote_something_else(
-    captioner: Captioner, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cpuinfo.get_cpu_info", dict)  # which pytest-benchmark asks for seconds about the machine
     broken = baselines.ways
@@ -299,12 +272,10 @@ def test_the_benchmark_says_which_way_wrote_something_else(
     def wrong(*given: Any) -> dict[str, Callable[[PreparedClip], TimedCaption]]:
         return broken(*given) | {"cloud": lambda clip: TimedCaption(clip.tokens[:-1], 1.0)}
 
-    from tests.test_suite import run
-
-    files = ("-k", "test_peers", "--max-samples", "2", "--benchmark-json", "saved.json")
+    files = ("-k", "test_baselines", "--max-samples", "2", "--benchmark-json", "saved.json")
     done = run(pytester, *files)
     done.assert_outcomes(passed=1)
-    done.stdout.fnmatch_lines(["*beside transformers' generate*", "peers-pocket-k4-zh, 2 clips*", "*no forward pass*"])
+    done.stdout.fnmatch_lines(["* baselines *", "baselines-pocket-k4-zh, 2 clips*"])
     monkeypatch.setattr("bench.baselines.ways", wrong)
     done = run(pytester, *files)
     done.assert_outcomes(failed=1)

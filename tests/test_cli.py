@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from edgecloud_sd import gate
 from edgecloud_sd.__main__ import COLOURS, main, print_caption, summary_line
 from edgecloud_sd.data.dataset import load_audio
 from edgecloud_sd.events import Committed, Degraded, Event, Finished, Trace
-from edgecloud_sd.pipeline import Captioner, Cell, Request
+from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import __main__ as pocket
 from edgecloud_sd.pocket import clips
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
 
 
@@ -28,18 +28,17 @@ def wav(tmp_path: Path) -> Path:
 
 
 def test_the_caption_is_streamed_and_summed_up(
-    wav: Path, captioner: Captioner, capsys: pytest.CaptureFixture[str]
+    wav: Path, pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["caption", str(wav), "--gate", "always", "--rule", "greedy", "--k", "4"])
     printed = capsys.readouterr()
-    cell = Cell("speculative", gate.ALWAYS, k=4)
-    trace = stamp(captioner.events(Request(load_audio(wav)), cell, 64))
-    assert printed.out == captioner.text("speculative")(trace.tokens) + "\n"
+    trace = stamp(pipeline.events(Request(load_audio(wav)), Strategy("speculative", k=4)))
+    assert printed.out == pipeline.text(trace.tokens) + "\n"
     assert re.search(r"^\d+ tokens \(\d+ accepted, .*\), \d+ cloud calls in \d+ rounds, [\d.]+ s$", printed.err, re.M)
 
 
 def test_the_readmes_example_runs(
-    wav: Path, captioner: Captioner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    wav: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", readme, re.S)
@@ -53,7 +52,7 @@ def test_each_token_has_the_colour_of_its_origin(capsys: pytest.CaptureFixture[s
     events: list[Event] = [Committed((1, 2), "local"), Committed((3,), "correction"), Finished("eos")]
     # token 2 is the first half of what token 3 completes
     text = {(1,): "a", (1, 2): "a\ufffd", (1, 2, 3): "a。"}
-    print_caption(iter(events), lambda ids: text[tuple(ids)], colour=True)
+    print_caption(iter(events), lambda ids: text[tuple(ids)], is_coloured=True)
     printed = capsys.readouterr()
     assert printed.out == f"\x1b[{COLOURS['local']}ma\x1b[0m\x1b[{COLOURS['correction']}m。\x1b[0m\n"
     assert "local" in printed.err
@@ -61,7 +60,7 @@ def test_each_token_has_the_colour_of_its_origin(capsys: pytest.CaptureFixture[s
 
 
 def test_text_that_never_becomes_a_character_is_shown_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    print_caption(iter([Committed((1,), "cloud"), Finished("length")]), lambda ids: "a\ufffd", colour=False)
+    print_caption(iter([Committed((1,), "cloud"), Finished("length")]), lambda ids: "a\ufffd", is_coloured=False)
     assert capsys.readouterr().out == "a\ufffd\n"
 
 

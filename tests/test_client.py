@@ -9,14 +9,15 @@ from dataclasses import replace
 
 import pytest
 
-from edgecloud_sd import gate, wire
+from edgecloud_sd import wire
 from edgecloud_sd.acceptance import GREEDY, Rank, Rule, Synthetic
 from edgecloud_sd.cloud import client
 from edgecloud_sd.cloud.client import Connection, RemoteVerification
 from edgecloud_sd.cloud.retry import Refused
-from edgecloud_sd.decoder import Decoding, decode
+from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import Degraded, Verdict
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault, LocalVerifier
@@ -29,6 +30,7 @@ from tests.support.canned import (
     CannedServer,
     connected,
     generate,
+    remote_verification,
 )
 from tests.support.proxy import ERRORS, Fault, Proxy, http_answer, http_chunk
 from tests.support.serving import ToyEngine, served
@@ -67,7 +69,7 @@ def proxy(shared_proxy: Proxy) -> Proxy:
 def open_verification(
     connection: Connection, rule: Rule = GREEDY, harness: Harness | None = None
 ) -> RemoteVerification:
-    verification = connection.verifier(rule, harness or Harness(far=True)).open(PROMPT)
+    verification = remote_verification(connection, rule, harness)
     verification.wait()
     return verification
 
@@ -93,7 +95,7 @@ def endpoints(proxy: Proxy) -> list[str]:
 def test_a_connection_reports_the_servers_identity(url: str) -> None:
     identity = ToyEngine().identity
     with connected(url) as connection:
-        remote = connection.remote
+        remote = connection.identity
     assert remote == identity
     assert remote.fingerprint == identity.fingerprint
 
@@ -105,13 +107,13 @@ def test_the_answer_of_another_service_is_refused(body: bytes) -> None:
         connected(server.url, patience=0.2) as connection,
         pytest.raises(CloudFault, match="is not an edgecloud_sd cloud of this version"),
     ):
-        _ = connection.remote
+        _ = connection.identity
 
 
 def test_a_service_without_the_path_of_the_identity_is_refused_at_once() -> None:
     with CannedServer(lambda number: http_answer(404, b"<html>")) as server, connected(server.url) as connection:
         with pytest.raises(Refused, match="is not an edgecloud_sd cloud of this version"):
-            _ = connection.remote
+            _ = connection.identity
         assert len(server.heads) == 1
 
 
@@ -119,7 +121,7 @@ def test_a_service_without_the_path_of_the_identity_is_refused_at_once() -> None
 def test_a_damaged_identity_is_fetched_again(proxy: Proxy, seed: int) -> None:
     with connected(proxy.url) as connection:
         proxy.plan([Fault.DIGIT], seed)
-        assert connection.remote.fingerprint == ToyEngine().identity.fingerprint
+        assert connection.identity.fingerprint == ToyEngine().identity.fingerprint
 
 
 def test_another_model_after_a_restart_is_refused(url: str, narrow_url: str) -> None:
@@ -229,9 +231,10 @@ def test_a_request_beyond_the_servers_limit_is_refused_at_once(narrow_url: str) 
 
 def test_an_edge_that_may_finish_alone_does_so_after_a_refusal(narrow_url: str) -> None:
     edge = ToyModel(random_table(VOCABULARY, 1), frozenset())
-    decoding = Decoding("speculative", replace(SIX_TOKENS, max_new_tokens=12), 3, gate.ALWAYS, alone=True)
+    stopping, runtime = replace(SIX_TOKENS, max_new_tokens=12), Runtime(finish_alone=True)
     with connected(narrow_url) as connection:
-        trace = stamp(decode(PROMPT, decoding, edge, connection.verifier(GREEDY, Harness())))
+        verifier = connection.verifier(GREEDY, Harness())
+        trace = stamp(decode(PROMPT, Strategy("speculative"), stopping, edge, verifier, runtime))
     (degraded,) = [event for _, event in trace.events if isinstance(event, Degraded)]
     assert "413" in degraded.reason
     assert len(trace.tokens) == 12
@@ -329,11 +332,11 @@ def unsized_parts(harness: Harness) -> list[str]:
 
 
 def test_a_failed_attempt_and_a_second_opening_count_as_faults_but_the_first_opening_does_not(proxy: Proxy) -> None:
-    harness = Harness(far=True)
+    harness = Harness()
     with connected(proxy.url) as connection:
-        verifier = connection.verifier(GREEDY, harness)
+        _ = connection.identity
         proxy.plan([Fault.ERROR_503])
-        verification = verifier.open(PROMPT)
+        verification = remote_verification(connection, harness=harness)
         verification.wait()
         assert unsized_parts(harness) == ["faults", "network", "cloud_queue"]
         proxy.plan([Fault.RESTARTED])
@@ -345,7 +348,7 @@ def test_a_failed_attempt_and_a_second_opening_count_as_faults_but_the_first_ope
 
 
 def test_the_last_failed_attempt_counts_as_a_fault(proxy: Proxy) -> None:
-    harness = Harness(far=True)
+    harness = Harness()
     with connected(proxy.url, patience=0.0) as connection:
         verification = open_verification(connection, harness=harness)
         before = len(harness.watch.spans)
@@ -363,7 +366,7 @@ def test_the_first_token_of_a_stream_divides_its_time_into_network_and_queue() -
     output = [1, 2, 3, 4, 5, 6]
     stream = canned_stream(output, lambda check: [wire.dumps(wire.build_end_line(output, check))])
     answer = stream.replace(b"\r\n", b"\r\nServer-Timing: queue;dur=1e9,model;dur=0\r\n", 1)
-    harness = Harness(far=True)
+    harness = Harness()
     with CannedServer(lambda number: answer) as server, connected(server.url, patience=0.0) as connection:
         assert list(generate(connection, harness)) == output
     network, queue = (span for span in harness.watch.spans if not span.size)

@@ -1,4 +1,4 @@
-"""The promises of the decode loop, on toy models in float64 where nothing can hide behind rounding."""
+"""The promises of the decode loop, on toy models in float64, so that rounding hides nothing."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from hypothesis import strategies as st
 
 from edgecloud_sd import acceptance, gate, probs
 from edgecloud_sd.acceptance import GREEDY, Rank
-from edgecloud_sd.decoder import Decoding, decode
+from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import Committed, Drafted, Escalated, Event, Finished, Opened, Prompt, Trace, Verified
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.verifier import LocalVerification, LocalVerifier
 from tests.support.strategies import Scene, gates, ks, ranks, scenes, speculative
 from tests.support.toy import ToyModel, random_table
 
 
-def run(scene: Scene, how: Decoding, rule: acceptance.Rule = GREEDY) -> Trace:
-    return stamp(decode(scene.prompt, how, scene.edge, LocalVerifier(scene.cloud, rule)))
+def run(scene: Scene, strategy: Strategy) -> Trace:
+    verifier = LocalVerifier(scene.cloud, strategy.rule)
+    return stamp(decode(scene.prompt, strategy, scene.stopping, scene.edge, verifier))
 
 
 def greedy(model: ToyModel, prompt: Prompt, stopping: Stopping) -> tuple[int, ...]:
-    """Greedy decoding without any cache: the oracle."""
+    """Decode greedily without any cache, as the reference."""
     output: list[int] = []
     while stopping.reason(output) is None:
         output.append(int(model.logits([*prompt.ids, *output]).argmax()))
@@ -37,38 +39,38 @@ def committed(trace: Trace) -> list[Committed]:
 
 
 @given(scenes(), ks)
-def test_strict_speculative_output_is_the_clouds_own(scene: Scene, k: int) -> None:
-    assert run(scene, speculative(scene, k)).tokens == greedy(scene.cloud, scene.prompt, scene.stopping)
+def test_lossless_output_equals_cloud_greedy_output(scene: Scene, k: int) -> None:
+    assert run(scene, speculative(k)).tokens == greedy(scene.cloud, scene.prompt, scene.stopping)
 
 
 @given(scenes())
 def test_cloud_mode_is_greedy(scene: Scene) -> None:
-    assert run(scene, Decoding("cloud", scene.stopping)).tokens == greedy(scene.cloud, scene.prompt, scene.stopping)
+    assert run(scene, Strategy("cloud")).tokens == greedy(scene.cloud, scene.prompt, scene.stopping)
 
 
 @given(scenes())
 def test_edge_mode_is_greedy_and_opens_no_cloud(scene: Scene) -> None:
-    trace = stamp(decode(scene.prompt, Decoding("edge", scene.stopping), scene.edge))
+    trace = stamp(decode(scene.prompt, Strategy("edge"), scene.stopping, scene.edge))
     assert trace.tokens == greedy(scene.edge, scene.prompt, scene.stopping)
     assert [event.side for _, event in trace.events if isinstance(event, Opened)] == ["edge"]
 
 
 @given(scenes(), ks)
-def test_a_gate_that_never_escalates_is_edge_mode(scene: Scene, k: int) -> None:
-    assert run(scene, speculative(scene, k, gate.NEVER)).tokens == greedy(scene.edge, scene.prompt, scene.stopping)
+def test_gate_never_gives_the_output_of_mode_edge(scene: Scene, k: int) -> None:
+    assert run(scene, speculative(k, gate.NEVER)).tokens == greedy(scene.edge, scene.prompt, scene.stopping)
 
 
 @given(scenes(), ks)
-def test_a_drafter_that_is_the_cloud_has_everything_accepted(scene: Scene, k: int) -> None:
+def test_every_token_of_a_perfect_drafter_is_accepted(scene: Scene, k: int) -> None:
     same = Scene(scene.cloud, scene.cloud, scene.prompt, scene.stopping)
-    counts = metrics.counts(run(same, speculative(same, k)))
+    counts = metrics.counts(run(same, speculative(k)))
     assert counts.correction == 0
     assert counts.accepted == counts.verified == counts.drafted
 
 
 @given(scenes(), ks, gates, ranks)
 def test_tokens_are_conserved(scene: Scene, k: int, chosen: gate.Gate, rule: Rank) -> None:
-    trace = run(scene, speculative(scene, k, chosen), rule)
+    trace = run(scene, speculative(k, chosen, rule))
     counts = metrics.counts(trace)
     assert len(trace.tokens) == counts.local + counts.accepted + counts.correction + counts.bonus
     assert counts.local + counts.verified == counts.drafted
@@ -77,11 +79,11 @@ def test_tokens_are_conserved(scene: Scene, k: int, chosen: gate.Gate, rule: Ran
 
 
 @given(scenes(), ks, ranks)
-def test_the_clouds_token_is_a_correction_after_a_rejection_and_a_bonus_otherwise(
+def test_the_cloud_token_is_a_correction_after_a_rejection_and_a_bonus_otherwise(
     scene: Scene, k: int, rule: Rank
 ) -> None:
     rejected = False
-    for _, event in run(scene, speculative(scene, k), rule).events:
+    for _, event in run(scene, speculative(k, rule=rule)).events:
         if isinstance(event, Verified):
             rejected = event.verdict.accepted < len(event.draft.tokens)
         elif isinstance(event, Committed) and event.origin != "accepted":
@@ -89,8 +91,8 @@ def test_the_clouds_token_is_a_correction_after_a_rejection_and_a_bonus_otherwis
 
 
 @given(scenes(), ks, gates, ranks)
-def test_a_caption_ends_where_it_must(scene: Scene, k: int, chosen: gate.Gate, rule: Rank) -> None:
-    trace = run(scene, speculative(scene, k, chosen), rule)
+def test_output_ends_at_eos_or_at_the_length_limit(scene: Scene, k: int, chosen: gate.Gate, rule: Rank) -> None:
+    trace = run(scene, speculative(k, chosen, rule))
     assert all(token not in scene.stopping.eos for token in trace.tokens[:-1])
     assert 1 <= len(trace.tokens) <= scene.stopping.max_new_tokens
     (finished,) = [event for _, event in trace.events if isinstance(event, Finished)]
@@ -99,9 +101,11 @@ def test_a_caption_ends_where_it_must(scene: Scene, k: int, chosen: gate.Gate, r
 
 
 @given(scenes(), ks, gates, ranks)
-def test_every_verified_token_has_at_most_the_rules_rank(scene: Scene, k: int, chosen: gate.Gate, rule: Rank) -> None:
+def test_every_accepted_token_has_at_most_the_rank_of_the_rule(
+    scene: Scene, k: int, chosen: gate.Gate, rule: Rank
+) -> None:
     context = list(scene.prompt.ids)
-    for event in committed(run(scene, speculative(scene, k, chosen), rule)):
+    for event in committed(run(scene, speculative(k, chosen, rule))):
         for token in event.tokens:
             rank = probs.rank(scene.cloud.logits(context), token)
             if event.origin == "accepted":
@@ -113,14 +117,14 @@ def test_every_verified_token_has_at_most_the_rules_rank(scene: Scene, k: int, c
 
 @given(scenes(), ks, gates)
 def test_rank_1_is_the_greedy_rule(scene: Scene, k: int, chosen: gate.Gate) -> None:
-    how = speculative(scene, k, chosen)
-    assert run(scene, how, Rank(1)).tokens == run(scene, how, acceptance.parse_rule("greedy")).tokens
+    greedy = acceptance.parse_rule("greedy")
+    assert run(scene, speculative(k, chosen, Rank(1))).tokens == run(scene, speculative(k, chosen, greedy)).tokens
 
 
 @given(scenes(), ks, ranks)
 def test_a_rejected_draft_is_corrected_at_its_first_rejected_token(scene: Scene, k: int, rule: Rank) -> None:
     context = list(scene.prompt.ids)
-    for _, event in run(scene, speculative(scene, k), rule).events:
+    for _, event in run(scene, speculative(k, rule=rule)).events:
         if isinstance(event, Verified) and event.verdict.accepted < len(event.draft.tokens):
             before = [*context, *event.draft.tokens[: event.verdict.accepted]]
             rejected = event.draft.tokens[event.verdict.accepted]
@@ -130,10 +134,12 @@ def test_a_rejected_draft_is_corrected_at_its_first_rejected_token(scene: Scene,
 
 
 @given(scenes(), ks, st.floats(0.01, 2.0))
-def test_the_entropy_gate_escalates_exactly_the_uncertain_drafts(scene: Scene, k: int, threshold: float) -> None:
+def test_the_entropy_gate_escalates_exactly_the_drafts_above_its_threshold(
+    scene: Scene, k: int, threshold: float
+) -> None:
     context = list(scene.prompt.ids)
     drafted: list[float] = []
-    for _, event in run(scene, speculative(scene, k, gate.entropy_gate(threshold))).events:
+    for _, event in run(scene, speculative(k, gate.entropy_gate(threshold))).events:
         if isinstance(event, Drafted):
             drafts = [[*context, *event.draft.tokens[:i]] for i in range(len(event.draft.tokens))]
             drafted = [probs.entropy(scene.edge.logits(before)) for before in drafts]
@@ -146,7 +152,7 @@ def test_the_entropy_gate_escalates_exactly_the_uncertain_drafts(scene: Scene, k
 
 
 class CountingModel:
-    """A model that notes how many tokens each forward pass fed."""
+    """A model that records how many tokens each forward pass feeds."""
 
     def __init__(self, model: ToyModel) -> None:
         self._model = model
@@ -166,10 +172,10 @@ class CountingModel:
 
 
 @given(scenes(), ks, gates)
-def test_one_cloud_pass_a_call_and_nothing_fed_twice(scene: Scene, k: int, chosen: gate.Gate) -> None:
+def test_a_verification_is_one_forward_pass_and_feeds_no_token_twice(scene: Scene, k: int, chosen: gate.Gate) -> None:
     cloud = CountingModel(scene.cloud)
-    how = speculative(scene, k, chosen)
-    trace = stamp(decode(scene.prompt, how, scene.edge, LocalVerifier(cloud, GREEDY)))  # type: ignore[arg-type]
+    verifier = LocalVerifier(cloud, GREEDY)  # type: ignore[arg-type]
+    trace = stamp(decode(scene.prompt, speculative(k, chosen), scene.stopping, scene.edge, verifier))
     counts = metrics.counts(trace)
     assert len(cloud.passes) == counts.cloud_calls
     # the held-back prompt token and every committed or drafted token at most once
@@ -181,8 +187,8 @@ def test_verification_is_closed_when_the_reader_stops_early(mode: str, monkeypat
     closed: list[str] = []
     monkeypatch.setattr(LocalVerification, "close", lambda self: closed.append(mode))
     model = ToyModel(random_table(5, 0), frozenset())
-    how = Decoding(mode, Stopping(frozenset(), 9), 2, gate.ALWAYS)
-    events = decode(Prompt((1, 2)), how, model, LocalVerifier(model, GREEDY))
+    strategy = Strategy("cloud") if mode == "cloud" else speculative(2)
+    events = decode(Prompt((1, 2)), strategy, Stopping(frozenset(), 9), model, LocalVerifier(model, GREEDY))
     assert isinstance(events, Generator)
     while not isinstance(next(events), Committed):
         pass
@@ -190,25 +196,13 @@ def test_verification_is_closed_when_the_reader_stops_early(mode: str, monkeypat
     assert closed == [mode]
 
 
-@pytest.mark.parametrize(
-    ("mode", "k", "message"),
-    [
-        ("hybrid", 3, "unknown mode 'hybrid': choose one of edge, cloud, speculative"),
-        ("edge", 0, "k must be at least 1"),
-    ],
-)
-def test_bad_settings_are_named(mode: str, k: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Decoding(mode, Stopping(frozenset(), 3), k)
-
-
 @pytest.mark.parametrize("mode", ["edge", "cloud", "speculative"])
-def test_a_missing_model_is_an_error(mode: str) -> None:
+def test_a_strategy_without_its_model_is_an_error(mode: str) -> None:
     with pytest.raises(ValueError, match="none was given"):
-        list(decode(Prompt((1,)), Decoding(mode, Stopping(frozenset(), 3), 1, gate.ALWAYS)))
+        list(decode(Prompt((1,)), Strategy(mode), Stopping(frozenset(), 3)))
 
 
-def test_a_cloud_that_falls_silent_is_an_error() -> None:
+def test_a_cloud_that_stops_too_early_is_an_error() -> None:
     class Silent:
         def open(self, prompt: Prompt) -> Silent:
             return self
@@ -224,4 +218,4 @@ def test_a_cloud_that_falls_silent_is_an_error() -> None:
 
     events: list[Event] = []
     with pytest.raises(RuntimeError, match="stopped before EOS"):
-        events.extend(decode(Prompt((1,)), Decoding("cloud", Stopping(frozenset(), 3)), cloud=Silent()))  # type: ignore[arg-type]
+        events.extend(decode(Prompt((1,)), Strategy("cloud"), Stopping(frozenset(), 3), cloud=Silent()))  # type: ignore[arg-type]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -27,14 +25,6 @@ def relative(file: Path) -> str:
 def test_a_generated_page_is_current(name: str) -> None:
     written = (ROOT / "bench" / name).read_text(encoding="utf-8")
     assert written == docs.PAGES[name](), "run python -m bench.docs"
-
-
-def test_options_are_grouped_in_the_order_of_first_use() -> None:
-    options: list[Any] = [SimpleNamespace(name="k", group="decoding"), SimpleNamespace(name="pair", group="models")]
-    options += [SimpleNamespace(name="rule", group="decoding"), SimpleNamespace(name="clock")]
-    groups = {group: [option.name for option in members] for group, members in docs.option_groups(options).items()}
-    assert groups == {"decoding": ["k", "rule"], "models": ["pair"], "options": ["clock"]}
-    assert list(groups) == ["decoding", "models", "options"]
 
 
 def test_a_bar_in_a_cell_does_not_split_it() -> None:

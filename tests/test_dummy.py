@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from edgecloud_sd import gate
 from edgecloud_sd.cloud import engine
 from edgecloud_sd.cloud.engine import Transformers
 from edgecloud_sd.config import resolve
@@ -24,7 +23,8 @@ from edgecloud_sd.measure import quality
 from edgecloud_sd.models import dummy, frontend, hf, load, memory, pairs
 from edgecloud_sd.models.devices import DTYPES, QUANTISED_DTYPES
 from edgecloud_sd.models.pairs import DUMMY, PAIRS
-from edgecloud_sd.pipeline import Captioner, Cell, Request
+from edgecloud_sd.pipeline import Pipeline, Request
+from edgecloud_sd.strategy import Strategy
 
 pytestmark = pytest.mark.slow  # these tests take several seconds
 
@@ -156,11 +156,11 @@ def test_features_have_the_mel_bins_of_the_audio_tower(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["audio_config"]["num_mel_bins"] = 80
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    captioner = Captioner(pairs.find_pair("pocket", str(folder), str(folder), DUMMY))
-    prompt = captioner.prompt(Request(np.zeros(16_000, dtype=np.float32)), "edge")
+    pipeline = Pipeline(pairs.find_pair("pocket", str(folder), str(folder), DUMMY))
+    prompt = pipeline.prompt(Request(np.zeros(16_000, dtype=np.float32)), "edge")
     assert prompt.features is not None
     assert prompt.features.shape[0] == 80
-    captioner.edge.open(prompt)
+    pipeline.edge.open(prompt)
 
 
 def test_a_pair_of_configs_decodes_losslessly_and_has_dummy_in_its_name(tmp_path: Path) -> None:
@@ -170,10 +170,10 @@ def test_a_pair_of_configs_decodes_losslessly_and_has_dummy_in_its_name(tmp_path
     )
     pair = pairs.find_pair("pocket", str(small), str(large), DUMMY)
     assert pair.name == "small+large-dummy"
-    captioner = Captioner(pair, edge_dtype="int8")
+    pipeline = Pipeline(pair, edge_dtype="int8")
     request = Request(np.random.default_rng(1).normal(0, 0.1, 16_000).astype(np.float32))
-    expected = captioner.trace(request, Cell("cloud"), 40).tokens
-    assert captioner.trace(request, Cell("speculative", gate.ALWAYS, k=3), 40).tokens == expected
+    expected = pipeline.trace(request, Strategy("cloud"), 40).tokens
+    assert pipeline.trace(request, Strategy("speculative", k=3), 40).tokens == expected
 
 
 def test_padding_rows_are_zero_and_their_ids_are_never_emitted(folder: Path) -> None:
@@ -304,15 +304,15 @@ def test_vocabulary_sizes_may_differ_by_the_padding_alone() -> None:
 
 def test_a_pair_with_different_vocabulary_sizes_is_refused_at_load(tmp_path: Path) -> None:
     edge, cloud = write_config(tmp_path / "edge", vocab_size=5000), write_config(tmp_path / "cloud", vocab_size=1000)
-    captioner = Captioner(pairs.find_pair("pocket", str(edge), str(cloud), DUMMY))
+    pipeline = Pipeline(pairs.find_pair("pocket", str(edge), str(cloud), DUMMY))
     with pytest.raises(ValueError, match="vocab_size 5000 of the edge and 1000"):
-        captioner.load("speculative")
+        pipeline.prepare("speculative")
 
 
 @pytest.mark.parametrize(("edge", "cloud"), [(DUMMY, pairs.REAL), (pairs.REAL, DUMMY)])
 def test_an_edge_and_a_server_must_both_have_dummy_weights_or_neither(edge: str, cloud: str) -> None:
     served = Transformers(load.load_model(PAIRS["pocket"].cloud, weights=cloud), "float32", cloud)
     connection: Any = SimpleNamespace(remote=served.identity)
-    captioner = Captioner(pairs.find_pair("pocket", weights=edge), connection=connection)
+    pipeline = Pipeline(pairs.find_pair("pocket", weights=edge), cloud=connection)
     with pytest.raises(ValueError, match="not both of dummy weights: --weights"):
-        captioner.load("speculative")
+        pipeline.prepare("speculative")

@@ -15,17 +15,20 @@ from hypothesis import strategies as st
 from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY, Rule
 from edgecloud_sd.cloud.client import Connection
-from edgecloud_sd.decoder import Decoding, decode
-from edgecloud_sd.events import Committed, Degraded, Event, Finished, Prepared, Prompt, Trace, Verdict
+from edgecloud_sd.cloud.engine import Identity
+from edgecloud_sd.decoder import decode
+from edgecloud_sd.events import Committed, Degraded, Event, Finished, Prompt, Trace, Verdict
 from edgecloud_sd.measure import metrics
-from edgecloud_sd.measure.breakdown import intervals, latency_breakdown
+from edgecloud_sd.measure.breakdown import latency_breakdown
+from edgecloud_sd.pipeline import generation_events
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault, LocalVerifier, Verification, Verifier
 from tests.support.proxy import SLOW, STREAMED, Fault, Proxy
 from tests.support.serving import ToyEngine, served
-from tests.support.strategies import VOCABULARY, Scene, gates, ks, ranks, scenes, speculative, synthetics
+from tests.support.strategies import VOCABULARY, Scene, gates, ks, prefills, ranks, scenes, synthetics
 from tests.support.toy import ToyModel, random_table
 
 pytestmark = pytest.mark.slow
@@ -67,28 +70,25 @@ class Plan:
     """One caption over HTTP, with the faults on its way."""
 
     scene: Scene
-    decoding: Decoding
-    rule: Rule
-    prefill_time: str
+    strategy: Strategy
     faults: list[Fault]
     seed: int
     knows_identity: bool  # the client has the server's identity before the first fault
+    finish_alone: bool = False
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     scene = draw(scenes())
     kind = draw(st.sampled_from(["lossless", "lossless", "lossy", "cloud", "cloud"]))
-    rule = draw(ranks | synthetics) if kind == "lossy" else GREEDY
-    decoding = speculative(scene, draw(ks), draw(gates) if kind == "lossy" else gate.ALWAYS)
-    if draw(st.booleans()):
-        decoding = replace(decoding, ahead=6, is_lossless=kind == "lossless")
-    if kind == "cloud":
-        decoding = Decoding("cloud", scene.stopping)
+    strategy = Strategy("cloud")
+    if kind != "cloud":
+        is_lossy = kind == "lossy"
+        chosen, rule = draw(gates) if is_lossy else gate.ALWAYS, draw(ranks | synthetics) if is_lossy else GREEDY
+        ahead, prefill = draw(st.sampled_from([0, 6])), draw(prefills)
+        strategy = Strategy("speculative", chosen, rule, draw(ks), draft_ahead=ahead, prefill=prefill)
     kinds = [*STREAMED, *UNSTREAMED] if kind == "cloud" else UNSTREAMED
-    prefill_time = draw(st.sampled_from(["eager", "lazy"]))
-    seed, knows_identity = draw(st.integers(0, 2**16)), draw(st.booleans())
-    return Plan(scene, decoding, rule, prefill_time, draw(faults(kinds)), seed, knows_identity)
+    return Plan(scene, strategy, draw(faults(kinds)), draw(st.integers(0, 2**16)), draw(st.booleans()))
 
 
 @dataclass(frozen=True)
@@ -127,27 +127,41 @@ class RecordingVerification:
             raise
 
 
+@dataclass(frozen=True)
+class RecordingCloud:
+    """A connection that records the faults that it gives up for."""
+
+    connection: Connection
+    cloud_faults: list[CloudFault]
+    frontend: None = None
+    local_parameters: int = 0
+
+    @property
+    def identity(self) -> Identity:
+        return self.connection.identity
+
+    def verifier(self, rule: Rule, harness: Harness) -> Verifier:
+        return RecordingVerifier(self.connection.verifier(rule, harness), self.cloud_faults)
+
+    def close(self) -> None:
+        self.connection.close()
+
+
 def caption(plan: Plan, connection: Connection, cloud_faults: list[CloudFault] | None = None) -> Trace:
-    """Return the trace of the plan's caption, decoded as `Captioner` does it."""
-    harness = Harness(far=True)
-
-    def events() -> Iterator[Event]:
-        yield Prepared(len(plan.scene.prompt.ids))
-        verifier: Verifier = connection.verifier(plan.rule, harness)
-        if plan.decoding.mode == "speculative":
-            verifier = harness.opened(verifier, plan.prefill_time)
-        if cloud_faults is not None:
-            verifier = RecordingVerifier(verifier, cloud_faults)
-        decoding = replace(plan.decoding, begin=harness.begin_verdict if plan.decoding.ahead else None)
-        yield from decode(plan.scene.prompt, decoding, plan.scene.edge, verifier)
-
-    return stamp(events(), harness.watch)
+    """Return the trace of the plan's caption, decoded as a pipeline does."""
+    harness, scene = Harness(), plan.scene
+    cloud = connection if cloud_faults is None else RecordingCloud(connection, cloud_faults)
+    finish_alone = plan.finish_alone
+    events = generation_events(
+        lambda: scene.prompt, plan.strategy, scene.stopping, scene.edge, cloud, harness, finish_alone=finish_alone
+    )
+    return stamp(events, harness.watch)
 
 
 def tokens_without_faults(plan: Plan) -> tuple[int, ...]:
     """Return the caption as decoded in this process."""
-    scene = plan.scene
-    return stamp(decode(scene.prompt, plan.decoding, scene.edge, LocalVerifier(scene.cloud, plan.rule))).tokens
+    scene, verifier = plan.scene, LocalVerifier(plan.scene.cloud, plan.strategy.rule)
+    return stamp(decode(scene.prompt, plan.strategy, scene.stopping, scene.edge, verifier)).tokens
 
 
 def run(
@@ -159,7 +173,9 @@ def run(
     connection = Connection(world.proxy.url, None, timeout, patience, sleep=lambda seconds: None)
     try:
         if plan.knows_identity:
-            connection.remote = world.engine.identity  # not fetched, because TIMEOUT may be too short on a busy machine
+            connection.identity = (
+                world.engine.identity
+            )  # not fetched, because TIMEOUT may be too short on a busy machine
         world.proxy.plan(plan.faults, plan.seed)
         return caption(plan, connection, cloud_faults)
     finally:
@@ -173,7 +189,6 @@ def check_breakdown(trace: Trace) -> None:
         assert end <= span.start + 1e-9
         assert span.start <= span.end <= trace.seconds + 1e-9
         end = span.end
-    assert all(rest >= -1e-9 for _, rest in intervals(trace))
     breakdown = latency_breakdown(trace)
     assert all(seconds >= -1e-9 for seconds in breakdown.parts.values())
     assert breakdown.seconds == pytest.approx(trace.seconds)
@@ -194,8 +209,8 @@ def test_no_caption_is_wrong_under_200_schedules_of_faults(world: World, capsys:
         fault_counts.append(world.proxy.injected.total() - before)
 
     for kind in Fault:  # the drawn schedules may miss one
-        decoding = Decoding("cloud", SCENE.stopping) if kind in STREAMED else LOSSLESS.decoding
-        schedule = example(replace(LOSSLESS, decoding=decoding, faults=[Fault.TWICE_FIRST, kind]))(schedule)
+        strategy = Strategy("cloud") if kind in STREAMED else LOSSLESS_PLAN.strategy
+        schedule = example(replace(LOSSLESS_PLAN, strategy=strategy, faults=[Fault.TWICE_FIRST, kind]))(schedule)
     schedule()
     with capsys.disabled():
         counts = ", ".join(f"{kind.name} {world.proxy.injected[kind]}" for kind in Fault)
@@ -207,8 +222,7 @@ def test_no_caption_is_wrong_under_200_schedules_of_faults(world: World, capsys:
 @settings(max_examples=60)
 @given(plans(), st.sampled_from([0.0, 0.1, 0.5]))
 def test_an_edge_that_may_finish_alone_finishes_every_caption(world: World, plan: Plan, patience: float) -> None:
-    decoding = replace(plan.decoding, mode="speculative", gate=gate.ALWAYS)
-    plan = replace(plan, decoding=replace(decoding, alone=True), rule=GREEDY, knows_identity=True)
+    plan = replace(plan, strategy=lossless(plan.strategy), knows_identity=True, finish_alone=True)
     cloud_faults: list[CloudFault] = []
     trace = run(world, plan, patience, cloud_faults)
     events = [event for _, event in trace.events]
@@ -228,6 +242,11 @@ def test_an_edge_that_may_finish_alone_finishes_every_caption(world: World, plan
     assert events[-1] == Finished(plan.scene.stopping.reason(trace.tokens) or "length")
 
 
+def lossless(strategy: Strategy) -> Strategy:
+    """Return a lossless speculative strategy with the draft length of another."""
+    return Strategy("speculative", k=strategy.k, draft_ahead=strategy.draft_ahead, prefill=strategy.prefill)
+
+
 def committed_tokens(events: Sequence[Event]) -> tuple[int, ...]:
     return Trace(tuple((0.0, event) for event in events)).tokens
 
@@ -244,8 +263,7 @@ def finish_alone(scene: Scene, start: Sequence[int]) -> tuple[int, ...]:
 @given(plans())
 def test_without_patience_the_first_fault_ends_the_caption(world: World, plan: Plan) -> None:
     kinds = [kind for kind in plan.faults if kind not in (*STREAMED, *SLOW)]
-    decoding = replace(plan.decoding, mode="speculative", gate=gate.ALWAYS)
-    plan = replace(plan, decoding=decoding, rule=GREEDY, knows_identity=True, faults=kinds)
+    plan = replace(plan, strategy=lossless(plan.strategy), knows_identity=True, faults=kinds)
     before = world.proxy.injected.copy()
     try:
         trace = run(world, plan, patience=0.0, timeout=10.0)  # a pause of a busy machine is no fault
@@ -265,31 +283,31 @@ SCENE = Scene(
     prompt=Prompt((1, 2, 3)),
     stopping=Stopping(frozenset(), 12),
 )
-LOSSLESS = Plan(SCENE, speculative(SCENE, 3), GREEDY, "lazy", [], 0, knows_identity=True)
+LOSSLESS_PLAN = Plan(SCENE, Strategy("speculative", prefill="lazy"), [], 0, knows_identity=True)
 
 
 @pytest.mark.parametrize("mode", ["speculative", "cloud"])
 @pytest.mark.parametrize("kind", [kind for kind in UNSTREAMED if kind not in HARMLESS])
 def test_a_fault_without_end_exhausts_patience(world: World, kind: Fault, mode: str) -> None:
-    decoding = LOSSLESS.decoding if mode == "speculative" else Decoding("cloud", SCENE.stopping)
+    strategy = LOSSLESS_PLAN.strategy if mode == "speculative" else Strategy("cloud")
     before = world.proxy.injected[kind]
     patience = 5.0 if kind not in SLOW else 0.4
     with pytest.raises(CloudFault, match=r"failed (once|\d+ times), the last time with: "):
-        run(world, replace(LOSSLESS, decoding=decoding, faults=[kind] * 500), patience)
+        run(world, replace(LOSSLESS_PLAN, strategy=strategy, faults=[kind] * 500), patience)
     # delays double from 0.05 s, so about eight make 5 s; two more attempts need no delay when the session is lost
     assert 1 + (kind not in SLOW) <= world.proxy.injected[kind] - before <= 14
 
 
 @pytest.mark.parametrize("kind", STREAMED)
 def test_a_stream_that_breaks_again_and_again_is_continued_while_it_yields_tokens(world: World, kind: Fault) -> None:
-    plan = replace(LOSSLESS, decoding=Decoding("cloud", SCENE.stopping), faults=[Fault.TWICE_FIRST, *[kind] * 8])
+    plan = replace(LOSSLESS_PLAN, strategy=Strategy("cloud"), faults=[Fault.TWICE_FIRST, *[kind] * 8])
     assert run(world, plan, FOREVER).tokens == tokens_without_faults(plan)
 
 
 @pytest.mark.parametrize("mode", ["speculative", "cloud"])
 def test_the_time_and_the_bytes_of_failed_attempts_are_counted(world: World, mode: str) -> None:
-    decoding = LOSSLESS.decoding if mode == "speculative" else Decoding("cloud", SCENE.stopping)
-    plan = replace(LOSSLESS, decoding=decoding)
+    strategy = LOSSLESS_PLAN.strategy if mode == "speculative" else Strategy("cloud")
+    plan = replace(LOSSLESS_PLAN, strategy=strategy)
     plain = run(world, plan, FOREVER, timeout=10.0)
     assert latency_breakdown(plain).parts["faults"] == 0
     faulty = run(world, replace(plan, faults=[Fault.TWICE_FIRST, Fault.LOST]), FOREVER, timeout=10.0)

@@ -16,7 +16,6 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from edgecloud_sd import gate, wire
-from edgecloud_sd.decoder import Decoding
 from edgecloud_sd.events import (
     Committed,
     Draft,
@@ -32,20 +31,22 @@ from edgecloud_sd.events import (
     Verified,
 )
 from edgecloud_sd.forecast import model as oracle
+from edgecloud_sd.forecast.estimate import estimate_profile, estimate_workload
 from edgecloud_sd.forecast.model import Workload
-from edgecloud_sd.pipeline import Captioner, Cell, Request
+from edgecloud_sd.gate import Gate
+from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing import link as links
 from edgecloud_sd.timing import profile
 from edgecloud_sd.timing.clock import Watch
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Costs, Profile
+from tests.support.fakes import UNSURE, Scripted
 from tests.support.strategies import (
-    UNSURE,
     Case,
-    Scripted,
     any_link,
     cases,
     play,
@@ -123,9 +124,10 @@ def clocked(machines: Profile, link: Link, k: int, pattern: Sequence[Round], cho
         at += accepted + 1 if escalated else k
         ends.append(at)
     edge = Scripted(frozenset(wrong), frozenset(unsure))
-    how = Decoding("speculative", Stopping(frozenset(), at + k + 1), k, chosen)  # nothing is cut in the two turns
+    stopping = Stopping(frozenset(), at + k + 1)  # cuts nothing in the two turns
+    strategy = Strategy("speculative", chosen, k=k)
     reached, n = dict[int, float](), 0  # when so many tokens were there
-    for moment, event in play(PROMPT, edge, Scripted(), how, Harness(machines, link)).events:
+    for moment, event in play(PROMPT, edge, Scripted(), strategy, stopping, Harness(machines, link)).events:
         if isinstance(event, Committed):
             n += len(event.tokens)
             reached[n] = moment
@@ -189,8 +191,10 @@ def test_the_published_machines_are_forecast_to_the_last_digit(name: str, k: int
 
 @given(profiles(edge_points=1), any_link.map(steady), st.sampled_from(["edge", "cloud", "speculative"]), st.booleans())
 def test_a_whole_caption_is_its_opening_and_its_tokens(machines: Profile, link: Link, mode: str, eager: bool) -> None:
-    how = Decoding(mode, Stopping(frozenset(), 6), 2, gate.ALWAYS)
-    trace = play(PROMPT, Scripted(), Scripted(), how, Harness(machines, link), when="eager" if eager else "lazy")
+    strategy = Strategy(mode)
+    if mode == "speculative":
+        strategy = Strategy(mode, k=2, prefill="eager" if eager else "lazy")
+    trace = play(PROMPT, Scripted(), Scripted(), strategy, Stopping(frozenset(), 6), Harness(machines, link))
     each = {
         "edge": machines.edge.step,
         "cloud": oracle.cloud_seconds_per_token(machines, link),
@@ -199,7 +203,7 @@ def test_a_whole_caption_is_its_opening_and_its_tokens(machines: Profile, link: 
     size = wire.REQUEST_HEAD + len(wire.encode_prompt(PROMPT))
     opening = oracle.opening_seconds(machines, link, mode, replace(geometric(2, 1.0), open_bytes=size, eager=eager))
     assert trace.seconds == over(link, opening + 6 * each[mode])
-    if work := oracle.workload([trace], 2, eager=eager):
+    if work := estimate_workload([trace], strategy):
         assert oracle.forecast(machines, link, work).caption == over(link, trace.seconds)
 
 
@@ -215,12 +219,12 @@ def test_what_a_draft_stop_reads_is_paid_for_each_token(text: str, n: int) -> No
         gate.statistics_per_token(gate.entropy_gate(1.0), gate.parse_draft_stop("entropy", gate.entropy_gate(1.0))) == 1
     )
     machines = Profile("machines", Costs(0.0, ((1, 0.01),)), Costs(0.0, ((1, 0.02),)), gate=0.004)
-    how = Decoding("speculative", Stopping(frozenset(), 30), 2, gate.ALWAYS, stop=stop)
-    trace = play(PROMPT, Scripted(), Scripted(), how, Harness(machines))
+    stopping, strategy = Stopping(frozenset(), 30), Strategy("speculative", k=2, draft_stop=stop)
+    trace = play(PROMPT, Scripted(), Scripted(), strategy, stopping, Harness(machines))
     work = replace(geometric(2, 1.0), gated=n)
     assert trace.seconds == pytest.approx(30 * oracle.seconds_per_token(machines, links.NO_LINK, work))
-    found = oracle.observed(
-        [trace, play(PROMPT, Scripted(), Scripted(), Decoding("cloud", how.stopping), Harness(machines))]
+    found = estimate_profile(
+        [trace, play(PROMPT, Scripted(), Scripted(), Strategy("cloud"), stopping, Harness(machines))]
     )
     assert found is not None
     assert found.gate == pytest.approx(0.004 if n else 0.0)
@@ -229,8 +233,10 @@ def test_what_a_draft_stop_reads_is_paid_for_each_token(text: str, n: int) -> No
 def drafted_ahead(work: Workload, machines: Profile, link: Link, wrong: frozenset[int], n: int) -> Trace:
     """A caption of `n` tokens, of which the edge gets those at the places in `wrong` wrong."""
     stopping = Stopping(frozenset(), n)
-    how = Decoding("speculative", stopping, work.k, gate.ALWAYS, ahead=work.ahead, is_lossless=work.is_lossless)
-    return play(PROMPT, Scripted(wrong), Scripted(), how, Harness(machines, link))
+    # a gate that reads a score of every token, and escalates every draft, is lossy without being free of local rounds
+    chosen = gate.ALWAYS if work.is_lossless else Gate("scripted", -1.0, lambda row: 0.0)
+    strategy = Strategy("speculative", chosen, k=work.k, draft_ahead=work.ahead)
+    return play(PROMPT, Scripted(wrong), Scripted(), strategy, stopping, Harness(machines, link))
 
 
 @pytest.mark.slow
@@ -278,8 +284,8 @@ def test_where_the_edge_may_be_wrong_drafting_ahead_takes_what_is_forecast(
 def in_every_mode(case: Case) -> Iterator[Case]:
     """The case's scene, at last speculatively."""
     for mode in ("edge", "cloud"):
-        yield replace(case, how=Decoding(mode, case.scene.stopping))
-    yield case if case.how.mode == "speculative" else replace(case, how=speculative(case.scene, 3))
+        yield replace(case, strategy=Strategy(mode))
+    yield case if case.strategy.is_speculative else replace(case, strategy=speculative(3))
 
 
 @settings(max_examples=25)  # three captions each
@@ -288,7 +294,7 @@ def test_the_costs_that_traces_show_are_those_that_they_were_played_under(
     case: Case, machines: Profile, link: Link
 ) -> None:
     traces = [each.play(Harness(machines, link)) for each in in_every_mode(case)]
-    found = oracle.observed(traces, "found")
+    found = estimate_profile(traces, "found")
     assert found is not None
     gated = any(span.part == "gate" for trace in traces for span in trace.spans)
     assert found == Profile(
@@ -324,61 +330,68 @@ def test_the_workload_that_traces_show_by_hand() -> None:
         Finished("length"),
     ]
     trace = Trace(tuple((0.0, event) for event in events))
-    assert oracle.workload([trace, trace], 3, gated=True) == Workload(3, (1.0, 1.0, 0.0), 4 / 6, True, sent=2, tokens=8)
+    gated = Strategy("speculative", gate.entropy_gate(1.0), k=3)
+    found = estimate_workload([trace, trace], gated)
+    assert found == Workload(3, (1.0, 1.0, 0.0), 4 / 6, True, sent=2, tokens=8, is_lossless=False)
     sent = replace(trace, spans=(Span("uplink", 0.0, 0.0, 900), Span("uplink", 0.0, 0.0, 20)))
-    assert oracle.workload([sent], 5) == Workload(5, (1.0, 1.0, 0.0), 2 / 3, sent=2, tokens=8, open_bytes=900)
+    assert estimate_workload([sent], Strategy("speculative", k=5)) == Workload(
+        5, (1.0, 1.0, 0.0), 2 / 3, sent=2, tokens=8, open_bytes=900
+    )
 
 
 def test_there_is_no_workload_where_nothing_was_verified() -> None:
     local = Trace(((0.0, Drafted(Draft((1,)))), (0.0, Committed((1,), "local"))))
-    assert oracle.workload([local], 1) is None
-    assert oracle.workload([], 1) is None
+    assert estimate_workload([local], Strategy("speculative", k=1)) is None
+    assert estimate_workload([], Strategy("speculative", k=1)) is None
 
 
 def test_one_side_alone_shows_no_profile() -> None:
     machines = profile.load_profile("published")
     edge, cloud = (
-        play(PROMPT, Scripted(), Scripted(), Decoding(mode, Stopping(frozenset(), 4)), Harness(machines))
+        play(PROMPT, Scripted(), Scripted(), Strategy(mode), Stopping(frozenset(), 4), Harness(machines))
         for mode in ("edge", "cloud")
     )
-    assert oracle.observed([edge]) is oracle.observed([cloud]) is oracle.observed([]) is None
-    assert oracle.observed([edge, cloud]) is not None
+    assert estimate_profile([edge]) is estimate_profile([cloud]) is estimate_profile([]) is None
+    assert estimate_profile([edge, cloud]) is not None
 
 
-def verified(took: float, sent: int, n: int) -> list[tuple[float, Event]]:
+def verified(seconds: float, sent: int, n: int) -> Trace:
+    """Return a trace of one draft of `n` tokens, whose verification takes `seconds`."""
     draft = Draft((0,) * n)
-    return [(0.0, Drafted(draft)), (0.0, Escalated(draft, sent)), (took, Verified(draft, Verdict(n, 0)))]
+    events = ((0.0, Drafted(draft)), (0.0, Escalated(draft, sent)), (seconds, Verified(draft, Verdict(n, 0))))
+    return Trace(events, (*[Span("draft", 0.0, 0.0)] * n, Span("verify", 0.0, seconds)))
 
 
-ALONE = Trace(((0.0, Opened("cloud")), (1.5, Committed((1,), "cloud"))))  # a step of the cloud takes 1.5 s
+# a step of the cloud takes 1.5 s
+ALONE = Trace(((0.0, Opened("cloud")), (1.5, Committed((1,), "cloud"))), (Span("cloud_decode", 0.0, 1.5),))
 
 
 def test_a_pass_over_more_tokens_is_taken_to_cost_no_less() -> None:
-    traces = [Trace(tuple(verified(took, 1, n))) for took, n in ((2.0, 1), (4.0, 1), (1.0, 2), (5.0, 3))]
-    found = oracle.observed([ALONE, *traces])
+    traces = [verified(took, 1, n) for took, n in ((2.0, 1), (4.0, 1), (1.0, 2), (5.0, 3))]
+    found = estimate_profile([ALONE, *traces])
     assert found is not None
     pooled = (2.0 + 4.0 + 1.0) / 3  # two passes over 2 tokens and one over 3
     assert found.cloud.forward == ((1, 1.5), (2, pooled), (3, pooled), (4, 5.0))
 
 
 def test_pooling_goes_back_as_far_as_it_must() -> None:
-    traces = [Trace(tuple(verified(took, 1, n))) for took, n in ((2.0, 1), (1.75, 2), (0.25, 3))]
-    found = oracle.observed([ALONE, *traces])  # 1.5 s before them, a step
+    traces = [verified(took, 1, n) for took, n in ((2.0, 1), (1.75, 2), (0.25, 3))]
+    found = estimate_profile([ALONE, *traces])  # 1.5 s before them, a step
     assert found is not None
     assert found.cloud.forward == tuple((n, 5.5 / 4) for n in (1, 2, 3, 4))
 
 
 def test_one_slow_pass_among_many_hardly_counts() -> None:
-    traces = [Trace(tuple(verified(2.0, 1, 3)))] * 99 + [Trace(tuple(verified(8.0, 1, 1)))]
-    found = oracle.observed([ALONE, *traces])
+    traces = [verified(2.0, 1, 3)] * 99 + [verified(8.0, 1, 1)]
+    found = estimate_profile([ALONE, *traces])
     assert found is not None
     assert found.cloud.seconds(4) == pytest.approx((99 * 2 + 8) / 100)
 
 
 def test_without_a_caption_of_the_cloud_alone_nothing_shows_what_its_step_takes() -> None:
-    how = Decoding("speculative", Stopping(frozenset(), 18), 3, gate.ALWAYS)
-    trace = play(PROMPT, Scripted(), Scripted(), how, Harness(profile.load_profile("published")))
-    assert oracle.observed([trace]) is None
+    harness = Harness(profile.load_profile("published"))
+    trace = play(PROMPT, Scripted(), Scripted(), Strategy("speculative"), Stopping(frozenset(), 18), harness)
+    assert estimate_profile([trace]) is None
 
 
 # --- more is never worse ---
@@ -650,17 +663,18 @@ class Turn:
         self._since = None
 
 
-def in_turns(captioner: Captioner, asked: Sequence[tuple[Request, Cell]]) -> list[Trace]:
+def in_turns(pipeline: Pipeline, requests: Sequence[tuple[Request, Strategy]]) -> list[Trace]:
     """Captions decoded side by side, an event each in turn, so that a slow moment of the machine falls on all.
 
     Without garbage collection: one takes as long as a caption does.
     """
     running = []
-    for request, cell in asked:
-        stage, turn = Harness(), Turn()
-        stage.watch = Watch(turn)
-        limit = 8 if cell.mode == "cloud" else 64  # a few steps show what one takes
-        running.append((turn, stage.watch, captioner.events(request, cell, limit, stage), list[tuple[float, Event]]()))
+    for request, strategy in requests:
+        harness, turn = Harness(), Turn()
+        harness.watch = Watch(turn)
+        limit = 8 if strategy.mode == "cloud" else 64  # a few steps show what one takes
+        events = pipeline.events(request, strategy, limit, harness)
+        running.append((turn, harness.watch, events, list[tuple[float, Event]]()))
     left = list(range(len(running)))
     gc.disable()
     try:
@@ -685,29 +699,31 @@ def after_opening(trace: Trace) -> float:
     return (trace.seconds - opened) / len(trace.tokens)
 
 
-def forecast_error(captioner: Captioner) -> float:
+def forecast_error(pipeline: Pipeline) -> float:
     """The median over several k of how far half of the clips forecast the other half's seconds a token."""
     lengths = (1, 2, 4, 8)
-    cells = [Cell("speculative", gate.ALWAYS, k=k) for k in lengths]
+    strategies = [Strategy("speculative", k=k) for k in lengths]
     halves = [Request(clips.make_clip("evaluation", index).samples) for index in (3, 10)]
-    traces = in_turns(captioner, list(itertools.product(halves, [*cells, Cell("cloud")])))
-    split = [traces[: len(cells) + 1], traces[len(cells) + 1 :]]
+    traces = in_turns(pipeline, list(itertools.product(halves, [*strategies, Strategy("cloud")])))
+    split = [traces[: len(strategies) + 1], traces[len(strategies) + 1 :]]
     errors = []
     for shown, other in (split, split[::-1]):
-        machines = oracle.observed(shown)
+        machines = estimate_profile(shown)
         assert machines is not None
         for k, trace in zip(lengths, other, strict=False):
-            work = oracle.workload([trace], k)  # what was accepted is the clip's; what it took is forecast
+            work = estimate_workload(
+                [trace], Strategy("speculative", k=k)
+            )  # what was accepted is the clip's; what it took is forecast
             assert work is not None
             errors.append(abs(oracle.seconds_per_token(machines, links.NO_LINK, work) / after_opening(trace) - 1))
     return median(errors)
 
 
 @pytest.mark.slow
-def test_half_of_the_clips_forecast_the_other_half_of_the_pocket_pair(captioner: Captioner) -> None:
-    errors = [forecast_error(captioner)]
+def test_half_of_the_clips_forecast_the_other_half_of_the_pocket_pair(pipeline: Pipeline) -> None:
+    errors = [forecast_error(pipeline)]
     while min(errors) >= 0.10 and len(errors) < 3:  # other work on the machine can spoil a measurement
-        errors.append(forecast_error(captioner))
+        errors.append(forecast_error(pipeline))
     assert min(errors) < 0.10, errors
 
 

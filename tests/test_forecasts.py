@@ -1,12 +1,10 @@
-"""What the oracle is asked for each cell of a run: its own link, and costs that hold for it."""
+"""The forecast of each cell of a run: from its own link, and from costs that apply to it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from bench.forecasts import Decoded, forecast_cells, link_with_network
+from bench.forecasts import DecodedCell, forecast_cells, link_with_network
 from edgecloud_sd.events import (
     Ahead,
     Committed,
@@ -21,7 +19,8 @@ from edgecloud_sd.events import (
     Verdict,
     Verified,
 )
-from edgecloud_sd.forecast import model as oracle
+from edgecloud_sd.forecast.model import Forecast
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing import link as links
 
 DRAFT = Draft((1, 2))
@@ -32,14 +31,17 @@ CLOUD = Trace(
         (5.0, Committed((1,), "cloud")),
         (9.0, Committed((2,), "cloud")),
         (9.0, Finished("length")),
-    )
+    ),
+    (Span("cloud_decode", 1.0, 5.0), Span("cloud_decode", 5.0, 9.0)),
 )
 
 
 def caption(step: float, ahead: bool = False, spans: tuple[Span, ...] = ()) -> Trace:
-    """One round of a draft of two, accepted whole, whose verdict takes 4 s."""
+    """Return one round: a draft of two tokens, accepted whole, whose verdict takes 4 s."""
     sent = 1 + 2 * step
-    made = ((sent + 3, Ahead((3,), 1)),) if ahead else ()
+    drafted_ahead = ((sent + 3, Ahead((3,), 1)),) if ahead else ()
+    steps = [Span("draft", 1.0, 1 + step), Span("draft", 1 + step, sent)]
+    steps += [Span("draft", sent, sent + 3)] if ahead else []
     return Trace(
         (
             (0.0, Prepared(3)),
@@ -47,21 +49,22 @@ def caption(step: float, ahead: bool = False, spans: tuple[Span, ...] = ()) -> T
             (sent, Drafted(DRAFT)),
             (sent, Escalated(DRAFT, 1)),
             (sent, Opened("cloud")),
-            *made,
+            *drafted_ahead,
             (sent + 4, Verified(DRAFT, Verdict(2, 3))),
             (sent + 4, Committed((1, 2), "accepted")),
             (sent + 4, Committed((3,), "bonus")),
             (sent + 4, Finished("length")),
         ),
-        spans,
+        (*spans, *steps, Span("verify", steps[-1].end, sent + 4)),
     )
 
 
-def cell(mode: str, *traces: Trace, ahead: int = 0) -> Decoded:
-    return Decoded(mode, 2, 0, links.NO_LINK, True, ahead, True, traces)
+def cell(mode: str, *traces: Trace, ahead: int = 0) -> DecodedCell:
+    strategy = Strategy(mode, k=2, draft_ahead=ahead) if mode == "speculative" else Strategy(mode)
+    return DecodedCell(strategy, links.NO_LINK, traces)
 
 
-def test_a_round_trip_to_a_service_counts_hidden_or_not() -> None:
+def test_the_round_trip_to_a_service_counts_its_hidden_time() -> None:
     sent = Span("network", 4.0, 5.0, 10, hidden=2.0)
     opening = Span("network", 0.5, 1.0, 100)
     served = caption(0.5, ahead=True, spans=(opening, sent))
@@ -70,24 +73,24 @@ def test_a_round_trip_to_a_service_counts_hidden_or_not() -> None:
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_on_one_device_cells_that_draft_ahead_and_others_show_their_own_steps(together: bool) -> None:
+def test_on_one_device_cells_that_draft_ahead_keep_their_own_costs(together: bool) -> None:
     found = forecast_cells(
         {
             "cloud": cell("cloud", CLOUD),
             "waits": cell("speculative", caption(0.5)),
             "ahead": cell("speculative", caption(2.0, ahead=True), ahead=1),
         },
-        together=together,
+        shares_device=together,
     )
     waits, ahead = found["waits"], found["ahead"]
-    assert isinstance(waits, oracle.Forecast)
-    assert isinstance(ahead, oracle.Forecast)
+    assert isinstance(waits, Forecast)
+    assert isinstance(ahead, Forecast)
     pooled = (2 * 0.5 + 2 * 2.0 + 3.0) / 5
     assert waits.edge == pytest.approx(0.5 if together else pooled)
     assert ahead.edge == pytest.approx((2 * 2.0 + 3.0) / 3 if together else pooled)
 
 
-def test_without_a_caption_of_the_cloud_alone_there_is_no_answer() -> None:
+def test_without_a_caption_of_the_cloud_alone_there_is_no_forecast() -> None:
     trace = caption(0.5, ahead=True)
-    answer = forecast_cells({"ahead": replace(cell("speculative", trace), ahead=1)}, together=True)["ahead"]
-    assert str(answer).startswith("no answer: a step of the cloud alone was not timed")
+    answer = forecast_cells({"ahead": cell("speculative", trace, ahead=1)}, shares_device=True)["ahead"]
+    assert str(answer).startswith("no forecast: no step of the cloud alone was timed")

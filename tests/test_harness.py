@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecloud_sd import gate, wire
-from edgecloud_sd.decoder import Decoding, decode
+from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import (
     Ahead,
     Committed,
@@ -30,13 +30,15 @@ from edgecloud_sd.events import (
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.measure.breakdown import latency_breakdown
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing import link as links
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Costs, Profile
 from edgecloud_sd.verifier import LocalVerifier
-from tests.support.strategies import UNSURE, Case, Scripted, any_link, cases, play, profiles
+from tests.support.fakes import UNSURE, Scripted
+from tests.support.strategies import Case, any_link, cases, play, profiles
 
 PROMPT = Prompt((5, 6), torch.zeros(2, 3))
 PROFILE = Profile(
@@ -55,12 +57,12 @@ CLOUD = Scripted()
 ALL = Stopping(frozenset(), 8)
 
 
-def caption(how: Decoding, stage: Harness) -> Trace:
-    return play(PROMPT, EDGE, CLOUD, how, stage)
+def caption(strategy: Strategy, harness: Harness, stopping: Stopping = ALL) -> Trace:
+    return play(PROMPT, EDGE, CLOUD, strategy, stopping, harness)
 
 
-def speculative(stage: Harness) -> Trace:
-    return caption(Decoding("speculative", ALL, 2, UNSURE), stage)
+def speculative(harness: Harness) -> Trace:
+    return caption(Strategy("speculative", UNSURE, k=2), harness)
 
 
 def test_every_moment_of_a_speculative_caption_by_hand() -> None:
@@ -89,7 +91,7 @@ def test_every_moment_of_a_speculative_caption_by_hand() -> None:
 
 
 def test_a_lazy_cloud_is_opened_by_the_first_escalated_draft() -> None:
-    lazy = play(PROMPT, EDGE, CLOUD, Decoding("speculative", ALL, 2, UNSURE), Harness(PROFILE, LINK), when="lazy")
+    lazy = caption(Strategy("speculative", UNSURE, k=2, prefill="lazy"), Harness(PROFILE, LINK))
     eager = speculative(Harness(PROFILE, LINK))
     late = 4.375 + 0.25 + 0.25 + 5.0 - 5.625
     for (soon, event), (seconds, same) in zip(eager.events, lazy.events, strict=True):
@@ -112,7 +114,7 @@ def test_every_span_of_a_speculative_caption_by_hand() -> None:
     )
     down = [wire.ANSWER_HEAD + len(wire.dumps(answer)) for answer in answers]
     spans = speculative(Harness(PROFILE, LINK)).spans
-    assert [span for span in spans if span.part not in ("gate", "rollback")] == [
+    assert [span for span in spans if span.part in ("uplink", "cloud_queue", "downlink")] == [
         Span("uplink", 0.0, 0.0),  # there is a link
         Span("uplink", 4.375, 4.375, opening),  # crossed while the edge was at work
         Span("cloud_queue", 4.375, 4.375),
@@ -150,10 +152,11 @@ def test_the_breakdown_of_a_speculative_caption_by_hand() -> None:
     assert kept.discarded == 0.5  # one of two tokens that took a second
 
 
-def ahead(stage: Harness, is_lossless: bool = True) -> Trace:
-    """Drafts of two, up to four tokens ahead. The edge is wrong at the eighth of nine tokens."""
-    how = Decoding("speculative", Stopping(frozenset(), 9), 2, gate.ALWAYS, ahead=4, is_lossless=is_lossless)
-    return play(PROMPT, Scripted(wrong=frozenset({7})), Scripted(), how, stage)
+def ahead(harness: Harness, chosen: gate.Gate = gate.ALWAYS) -> Trace:
+    """Decode nine tokens with drafts of two, up to four tokens ahead. The edge is wrong at the eighth token."""
+    strategy = Strategy("speculative", chosen, k=2, draft_ahead=4)
+    edge = Scripted(wrong=frozenset({7}), unsure=frozenset(range(9)))
+    return play(PROMPT, edge, Scripted(), strategy, Stopping(frozenset(), 9), harness)
 
 
 def test_every_moment_of_a_caption_drafted_ahead_by_hand() -> None:
@@ -189,7 +192,7 @@ def test_every_moment_of_a_caption_drafted_ahead_by_hand() -> None:
 
 
 def test_drafting_ahead_where_the_output_depends_on_how_drafts_are_cut_makes_none_longer() -> None:
-    trace = ahead(Harness(PROFILE, LINK), is_lossless=False)
+    trace = ahead(Harness(PROFILE, LINK), UNSURE)  # every token is unsure, so every draft is verified
     drafted = [event for _, event in trace.events if isinstance(event, Drafted)]
     assert [(len(event.draft.tokens), event.ahead) for event in drafted] == [(2, 0), (2, 2), (2, 2), (1, 0)]
 
@@ -230,7 +233,7 @@ def test_bytes_take_the_time_that_the_bandwidth_gives_them() -> None:
 
 
 def test_every_moment_of_a_cloud_caption_by_hand() -> None:
-    trace = caption(Decoding("cloud", replace(ALL, max_new_tokens=3)), Harness(PROFILE, LINK))
+    trace = caption(Strategy("cloud"), Harness(PROFILE, LINK), Stopping(frozenset(), 3))
     assert trace.events == (
         (0.125, Prepared(2)),
         (5.625, Opened("cloud")),
@@ -246,7 +249,7 @@ def test_every_moment_of_a_cloud_caption_by_hand() -> None:
 
 
 def test_every_moment_of_an_edge_caption_by_hand() -> None:
-    trace = caption(Decoding("edge", replace(ALL, max_new_tokens=2)), Harness(PROFILE, LINK))
+    trace = caption(Strategy("edge"), Harness(PROFILE, LINK), Stopping(frozenset(), 2))
     assert [seconds for seconds, _ in trace.events] == [0.125, 2.125, 2.625, 2.625, 3.125, 3.125, 3.125]
     assert metrics.wire_bytes(trace) is None
 
@@ -258,7 +261,7 @@ def test_without_a_link_nothing_crosses_but_the_queue_is_waited_for() -> None:
 
 
 def test_a_gate_that_reads_nothing_costs_nothing() -> None:
-    trace = caption(Decoding("speculative", ALL, 2, gate.ALWAYS), Harness(PROFILE, LINK))
+    trace = caption(Strategy("speculative", k=2), Harness(PROFILE, LINK))
     assert latency_breakdown(trace).parts["gate"] == 0
 
 
@@ -277,11 +280,12 @@ def test_the_clock_changes_no_event_and_a_virtual_one_no_moment(
     case: Case, profile: Profile, link: Link, seed: str
 ) -> None:
     scene = case.scene
-    bare = stamp(decode(scene.prompt, case.how, scene.edge, LocalVerifier(scene.cloud, case.rule)))
+    verifier = LocalVerifier(scene.cloud, case.strategy.rule)
+    bare = stamp(decode(scene.prompt, case.strategy, scene.stopping, scene.edge, verifier))
     real, virtual = case.play(Harness()), case.play(Harness(profile, link, seed))
     for trace in (real, virtual):
         assert trace.tokens == bare.tokens
-        if not case.how.ahead:  # what is drafted ahead depends on when the verdict comes
+        if not case.strategy.draft_ahead:  # what is drafted ahead depends on when the verdict comes
             assert [event for _, event in trace.events[1:]] == [event for _, event in bare.events]
     assert case.play(Harness(profile, link, seed)) == virtual
     moments = [seconds for seconds, _ in virtual.events]
@@ -290,8 +294,8 @@ def test_the_clock_changes_no_event_and_a_virtual_one_no_moment(
 
 @pytest.mark.parametrize("mode", ["cloud", "speculative"])
 def test_another_seed_draws_another_jitter(mode: str) -> None:
-    how = Decoding(mode, ALL, 2, gate.ALWAYS)
-    traces = [caption(how, Harness(PROFILE, links.find_link("4g"), seed)) for seed in ("a", "b", "a")]
+    strategy = Strategy("cloud") if mode == "cloud" else Strategy("speculative", k=2)
+    traces = [caption(strategy, Harness(PROFILE, links.find_link("4g"), seed)) for seed in ("a", "b", "a")]
     assert traces[0] == traces[2]
     assert traces[0] != traces[1]
     assert traces[0].tokens == traces[1].tokens

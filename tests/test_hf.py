@@ -16,7 +16,7 @@ from edgecloud_sd.events import Prompt
 from edgecloud_sd.models import frontend, hf, load, pairs
 from edgecloud_sd.models.cache import Cache
 from edgecloud_sd.models.text import TextModel
-from edgecloud_sd.pipeline import Captioner, Request
+from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
 
 
@@ -34,13 +34,13 @@ def whole(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_whole_omni_checkpoint_loads_as_its_thinker(whole: Path, captioner: Captioner) -> None:
+def test_a_whole_omni_checkpoint_loads_as_its_thinker(whole: Path, pipeline: Pipeline) -> None:
     loaded = load.load_model(whole)
-    expected = captioner.edge.thinker.state_dict()
+    expected = pipeline.edge.thinker.state_dict()
     weights = loaded.thinker.state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert loaded.eos == captioner.edge.eos
+    assert loaded.eos == pipeline.edge.eos
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -62,18 +62,18 @@ def check_sides(edge: frontend.Frontend, cloud: frontend.Frontend) -> None:
     frontend.check_pair(edge.name, frontend.frontend_traits(edge), cloud.name, frontend.frontend_traits(cloud))
 
 
-def test_sides_with_different_tokenizers_are_not_a_pair(captioner: Captioner) -> None:
+def test_sides_with_different_tokenizers_are_not_a_pair(pipeline: Pipeline) -> None:
     class LargerTokenizer:
         def get_vocab(self) -> dict[str, int]:
-            return {**captioner.edge.tokenizer.get_vocab(), "more": 9999}
+            return {**pipeline.edge.tokenizer.get_vocab(), "more": 9999}
 
     with pytest.raises(ValueError, match="have different tokenizers, so they are not a pair"):
-        check_sides(captioner.edge, replace(captioner.cloud, tokenizer=LargerTokenizer()))
+        check_sides(pipeline.edge, replace(pipeline.cloud_model, tokenizer=LargerTokenizer()))
 
 
-def test_sides_with_different_end_of_caption_ids_are_not_a_pair(captioner: Captioner) -> None:
+def test_sides_with_different_end_of_caption_ids_are_not_a_pair(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match="have different end-of-caption ids"):
-        check_sides(captioner.edge, replace(captioner.cloud, eos=captioner.cloud.eos | {0}))
+        check_sides(pipeline.edge, replace(pipeline.cloud_model, eos=pipeline.cloud_model.eos | {0}))
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_a_checkpoint_of_another_model_type_is_refused(tmp_path: Path) -> None:
         load.load_model(tmp_path)
 
 
-def test_logits_that_are_not_finite_raise_an_error(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = captioner.edge.open(Prompt((300, 301)))
-    monkeypatch.setattr(captioner.edge.thinker.lm_head, "forward", lambda hidden: hidden * torch.nan)
+def test_logits_that_are_not_finite_raise_an_error(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = pipeline.edge.open(Prompt((300, 301)))
+    monkeypatch.setattr(pipeline.edge.thinker.lm_head, "forward", lambda hidden: hidden * torch.nan)
     with pytest.raises(FloatingPointError, match=r"not finite in torch\.float32"):
         session.extend([301])
 
@@ -119,9 +119,9 @@ def test_an_unknown_pair_is_refused_with_the_known_ones() -> None:
 
 
 @pytest.fixture
-def fresh(captioner: Captioner) -> hf.HFModel:
+def fresh(pipeline: Pipeline) -> hf.HFModel:
     """Return the cloud with the same weights and without computed prefixes."""
-    return replace(captioner.cloud)
+    return replace(pipeline.cloud_model)
 
 
 @pytest.fixture
@@ -138,16 +138,16 @@ def prefill_lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return lengths
 
 
-def build_prompts(captioner: Captioner, *languages: str) -> list[Prompt]:
+def build_prompts(pipeline: Pipeline, *languages: str) -> list[Prompt]:
     return [
-        captioner.prompt(Request(clips.make_clip("evaluation", index).samples, language), "cloud")
+        pipeline.prompt(Request(clips.make_clip("evaluation", index).samples, language), "cloud")
         for index, language in enumerate(languages)
     ]
 
 
-def test_a_prefix_is_the_ids_before_the_audio(captioner: Captioner) -> None:
-    model, audio = captioner.cloud, captioner.cloud.audio_token
-    (prompt,) = build_prompts(captioner, "english")
+def test_a_prefix_is_the_ids_before_the_audio(pipeline: Pipeline) -> None:
+    model, audio = pipeline.cloud_model, pipeline.cloud_model.audio_token
+    (prompt,) = build_prompts(pipeline, "english")
     before = model.shared_prefix(prompt)
     assert len(before) > 2
     assert prompt.ids[: len(before) + 1] == (*before, audio)
@@ -164,9 +164,9 @@ def test_a_prefix_is_the_ids_before_the_audio(captioner: Captioner) -> None:
 
 
 def test_a_prefix_is_computed_once_and_the_rest_of_the_prompt_for_each_clip(
-    captioner: Captioner, fresh: hf.HFModel, prefill_lengths: list[int]
+    pipeline: Pipeline, fresh: hf.HFModel, prefill_lengths: list[int]
 ) -> None:
-    prompts = build_prompts(captioner, "chinese", "chinese", "english")
+    prompts = build_prompts(pipeline, "chinese", "chinese", "english")
     shared = {fresh.shared_prefix(prompt) for prompt in prompts}
     assert len(shared) == 1  # the task follows the audio
     for prompt in prompts:
@@ -175,13 +175,13 @@ def test_a_prefix_is_computed_once_and_the_rest_of_the_prompt_for_each_clip(
     assert prefill_lengths == [n, *(len(prompt.ids) - 1 - n for prompt in prompts)]
 
 
-def test_a_shared_prefix_changes_no_token(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_prefix_changes_no_token(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = []
     for is_shared in (True, False):
-        model = replace(captioner.cloud)
+        model = replace(pipeline.cloud_model)
         if not is_shared:
             monkeypatch.setattr(hf.HFModel, "shared_prefix", lambda *_: ())
-        for prompt in build_prompts(captioner, "chinese", "english"):
+        for prompt in build_prompts(pipeline, "chinese", "english"):
             session, context, rows = model.open(prompt), [prompt.last], []
             for _ in range(20):
                 rows.append(session.extend(context[-1:])[0])
@@ -192,8 +192,8 @@ def test_a_shared_prefix_changes_no_token(captioner: Captioner, monkeypatch: pyt
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_session_does_not_write_into_the_prefix_of_the_next(captioner: Captioner, fresh: hf.HFModel) -> None:
-    first, second = build_prompts(captioner, "chinese", "english")
+def test_a_session_does_not_write_into_the_prefix_of_the_next(pipeline: Pipeline, fresh: hf.HFModel) -> None:
+    first, second = build_prompts(pipeline, "chinese", "english")
     expected = fresh.open(first).extend([first.last, 300, 301])
     between = fresh.open(second)
     between.extend([second.last, 302])
@@ -203,10 +203,10 @@ def test_a_session_does_not_write_into_the_prefix_of_the_next(captioner: Caption
 
 
 def test_sessions_opened_by_several_threads_share_one_prefix(
-    captioner: Captioner, fresh: hf.HFModel, prefill_lengths: list[int]
+    pipeline: Pipeline, fresh: hf.HFModel, prefill_lengths: list[int]
 ) -> None:
-    prompts = build_prompts(captioner, "chinese", "english", "chinese", "english")
-    expected = [captioner.cloud.open(prompt).extend([prompt.last]) for prompt in prompts]
+    prompts = build_prompts(pipeline, "chinese", "english", "chinese", "english")
+    expected = [pipeline.cloud_model.open(prompt).extend([prompt.last]) for prompt in prompts]
     prefill_lengths.clear()
     assert fresh.text  # built before the threads start, so that they share it
     with ThreadPoolExecutor(8) as threads:
@@ -218,9 +218,9 @@ def test_sessions_opened_by_several_threads_share_one_prefix(
 
 
 def test_the_least_recently_used_prefix_is_dropped(
-    captioner: Captioner, fresh: hf.HFModel, prefill_lengths: list[int]
+    pipeline: Pipeline, fresh: hf.HFModel, prefill_lengths: list[int]
 ) -> None:
-    (prompt,) = build_prompts(captioner, "chinese")
+    (prompt,) = build_prompts(pipeline, "chinese")
     others = [replace(prompt, ids=(300 + number, *prompt.ids)) for number in range(hf.MAX_PREFIXES)]
     for opened in (prompt, prompt, *others):
         fresh.open(opened)

@@ -12,10 +12,10 @@ import pytest
 
 from bench import load, rows
 from bench.load import Call, LoadError, RecordedCaption, RecordedRound, Replay
-from edgecloud_sd import config, gate
+from edgecloud_sd import config
 from edgecloud_sd.acceptance import GREEDY, Rule
 from edgecloud_sd.cloud.client import Connection
-from edgecloud_sd.decoder import Decoding, decode
+from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import (
     Committed,
     Degraded,
@@ -32,6 +32,7 @@ from edgecloud_sd.events import (
     Verified,
 )
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.strategy import LOSSLESS
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import LocalVerifier, Verification, Verifier
@@ -169,12 +170,14 @@ def test_the_load_cases_of_a_run(options: dict[str, str], ids: list[str]) -> Non
     assert [case.id for case in load.list_load_cases(config.resolve(options))] == ids
 
 
+STOPPING = Stopping(frozenset(), 12)
+
+
 @pytest.fixture(scope="module")
 def clips() -> list[RecordedCaption]:
     """Return six captions of a toy pair, each of another prompt."""
-    decoding = Decoding("speculative", Stopping(frozenset(), 12), 3, gate.ALWAYS)
     prompts = [Prompt((number, 3, number)) for number in range(6)]
-    traces = [stamp(decode(prompt, decoding, EDGE, LocalVerifier(CLOUD, GREEDY))) for prompt in prompts]
+    traces = [stamp(decode(prompt, LOSSLESS, STOPPING, EDGE, LocalVerifier(CLOUD, GREEDY))) for prompt in prompts]
     pairs = enumerate(zip(prompts, traces, strict=True))
     captions = [load.record_rounds(f"clip-{n}", prompt, trace) for n, (prompt, trace) in pairs]
     assert len({recorded.verdict for caption in captions for recorded in caption.rounds}) > 5
@@ -260,9 +263,8 @@ class RecordingVerifier:
 
 def test_a_replay_sends_the_requests_of_the_recorded_caption(clips: list[RecordedCaption]) -> None:
     sent: list[tuple[int, list[int]]] = []
-    decoding = Decoding("speculative", Stopping(frozenset(), 12), 3, gate.ALWAYS)
     for clip in clips:
-        list(decode(clip.prompt, decoding, EDGE, RecordingVerifier(sent)))
+        list(decode(clip.prompt, LOSSLESS, STOPPING, EDGE, RecordingVerifier(sent)))
         before = list(sent)
         load.replay_rounds([[clip]], lambda harness: RecordingVerifier(sent))
         assert sent == before

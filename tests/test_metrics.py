@@ -164,8 +164,8 @@ def test_counts_keep_their_laws_shares_their_range_and_chunks_every_token(
     assert 0 <= counts.ahead_wasted <= counts.ahead
     assert own <= counts.cloud_calls <= counts.rounds
     assert all(0 <= share <= 1 for name in SHARES if (share := getattr(counts, name)) is not None)
-    assert isinstance(case.how.k, int)
-    assert counts.mean_acceptance_length is None or counts.mean_acceptance_length <= case.how.k + 1
+    assert isinstance(case.strategy.k, int)
+    assert counts.mean_acceptance_length is None or counts.mean_acceptance_length <= case.strategy.k + 1
     assert all(0 <= p <= 1 for p in metrics.acceptance_by_position([trace]))
     chunks, gaps, last = metrics.chunks(trace), metrics.itl_per_chunk(trace), metrics.e2e(trace)
     assert last is not None

@@ -1,105 +1,128 @@
-"""From settings and cells to a caption: every option reaches what it is for, and what is no cell is refused."""
+"""From a request to a caption: every field of a strategy has its effect, and generations do not disturb each other."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
+import numpy as np
 import pytest
 
-from edgecloud_sd import config, gate
-from edgecloud_sd.events import Ahead, Drafted, Trace
-from edgecloud_sd.pipeline import Captioner, Cell, Request, cells
+from edgecloud_sd import gate
+from edgecloud_sd.events import Ahead, Committed, Drafted, Event, Trace
+from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing import link as links
 from edgecloud_sd.timing import profile
 
-ALWAYS = Cell("speculative", gate.ALWAYS, k=8)
-OVER_4G = replace(ALWAYS, link=links.find_link("4g"))
+ALWAYS = Strategy("speculative", k=8)
+FAR = links.find_link("4g")
 MACHINES = profile.load_profile("laptop-gpu")
 
 
 @pytest.fixture(scope="module")
-def asked() -> Request:
-    return Request(clips.make_clip("evaluation", 4).samples, "chinese")  # of which the edge is unsure
+def request_() -> Request:
+    """A clip of which the edge is unsure."""
+    return Request(clips.make_clip("evaluation", 4).samples, "chinese")
 
 
-def fresh(captioner: Captioner) -> Captioner:
-    """One of the same models that has learnt nothing."""
-    made = Captioner()
-    made.__dict__.update(edge=captioner.edge, cloud=captioner.cloud)
-    return made
+def fresh(pipeline: Pipeline) -> Pipeline:
+    """Return a pipeline of the same models that has learned nothing."""
+    return pipeline.with_cloud(pipeline.cloud)
 
 
-def drafts(trace: Trace) -> list[int]:
+def draft_lengths(trace: Trace) -> list[int]:
     return [len(event.draft.tokens) for _, event in trace.events if isinstance(event, Drafted)]
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"mode": "both"}, "unknown mode 'both': choose one of edge, cloud, speculative"),
-        ({"mode": "speculative", "k": 0}, "k must be at least 1, or None to have it found, not 0"),
-        ({"mode": "speculative", "open": "lzay"}, "open must be one of eager, lazy, not 'lzay'"),
-        ({"mode": "speculative", "ahead": -1}, "ahead must be 0 or more tokens, not -1"),
-        (
-            {
-                "mode": "speculative",
-                "gate": gate.ALWAYS,
-                "stop": gate.parse_draft_stop("entropy", gate.entropy_gate(1.5)),
-            },
-            "stop stopH1.5 reads the gate's score, and gate always has none",
-        ),
-    ],
-)
-def test_what_is_no_way_to_decode_is_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Cell(**fields)
-
-
-def test_drafts_end_where_the_option_says(captioner: Captioner, asked: Request) -> None:
+def test_a_draft_stop_ends_drafts_early(pipeline: Pipeline, request_: Request) -> None:
     unsure = gate.parse_draft_stop("entropy=0.5", gate.ALWAYS)
-    whole, cut = (captioner.trace(asked, replace(ALWAYS, stop=stop), 64, MACHINES) for stop in (None, unsure))
+    whole, cut = (
+        pipeline.trace(request_, replace(ALWAYS, draft_stop=stop), profile=MACHINES) for stop in (None, unsure)
+    )
     assert cut.tokens == whole.tokens
-    assert len(drafts(cut)) > len(drafts(whole))
+    assert len(draft_lengths(cut)) > len(draft_lengths(whole))
 
 
-def test_the_edge_drafts_ahead_where_it_is_told_to(captioner: Captioner, asked: Request) -> None:
-    waits, ahead = (captioner.trace(asked, replace(OVER_4G, ahead=n), 64, MACHINES) for n in (0, 5))
+def test_the_edge_drafts_ahead_as_far_as_the_strategy_says(pipeline: Pipeline, request_: Request) -> None:
+    waits, ahead = (
+        pipeline.trace(request_, replace(ALWAYS, draft_ahead=n), link=FAR, profile=MACHINES) for n in (0, 5)
+    )
     assert not any(isinstance(event, Ahead) for _, event in waits.events)
-    made = [event.made for _, event in ahead.events if isinstance(event, Ahead)]
-    assert 0 < max(made) <= 5
+    new = [event.made for _, event in ahead.events if isinstance(event, Ahead)]
+    assert 0 < max(new) <= 5
     assert ahead.tokens == waits.tokens
 
 
-def test_what_finds_the_length_of_drafts_knows_the_cell_and_stays(captioner: Captioner, asked: Request) -> None:
-    learning = fresh(captioner)
-    lossy = Cell("speculative", gate.entropy_gate(1.5), k=None, open="lazy", ahead=7)
-    for cell in (lossy, replace(ALWAYS, k=None)):
-        learning.trace(asked, cell, 64, MACHINES)
-        pace = learning._pace(cell, "chinese", MACHINES)
-        assert (pace.ahead, pace.is_lossless, pace.eager) == (cell.ahead, cell.is_lossless, cell.open == "eager")
-        assert pace.step.n + pace.beside.n > 0
-    assert len(learning._paces) == 2
+def test_adaptive_k_knows_its_strategy_and_stays_for_the_run(pipeline: Pipeline, request_: Request) -> None:
+    learning = fresh(pipeline)
+    lossy = Strategy("speculative", gate.entropy_gate(1.5), k=None, prefill="lazy", draft_ahead=7)
+    for strategy in (lossy, replace(ALWAYS, k=None)):
+        learning.trace(request_, strategy, profile=MACHINES)
+        statistics = learning.adaptive_k(strategy, "chinese", profile=MACHINES)
+        expected = (strategy.draft_ahead, strategy.is_lossless, strategy.prefill == "eager")
+        assert (statistics.draft_ahead, statistics.is_lossless, statistics.eager) == expected
+        assert statistics.step.n + statistics.step_beside_prefill.n > 0
 
 
-def test_a_caption_that_is_remembered_teaches_what_it_taught_before(captioner: Captioner, asked: Request) -> None:
-    cell = replace(OVER_4G, k=None)
-    first, second = fresh(captioner), fresh(captioner)
-    trace = first.trace(asked, cell, 64, MACHINES, "one")
-    second.remember(trace, cell, "chinese", MACHINES)
-    again = [each.trace(asked, cell, 64, MACHINES, "two") for each in (first, second)]
-    assert again[0] == again[1]
-    assert drafts(again[0]) != drafts(trace)
+def test_a_replayed_trace_teaches_the_same_as_the_generation(pipeline: Pipeline, request_: Request) -> None:
+    strategy = replace(ALWAYS, k=None)
+    first, second = fresh(pipeline), fresh(pipeline)
+    trace = first.trace(request_, strategy, link=FAR, profile=MACHINES, seed="one")
+    second.adaptive_k(strategy, "chinese", FAR, MACHINES).replay(trace)
+    one, two = (each.trace(request_, strategy, link=FAR, profile=MACHINES, seed="two") for each in (first, second))
+    assert one == two
+    assert draft_lengths(one) != draft_lengths(trace)
 
 
-def test_where_nothing_is_sent_nothing_else_makes_another_cell() -> None:
-    settings = config.resolve(
-        {
-            "mode": "edge,speculative", "gate": "never,always", "k": "3,auto", "draft-ahead": "0,4",
-            "open": "eager,lazy", "draft-stop": "none,margin=0.3", "link": "none,4g", "rule": "greedy,rank",
-        }
-    )  # fmt: skip
-    found = cells(settings)
-    assert [each.gate.label for each in found if each.mode == "speculative"].count("never") == 1
-    assert len(found) == 2 + 2**6
+@pytest.mark.parametrize("k", [3, None])
+def test_interleaved_generations_do_not_disturb_each_other(pipeline: Pipeline, k: int | None) -> None:
+    requests = [Request(clips.make_clip("evaluation", index).samples, "chinese") for index in (1, 4)]
+    strategy = Strategy("speculative", k=k, draft_ahead=4)
+    alone = [pipeline.trace(request, Strategy("cloud")).tokens for request in requests]
+    running = [pipeline.events(request, strategy) for request in requests]
+    events: list[list[Event]] = [[], []]
+    while any(running_events is not None for running_events in running):
+        for index, generation in enumerate(running):
+            event = next(generation, None) if generation is not None else None
+            if event is None:
+                running[index] = None  # type: ignore[call-overload]
+            else:
+                events[index].append(event)
+    tokens = [
+        tuple(token for event in seen if isinstance(event, Committed) for token in event.tokens) for seen in events
+    ]
+    assert tokens == alone
+
+
+@pytest.mark.parametrize("k", [3, None])
+def test_threads_may_share_a_pipeline(pipeline: Pipeline, k: int | None) -> None:
+    samples = [clips.make_clip("evaluation", index).samples for index in range(4)]
+    alone = [pipeline.caption(each, strategy=Strategy("cloud")).tokens for each in samples]
+    with ThreadPoolExecutor(4) as threads:
+        shared = list(threads.map(lambda each: pipeline.caption(each, strategy=Strategy(k=k)).tokens, samples))
+    assert shared == alone
+
+
+def test_a_caption_has_its_text_its_tokens_and_its_trace(pipeline: Pipeline) -> None:
+    samples = clips.make_clip("evaluation", 0).samples
+    caption = pipeline.caption(samples, language="english", strategy=Strategy("edge"))
+    assert caption.text == pipeline.text(caption.tokens)
+    assert caption.tokens == caption.trace.tokens
+    pcm = np.round(samples * 32767).astype(np.int16)
+    assert pipeline.caption(pcm, language="english", strategy=Strategy("edge")).text == caption.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"language": "klingon"}, "unknown language 'klingon': choose one of chinese, english"),
+        ({"prompt_type": "loud"}, "unknown prompt_type 'loud': choose one of default, detailed, concise"),
+        ({"sampling_rate": 0}, "sampling_rate must be a whole number of Hz above 0, not 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+    ],
+)
+def test_bad_arguments_of_a_caption_are_named(pipeline: Pipeline, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline.caption(np.zeros(16_000, np.float32), **arguments)  # type: ignore[arg-type]

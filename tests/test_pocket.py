@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from edgecloud_sd import gate
+from edgecloud_sd.cloud.local import LocalCloud
 from edgecloud_sd.data import prompts
 from edgecloud_sd.data.dataset import load_audio, load_manifest
 from edgecloud_sd.events import Opened
 from edgecloud_sd.measure import metrics
-from edgecloud_sd.pipeline import Captioner, Cell, Request
+from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips, tokenizer, train, voices
-from edgecloud_sd.pocket.evaluate import MAX_NEW_TOKENS, Evaluation, evaluate
+from edgecloud_sd.pocket.evaluate import CAPTION_TOKENS, Evaluation, evaluate
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing import link as links
 from edgecloud_sd.timing import profile
 from edgecloud_sd.timing.clock import stamp
@@ -30,10 +32,10 @@ def request(index: int, language: str) -> Request:
     return Request(clips.make_clip("evaluation", index).samples, language)
 
 
-def generated(captioner: Captioner, side: str, asked: Request) -> tuple[int, ...]:
+def generated(pipeline: Pipeline, side: str, asked: Request) -> tuple[int, ...]:
     """Return the tokens of greedy decoding by generate() of transformers."""
-    model = captioner.edge if side == "edge" else captioner.cloud
-    prompt = captioner.prompt(asked, side)
+    model = pipeline.edge if side == "edge" else pipeline.cloud_model
+    prompt = pipeline.prompt(asked, side)
     assert prompt.features is not None
     ids = torch.tensor([prompt.ids])
     output = model.thinker.generate(
@@ -41,7 +43,7 @@ def generated(captioner: Captioner, side: str, asked: Request) -> tuple[int, ...
         attention_mask=torch.ones_like(ids),
         input_features=prompt.features[None],
         feature_attention_mask=torch.ones(1, prompt.features.shape[1], dtype=torch.long),
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=CAPTION_TOKENS,
         do_sample=False,
     )
     return tuple(output[0, len(prompt.ids) :].tolist())
@@ -49,26 +51,26 @@ def generated(captioner: Captioner, side: str, asked: Request) -> tuple[int, ...
 
 @pytest.mark.parametrize(("index", "language"), SAMPLE[1:3])
 @pytest.mark.parametrize("side", ["edge", "cloud"])
-def test_a_side_alone_equals_transformers_generate(captioner: Captioner, side: str, index: int, language: str) -> None:
+def test_a_side_alone_equals_transformers_generate(pipeline: Pipeline, side: str, index: int, language: str) -> None:
     asked = request(index, language)
-    trace = stamp(captioner.events(asked, Cell(side), MAX_NEW_TOKENS))
-    assert trace.tokens == generated(captioner, side, asked)
+    trace = stamp(pipeline.events(asked, Strategy(side), CAPTION_TOKENS))
+    assert trace.tokens == generated(pipeline, side, asked)
 
 
 @pytest.mark.parametrize(("k", "index", "language"), [(k, *SAMPLE[k % 4]) for k in (1, 2, 4, 7)])
-def test_strict_speculative_equals_the_cloud(captioner: Captioner, k: int, index: int, language: str) -> None:
+def test_strict_speculative_equals_the_cloud(pipeline: Pipeline, k: int, index: int, language: str) -> None:
     asked = request(index, language)
-    cloud = stamp(captioner.events(asked, Cell("cloud"), MAX_NEW_TOKENS))
-    both = stamp(captioner.events(asked, Cell("speculative", gate.ALWAYS, k=k), MAX_NEW_TOKENS))
+    cloud = stamp(pipeline.events(asked, Strategy("cloud"), CAPTION_TOKENS))
+    both = stamp(pipeline.events(asked, Strategy("speculative", k=k), CAPTION_TOKENS))
     assert both.tokens == cloud.tokens
 
 
-def per_token(captioner: Captioner, cell: Cell, machines: Profile) -> float:
+def per_token(pipeline: Pipeline, strategy: Strategy, link: Link, machines: Profile) -> float:
     """Return the seconds per token after the first chunk, on a virtual clock, over clips of both languages."""
     n, seconds = 0, 0.0
     for index in (*range(6), *range(20, 26)):
         asked = request(index, "chinese" if index < 20 else "english")
-        later = metrics.after_first_chunk(captioner.trace(asked, cell, MAX_NEW_TOKENS, machines))
+        later = metrics.after_first_chunk(pipeline.trace(asked, strategy, CAPTION_TOKENS, link=link, profile=machines))
         assert later is not None
         n, seconds = n + later[0], seconds + later[1]
     return seconds / n
@@ -76,46 +78,48 @@ def per_token(captioner: Captioner, cell: Cell, machines: Profile) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("trips", "gain"), [(1, 1.4), (0, 0.98)])
-def test_drafting_ahead_hides_a_round_trip_as_long_as_a_draft(captioner: Captioner, trips: int, gain: float) -> None:
+def test_drafting_ahead_hides_a_round_trip_as_long_as_a_draft(pipeline: Pipeline, trips: int, gain: float) -> None:
     step, k = 0.01, 4
     machines = Profile("drawn", Costs(0.1, ((1, step),)), Costs(0.1, ((1, 5 * step),)))
     link = Link("drawn", trips * k * step, math.inf, math.inf)
-    waits, ahead = (Cell("speculative", gate.ALWAYS, k=k, link=link, ahead=n) for n in (0, 16))
-    assert per_token(captioner, waits, machines) >= gain * per_token(captioner, ahead, machines)
+    waits, ahead = (Strategy("speculative", k=k, draft_ahead=n) for n in (0, 16))
+    assert per_token(pipeline, waits, link, machines) >= gain * per_token(pipeline, ahead, link, machines)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("machines", "link"), [("laptop-gpu", "5g"), ("laptop-gpu", "4g"), ("published", "none")])
 def test_the_length_that_finds_itself_is_within_a_twentieth_of_the_best(
-    captioner: Captioner, machines: str, link: str
+    pipeline: Pipeline, machines: str, link: str
 ) -> None:
     asked = [request(index, "chinese") for index in range(12)]
 
     def seconds(k: int | None) -> float:
-        cell = Cell("speculative", gate.ALWAYS, k=k, link=links.find_link(link))
-        costs = profile.load_profile(machines)
-        return sum(captioner.trace(each, cell, MAX_NEW_TOKENS, costs, str(i)).seconds for i, each in enumerate(asked))
+        strategy, over, costs = Strategy("speculative", k=k), links.find_link(link), profile.load_profile(machines)
+        return sum(
+            pipeline.trace(request, strategy, CAPTION_TOKENS, link=over, profile=costs, seed=str(i)).seconds
+            for i, request in enumerate(asked)
+        )
 
     assert seconds(None) <= 1.05 * min(seconds(k) for k in range(1, 13))
 
 
-def test_an_entropy_gate_mixes_both(captioner: Captioner) -> None:
-    cell = Cell("speculative", gate.entropy_gate(1.0), k=3)
-    counts = metrics.counts(stamp(captioner.events(request(3, "chinese"), cell, MAX_NEW_TOKENS)))
+def test_an_entropy_gate_mixes_both(pipeline: Pipeline) -> None:
+    cell = Strategy("speculative", gate.entropy_gate(1.0), k=3)
+    counts = metrics.counts(stamp(pipeline.events(request(3, "chinese"), cell, CAPTION_TOKENS)))
     assert 0 < counts.cloud_calls < counts.rounds
 
 
 def test_edge_mode_never_loads_the_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = Captioner()
-    monkeypatch.setattr(Captioner, "cloud", property(lambda self: pytest.fail("the cloud was loaded")))
-    trace = stamp(fresh.events(request(0, "chinese"), Cell("edge"), 3))
+    fresh = Pipeline()
+    monkeypatch.setattr(LocalCloud, "model", property(lambda self: pytest.fail("the cloud was loaded")))
+    trace = stamp(fresh.events(request(0, "chinese"), Strategy("edge"), 3))
     assert [event.side for _, event in trace.events if isinstance(event, Opened)] == ["edge"]
 
 
-def test_audio_is_encoded_once_a_side(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_audio_is_encoded_once_a_side(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for side in ("edge", "cloud"):
-        tower = getattr(captioner, side).thinker.model.audio_tower
+        tower = (pipeline.edge if side == "edge" else pipeline.cloud_model).thinker.model.audio_tower
         forward = tower.forward
 
         def counted(*inputs: object, side: str = side, forward: object = forward, **options: object) -> object:
@@ -123,7 +127,7 @@ def test_audio_is_encoded_once_a_side(captioner: Captioner, monkeypatch: pytest.
             return forward(*inputs, **options)  # type: ignore[operator]
 
         monkeypatch.setattr(tower, "forward", counted)
-    list(captioner.events(request(1, "english"), Cell("speculative", gate.ALWAYS, k=3), MAX_NEW_TOKENS))
+    list(pipeline.events(request(1, "english"), Strategy("speculative", k=3), CAPTION_TOKENS))
     assert sorted(calls) == ["cloud", "edge"]
 
 
@@ -131,7 +135,7 @@ def test_audio_is_encoded_once_a_side(captioner: Captioner, monkeypatch: pytest.
 def test_threads_are_as_requested_or_one_for_small_models(threads: int | None, expected: int) -> None:
     before = torch.get_num_threads()
     try:
-        Captioner(threads=threads).load("edge")
+        Pipeline(threads=threads).prepare("edge")
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
@@ -139,16 +143,16 @@ def test_threads_are_as_requested_or_one_for_small_models(threads: int | None, e
 
 @pytest.mark.gpu
 def test_lossless_decoding_equals_the_cloud_on_a_gpu() -> None:
-    pair = Captioner(cloud_device="cuda")
+    pair = Pipeline.load(cloud_device="cuda")
     asked = request(0, "chinese")
-    cloud = stamp(pair.events(asked, Cell("cloud"), MAX_NEW_TOKENS))
-    both = stamp(pair.events(asked, Cell("speculative", gate.ALWAYS, k=4), MAX_NEW_TOKENS))
+    cloud = stamp(pair.events(asked, Strategy("cloud"), CAPTION_TOKENS))
+    both = stamp(pair.events(asked, Strategy("speculative", k=4), CAPTION_TOKENS))
     assert both.tokens == cloud.tokens
 
 
 @pytest.fixture(scope="module")
-def evaluation(captioner: Captioner) -> Evaluation:
-    return evaluate(captioner, count=20)
+def evaluation(pipeline: Pipeline) -> Evaluation:
+    return evaluate(pipeline, count=20)
 
 
 @pytest.mark.slow
@@ -223,14 +227,14 @@ def test_clips_are_the_same_on_every_call_and_differ_between_sets() -> None:
 
 
 @pytest.mark.parametrize("language", prompts.LANGUAGES)
-def test_a_caption_says_its_attributes_in_20_to_40_tokens(captioner: Captioner, language: str) -> None:
+def test_a_caption_says_its_attributes_in_20_to_40_tokens(pipeline: Pipeline, language: str) -> None:
     for index in range(60):
         attributes = clips.make_clip("evaluation", index % 20).attributes if index < 20 else draw_attributes(index)
         text = voices.write_caption(attributes, language)
         assert voices.find_named_classes(text, language) == {
             name: getattr(attributes, name) for name in voices.ATTRIBUTE_NAMES
         }
-        assert 20 <= len(captioner.edge.tokenizer.encode(text + tokenizer.EOS)) <= 40
+        assert 20 <= len(pipeline.edge.tokenizer.encode(text + tokenizer.EOS)) <= 40
 
 
 def draw_attributes(seed: int) -> voices.Attributes:
@@ -245,9 +249,9 @@ def test_a_caption_with_two_classes_of_an_attribute_names_none() -> None:
     ) | {"rate": 0}
 
 
-def test_the_tokenizer_in_the_repository_is_the_one_that_training_makes(captioner: Captioner) -> None:
-    assert tokenizer.train_tokenizer().get_vocab() == captioner.edge.tokenizer.get_vocab()
-    assert captioner.cloud.tokenizer.get_vocab() == captioner.edge.tokenizer.get_vocab()
+def test_the_tokenizer_in_the_repository_is_the_one_that_training_makes(pipeline: Pipeline) -> None:
+    assert tokenizer.train_tokenizer().get_vocab() == pipeline.edge.tokenizer.get_vocab()
+    assert pipeline.cloud_model.tokenizer.get_vocab() == pipeline.edge.tokenizer.get_vocab()
 
 
 def test_training_reduces_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,10 +276,10 @@ def compute_loss(thinker: torch.nn.Module, tokens: object, data: list[train.Exam
 
 
 @pytest.mark.slow
-def test_making_the_default_data_set_is_quick_against_captioning_it(tmp_path: Path, captioner: Captioner) -> None:
+def test_making_the_default_data_set_is_quick_against_captioning_it(tmp_path: Path, pipeline: Pipeline) -> None:
     start = time.perf_counter()
     clips.evaluation_set(tmp_path / "set")
     synthesis_seconds = (time.perf_counter() - start) / (2 * clips.EVALUATION_CLIPS)
     start = time.perf_counter()
-    list(captioner.events(request(0, "english"), Cell("cloud"), MAX_NEW_TOKENS))
+    list(pipeline.events(request(0, "english"), Strategy("cloud"), CAPTION_TOKENS))
     assert synthesis_seconds < time.perf_counter() - start

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 
-from bench.conftest import Progress
+from bench.session import Progress
 from edgecloud_sd.events import Committed, Draft, Drafted, Finished, Opened, Prepared, Trace
 from edgecloud_sd.host.utilization import unmeasured
 from edgecloud_sd.measure.summary import clip_result

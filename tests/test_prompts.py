@@ -9,24 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecloud_sd.data import prompts
-from edgecloud_sd.pipeline import Captioner
+from edgecloud_sd.pipeline import Pipeline
 
 
 @settings(max_examples=25)
 @given(length=st.integers(400, 24_000), seed=st.integers(0, 99))
-def test_features_equal_those_of_the_extractor_with_full_padding(captioner: Captioner, length: int, seed: int) -> None:
+def test_features_equal_those_of_the_extractor_with_full_padding(pipeline: Pipeline, length: int, seed: int) -> None:
     samples = np.random.default_rng(seed).normal(0, 0.1, length).astype(np.float32)
-    extractor = captioner.edge.extractor
+    extractor = pipeline.edge.extractor
     full = extractor(samples, sampling_rate=16_000, padding="max_length", max_length=32_000, return_attention_mask=True)
     expected = np.asarray(full["input_features"][0])[:, np.asarray(full["attention_mask"][0]).astype(bool)]
     torch.testing.assert_close(prompts.log_mel(samples, extractor), torch.tensor(expected), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("frames", [3, 4, 99, 100, 101, 200, 201, 333])
-def test_the_number_of_placeholders_equals_the_positions_of_the_audio_encoder(
-    captioner: Captioner, frames: int
-) -> None:
-    tower = captioner.edge.thinker.model.audio_tower
+def test_the_number_of_placeholders_equals_the_positions_of_the_audio_encoder(pipeline: Pipeline, frames: int) -> None:
+    tower = pipeline.edge.thinker.model.audio_tower
     with torch.inference_mode():
         output = tower(torch.zeros(128, frames), feature_lens=torch.tensor([frames])).last_hidden_state
     assert len(output) == prompts.count_audio_positions(frames)
@@ -35,16 +33,16 @@ def test_the_number_of_placeholders_equals_the_positions_of_the_audio_encoder(
 @pytest.mark.parametrize("language", prompts.LANGUAGES)
 @pytest.mark.parametrize("prompt_type", prompts.PROMPT_TYPES)
 def test_a_prompt_has_the_task_in_its_language_after_the_audio(
-    captioner: Captioner, language: str, prompt_type: str
+    pipeline: Pipeline, language: str, prompt_type: str
 ) -> None:
     prompt = prompts.build_prompt(
         np.zeros(16_000, np.float32),
-        captioner.edge.tokenizer,
-        captioner.edge.extractor,
+        pipeline.edge.tokenizer,
+        pipeline.edge.extractor,
         language=language,
         prompt_type=prompt_type,
     )
-    text = captioner.edge.tokenizer.decode(prompt.ids)
+    text = pipeline.edge.tokenizer.decode(prompt.ids)
     assert f"<|audio_eos|>{prompts.TASKS[language][prompt_type]}<|im_end|>" in text
     assert text.count(prompts.AUDIO_TOKEN) == prompts.count_audio_positions(100)
     assert text.endswith("<|im_start|>assistant\n")
@@ -55,8 +53,8 @@ def test_the_transcription_comes_before_the_task() -> None:
     assert "says" not in prompts.format_task("english", "concise")
 
 
-def test_a_clip_that_is_too_short_or_too_long_is_refused_with_its_length(captioner: Captioner) -> None:
-    build = [captioner.edge.tokenizer, captioner.edge.extractor]
+def test_a_clip_that_is_too_short_or_too_long_is_refused_with_its_length(pipeline: Pipeline) -> None:
+    build = [pipeline.edge.tokenizer, pipeline.edge.extractor]
     with pytest.raises(ValueError, match="has 100 samples, too few"):
         prompts.build_prompt(np.zeros(100, np.float32), *build, language="english")
     with pytest.raises(ValueError, match=r"301\.0 s long and this model reads at most 300 s"):

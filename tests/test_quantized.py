@@ -22,7 +22,7 @@ from edgecloud_sd.models.quantized import (
     Int4Linear,
     Int8Linear,
 )
-from edgecloud_sd.pipeline import Captioner
+from edgecloud_sd.pipeline import Pipeline
 
 pytestmark = pytest.mark.slow  # these tests take several seconds
 
@@ -145,9 +145,9 @@ def compute_logits(model: hf.HFModel) -> Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("int8", 0.2), ("int4", 1.0)])
-def test_a_quantised_checkpoint_gives_nearly_the_same_logits(dtype: str, most: float, captioner: Captioner) -> None:
+def test_a_quantised_checkpoint_gives_nearly_the_same_logits(dtype: str, most: float, pipeline: Pipeline) -> None:
     model = load.load_model(pairs.PAIRS["pocket"].edge, dtype=dtype)
-    near, exact = compute_logits(model), compute_logits(captioner.edge)
+    near, exact = compute_logits(model), compute_logits(pipeline.edge)
     assert near.dtype == torch.float32
     assert 0 < (near - exact).square().mean().sqrt() < most * exact.std()
     kinds = {type(module) for module in model.thinker.modules()}

@@ -10,20 +10,20 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from edgecloud_sd import gate
 from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.retry import PATIENCE
 from edgecloud_sd.events import Committed, Degraded, Event, Finished, Trace, Verified
 from edgecloud_sd.measure.breakdown import latency_breakdown
 from edgecloud_sd.models import pairs
-from edgecloud_sd.pipeline import Captioner, Cell, Request
+from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
 
 pytestmark = pytest.mark.slow
-LOSSLESS = Cell("speculative", gate.ALWAYS, k=2)
-CLOUD = Cell("cloud")
+LOSSLESS_K2 = Strategy("speculative", k=2)
+CLOUD = Strategy("cloud")
 REQUEST = Request(clips.make_clip("evaluation", 7).samples)
 LENGTH = 32
 
@@ -67,18 +67,18 @@ def service() -> Iterator[Service]:
 
 
 @contextmanager
-def remote_captioner(service: Service, policy: str) -> Iterator[Captioner]:
+def remote_captioner(service: Service, policy: str) -> Iterator[Pipeline]:
     with closing(Connection(service.url, None, 10.0, PATIENCE[policy])) as connection:
-        yield Captioner(connection=connection, alone=policy == "edge")
+        yield Pipeline(cloud=connection, finish_alone=policy == "edge")
 
 
-def caption(captioner: Captioner, cell: Cell, interrupt: Callable[[], None], after: int) -> Trace:
+def caption(pipeline: Pipeline, strategy: Strategy, interrupt: Callable[[], None], after: int) -> Trace:
     """Return the trace of a caption, with a call of `interrupt` once the cloud has answered `after` times."""
-    harness = Harness(far=True)
+    harness = Harness()
 
     def events() -> Iterator[Event]:
         answers = 0
-        for event in captioner.events(REQUEST, cell, LENGTH, harness):
+        for event in pipeline.events(REQUEST, strategy, LENGTH, harness):
             yield event
             answers += isinstance(event, Verified) or (isinstance(event, Committed) and event.origin == "cloud")
             if answers == after:
@@ -91,15 +91,15 @@ def caption(captioner: Captioner, cell: Cell, interrupt: Callable[[], None], aft
 # The tests run in this order, on one server that is started three times in all.
 
 
-@pytest.mark.parametrize("cell", [LOSSLESS, CLOUD], ids=lambda cell: cell.mode)
+@pytest.mark.parametrize("strategy", [LOSSLESS_K2, CLOUD], ids=lambda strategy: strategy.mode)
 def test_a_restart_of_the_cloud_during_a_caption_changes_no_token(
-    captioner: Captioner, service: Service, cell: Cell
+    pipeline: Pipeline, service: Service, strategy: Strategy
 ) -> None:
-    expected = captioner.trace(REQUEST, cell, LENGTH).tokens
+    expected = pipeline.trace(REQUEST, strategy, LENGTH).tokens
     with remote_captioner(service, "wait") as remote:
-        plain = remote.trace(REQUEST, cell, LENGTH)
+        plain = remote.trace(REQUEST, strategy, LENGTH)
         assert plain.tokens == expected
-        interrupted = caption(remote, cell, service.restart, after=2)
+        interrupted = caption(remote, strategy, service.restart, after=2)
     service.wait_until_ready()
     assert interrupted.tokens == expected
     assert latency_breakdown(plain).parts["faults"] == 0
@@ -108,10 +108,10 @@ def test_a_restart_of_the_cloud_during_a_caption_changes_no_token(
     assert breakdown.seconds == pytest.approx(interrupted.seconds)
 
 
-def test_the_edge_finishes_the_caption_of_a_cloud_that_stays_away(captioner: Captioner, service: Service) -> None:
-    expected = captioner.trace(REQUEST, LOSSLESS, LENGTH).tokens
+def test_the_edge_finishes_the_caption_of_a_cloud_that_stays_away(pipeline: Pipeline, service: Service) -> None:
+    expected = pipeline.trace(REQUEST, LOSSLESS_K2, LENGTH).tokens
     with remote_captioner(service, "edge") as remote:
-        trace = caption(remote, LOSSLESS, service.kill, after=2)
+        trace = caption(remote, LOSSLESS_K2, service.kill, after=2)
     events = [event for _, event in trace.events]
     (mark,) = [place for place, event in enumerate(events) if isinstance(event, Degraded)]
     by_the_cloud = Trace(trace.events[:mark]).tokens

@@ -18,7 +18,7 @@ def record_delays(patience: float) -> list[float]:
     delays: list[float] = []
     connection = Connection(url, patience=patience, sleep=delays.append)
     with pytest.raises(CloudFault, match=r"failed (once|\d+ times), the last time with: .*ConnectError"):
-        _ = connection.remote
+        _ = connection.identity
     connection.close()
     return delays
 

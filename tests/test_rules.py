@@ -177,9 +177,9 @@ def test_a_threshold_of_0_is_always_and_of_inf_never() -> None:
     assert gate.entropy_gate(0) == gate.entropy_gate(-3) == gate.parse_gate("always", 9) == gate.ALWAYS
     assert gate.entropy_gate(math.inf) == gate.parse_gate("never", 9) == gate.NEVER
     assert gate.ALWAYS(Draft((1,)))
-    assert gate.ALWAYS.escalates
+    assert gate.ALWAYS.can_escalate
     assert not gate.NEVER(Draft((1,)))
-    assert not gate.NEVER.escalates
+    assert not gate.NEVER.can_escalate
 
 
 def test_an_unknown_gate_names_the_known() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from edgecloud_sd.data import prompts
 from edgecloud_sd.events import Prompt
 from edgecloud_sd.models.hf import HFModel, HFSession
-from edgecloud_sd.pipeline import Captioner, Request
+from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.session import Session, sync
 from tests.support.conformance import SessionMachine
@@ -41,10 +41,10 @@ class PocketMachine(SessionMachine):
 
     @classmethod
     def prepare(cls, side: str) -> None:
-        captioner = Captioner()
-        cls.model = captioner.edge if side == "edge" else captioner.cloud
+        pipeline = Pipeline()
+        cls.model = pipeline.edge if side == "edge" else pipeline.cloud_model
         cls.vocabulary = len(cls.model.tokenizer) - 1
-        cls.prompt = captioner.prompt(Request(clips.make_clip("evaluation", 0).samples, "english"), side)
+        cls.prompt = pipeline.prompt(Request(clips.make_clip("evaluation", 0).samples, "english"), side)
 
     def token(self, number: int) -> int:
         token = number % self.vocabulary
@@ -106,9 +106,9 @@ def test_sync_refuses_rows_that_do_not_exist(rows: int) -> None:
         sync(ToySession(TOY, 0), [1, 2, 3], rows)
 
 
-def test_two_interleaved_streams_of_one_model_do_not_touch(captioner: Captioner) -> None:
-    model = captioner.cloud
-    asked = [captioner.prompt(Request(clips.make_clip("evaluation", i).samples, "chinese"), "cloud") for i in (0, 25)]
+def test_two_interleaved_streams_of_one_model_do_not_touch(pipeline: Pipeline) -> None:
+    model = pipeline.cloud_model
+    asked = [pipeline.prompt(Request(clips.make_clip("evaluation", i).samples, "chinese"), "cloud") for i in (0, 25)]
     alone = []
     for prompt in asked:
         session = model.open(prompt)
@@ -120,9 +120,9 @@ def test_two_interleaved_streams_of_one_model_do_not_touch(captioner: Captioner)
             torch.testing.assert_close(rows, alone[stream][step])
 
 
-def test_a_prompt_whose_placeholders_do_not_fit_its_audio_is_an_error(captioner: Captioner) -> None:
-    prompt = captioner.prompt(Request(clips.make_clip("evaluation", 0).samples), "edge")
-    audio = captioner.edge.tokenizer.convert_tokens_to_ids(prompts.AUDIO_TOKEN)
+def test_a_prompt_whose_placeholders_do_not_fit_its_audio_is_an_error(pipeline: Pipeline) -> None:
+    prompt = pipeline.prompt(Request(clips.make_clip("evaluation", 0).samples), "edge")
+    audio = pipeline.edge.tokenizer.convert_tokens_to_ids(prompts.AUDIO_TOKEN)
     cut = Prompt(tuple(i for n, i in enumerate(prompt.ids) if i != audio or n % 2), prompt.features)
     with pytest.raises(ValueError, match="audio placeholders for"):
-        captioner.edge.open(cut)
+        pipeline.edge.open(cut)

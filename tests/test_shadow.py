@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 
 from edgecloud_sd import acceptance, gate, probs
 from edgecloud_sd.acceptance import Rank
-from edgecloud_sd.decoder import Decoding
 from edgecloud_sd.events import Committed, Draft, Drafted, Escalated, Finished, Prompt, Trace, Verdict, Verified
 from edgecloud_sd.measure import metrics, shadow
 from edgecloud_sd.measure.metrics import Hindsight
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import LocalVerifier, prompt_seed
-from tests.support.strategies import UNSURE, Case, Scene, Scripted, cases, play, ranks, rates, scenes, speculative
+from tests.support.fakes import UNSURE, Scripted
+from tests.support.strategies import Case, Scene, cases, play, ranks, rates, scenes, speculative
 
 
 class Silent:
@@ -56,7 +57,8 @@ def lenient(draw: st.DrawFn) -> Case:
     """A case in which many rounds of several tokens are local."""
     scene = draw(scenes())
     chosen = draw(st.sampled_from([gate.NEVER, gate.entropy_gate(1.2), gate.entropy_gate(1.7)]))
-    return Case(scene, speculative(scene, draw(st.integers(2, 5)), chosen), draw(ranks))
+    rule = draw(ranks)
+    return Case(scene, speculative(draw(st.integers(2, 5)), chosen, rule), rule)
 
 
 @given(lenient() | cases())
@@ -76,7 +78,7 @@ def test_tokens_that_were_not_asked_about_have_the_fate_that_asking_would_have_s
     scene: Scene, k: int, rate: float
 ) -> None:
     rule = acceptance.Synthetic((rate,))
-    trace = play(scene.prompt, scene.edge, scene.cloud, speculative(scene, k, gate.NEVER), Harness(), rule)
+    trace = play(scene.prompt, scene.edge, scene.cloud, speculative(k, gate.NEVER), scene.stopping, Harness())
     found = shadow.shadow_verify(trace, scene.prompt, LocalVerifier(scene.cloud, rule))
     places = range(1, len(trace.tokens) + 1)
     assert found.missed == sum(acceptance.uniform(prompt_seed(scene.prompt), place) >= rate for place in places)
@@ -85,8 +87,8 @@ def test_tokens_that_were_not_asked_about_have_the_fate_that_asking_would_have_s
 def test_each_round_by_hand() -> None:
     edge = Scripted(wrong=frozenset({1, 2, 3, 4, 6, 7}), unsure=frozenset({4, 7}))
     cloud = Scripted(wrong=frozenset({1, 6}))
-    how = Decoding("speculative", Stopping(frozenset(), 9), 2, UNSURE)
-    trace = play(Prompt((5,)), edge, cloud, how, Harness())
+    strategy = Strategy("speculative", UNSURE, k=2)
+    trace = play(Prompt((5,)), edge, cloud, strategy, Stopping(frozenset(), 9), Harness())
     # local 0 and 1, local 2 and 3 that the cloud would both replace, 4 rejected, local 5 and 6, 7 rejected, local 8
     found = shadow.shadow_verify(trace, Prompt((5,)), LocalVerifier(cloud, Rank(1)))
     right, wrong, sent = (0.0, False, False), (0.0, False, True), (1.0, True, True)

@@ -8,36 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pycocoevalcap.cider.cider  # noqa: F401  see `run`
 import pytest
-import soundfile  # noqa: F401
-import soxr  # noqa: F401
 
 from bench import cases, tables
-from bench.conftest import problems_in_one_line
+from bench.session import errors_in_one_line
 from edgecloud_sd import config
 from edgecloud_sd.measure import results
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.summary import METRICS
 from edgecloud_sd.models import hf, load, pairs
-from edgecloud_sd.pipeline import Captioner
+from edgecloud_sd.pipeline import Pipeline
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.pytest_plugin import join
 from edgecloud_sd.timing import link, profile
-
-ROOT = Path(__file__).parents[1]
-
-
-def arguments(*options: str) -> list[str]:
-    files = ["-c", str(ROOT / "pytest.ini"), "--rootdir", str(ROOT), "-p", "no:cacheprovider", str(ROOT / "bench")]
-    return ["--benchmark-only", "--benchmark-storage", "saved", *files, *options]
-
-
-def run(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
-    """In this process. Afterwards pytester forgets what was first imported in it, and some libraries of compiled code
-    cannot be imported twice: they are imported above, or by the fixture `captioner`.
-    """
-    return pytester.runpytest_inprocess("-s", *arguments(*options))
+from tests.support.suite import ROOT, run
 
 
 @pytest.fixture
@@ -52,7 +36,7 @@ def manifest(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_grid_prints_one_table_writes_results_and_can_be_compared(
-    captioner: Captioner, pytester: pytest.Pytester, manifest: Path, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, pytester: pytest.Pytester, manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cpuinfo.get_cpu_info", dict)  # which pytest-benchmark asks for seconds about the machine
     done = run(
@@ -93,7 +77,7 @@ def test_a_grid_prints_one_table_writes_results_and_can_be_compared(
     found = {case: results.read_results(pytester.path / "results" / f"grid-{case}.json") for case in extra}
     assert [each["stats"]["rounds"] for each in own] == [2, 2, 2, 2, 2]
     strict = "speculative-pocket-always-k4-greedy-zh"
-    assert found[strict]["experiment_config"]["output"] == "exact"
+    assert found[strict]["experiment_config"]["output"] == "lossless"
     assert extra[strict]["metrics"] == found[strict]["metrics"]
     assert not list((pytester.path / "results").glob("*.unfinished"))
     rows = {each["name"]: each for each in saved}
@@ -116,7 +100,7 @@ def test_a_grid_prints_one_table_writes_results_and_can_be_compared(
 
 @pytest.mark.slow
 def test_each_side_is_loaded_once_for_all_cells_and_loads(
-    captioner: Captioner, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cpuinfo.get_cpu_info", dict)
     loaded: list[str] = []
@@ -131,7 +115,7 @@ def test_each_side_is_loaded_once_for_all_cells_and_loads(
     done = run(pytester, "--max-samples", "1", "--max-new-tokens", "4", "--k", "1,2")
     # cells, edges at once on a server, which loads its own, and what transformers does with the same two
     done.assert_outcomes(passed=4 + 3 + 1)
-    assert sorted(loaded) == sorted([captioner.pair.edge, captioner.pair.cloud])
+    assert sorted(loaded) == sorted([pipeline.pair.edge, pipeline.pair.cloud])
 
 
 def test_a_bad_clip_fails_the_case_and_writes_nothing(pytester: pytest.Pytester, manifest: Path) -> None:
@@ -143,8 +127,8 @@ def test_a_bad_clip_fails_the_case_and_writes_nothing(pytester: pytest.Pytester,
 
 
 def test_a_checkpoint_that_cannot_be_used_is_one_line() -> None:
-    with pytest.raises(pytest.fail.Exception) as failed, problems_in_one_line():
-        Captioner(pairs.find_pair("pocket", edge_model="absent")).load("edge")
+    with pytest.raises(pytest.fail.Exception) as failed, errors_in_one_line():
+        Pipeline(pairs.find_pair("pocket", edge_model="absent")).prepare("edge")
     assert str(failed.value).startswith("no checkpoint 'absent': give a folder that exists")
     assert not failed.value.pytrace
 
@@ -179,16 +163,13 @@ def test_a_file_of_options_makes_the_grid_and_the_command_line_overrides_it(pyte
     assert names == ["speculative-pocket-H1.5-k2-rank2-zh", "speculative-pocket-H1.5-k3-rank2-zh"]
 
 
-def test_the_help_and_the_readme_say_the_same_of_every_option(pytester: pytest.Pytester) -> None:
-    help = " ".join(" ".join(run(pytester, "--help").outlines).split())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    defaults = config.read_file(config.defaults_file())
+def test_the_help_shows_every_option_in_its_group(pytester: pytest.Pytester) -> None:
+    text = " ".join(" ".join(run(pytester, "--help").outlines).split())
+    starts = [text.index(f"edge-cloud speculative decoding: {group}:") for group in config.GROUPS]
+    assert starts == sorted(starts)
     for option in config.OPTIONS:
-        default = defaults[option.name]
-        shown = ",".join(default) if isinstance(default, list) else "" if default is None else str(default)
-        assert f"| `--{option.name}` | {shown} | {option.help} |" in readme
-        assert f"--{option.name}" in help
-        assert f"(default: {shown or 'none'})" in help[help.index(option.help) :][: len(option.help) + 90]
+        place = text.index(f" {option.help_text}")
+        assert text.rfind(f"--{option.name}", 0, place) > starts[config.GROUPS.index(option.group)]
 
 
 def test_an_option_may_name_a_path_outside_the_checkout(
@@ -234,7 +215,7 @@ def test_every_command_of_the_readme_is_understood(pytester: pytest.Pytester, mo
 
 
 @pytest.mark.slow
-def test_two_runs_on_the_virtual_clock_write_the_same_bytes(captioner: Captioner, pytester: pytest.Pytester) -> None:
+def test_two_runs_on_the_virtual_clock_write_the_same_bytes(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
     for folder in ("a", "b"):
         done = run(
             pytester,
@@ -257,7 +238,7 @@ def test_two_runs_on_the_virtual_clock_write_the_same_bytes(captioner: Captioner
 
 
 @pytest.mark.slow
-def test_a_run_under_this_machines_profile_can_be_resumed(captioner: Captioner, pytester: pytest.Pytester) -> None:
+def test_a_run_under_this_machines_profile_can_be_resumed(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
     options = ("--clock", "virtual", "--profile", "measure", "--mode", "edge", "--max-samples", "1")
     run(pytester, *options, "--max-new-tokens", "8").assert_outcomes(passed=1)
     measured = profile.load_profile(str(pytester.path / "results" / "captioning-profile.yaml"))
@@ -270,7 +251,7 @@ def test_a_run_under_this_machines_profile_can_be_resumed(captioner: Captioner, 
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_where_it_was(captioner: Captioner, pytester: pytest.Pytester) -> None:
+def test_a_stopped_run_goes_on_where_it_was(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
     file = pytester.path / "results" / "captioning.json"
     options = ("--mode", "edge", "--max-samples", "2", "--max-new-tokens", "8")
     run(pytester, *options).assert_outcomes(passed=1)
@@ -308,7 +289,7 @@ def test_the_readme_says_what_each_figure_part_and_link_is() -> None:
 
 
 @pytest.mark.slow
-def test_captions_kept_by_chance_have_no_quality(captioner: Captioner, pytester: pytest.Pytester) -> None:
+def test_captions_kept_by_chance_have_no_quality(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
     options = ("--mode", "speculative", "--gate", "always", "--rule", "synthetic(0.5)", "--max-samples", "1")
     done = run(pytester, *options, "--max-new-tokens", "8", "--output-name", "a", "-k", "captioning")
     done.assert_outcomes(passed=1, deselected=done.parseoutcomes()["deselected"])

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from edgecloud_sd.models import text
 from edgecloud_sd.models.text import TextModel
-from edgecloud_sd.pipeline import Captioner
+from edgecloud_sd.pipeline import Pipeline
 
 STEPS = [
     (0, 70),
@@ -69,14 +69,14 @@ def assert_same_bits(thinker: Any, steps: Sequence[tuple[int, int]] = STEPS) -> 
 
 
 @pytest.fixture
-def thinker(captioner: Captioner) -> Any:
+def thinker(pipeline: Pipeline) -> Any:
     """Return a copy that a test may change."""
-    return copy.deepcopy(captioner.edge.thinker)
+    return copy.deepcopy(pipeline.edge.thinker)
 
 
 @pytest.mark.parametrize("side", ["edge", "cloud"])
-def test_hidden_states_are_transformers_bit_for_bit(captioner: Captioner, side: str) -> None:
-    assert_same_bits(getattr(captioner, side).thinker)
+def test_hidden_states_are_transformers_bit_for_bit(pipeline: Pipeline, side: str) -> None:
+    assert_same_bits(getattr(pipeline, side).thinker)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -101,8 +101,8 @@ def test_hidden_states_are_equal_beyond_the_first_rotary_table(thinker: Any) -> 
     assert_same_bits(thinker, [(0, 1020), (1020, 3), (1023, 1), (1024, 1), (1025, 1200)])
 
 
-def test_filling_the_cache_leaves_the_same_cache_as_a_call(captioner: Captioner) -> None:
-    thinker = captioner.cloud.thinker
+def test_filling_the_cache_leaves_the_same_cache_as_a_call(pipeline: Pipeline) -> None:
+    thinker = pipeline.cloud_model.thinker
     model = TextModel(thinker)
     states = []
     with torch.inference_mode():

@@ -53,7 +53,7 @@ def url() -> Iterator[str]:
 @pytest.mark.parametrize("key", [None, "another-key-of-sixteen-characters"])
 def test_a_wrong_key_is_refused_with_the_name_of_the_option(url: str, key: str | None) -> None:
     with connected(url, key=key) as connection, pytest.raises(Refused, match=r"401.*--cloud-key-file"):
-        _ = connection.remote
+        _ = connection.identity
 
 
 def test_no_proxy_is_taken_from_the_environment(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,12 +62,12 @@ def test_no_proxy_is_taken_from_the_environment(url: str, monkeypatch: pytest.Mo
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{closed_port}")
     with connected(url, patience=0.0) as connection:
-        assert connection.remote.name == "toy"
+        assert connection.identity.name == "toy"
 
 
 def test_a_closed_connection_opens_no_other(url: str) -> None:
     with connected(url) as connection:
-        assert connection.remote.name == "toy"
+        assert connection.identity.name == "toy"
     with pytest.raises(Refused, match="closed"):
         connection.transport.call("GET", "/v1/model")
 
@@ -119,7 +119,7 @@ def test_garbage_is_a_failure_that_is_tried_again(name: str, call: Call, three_a
 def test_a_session_name_that_is_unsafe_in_a_path_is_a_failure(session: str) -> None:
     answer = http_answer(201, wire.dumps(wire.build_opened_message(session, TOY.fingerprint, PROMPT_CHECK)))
     with CannedServer(lambda number: answer) as server, connected(server.url, patience=0.0) as connection:
-        connection.remote = TOY
+        connection.identity = TOY
         verification = connection.verifier(GREEDY, Harness()).open(PROMPT)
         with pytest.raises(CloudFault, match="names no valid session"):
             verification.wait()
@@ -143,7 +143,7 @@ def test_no_cookie_is_kept(three_attempts: float) -> None:
     cookie = b"HTTP/1.1 503 Later\r\nSet-Cookie: a=b\r\nContent-Length: 0\r\n\r\n"
     with CannedServer(lambda number: cookie) as server, connected(server.url, patience=three_attempts) as connection:
         with pytest.raises(CloudFault):
-            _ = connection.remote
+            _ = connection.identity
         assert len(server.heads) >= 2
         assert not any(b"cookie" in head.lower() for head in server.heads)
 
@@ -155,7 +155,7 @@ def test_the_detail_of_a_problem_is_shown_without_control_characters() -> None:
         connected(server.url, patience=0.0) as connection,
         pytest.raises(CloudFault) as caught,
     ):
-        _ = connection.remote
+        _ = connection.identity
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
 

@@ -111,7 +111,7 @@ def test_the_path_of_a_request_follows_the_path_of_the_url(text: str, host: str,
         connected(text.format(port=server.port), key=None) as connection,
     ):
         with pytest.raises(Refused):
-            _ = connection.remote
+            _ = connection.identity
         (head,) = server.heads
     assert head.startswith(f"GET {target} HTTP/1.1\r\n".encode())
     assert f"\r\nHost: {host.format(port=server.port)}\r\n".encode() in head
@@ -124,7 +124,7 @@ def test_a_caption_is_generated_by_a_server_behind_a_path() -> None:
         option = resolve({"cloud-url": f"{proxy.url}/"}).cloud_url
         assert option is not None
         with connected(option) as connection:
-            verification = connection.verifier(GREEDY, Harness(far=True)).open(PROMPT)
+            verification = connection.verifier(GREEDY, Harness()).open(PROMPT)
             assert list(verification.generate(SIX_TOKENS)) == expected
             verification.close()
     assert len(proxy.requests) == 4  # model, open, generate and, in the background, delete

@@ -18,7 +18,6 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY, Rank, Synthetic
 from edgecloud_sd.cloud import vllm_engine
 from edgecloud_sd.cloud.vllm_engine import (
@@ -274,7 +273,7 @@ def own(scene: Scene, context: Sequence[int], length: int) -> tuple[int, ...]:
 def test_strict_decoding_writes_the_clouds_own(scene: Scene, k: int) -> None:
     expected = list(LocalVerifier(scene.cloud, GREEDY).open(scene.prompt).generate(scene.stopping))
     verifier = at_once(FakeVLLM(scene.cloud)).verifier(GREEDY)
-    events = decode(scene.prompt, speculative(scene, k, gate.ALWAYS), scene.edge, verifier)
+    events = decode(scene.prompt, speculative(k), scene.stopping, scene.edge, verifier)
     assert [token for event in events if isinstance(event, Committed) for token in event.tokens] == expected
 
 

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY, Rank
 from edgecloud_sd.cloud import vllm_engine
 from edgecloud_sd.cloud.vllm_engine import VLLMModel
-from edgecloud_sd.decoder import Decoding, decode
+from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import Committed, Prompt, Verdict
 from edgecloud_sd.models import pairs
-from edgecloud_sd.pipeline import Captioner, Request
+from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.verifier import LocalVerifier, Verification
 
 pytestmark = [
@@ -67,8 +67,8 @@ def model(whole: str) -> Iterator[VLLMModel]:
     loaded.close()
 
 
-def prompt(captioner: Captioner, index: int, language: str) -> Prompt:
-    return captioner.prompt(Request(clips.make_clip("evaluation", index).samples, language), "cloud")
+def prompt(pipeline: Pipeline, index: int, language: str) -> Prompt:
+    return pipeline.prompt(Request(clips.make_clip("evaluation", index).samples, language), "cloud")
 
 
 @dataclass(frozen=True)
@@ -103,47 +103,47 @@ class Opened:
         self.second.close()
 
 
-def stopping(captioner: Captioner) -> Stopping:
-    return Stopping(captioner.cloud.eos, MAX_NEW_TOKENS)
+def stopping(pipeline: Pipeline) -> Stopping:
+    return Stopping(pipeline.cloud_model.eos, MAX_NEW_TOKENS)
 
 
-def test_both_engines_mean_the_same_by_ids(captioner: Captioner, model: VLLMModel) -> None:
-    config = captioner.cloud.thinker.config
-    assert model.eos == captioner.cloud.eos
+def test_both_engines_mean_the_same_by_ids(pipeline: Pipeline, model: VLLMModel) -> None:
+    config = pipeline.cloud_model.thinker.config
+    assert model.eos == pipeline.cloud_model.eos
     assert model.placeholder == config.audio_token_id
     assert model.vocab_size == config.text_config.vocab_size
 
 
 @pytest.mark.parametrize(("index", "language"), SOME)
 def test_its_own_captions_are_those_of_transformers(
-    captioner: Captioner, model: VLLMModel, index: int, language: str
+    pipeline: Pipeline, model: VLLMModel, index: int, language: str
 ) -> None:
-    asked = prompt(captioner, index, language)
-    local, ours = (v.open(asked) for v in (LocalVerifier(captioner.cloud, GREEDY), model.verifier(GREEDY)))
-    expected = list(local.generate(stopping(captioner)))
-    assert list(ours.generate(stopping(captioner))) == expected
-    assert list(ours.generate(stopping(captioner), expected[:5])) == expected[5:]
+    asked = prompt(pipeline, index, language)
+    local, ours = (v.open(asked) for v in (LocalVerifier(pipeline.cloud_model, GREEDY), model.verifier(GREEDY)))
+    expected = list(local.generate(stopping(pipeline)))
+    assert list(ours.generate(stopping(pipeline))) == expected
+    assert list(ours.generate(stopping(pipeline), expected[:5])) == expected[5:]
 
 
 @pytest.mark.parametrize("rule", [GREEDY, Rank(2), Rank(20)])
 @pytest.mark.parametrize(("k", "index", "language"), [(k, *SOME[k % 4]) for k in (3, 4, 5)])
 def test_every_verdict_is_that_of_transformers(
-    captioner: Captioner, model: VLLMModel, rule: Rank, k: int, index: int, language: str
+    pipeline: Pipeline, model: VLLMModel, rule: Rank, k: int, index: int, language: str
 ) -> None:
-    asked = prompt(captioner, index, language)
-    cloud = LocalVerifier(captioner.cloud, rule)
-    how = Decoding("speculative", stopping(captioner), k, gate.ALWAYS)
-    events = list(decode(asked, how, captioner.edge, Both(cloud, model.verifier(rule))))
+    asked = prompt(pipeline, index, language)
+    cloud = LocalVerifier(pipeline.cloud_model, rule)
+    both = Both(cloud, model.verifier(rule))
+    events = list(decode(asked, Strategy("speculative", rule=rule, k=k), stopping(pipeline), pipeline.edge, both))
     written = [token for event in events if isinstance(event, Committed) for token in event.tokens]
-    assert rule != GREEDY or written == list(cloud.open(asked).generate(stopping(captioner)))
+    assert rule != GREEDY or written == list(cloud.open(asked).generate(stopping(pipeline)))
 
 
-def test_many_edges_at_once_get_each_their_own(captioner: Captioner, model: VLLMModel) -> None:
-    asked = [prompt(captioner, *clip) for clip in SOME]
-    expected = [list(LocalVerifier(captioner.cloud, GREEDY).open(p).generate(stopping(captioner))) for p in asked]
+def test_many_edges_at_once_get_each_their_own(pipeline: Pipeline, model: VLLMModel) -> None:
+    asked = [prompt(pipeline, *clip) for clip in SOME]
+    expected = [list(LocalVerifier(pipeline.cloud_model, GREEDY).open(p).generate(stopping(pipeline))) for p in asked]
     verifier = model.verifier(GREEDY)
     with ThreadPoolExecutor(len(asked)) as threads:
-        found = threads.map(lambda p: list(verifier.open(p).generate(stopping(captioner))), asked)
+        found = threads.map(lambda p: list(verifier.open(p).generate(stopping(pipeline))), asked)
     assert list(found) == expected
 
 

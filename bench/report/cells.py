@@ -11,11 +11,10 @@ from bench import comparison, forecasts
 from bench.comparison import ClipRecord, Document
 from bench.report.page import DASH
 from edgecloud_sd.measure import traces
-from edgecloud_sd.models.devices import AUTO
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing import link
 from edgecloud_sd.timing import profile as profiles
 
-OUTPUT_NAMES = {"exact": "lossless", "near-exact": "lossless but for near-ties"}
 OUTPUT_MEANING = (
     "lossless: the target's own tokens; lossless but for near-ties: half precision can break a tie differently; "
     "lossy: no such promise"
@@ -68,7 +67,7 @@ class ReportCell:
     @property
     def mode(self) -> str:
         """`edge`, `cloud` or `speculative`."""
-        return str(get_experiment(self.document)["mode"])
+        return str(get_experiment(self.document)["strategy"]["mode"])
 
     @property
     def language(self) -> str:
@@ -76,16 +75,14 @@ class ReportCell:
         return str(get_experiment(self.document)["language"])
 
     @property
-    def strategy(self) -> tuple[str, str, str]:
-        """Gate, acceptance rule and draft length of a speculative cell."""
-        experiment = get_experiment(self.document)
-        return str(experiment["gate"]), str(experiment["rule"]), str(experiment["k"])
+    def strategy(self) -> Strategy:
+        """The way to decode."""
+        return Strategy.from_json(get_experiment(self.document)["strategy"])
 
     @property
     def output(self) -> str:
         """The promise about the output, as OUTPUT_MEANING explains it."""
-        promise = get_experiment(self.document)["output"] or DASH
-        return OUTPUT_NAMES.get(promise, promise)
+        return get_experiment(self.document)["output"] or DASH
 
     @property
     def case_id(self) -> str:
@@ -130,14 +127,11 @@ def group_by_language(documents: Iterable[Document]) -> dict[str, list[ReportCel
 def _short_label(document: Document) -> str:
     """Return the settings in which the cells of one run usually differ."""
     experiment = get_experiment(document)
-    words = [experiment["mode"]]
-    if experiment["mode"] == "speculative":
-        words = [experiment["gate"], f"k{experiment['k']}", experiment["rule"]]
-    if experiment["open"] == "lazy":
-        words.append("lazy")
+    strategy = Strategy.from_json(experiment["strategy"])
+    words = list(strategy.details or (strategy.mode,))
     if experiment["link"] not in (None, "none"):
         words.append(experiment["link"])
-    return " ".join(map(str, words))
+    return " ".join(words)
 
 
 def list_facts(documents: Collection[Document]) -> dict[str, str]:
@@ -166,21 +160,12 @@ def share_virtual_clock(a: Document, b: Document) -> bool:
 def forecast_from_traces(document: Document) -> dict[str, str]:
     """Return the sentence of the forecast by case id, from the traces in the results file of one cell."""
     experiment = get_experiment(document)
-    stop = experiment["draft_stop"] or ""
-    # stopM needs a statistic of its own; any other stop needs one unless the gate's entropy serves both
-    statistics_per_token = int(experiment.get("entropy_threshold") is not None)
-    statistics_per_token += int(stop.startswith("stopM") or (stop != "" and not statistics_per_token))
     in_one_process = experiment["clock"] == "real" and not experiment["cloud_url"]
     on_one_device = in_one_process and experiment.get("edge_device") == experiment.get("cloud_device")
     try:
-        cell = forecasts.Decoded(
-            experiment["mode"],
-            None if experiment["k"] == AUTO or experiment["draft_stop"] else experiment["k"],
-            statistics_per_token,
+        cell = forecasts.DecodedCell(
+            Strategy.from_json(experiment["strategy"]),
             link.find_link(experiment["link"] or "none"),
-            experiment["open"] == "eager",
-            experiment["draft_ahead"] or 0,
-            experiment["output"] != "lossy",
             [traces.trace_from_json(clip["trace"]) for clip in document["detailed_results"]],
         )
         costs = experiment["profile_costs"] and profiles.profile_from_json(experiment["profile_costs"])

@@ -188,10 +188,16 @@ def compare_latency_and_quality(cells: Sequence[ReportCell], quality: str) -> li
     return [Picture(picture, description, Table(columns, rows, fold_title="The numbers"))]
 
 
+def _acceptance_line(cell: ReportCell, values: Sequence[float]) -> pictures.Line:
+    """Return the line of a speculative cell, with its gate, rule and k."""
+    gate, k, rule, *_ = cell.strategy.details
+    return pictures.Line(cell.label, values, gate, rule, k.removeprefix("k"))
+
+
 def show_acceptance(cells: Sequence[ReportCell]) -> list[Block]:
     """Return the share of accepted draft tokens by position in the draft, or nothing if no cell verified a draft."""
     lines = [
-        pictures.Line(cell.label, values, *cell.strategy)
+        _acceptance_line(cell, values)
         for cell in cells
         if (values := cell.document["metrics"]["speculative_decoding_metrics"]["acceptance_by_position"])
     ]

@@ -99,7 +99,7 @@ def serve(options: argparse.Namespace) -> None:
         device, dtype = devices.resolve_device(options.device, asked)
         engine = engines.load_engine(options.engine, options.model, device, dtype, given, options.weights)
         if isinstance(engine, engines.Transformers):
-            use_threads(choose_threads(options.threads, [engine.model.thinker]))
+            use_threads(choose_threads(options.threads, [engine.model.thinker.num_parameters()]))
         app = create_app(engine, limits, keys)
         server = uvicorn.Server(
             uvicorn.Config(

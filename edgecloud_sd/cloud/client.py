@@ -26,7 +26,7 @@ from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.models.frontend import Traits
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.timing.harness import Harness
-from edgecloud_sd.verifier import CloudFault
+from edgecloud_sd.verifier import CloudFault, Verifier
 
 _T = TypeVar("_T")
 CLOSE_TIMEOUT = 1.0  # s for the request that closes a session
@@ -55,18 +55,28 @@ class Connection:
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="close-session")
 
     @cached_property
-    def remote(self) -> Identity:
+    def identity(self) -> Identity:
         """The identity that the server reports, fetched once.
 
         Raise CloudFault for a server that does not answer, and Refused for one that wants another key.
         """
         return self.new_retries().run(self._fetch_identity)
 
-    def verifier(self, rule: Rule, harness: Harness) -> RemoteVerifier:
+    @property
+    def frontend(self) -> None:
+        """None, because the model runs elsewhere."""
+
+    @property
+    def local_parameters(self) -> int:
+        """Always 0, because the model runs elsewhere."""
+        return 0
+
+    def verifier(self, rule: Rule, harness: Harness) -> Verifier:
         """Return a verifier for one caption, timed by its harness. Raise Refused for a rule the server cannot apply."""
-        if refusal := self.remote.refusal(rule):
+        if refusal := self.identity.refusal(rule):
             raise Refused(refusal)
-        return RemoteVerifier(self, rule, harness)
+        harness.count_messages()
+        return harness.timed_verifier(RemoteVerifier(self, rule, harness))
 
     def new_retries(self, on_failure: Callable[[AttemptFailed], None] = lambda failure: None) -> Retries:
         """Return the attempts at a new call, with this connection's patience."""
@@ -193,7 +203,7 @@ class RemoteVerification:
 
     def _new_retries(self) -> tuple[Retries, Callable[..., None]]:
         """Return the attempts at a new call, and the function that notes the time that failed ones have cost."""
-        note_loss = self._harness.watch.losses("faults")
+        note_loss = self._harness.watch.record_failures("faults")
 
         def on_failure(failure: AttemptFailed) -> None:
             if failure.session_is_lost:
@@ -221,7 +231,7 @@ class RemoteVerification:
         session, model = _read(lambda: wire.read_opened(answer, self._prompt_check))
         if not SESSION.fullmatch(session):
             raise AttemptFailed("the answer names no valid session")
-        if model != self._connection.remote.fingerprint:
+        if model != self._connection.identity.fingerprint:
             raise Refused(f"{self._connection.url} now serves another model than when this run began; start a new run")
         self._session = session
 
@@ -232,11 +242,11 @@ class RemoteVerification:
 
     def _post(self, path: str, body: bytes, content: str) -> bytes:
         """Return the answer to one attempt, and note its time and its bytes."""
-        self._harness.up(wire.REQUEST_HEAD + len(body))
+        self._harness.send_up(wire.REQUEST_HEAD + len(body))
         start = self._harness.watch.seconds()
         answer = self._connection.transport.call("POST", path, body, content)
         self._note_answer(start, answer.timing)
-        self._harness.down(wire.ANSWER_HEAD + len(answer.content))
+        self._harness.send_down(wire.ANSWER_HEAD + len(answer.content))
         return answer.content
 
     def _note_answer(self, start: float, timing: str) -> None:
@@ -245,15 +255,15 @@ class RemoteVerification:
         seconds = watch.seconds() - start
         queue, model = parse_server_timing(timing, seconds)
         network = seconds - queue - model
-        watch.note("network", start, start + network)
-        watch.note("cloud_queue", start + network, start + network + queue)
+        watch.record("network", start, start + network)
+        watch.record("cloud_queue", start + network, start + network + queue)
 
     def _stream(self, stopping: Stopping, output: Sequence[int]) -> Generator[int]:
         """Yield the tokens of one attempt. It reads the stream to its end, so that the socket can be used again."""
         output = tuple(output)
         request = wire.build_generate_request(self._prompt_check, output, stopping.eos, stopping.max_new_tokens)
         body = wire.dumps(request)
-        self._harness.up(wire.REQUEST_HEAD + len(body))
+        self._harness.send_up(wire.REQUEST_HEAD + len(body))
         start = self._harness.watch.seconds()
         generated: list[int] = []
         has_ended = False
@@ -276,7 +286,7 @@ class RemoteVerification:
         head = wire.ANSWER_HEAD
         for line in lines:
             token = _read(lambda line=line: wire.read_stream_line(line, generated, check))  # type: ignore[misc]
-            self._harness.down(head + wire.CHUNK_HEAD + len(line) + 1, follows=bool(generated))
+            self._harness.send_down(head + wire.CHUNK_HEAD + len(line) + 1, is_continuation=bool(generated))
             head = 0
             yield token
 

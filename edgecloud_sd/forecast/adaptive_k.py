@@ -1,6 +1,7 @@
-"""`--k auto`: the length of the next draft, from what the rounds so far have taken and what the cloud has kept.
+"""Adaptive k (`--k auto`): the length of the next draft, from the times and verdicts of the rounds so far.
 
-The costs seen make a profile, the verdicts a workload, and the oracle says at which k a token takes the least time.
+The observed times make a cost profile and the verdicts make a workload. The forecast then gives the k at which a token
+takes the least time. Statistics belong to a run; the state of one generation belongs to that generation.
 """
 
 from __future__ import annotations
@@ -9,35 +10,34 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from threading import RLock
 
 from edgecloud_sd.events import Ahead, Degraded, Drafted, Escalated, Event, Opened, Trace, Verified
-from edgecloud_sd.forecast import model as oracle
-from edgecloud_sd.forecast.model import Workload
-from edgecloud_sd.timing import link
+from edgecloud_sd.forecast.model import MAX_K, Workload, fastest_k
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import Clock
+from edgecloud_sd.timing.link import NO_LINK
 from edgecloud_sd.timing.profile import Costs, Profile
 
-FIRST_K = 4  # before anything is known
-# Of the weight of a sum, at each thing that is added to it: half is forgotten after 14 and after 34. What a pass or a
-# trip takes is known from a few, and may change; what the cloud keeps takes many to tell.
+FIRST_K = 4  # before anything is observed
+# The factor on the weight of a sum with each new value: half of it is gone after 14 and after 34 values. A few values
+# show a cost, and costs may change; acceptance takes many values.
 COST_DECAY, CHANCE_DECAY = 0.95, 0.98
-# The chance that a token is kept where those before it were, as believed at each place in a draft until so many were
-# seen there. It is better than most, so that longer drafts are tried before they are thought worse; and what a place
-# has shown fades while no draft reaches it, so that they are tried again.
+# The assumed chance that a token is accepted if those before it were, and the number of verdicts that outweigh it. The
+# chance is better than most, so that longer drafts are tried. The weight of old verdicts at a place fades while no
+# draft reaches it, so that long drafts are tried again.
 PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.95, 6.0
-SHARED_DEVICE_SLOWDOWN = 1.25  # times as long as usual: a step beside an opening that it shares a processor with
-SEARCH_SHARE = 0.01  # of a caption's time, for the length of its drafts
-MAX_CHANGE = 2  # of the length of a caption's draft to that of the one before it, at most
-MIN_GATE_RATE = 1e-3  # share of escalated rounds below which none is believed
+SHARED_DEVICE_SLOWDOWN = 1.25  # a step this much slower beside the cloud's prefill shares a processor with it
+SEARCH_SHARE = 0.01  # of a generation's time, at most, for finding draft lengths
+MAX_CHANGE = 2  # tokens by which the length changes within a generation, at most
+MIN_GATE_RATE = 1e-3  # smallest share of escalated rounds that a workload assumes
 
 
 @dataclass
 class DecayingMean:
-    """Of what was added, the later the more it counts: a sum keeps so much of its weight at each thing that is added.
-    `y` against `x` makes a straight line, never a falling one."""
+    """The mean of values whose weight decays with each new value. Values `y` at `x` also give a rising line."""
 
-    keeps: float = CHANCE_DECAY
+    decay: float = CHANCE_DECAY
     n: float = 0.0
     x: float = 0.0
     y: float = 0.0
@@ -45,178 +45,210 @@ class DecayingMean:
     xy: float = 0.0
 
     def add(self, y: float, x: float = 0.0, n: float = 1.0) -> None:
-        """`n` things that are `y` in all, at `x` each."""
-        keeps = self.keeps
-        self.n = keeps * self.n + n
-        self.x = keeps * self.x + n * x
-        self.y = keeps * self.y + y
-        self.xx = keeps * self.xx + n * x * x
-        self.xy = keeps * self.xy + x * y
+        """Add `n` values that sum to `y`, each at `x`."""
+        self.n = self.decay * self.n + n
+        self.x = self.decay * self.x + n * x
+        self.y = self.decay * self.y + y
+        self.xx = self.decay * self.xx + n * x * x
+        self.xy = self.decay * self.xy + x * y
 
     @property
     def mean(self) -> float:
+        """The mean, or 0 without a value."""
         return self.y / self.n if self.n else 0.0
 
     @property
     def slope(self) -> float:
-        """By least squares; 0 where every x was the same, or larger ones took less."""
+        """The slope by least squares, or 0 if it falls or if every x was equal."""
         spread = self.xx - self.x * self.x / self.n
         return max((self.xy - self.x * self.y / self.n) / spread, 0.0) if spread > 1e-6 * self.xx else 0.0
 
     def at(self, x: float) -> float:
-        """The line's value, not below 0."""
+        """Return the line's value at `x`, at least 0."""
         return max(self.mean + self.slope * (x - self.x / self.n), 0.0)
+
+
+def _cost() -> DecayingMean:
+    return DecayingMean(COST_DECAY)
 
 
 @dataclass
 class AdaptiveK:
-    """What one way to decode has shown, over all its captions so far. Called, it says how long the next draft may be.
+    """The statistics of one strategy over a run. Threads may share it. `for_generation` starts one generation.
 
-    `ahead`, `strict`, `eager`: as `Workload`. What the edge drafts while a cloud that is opened beside it is not ready
-    costs no time, so that the first draft of a caption may be longer; but not where a step is slower beside an opening,
-    for then both share a processor, and the edge makes the cloud late.
+    `draft_ahead`, `is_lossless` and `eager` are the strategy's (see `Workload`).
     """
 
-    ahead: int = 0
+    draft_ahead: int = 0
     is_lossless: bool = True
     eager: bool = True
-    step: DecayingMean = field(
-        default_factory=partial(DecayingMean, COST_DECAY)
-    )  # s of an edge's step, its gate's statistic included
-    beside: DecayingMean = field(
-        default_factory=partial(DecayingMean, COST_DECAY)
-    )  # the same beside the opening of the cloud
-    trip: DecayingMean = field(
-        default_factory=partial(DecayingMean, COST_DECAY)
-    )  # s from a draft sent to its verdict, by tokens fed
-    sent: DecayingMean = field(default_factory=DecayingMean)  # committed tokens that go with a draft
-    drafted: DecayingMean = field(default_factory=DecayingMean)  # tokens of a draft for which none were made ahead
-    escalated: DecayingMean = field(
-        default_factory=DecayingMean
-    )  # 1 for each round that went to the cloud, 0 for the others
-    kept: list[DecayingMean] = field(
-        default_factory=list
-    )  # by place in a draft: 1 where its token was kept, 0 where rejected
-    guessed: DecayingMean = field(
-        default_factory=DecayingMean
-    )  # 1 for each right guess of a bonus, 0 for each wrong one
-    opening: DecayingMean = field(
-        default_factory=partial(DecayingMean, COST_DECAY)
-    )  # s that the cloud is ready after the edge
-    _first: int | None = None  # tokens of the first draft, while nothing else has happened; 0 before it
-    _begun: float = 0.0  # s that they took
-    _round: float = 0.0  # s since the draft was sent
-    _fed: int = 0
-    _guess: int | None = None
-    _alone: bool = False  # whether the edge finishes a caption that the cloud has failed
-    _k: int = field(default=FIRST_K, compare=False)
+    step: DecayingMean = field(default_factory=_cost)  # seconds of an edge step, the gate's score included
+    step_beside_prefill: DecayingMean = field(default_factory=_cost)  # the same while the cloud prefills
+    trip: DecayingMean = field(default_factory=_cost)  # seconds from sending a draft to its verdict, by tokens fed
+    cloud_delay: DecayingMean = field(default_factory=_cost)  # seconds from the edge's prefill to the cloud's
+    sent: DecayingMean = field(default_factory=DecayingMean)  # committed tokens sent with a draft
+    drafted: DecayingMean = field(default_factory=DecayingMean)  # length of the drafts without tokens drafted ahead
+    escalated: DecayingMean = field(default_factory=DecayingMean)  # 1 for a round that was escalated, 0 for any other
+    guessed: DecayingMean = field(default_factory=DecayingMean)  # 1 for a right guess of a bonus, 0 for a wrong one
+    accepted: list[DecayingMean] = field(default_factory=list)  # by place in a draft: 1 if accepted, 0 if rejected
+    rounds: int = 0
+    last_k: int = field(default=FIRST_K, compare=False)
+    lock: RLock = field(default_factory=RLock, compare=False, repr=False)
 
-    def see(self, event: Event, seconds: float) -> None:
-        """`seconds`: since the event before."""
-        self._round += seconds
-        self._open(event, seconds)
-        if isinstance(event, Drafted):
-            self._drafted(seconds, len(event.draft.tokens) - event.ahead)
-            if not event.ahead:
-                self.drafted.add(len(event.draft.tokens))
-            if not self._alone:
-                self.escalated.add(0.0)
-            self._guess = None
-        elif isinstance(event, Escalated):
-            self.escalated.y += 1
-            self.sent.add(event.sent)
-            self._fed = event.sent + len(event.draft.tokens)
-        elif isinstance(event, Ahead):
-            self._drafted(seconds, event.made)
-            self._guess = event.guess
-        elif isinstance(event, Verified):
-            self.trip.add(self._round, self._fed)
-            reached = min(event.verdict.accepted + 1, len(event.draft.tokens))
-            self.kept += [DecayingMean() for _ in range(reached - len(self.kept))]
-            for place, kept in enumerate(self.kept):
-                kept.add(float(place < event.verdict.accepted), n=float(place < reached))
-            if self._guess is not None and event.verdict.accepted == len(event.draft.tokens):
-                self.guessed.add(float(event.right(self._guess)))
-        elif isinstance(event, Degraded):
-            self._alone = True
-        if not isinstance(event, Ahead):
-            self._round = 0.0
+    @classmethod
+    def for_strategy(cls, strategy: Strategy) -> AdaptiveK:
+        """Return empty statistics for a strategy."""
+        return cls(strategy.draft_ahead, strategy.is_lossless, strategy.prefill == "eager")
 
-    def look(self, events: Iterable[Event], clock: Clock) -> Iterator[Event]:
-        """The events as they come, seen. Whoever they are handed on to takes no time of theirs.
+    def for_generation(self) -> DraftLengths:
+        """Return the state of a new generation, which adds to these statistics."""
+        return DraftLengths(self)
 
-        After the caption's first, a length is looked for where that takes less than `SEARCH_SHARE` of the time since
-        the last: so each round, but in rounds of a few ms.
+    def replay(self, trace: Trace) -> None:
+        """Add a generation that was decoded before."""
+        generation = self.for_generation()
+        for (before, _), (seconds, event) in itertools.pairwise(trace.events):
+            generation.see(event, seconds - before)
+
+    @property
+    def mean_step(self) -> float:
+        """Seconds of an edge step; mean over all, or over those beside the cloud's prefill if there are no others."""
+        return (self.step if self.step.n else self.step_beside_prefill).mean
+
+    def acceptance(self) -> tuple[float, ...]:
+        """Return p_i: the product of the acceptance rates of the places that drafts reached (Kaplan and Meier 1958).
+
+        Each rate is drawn towards `PRIOR_ACCEPTANCE` with weight `PRIOR_WEIGHT`.
+        """
+        unseen = [DecayingMean()] * (MAX_K - len(self.accepted))
+        rates = (
+            (place.y + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (place.n + PRIOR_WEIGHT)
+            for place in [*self.accepted, *unseen]
+        )
+        return tuple(itertools.accumulate(rates, operator.mul))
+
+    def fastest(self, near: int | None = None) -> int:
+        """Return the fastest k: any for the first draft of a generation, or one close to `near`.
+
+        A close one is found quicker: a search among all takes as long as some steps. At least one draft must have been
+        verified. The first draft may be longer, because the edge drafts for free while the cloud still prefills. On a
+        shared processor it is not, because the edge then delays the cloud.
+        """
+        trips = [self.trip.at(n) for n in (1, 2)]
+        costs = Profile("seen", Costs(0.0, ((1, self.mean_step),)), Costs(0.0, tuple(enumerate(trips, 1))))
+        workload = Workload(
+            k=max(round(self.drafted.mean), 1),
+            accepted=self.acceptance(),
+            gate_rate=min(max(self.escalated.mean, MIN_GATE_RATE), 1.0),  # 1 after rounding
+            sent=self.sent.mean,
+            ahead=self.draft_ahead,
+            is_lossless=self.is_lossless,
+            guess=(self.guessed.y + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (self.guessed.n + PRIOR_WEIGHT),
+        )
+        if near is not None:
+            among = range(max(near - MAX_CHANGE, 1), min(near + MAX_CHANGE, MAX_K) + 1)
+            return fastest_k(costs, NO_LINK, workload, among)
+        is_shared = self.step_beside_prefill.mean > SHARED_DEVICE_SLOWDOWN * self.mean_step
+        return fastest_k(costs, NO_LINK, workload, free=0.0 if is_shared else self.cloud_delay.mean)
+
+
+class DraftLengths:
+    """The draft lengths of one generation, and its state between two events."""
+
+    def __init__(self, run: AdaptiveK) -> None:
+        self.run = run
+        self._k = run.last_k
+        self._first_length: int | None = None  # of the first draft until its round goes on; 0 before that draft
+        self._first_seconds = 0.0
+        self._round = 0  # its number in the run
+        self._seconds = 0.0  # since the draft was sent
+        self._fed = 0  # tokens sent
+        self._guess: int | None = None
+        self._is_alone = False  # the cloud failed, and the edge finishes alone
+
+    def choose_k(self) -> int:
+        """Return the length of the next draft."""
+        return self._k
+
+    def observe(self, events: Iterable[Event], clock: Clock) -> Iterator[Event]:
+        """Yield the events as they come and learn from them. The consumer's own time does not count.
+
+        After the edge's prefill and after each verdict the next length is found. A search is skipped if it would take
+        more than `SEARCH_SHARE` of the time since the last.
         """
         before = clock()
-        again = 0.0
+        next_search = 0.0
         for event in events:
             self.see(event, clock() - before)
             yield event
             before = clock()
-            opened = event == Opened("edge")
-            if self.trip.n and (opened or (isinstance(event, Verified) and before >= again)):
-                self._k = self.fastest()  # here, where the time that it takes is no draft's
-                looked = clock()
-                again, before = before + (looked - before) / SEARCH_SHARE, looked
-
-    def look_back(self, trace: Trace) -> None:
-        """A caption that was decoded before."""
-        for (before, _), (seconds, event) in itertools.pairwise(trace.events):
-            self.see(event, seconds - before)
-
-    def __call__(self) -> int:
-        return self._k
+            is_start = event == Opened("edge")
+            if self.run.trip.n and (is_start or (isinstance(event, Verified) and before >= next_search)):
+                self._k = self.run.last_k = self.fastest()  # here the search takes no time of a draft
+                searched = clock()
+                next_search, before = before + (searched - before) / SEARCH_SHARE, searched
 
     def fastest(self) -> int:
-        """The length, as far as is known. Something must have been verified.
+        """Return the fastest length for the next draft."""
+        with self.run.lock:
+            return self.run.fastest(None if self._first_length == 0 else self._k)
 
-        Within a caption only lengths near the one before are looked at: to look at all takes as long as some steps.
-        """
-        tokens = [self.trip.at(n) for n in (1, 2)]
-        costs = Profile("seen", Costs(0.0, ((1, self._step),)), Costs(0.0, tuple(enumerate(tokens, 1))))
-        work = Workload(
-            k=max(round(self.drafted.mean), 1),
-            accepted=self.acceptance(),
-            gate_rate=max(self.escalated.mean, MIN_GATE_RATE),
-            sent=self.sent.mean,
-            ahead=self.ahead,
-            is_lossless=self.is_lossless,
-            guess=(self.guessed.y + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (self.guessed.n + PRIOR_WEIGHT),
-        )
-        if self._first != 0:
-            among = range(max(self._k - MAX_CHANGE, 1), min(self._k + MAX_CHANGE, oracle.MAX_K) + 1)
-            return oracle.fastest_k(costs, link.NO_LINK, work, among)
-        shared = self.beside.mean > SHARED_DEVICE_SLOWDOWN * self._step
-        return oracle.fastest_k(costs, link.NO_LINK, work, free=0.0 if shared else self.opening.mean)
+    def see(self, event: Event, seconds: float) -> None:
+        """Learn from an event that came `seconds` after the one before."""
+        with self.run.lock:
+            self._see(event, seconds)
 
-    def acceptance(self) -> tuple[float, ...]:
-        """p_i by the product of the chances to be kept of those that were reached (Kaplan and Meier 1958).
+    def _see(self, event: Event, seconds: float) -> None:
+        self._seconds += seconds
+        self._see_start(event, seconds)
+        if isinstance(event, Drafted):
+            self._add_steps(seconds, len(event.draft.tokens) - event.ahead)
+            if not event.ahead:
+                self.run.drafted.add(len(event.draft.tokens))
+            if not self._is_alone:
+                self.run.escalated.add(0.0)
+                self.run.rounds += 1
+                self._round = self.run.rounds
+            self._guess = None
+        elif isinstance(event, Escalated):
+            # the round counts as 1 instead of 0; its weight has decayed with the rounds of other generations since
+            self.run.escalated.y += CHANCE_DECAY ** (self.run.rounds - self._round)
+            self.run.sent.add(event.sent)
+            self._fed = event.sent + len(event.draft.tokens)
+        elif isinstance(event, Ahead):
+            self._add_steps(seconds, event.made)
+            self._guess = event.guess
+        elif isinstance(event, Verified):
+            self._see_verdict(event)
+        elif isinstance(event, Degraded):
+            self._is_alone = True
+        if not isinstance(event, Ahead):
+            self._seconds = 0.0
 
-        Each chance is drawn towards `PRIOR_ACCEPTANCE` by `PRIOR_WEIGHT`.
-        """
-        unseen = [DecayingMean()] * (oracle.MAX_K - len(self.kept))
-        chances = (
-            (place.y + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (place.n + PRIOR_WEIGHT) for place in [*self.kept, *unseen]
-        )
-        return tuple(itertools.accumulate(chances, operator.mul))
+    def _see_verdict(self, event: Verified) -> None:
+        run, accepted = self.run, event.verdict.accepted
+        run.trip.add(self._seconds, self._fed)
+        reached = min(accepted + 1, len(event.draft.tokens))
+        run.accepted += [DecayingMean() for _ in range(reached - len(run.accepted))]
+        for place, rate in enumerate(run.accepted):
+            rate.add(float(place < accepted), n=float(place < reached))
+        if self._guess is not None and accepted == len(event.draft.tokens):
+            run.guessed.add(float(event.right(self._guess)))
 
-    def _open(self, event: Event, seconds: float) -> None:
-        """What the opening shows. A cloud that was not waited for was ready before, let us say by one step."""
+    def _see_start(self, event: Event, seconds: float) -> None:
+        """Learn when the cloud is ready. A cloud that nobody waited for is assumed to be ready one step earlier."""
         if isinstance(event, Opened) and event.side == "edge":
-            self._first, self._alone = 0, False
-        elif isinstance(event, Drafted) and self._first == 0:
-            self._first, self._begun = len(event.draft.tokens), seconds
-        elif isinstance(event, Opened) and self._first and self.eager:
-            waited = seconds if seconds > self._step / 2 else -self._step
-            self.opening.add(max(self._begun + waited, 0.0))
+            self._first_length, self._is_alone = 0, False
+        elif isinstance(event, Drafted) and self._first_length == 0:
+            self._first_length, self._first_seconds = len(event.draft.tokens), seconds
+        elif isinstance(event, Opened) and self._first_length and self.run.eager:
+            step = self.run.mean_step
+            waited = seconds if seconds > step / 2 else -step
+            self.run.cloud_delay.add(max(self._first_seconds + waited, 0.0))
         elif not isinstance(event, Escalated):
-            self._first = None
+            self._first_length = None
 
-    def _drafted(self, seconds: float, new: int) -> None:
+    def _add_steps(self, seconds: float, new: int) -> None:
         if new:
-            (self.beside if self._first and self.eager else self.step).add(seconds, n=new)
-
-    @property
-    def _step(self) -> float:
-        return (self.step if self.step.n else self.beside).mean
+            is_beside_prefill = self._first_length and self.run.eager
+            (self.run.step_beside_prefill if is_beside_prefill else self.run.step).add(seconds, n=new)

@@ -30,14 +30,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from edgecloud_sd import wire
-from edgecloud_sd.events import Ahead, Committed, Drafted, Escalated, Opened, Trace, Verified
-from edgecloud_sd.measure import metrics
-from edgecloud_sd.measure.breakdown import intervals, part_of_event
 from edgecloud_sd.timing import link as links
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Costs, Profile
@@ -372,99 +368,4 @@ def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
         caption=caption("speculative", token),
         caption_edge=caption("edge", edge),
         caption_cloud=caption("cloud", cloud),
-    )
-
-
-def workload(
-    traces: Sequence[Trace], k: int | None, gated: int = 0, eager: bool = True, ahead: int = 0, is_lossless: bool = True
-) -> Workload | None:
-    """What speculative captions with drafts of up to `k` were; None where nothing was verified.
-
-    Without a `k`, as where drafts end early or it is found anew each round, it is the mean length of the drafts that
-    nothing was drafted ahead for. Captions that the edge had to finish alone are left out.
-    """
-    traces = [trace for trace in traces if metrics.degraded(trace) is None]
-    accepted = metrics.acceptance_by_position(traces)
-    total = sum((metrics.counts(trace) for trace in traces), metrics.Counts())
-    if not accepted or not total.cloud_call_rate:
-        return None
-    drafts = [event for trace in traces for _, event in trace.events if isinstance(event, Drafted)]
-    sent = [event.sent for trace in traces for _, event in trace.events if isinstance(event, Escalated)]
-    if k is None:
-        anew = [len(event.draft.tokens) for event in drafts if not event.ahead]
-        k = max(round(sum(anew) / len(anew)), 1)
-    opened = [next((span.size for span in trace.spans if span.part == "uplink" and span.size), 0) for trace in traces]
-    return Workload(
-        k,
-        tuple(accepted),
-        total.cloud_call_rate,
-        gated,
-        sent=sum(sent) / len(sent),
-        tokens=total.tokens / len(traces),
-        open_bytes=round(sum(opened) / max(sum(map(bool, opened)), 1)),  # of those that were sent
-        eager=eager,
-        ahead=ahead,
-        is_lossless=is_lossless,
-        guess=metrics.right_guesses(traces) or 0.0,
-    )
-
-
-def observed(traces: Iterable[Trace], name: str = "observed") -> Profile | None:
-    """The profile that captions of one run show, whatever clock timed them.
-
-    None unless the edge drafted and the cloud wrote captions alone, for nothing else shows what its step takes. A
-    draft's seconds are shared among its tokens. A pass over more tokens is taken to cost no less than one over fewer:
-    means are pooled, weighted by how many passes they are of, until they rise (isotonic regression).
-    """
-    spent: dict[tuple[str, int], float] = defaultdict(float)  # s by part, and by tokens of a cloud's pass
-    calls: dict[tuple[str, int], int] = defaultdict(int)
-
-    def note(part: str, seconds: float, n: int = 1, count: int = 1) -> None:
-        spent[part, n] += seconds
-        calls[part, n] += count
-
-    for trace in traces:
-        fed = 0
-        alone = not any(isinstance(event, Drafted) for _, event in trace.events)
-        beside = [span for span in trace.spans if span.part == "verify"]  # of passes that the edge drafted ahead beside
-        for (at, _), (event, seconds) in zip(trace.events, intervals(trace), strict=True):
-            if isinstance(event, Drafted):
-                note("draft", seconds, count=len(event.draft.tokens) - event.ahead)
-            elif isinstance(event, Ahead):
-                note("draft", seconds, count=event.made)
-            elif isinstance(event, Escalated):
-                fed = event.sent + len(event.draft.tokens)
-            elif isinstance(event, Verified):
-                while beside and beside[0].end <= at:
-                    seconds += beside.pop(0).seconds
-                note("forward", seconds, fed)
-            elif isinstance(event, Committed) and event.origin == "cloud":
-                note("forward", seconds)
-            elif alone or part_of_event(event) != "cloud_prefill":  # beside the edge's, all of it is not to be seen
-                note(part_of_event(event), seconds)
-        # what was waited for beside the edge's own work is not to be seen whole
-        opened = next((s for s, event in trace.events if isinstance(event, Opened) and event.side == "cloud"), math.inf)
-        for span in trace.spans:
-            if alone or span.end > opened or span.part != "cloud_queue":
-                note(span.part, span.seconds)
-
-    def each(part: str, n: int = 1) -> float:
-        return spent[part, n] / calls[part, n] if calls[part, n] else 0.0
-
-    if not calls["draft", 1] or not calls["forward", 1]:
-        return None
-    passes = sorted(n for part, n in calls if part == "forward" and calls[part, n])
-    pools: list[tuple[float, int, list[int]]] = []  # s and passes in all, and of how many tokens
-    for n in passes:
-        pools.append((spent["forward", n], calls["forward", n], [n]))
-        while len(pools) > 1 and pools[-1][0] / pools[-1][1] < pools[-2][0] / pools[-2][1]:
-            (s1, c1, n1), (s0, c0, n0) = pools.pop(), pools.pop()
-            pools.append((s0 + s1, c0 + c1, n0 + n1))
-    return Profile(
-        name,
-        edge=Costs(each("edge_prefill"), ((1, each("draft")),)),
-        cloud=Costs(each("cloud_prefill"), tuple((n, s / c) for s, c, pooled in pools for n in pooled)),
-        features=each("features"),
-        gate=each("gate"),
-        queue=each("cloud_queue"),
     )

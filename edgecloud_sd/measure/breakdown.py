@@ -1,41 +1,37 @@
-"""Where a caption's time went: its trace, cut into named parts that add up to its wall time.
-
-The time before an event belongs to what that event reports; a span inside it belongs to its own part instead, so that
-no second is counted twice and none is lost.
-"""
+"""The latency breakdown of a request: the spans of its trace, summed by part, and the remainder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from edgecloud_sd.events import Ahead, Committed, Degraded, Drafted, Escalated, Event, Opened, Prepared, Trace, Verified
+from edgecloud_sd.events import Ahead, Committed, Drafted, Escalated, Opened, Trace, Verified
 
 PARTS = {
-    "features": "computing the log-mel spectrogram and building the prompt",
-    "edge_prefill": "the edge's audio encoder and prefill",
-    "cloud_prefill": "the cloud's audio encoder and prefill",
-    "draft": "the edge's forward passes and argmax",
-    "gate": "the gate's statistic and decision",
-    "uplink": "request on its way over an emulated link",
-    "network": "a real service: request and answer under way, packing and unpacking included",
-    "cloud_queue": "request waiting at the cloud",
-    "verify": "the cloud's forward pass over a draft, and its verdict",
-    "cloud_decode": "the cloud's own steps, in cloud mode",
-    "downlink": "answer on its way back over an emulated link",
-    "faults": "attempts on a cloud that failed, the waits between them, opening anew",
-    "rollback": "cutting a cache back after a rejection",
-    "other": "the loop's bookkeeping between events",
+    "features": "The log-mel spectrogram and the prompt.",
+    "edge_prefill": "The edge's audio encoder and prefill.",
+    "cloud_prefill": "The cloud's audio encoder and prefill, as far as the edge waited for them.",
+    "draft": "The edge's forward passes.",
+    "gate": "The scores that the gate and the draft stop read.",
+    "uplink": "A request on its way over an emulated link.",
+    "network": "A real service: request and answer on their way, packing and unpacking included.",
+    "cloud_queue": "A request in the cloud's queue.",
+    "verify": "The cloud's forward pass over a draft, and its verdict.",
+    "cloud_decode": "The cloud's own steps, in mode cloud.",
+    "downlink": "An answer on its way back over an emulated link.",
+    "faults": "Failed attempts to reach the cloud, the waits between them, and a repeated prefill.",
+    "rollback": "Cutting a cache back after a rejection.",
+    "other": "The remainder: the loop's own work between the parts, the edge's argmax included.",
 }
 
 
 @dataclass(frozen=True)
 class LatencyBreakdown:
-    """Seconds by part, every name of `PARTS` present.
+    """Seconds per part, with every name of `PARTS`.
 
-    `discarded` are those of `draft` spent on discarded tokens. Of the round trips of verdicts, from a draft's sending
-    to its answer, `exposed` are the seconds that the edge waited for, and part of the wall time; `hidden` are those in
-    which it drafted ahead, and no part of their own.
+    `discarded` are the seconds of `draft` that went into discarded tokens. `exposed` are the seconds from sending a
+    draft to its verdict in which the edge waited. They are also part of the wall time. `hidden` are the seconds of
+    verifications in which the edge drafted ahead. They belong to no part.
     """
 
     parts: dict[str, float]
@@ -45,39 +41,41 @@ class LatencyBreakdown:
 
     @property
     def seconds(self) -> float:
-        """The sum of the parts: the trace's own seconds, but for rounding."""
+        """The sum of the parts: the seconds of the trace, up to rounding."""
         return sum(self.parts.values())
 
     def closure(self, wall: float) -> float:
-        """Sum of the parts / wall seconds measured by another clock around the caption; 1 is perfect."""
+        """Return the sum of the parts divided by the wall seconds of another clock. A perfect closure is 1."""
         return self.seconds / wall
 
     def unnamed(self, wall: float) -> float:
-        """Share of the wall time that no part but `other` accounts for."""
+        """Return the share of the wall seconds in no part but `other`."""
         return 1 - (self.seconds - self.parts["other"]) / wall
 
 
 def latency_breakdown(trace: Trace) -> LatencyBreakdown:
-    """The latency breakdown of one caption.
-
-    The seconds before an event that tells of drafted tokens are shared among those that are new: each took one forward
-    pass. A discarded token's share is discarded.
-    """
+    """Return the breakdown of one request."""
     parts = dict.fromkeys(PARTS, 0.0)
     for span in trace.spans:
         parts[span.part] += span.end - span.start
+    parts["other"] += trace.seconds - sum(parts.values())
+    return LatencyBreakdown(parts, discarded_seconds(trace), *round_trips(trace))
+
+
+def discarded_seconds(trace: Trace) -> float:
+    """Return the seconds of the forward passes that drafted discarded tokens. Each draft token took one pass."""
+    passes: Iterator[float] = (span.seconds for span in trace.spans if span.part == "draft")
     discarded = 0.0
-    draft: list[float] = []  # seconds of each token of the round's draft that is not committed (yet)
-    ahead: list[float] = []  # and of each token that was drafted beyond it
+    draft: list[float] = []  # seconds of each token of the round's draft that is not committed yet
+    ahead: list[float] = []  # seconds of each token drafted beyond it
     guess = None
-    for event, seconds in intervals(trace):
-        parts[part_of_event(event)] += seconds
+    for _, event in trace.events:
         if isinstance(event, Drafted):
-            new = len(event.draft.tokens) - event.ahead
             discarded += sum(draft)
-            draft, ahead = [*ahead[: event.ahead], *[seconds / max(new, 1)] * new], ahead[event.ahead :]
+            new = [next(passes, 0.0) for _ in event.draft.tokens[event.ahead :]]
+            draft, ahead = [*ahead[: event.ahead], *new], ahead[event.ahead :]
         elif isinstance(event, Ahead):
-            ahead += [seconds / max(event.made, 1)] * event.made
+            ahead += [next(passes, 0.0) for _ in range(event.made)]
             guess = event.guess
         elif isinstance(event, Verified):
             if event.right(guess):
@@ -87,11 +85,11 @@ def latency_breakdown(trace: Trace) -> LatencyBreakdown:
                 ahead = []
         elif isinstance(event, Committed) and event.origin in ("local", "accepted"):
             del draft[: len(event.tokens)]
-    return LatencyBreakdown(parts, discarded + sum(draft) + sum(ahead), *round_trips(trace))
+    return discarded + sum(draft) + sum(ahead)
 
 
 def round_trips(trace: Trace) -> tuple[float, float]:
-    """Return (s exposed, s hidden) of a caption's round trips; the prefill of the cloud is none."""
+    """Return (seconds exposed, seconds hidden) of the verifications of a request. Prefill is no verification."""
     exposed = sent = answered = 0.0
     for seconds, event in trace.events:
         if isinstance(event, Escalated | Opened | Ahead):
@@ -99,49 +97,17 @@ def round_trips(trace: Trace) -> tuple[float, float]:
         elif isinstance(event, Verified):
             exposed += seconds - sent
             answered = seconds
-    return exposed, sum(span.hidden for span in trace.spans if span.end <= answered)  # what failed at last is no trip
-
-
-def intervals(trace: Trace) -> Iterator[tuple[Event, float]]:
-    """Each event with the seconds before it that no span claims."""
-    spans = iter(trace.spans)
-    span = next(spans, None)
-    before = 0.0
-    for seconds, event in trace.events:
-        rest = seconds - before
-        while span is not None and span.end <= seconds:
-            rest -= span.end - span.start
-            span = next(spans, None)
-        yield event, rest
-        before = seconds
-
-
-def part_of_event(event: Event) -> str:
-    """The part that the time before `event` belongs to."""
-    if isinstance(event, Prepared):
-        return "features"
-    if isinstance(event, Opened):
-        return f"{event.side}_prefill"
-    if isinstance(event, Drafted | Ahead):
-        return "draft"
-    if isinstance(event, Escalated):
-        return "gate"
-    if isinstance(event, Verified):
-        return "verify"
-    if isinstance(event, Committed) and event.origin == "cloud":
-        return "cloud_decode"
-    if isinstance(event, Degraded):
-        return "faults"
-    return "other"
+    # a verification that failed at the end has no answer, so it counts as none
+    return exposed, sum(span.hidden for span in trace.spans if span.end <= answered)
 
 
 def mean_breakdown(breakdowns: Iterable[LatencyBreakdown]) -> LatencyBreakdown:
-    """Seconds a caption, part by part. ValueError for none."""
-    all_of_them = list(breakdowns)
-    if not all_of_them:
+    """Return the mean seconds per part. Raise ValueError without a breakdown."""
+    breakdowns = list(breakdowns)
+    if not breakdowns:
         raise ValueError("no breakdown to take the mean of")
-    n = len(all_of_them)
+    n = len(breakdowns)
     return LatencyBreakdown(
-        {name: sum(each.parts[name] for each in all_of_them) / n for name in PARTS},
-        *(sum(getattr(each, name) for each in all_of_them) / n for name in ("discarded", "exposed", "hidden")),
+        {name: sum(breakdown.parts[name] for breakdown in breakdowns) / n for name in PARTS},
+        *(sum(getattr(b, name) for b in breakdowns) / n for name in ("discarded", "exposed", "hidden")),
     )

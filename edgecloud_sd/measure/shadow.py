@@ -1,4 +1,4 @@
-"""Shadow verification: what the cloud would have said of the tokens it was not asked about. Never on the clock."""
+"""Shadow verification: the cloud's verdict on local tokens, asked for afterwards and off the clock."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from edgecloud_sd.verifier import Verifier
 
 
 def shadow_verify(trace: Trace, prompt: Prompt, cloud: Verifier) -> Hindsight:
-    """Judge each local token of a caption by the verifier's rule, after what was really committed before it.
+    """Verify each local token of a trace by the verifier's rule, after the tokens that were really committed.
 
-    One opening and one call more than there are rejections, and none where every round was escalated.
+    The cloud opens one prompt and verifies once more than it rejects. A trace without local tokens asks nothing.
     """
     rejected: frozenset[int] = frozenset()
     if any(isinstance(event, Committed) and event.origin == "local" for _, event in trace.events):
-        rejected = _rejected(trace.tokens, prompt, cloud)
+        rejected = _rejected_places(trace.tokens, prompt, cloud)
     missed = committed = 0
     drafts: list[tuple[float | None, bool, bool]] = []
     score: float | None = None
@@ -32,20 +32,20 @@ def shadow_verify(trace: Trace, prompt: Prompt, cloud: Verifier) -> Hindsight:
     return Hindsight(missed, tuple(drafts))
 
 
-def _rejected(tokens: tuple[int, ...], prompt: Prompt, cloud: Verifier) -> frozenset[int]:
-    """Places of the caption whose token the cloud would not keep. Each call judges from behind the last of them on."""
+def _rejected_places(tokens: tuple[int, ...], prompt: Prompt, cloud: Verifier) -> frozenset[int]:
+    """Return the places of the tokens that the cloud rejects. Each call starts after the last rejected token."""
     context = [prompt.last, *tokens]
     places: list[int] = []
-    known = 0
+    at_cloud = 0
     verification = cloud.open(prompt)
     try:
         verification.wait()
-        while (at := places[-1] + 1 if places else 0) < len(tokens):
-            verdict = verification.verify(known, context[known : at + 1], tokens[at:])
-            known = at + 1 + verdict.accepted
-            if known > len(tokens):
+        while (start := places[-1] + 1 if places else 0) < len(tokens):
+            verdict = verification.verify(at_cloud, context[at_cloud : start + 1], tokens[start:])
+            at_cloud = start + 1 + verdict.accepted
+            if at_cloud > len(tokens):
                 break
-            places.append(known - 1)
+            places.append(at_cloud - 1)
     finally:
         verification.close()
     return frozenset(places)

@@ -1,4 +1,4 @@
-"""Traces as JSON and back, without loss: so that a stopped run can go on, and every figure can be computed again."""
+"""Traces as JSON and back, without loss: a stopped run can go on, and every figure can be computed again."""
 
 from __future__ import annotations
 
@@ -20,42 +20,44 @@ from edgecloud_sd.events import (
     Verdict,
     Verified,
 )
-from edgecloud_sd.measure.breakdown import PARTS, part_of_event
+from edgecloud_sd.measure.breakdown import PARTS
 
 
 def trace_to_json(trace: Trace) -> dict[str, Any]:
-    """`{"events": [[seconds, name, what it holds...], ...], "spans": [[part, start, end, bytes, hidden], ...]}`.
+    """Return `{"events": [[seconds, name, values...], ...], "spans": [[part, start, end, bytes, hidden], ...]}`.
 
-    Escalated and verified events do not repeat their draft: it is the drafted event's before them.
+    Escalated and verified events do not repeat the draft of the drafted event before them.
     """
     return {
-        "events": [[seconds, type(event).__name__.lower(), *_holds(event)] for seconds, event in trace.events],
+        "events": [[seconds, type(event).__name__.lower(), *_values(event)] for seconds, event in trace.events],
         "spans": [[span.part, span.start, span.end, span.size, span.hidden] for span in trace.spans],
     }
 
 
 def trace_from_json(saved: dict[str, Any]) -> Trace:
-    """The trace that `trace_to_json` made this of. ValueError for anything else."""
+    """Return the trace that `trace_to_json` wrote. Raise ValueError for anything else."""
     events: list[tuple[float, Event]] = []
     draft = Draft(())
     try:
-        for seconds, name, *holds in saved["events"]:
-            event = _event(name, holds, draft)
+        for seconds, name, *values in saved["events"]:
+            event = _event(name, values, draft)
             if isinstance(event, Drafted):
                 draft = event.draft
             events.append((seconds, event))
         trace = Trace(tuple(events), tuple(Span(*span) for span in saved["spans"]))
-        parts = {span.part for span in trace.spans} | {part_of_event(event) for _, event in events}
         times = [seconds for seconds, _ in events] + [time for span in trace.spans for time in (span.start, span.end)]
+        sides = {event.side for _, event in events if isinstance(event, Opened)}
+        has_known_names = {span.part for span in trace.spans} <= PARTS.keys() and sides <= {"edge", "cloud"}
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"not a saved trace: {error!r}") from error
-    whole = trace_to_json(trace) == {"events": saved["events"], "spans": saved["spans"]}
-    if not whole or not parts <= PARTS.keys() or not all(isinstance(time, int | float) for time in times):
-        raise ValueError("not a saved trace: it holds what no trace has")
+    is_equal = trace_to_json(trace) == {"events": saved["events"], "spans": saved["spans"]}
+    if not is_equal or not has_known_names or not all(isinstance(time, int | float) for time in times):
+        raise ValueError("not a saved trace: it holds values that no trace has")
     return trace
 
 
-def _holds(event: Event) -> list[Any]:
+def _values(event: Event) -> list[Any]:
+    """Return the fields of an event, without its draft where another event has it."""
     if isinstance(event, Prepared):
         return [event.prompt_tokens]
     if isinstance(event, Opened):
@@ -70,26 +72,27 @@ def _holds(event: Event) -> list[Any]:
         return [event.verdict.accepted, event.verdict.token]
     if isinstance(event, Committed):
         return [list(event.tokens), event.origin]
-    return [event.reason]  # degraded, or finished
+    return [event.reason]  # degraded or finished
 
 
-def _event(name: str, holds: list[Any], draft: Draft) -> Event:
+def _event(name: str, values: list[Any], draft: Draft) -> Event:
+    """Return the event that `_values` took apart. `draft` is the last one drafted."""
     if name == "prepared":
-        return Prepared(*holds)
+        return Prepared(*values)
     if name == "opened":
-        return Opened(*holds)
+        return Opened(*values)
     if name == "drafted":
-        return Drafted(Draft(tuple(holds[0]), tuple(holds[1])), *holds[2:])
+        return Drafted(Draft(tuple(values[0]), tuple(values[1])), *values[2:])
     if name == "escalated":
-        return Escalated(draft, *holds)
+        return Escalated(draft, *values)
     if name == "ahead":
-        return Ahead(tuple(holds[0]), *holds[1:])
+        return Ahead(tuple(values[0]), *values[1:])
     if name == "verified":
-        return Verified(draft, Verdict(*holds))
+        return Verified(draft, Verdict(*values))
     if name == "committed":
-        return Committed(tuple(holds[0]), holds[1])
+        return Committed(tuple(values[0]), values[1])
     if name == "degraded":
-        return Degraded(*holds)
+        return Degraded(*values)
     if name == "finished":
-        return Finished(*holds)
+        return Finished(*values)
     raise ValueError(f"not a saved trace: unknown event {name!r}")

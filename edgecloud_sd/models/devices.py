@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 from edgecloud_sd.host import limits
 
@@ -50,14 +49,14 @@ def resolve_device(device: str, dtype: str) -> tuple[str, str]:
     return device, dtype
 
 
-def choose_threads(threads: int | None, thinkers: Sequence[Any]) -> int:
-    """Return the CPU threads of torch for these models.
+def choose_threads(threads: int | None, parameters: Sequence[int]) -> int:
+    """Return the CPU threads of torch for models of this process, given the number of parameters of each.
 
     None means one thread if every model is small, and torch's own choice otherwise.
     """
     if threads is not None:
         return threads
-    small = all(thinker.num_parameters() < SMALL_MODEL_PARAMETERS for thinker in thinkers)
+    small = all(count < SMALL_MODEL_PARAMETERS for count in parameters)
     return 1 if small else _torch_threads()
 
 

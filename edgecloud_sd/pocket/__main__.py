@@ -26,13 +26,13 @@ def main(arguments: list[str] | None = None) -> None:
 
         train_pair(options.folder)
     else:
-        from edgecloud_sd.pipeline import Captioner
+        from edgecloud_sd.pipeline import Pipeline
         from edgecloud_sd.pocket import evaluate as evaluation
 
         if options.clips < MIN_CLIPS:
             parser.error(f"--clips must be at least {MIN_CLIPS}, not {options.clips}")
         pair = Pair("pocket", str(options.folder / "edge"), str(options.folder / "cloud"))
-        print(evaluation.evaluate(Captioner(pair), options.set, options.clips))
+        print(evaluation.evaluate(Pipeline(pair), options.set, options.clips))
 
 
 def _build_parser() -> argparse.ArgumentParser:

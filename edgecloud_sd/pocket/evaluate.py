@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from edgecloud_sd import gate
 from edgecloud_sd.data import prompts
 from edgecloud_sd.events import Prompt
 from edgecloud_sd.measure import metrics
-from edgecloud_sd.pipeline import Captioner, Cell, Request
+from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips, voices
 from edgecloud_sd.session import Model
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
 
-MAX_NEW_TOKENS = 48  # captions of the pocket pair have 20 to 40 tokens
+CAPTION_TOKENS = 48  # captions of the pocket pair have 20 to 40 tokens
 EVALUATION_K = 4
 WARM_UP_STEPS = 10  # the first steps allocate memory
 
@@ -54,7 +54,7 @@ class Evaluation:
         return "\n".join(f"{name:34} {value:>8}   {target}".rstrip() for name, value, target in rows)
 
 
-def evaluate(captioner: Captioner, set_name: str = "evaluation", count: int = 2 * clips.EVALUATION_CLIPS) -> Evaluation:
+def evaluate(pipeline: Pipeline, set_name: str = "evaluation", count: int = 2 * clips.EVALUATION_CLIPS) -> Evaluation:
     """Return the evaluation of the first `count` clips of a set, half of them in each language.
 
     The cloud's captions come from lossless speculative decoding, which gives the same tokens in less time
@@ -63,14 +63,13 @@ def evaluate(captioner: Captioner, set_name: str = "evaluation", count: int = 2 
     """
     evaluated = [clips.make_clip(set_name, index) for index in range(count)]
     languages = [prompts.LANGUAGES[index * len(prompts.LANGUAGES) // count] for index in range(count)]
-    cells = {"edge": Cell("edge"), "cloud": Cell("speculative", gate.ALWAYS, k=EVALUATION_K)}
-    captions: dict[str, list[str]] = {name: [] for name in cells}
+    strategies = {"edge": Strategy("edge"), "cloud": Strategy("speculative", k=EVALUATION_K)}
+    captions: dict[str, list[str]] = {name: [] for name in strategies}
     total = metrics.Counts()
-    decode = captioner.text("speculative")
     for clip, language in zip(tqdm(evaluated, desc="captions", unit="clip", disable=None), languages, strict=True):
-        for name, cell in cells.items():
-            trace = stamp(captioner.events(Request(clip.samples, language), cell, MAX_NEW_TOKENS))
-            captions[name].append(decode(trace.tokens))
+        for name, strategy in strategies.items():
+            trace = stamp(pipeline.events(Request(clip.samples, language), strategy, CAPTION_TOKENS))
+            captions[name].append(pipeline.text(trace.tokens))
             if name == "cloud":
                 total += metrics.counts(trace)
     swapped = [index for language in prompts.LANGUAGES for index in _swapped_order(languages, language)]
@@ -79,7 +78,7 @@ def evaluate(captioner: Captioner, set_name: str = "evaluation", count: int = 2 
     truth = [clip.attributes for clip in evaluated]
     attributes = {name: share_of_attributes_named(texts, truth, languages) for name, texts in captions.items()}
     emotions = {name: share_of_emotions_named(texts, truth, languages) for name, texts in captions.items()}
-    prompt = captioner.prompt(Request(evaluated[0].samples), "edge")
+    prompt = pipeline.prompt(Request(evaluated[0].samples), "edge")
     return Evaluation(
         clips=count,
         cloud_attributes=attributes["cloud"],
@@ -88,8 +87,8 @@ def evaluate(captioner: Captioner, set_name: str = "evaluation", count: int = 2 
         edge_emotions=emotions["edge"],
         swapped_attributes=attributes["swapped"],
         acceptance=total.acceptance_rate or 0.0,
-        step_ratio=measure_step_ratio(captioner.edge, captioner.cloud, prompt),
-        megabytes=count_megabytes(Path(captioner.pair.edge)) + count_megabytes(Path(captioner.pair.cloud)),
+        step_ratio=measure_step_ratio(pipeline.edge, pipeline.cloud_model, prompt),
+        megabytes=count_megabytes(Path(pipeline.pair.edge)) + count_megabytes(Path(pipeline.pair.cloud)),
     )
 
 

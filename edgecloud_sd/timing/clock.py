@@ -1,4 +1,4 @@
-"""Time, from outside the decode loop: real and virtual clocks, and the stamping of events."""
+"""Time, measured from outside the decode loop: real and virtual clocks, spans, and the stamping of events."""
 
 from __future__ import annotations
 
@@ -12,111 +12,123 @@ from typing import TypeVar
 
 from edgecloud_sd.events import Event, Finished, Span, Trace
 
-Clock = Callable[[], float]  # gives seconds
+Clock = Callable[[], float]  # returns seconds
 real: Clock = time.perf_counter
 _T = TypeVar("_T")
 
 
 class VirtualClock:
-    """Stands still until told how long something took: the same numbers on every run and machine."""
+    """A clock that stands still until it is told how long something took. It gives equal numbers on every machine."""
 
     def __init__(self) -> None:
         self.now = 0.0
 
     def __call__(self) -> float:
+        """Return the seconds so far."""
         return self.now
 
     def advance(self, seconds: float) -> None:
+        """Let `seconds` pass."""
         self.now += seconds
 
 
 class Watch:
-    """Started when a request is made; notes the spans of time that events alone cannot tell apart."""
+    """A clock that starts with a request and records the spans of its parts."""
 
     def __init__(self, clock: Clock = real) -> None:
         self.clock = clock
         self.spans: list[Span] = []
         self.start = clock()
-        self._beside = threading.local()
+        self._background = threading.local()
 
     def seconds(self) -> float:
-        """Since the request."""
+        """Return the seconds since the request."""
         return self.clock() - self.start
 
-    def note(self, part: str, start: float, end: float | None = None, size: int = 0) -> None:
-        """A span of `part`, from `start` to `end` or now."""
-        self._noted().append(Span(part, start, self.seconds() if end is None else end, size))
+    def record(self, part: str, start: float, end: float | None = None, size: int = 0) -> None:
+        """Record a span of `part` from `start` to `end`, or to now."""
+        self._recorded().append(Span(part, start, self.seconds() if end is None else end, size))
 
     def timed(self, part: str, call: Callable[..., _T], *arguments: object, size: int = 0) -> _T:
-        """`call(*arguments)`, its time noted as a span of `part`."""
+        """Return `call(*arguments)` and record its time as a span of `part`."""
         start = self.seconds()
         result = call(*arguments)
-        self.note(part, start, size=size)
+        self.record(part, start, size=size)
         return result
 
-    def rest(self, part: str, call: Callable[[], _T]) -> _T:
-        """`call()`; what of its time no span inside claims is noted as spans of `part`."""
-        noted = self._noted()
-        known, at = len(noted), self.seconds()
-        result = call()
-        inside = noted[known:]
-        del noted[known:]
-        for span in inside:
-            if span.start > at:
-                self.note(part, at, span.start)
-            noted.append(span)
-            at = span.end
-        self.note(part, at)
+    def timed_remainder(self, part: str, call: Callable[..., _T], *arguments: object) -> _T:
+        """Return `call(*arguments)`. Record the time that no span inside claims as spans of `part`.
+
+        If the call raises, that time is recorded as spans of `faults`.
+        """
+        spans = self._recorded()
+        first, start = len(spans), self.seconds()
+        claimed = "faults"
+        try:
+            result = call(*arguments)
+            claimed = part
+        finally:
+            inside = spans[first:]
+            del spans[first:]
+            for span in inside:
+                if span.start > start:
+                    self.record(claimed, start, span.start)
+                spans.append(span)
+                start = span.end
+            self.record(claimed, start)
         return result
 
     @contextmanager
-    def beside(self, spans: list[Span]) -> Iterator[None]:
-        """What this thread notes goes to `spans`: it happens beside the caption's own course."""
-        self._beside.spans = spans
+    def in_background(self, spans: list[Span]) -> Iterator[None]:
+        """Record the spans of this thread in `spans`, because they pass beside the generation's own work."""
+        self._background.spans = spans
         try:
             yield
         finally:
-            del self._beside.spans
+            del self._background.spans
 
-    def wait(self, spans: Iterable[Span], start: float, hides: bool = False) -> None:
-        """Note what was beside as far as it was waited for, from `start` to now. Payloads count, hidden or not.
+    def record_wait(self, spans: Iterable[Span], start: float, keep_hidden: bool = False) -> None:
+        """Record the part of background `spans` that was waited for, from `start` to now. Payloads count in full.
 
-        `hides`: what passed before `start` is to be told, as the spans' `hidden`.
+        With `keep_hidden` each span also keeps its seconds before `start`, as `hidden`.
         """
         for span in spans:
-            hidden = max(min(span.end, start) - span.start, 0.0) if hides else 0.0
-            self._noted().append(replace(span, start=max(span.start, start), end=max(span.end, start), hidden=hidden))
+            hidden = max(min(span.end, start) - span.start, 0.0) if keep_hidden else 0.0
+            exposed = replace(span, start=max(span.start, start), end=max(span.end, start), hidden=hidden)
+            self._recorded().append(exposed)
 
-    def losses(self, part: str) -> Callable[..., None]:
-        """A function to call where an attempt has failed: what it took since the last is one span.
+    def record_failures(self, part: str) -> Callable[..., None]:
+        """Return a function to call after each failed attempt. It records the time since the last call as one span.
 
-        `sent` keeps its payloads; `again` adds to the attempt before instead of counting another.
+        With `sent` the payloads of the attempt still count. With `again` the time lengthens the span before instead of
+        counting as another attempt.
         """
-        noted = self._noted()
-        known, start = len(noted), self.seconds()
+        spans = self._recorded()
+        first, start = len(spans), self.seconds()
 
-        def lost(sent: bool = True, again: bool = False) -> None:
-            nonlocal known, start
-            payloads = [replace(span, start=start, end=start) for span in noted[known:] if span.size and sent]
-            before = next((i for i in reversed(range(known)) if noted[i].part == part), None) if again else None
-            noted[known:] = payloads
-            if before is not None and noted[before].end == start:
-                longer = replace(noted[before], end=self.seconds())
-                noted[before:] = [*payloads, longer]
+        def record_failure(sent: bool = True, again: bool = False) -> None:
+            nonlocal first, start
+            payloads = [replace(span, start=start, end=start) for span in spans[first:] if span.size and sent]
+            before = next((i for i in reversed(range(first)) if spans[i].part == part), None) if again else None
+            spans[first:] = payloads
+            if before is not None and spans[before].end == start:
+                longer = replace(spans[before], end=self.seconds())
+                spans[before:] = [*payloads, longer]
             else:
-                self.note(part, start)
-            known, start = len(noted), self.seconds()
+                self.record(part, start)
+            first, start = len(spans), self.seconds()
 
-        return lost
+        return record_failure
 
-    def _noted(self) -> list[Span]:
-        spans: list[Span] = getattr(self._beside, "spans", self.spans)
+    def _recorded(self) -> list[Span]:
+        """Return the list that spans of this thread go to."""
+        spans: list[Span] = getattr(self._background, "spans", self.spans)
         return spans
 
 
 @contextmanager
 def garbage_collector_frozen() -> Iterator[None]:
-    """Garbage collections look at what is made inside alone: one over a whole process can take as long as a caption."""
+    """Let garbage collections visit new objects alone. A full collection can take as long as a caption."""
     frozen = gc.get_freeze_count()
     gc.collect()
     gc.freeze()
@@ -127,25 +139,25 @@ def garbage_collector_frozen() -> Iterator[None]:
             gc.unfreeze()
 
 
-def stamp(events: Iterable[Event], watch: Watch | None = None, finished: Callable[[], None] = lambda: None) -> Trace:
-    """Run the generator to its end and note when each event came, in seconds since the watch was started (or now).
+def stamp(events: Iterable[Event], watch: Watch | None = None, on_finished: Callable[[], None] = lambda: None) -> Trace:
+    """Run the events to their end, and record when each came, in seconds since the watch started (or now).
 
-    `finished` is called at the last event, before anything is cleared away.
+    `on_finished` is called at the last event, before the generator cleans up.
     """
     watch = watch or Watch()
     stamped = []
-    for each in stream(events, watch):
-        stamped.append(each)
-        if isinstance(each[1], Finished):
-            finished()
+    for seconds, event in stream(events, watch):
+        stamped.append((seconds, event))
+        if isinstance(event, Finished):
+            on_finished()
     end = stamped[-1][0] if stamped else 0.0
-    # what is cleared away after the last event takes no time of the caption's, but what it sends has crossed the link
-    after = (replace(span, start=end, end=end) for span in watch.spans if span.end > end and span.size)
-    return Trace(tuple(stamped), (*(span for span in watch.spans if span.end <= end), *after))
+    # clean-up after the last event takes no time of the generation, but its messages have crossed the link
+    late = (replace(span, start=end, end=end) for span in watch.spans if span.end > end and span.size)
+    return Trace(tuple(stamped), (*(span for span in watch.spans if span.end <= end), *late))
 
 
 def stream(events: Iterable[Event], watch: Watch | None = None) -> Iterator[tuple[float, Event]]:
-    """As `stamp`, but handing each event on as it comes."""
+    """Yield each event as it comes, with the seconds since the watch started (or now)."""
     watch = watch or Watch()
     for event in events:
         yield watch.seconds(), event

@@ -1,8 +1,8 @@
-"""What a caption is decoded on: wrappers around both sides that time, or simulate, what events alone do not show.
+"""Wrappers around both sides that record time where the work is done, or simulate it.
 
-They meet the same protocols as what they wrap, so the decode loop cannot tell. On the real clock they note when a gate
-reads its statistic and when a cache is cut back; under a profile they also let each call take its profile's time on a
-virtual clock. A link in between takes its time on either clock, asleep on the real one.
+The wrappers meet the same protocols as the objects that they wrap, so the decode loop cannot tell. On the real clock
+they record spans. Under a cost profile they also let each call take the profile's time on a virtual clock. A link
+takes its time on either clock; on the real one the thread sleeps.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from edgecloud_sd import prefill as opening
 from edgecloud_sd import wire
 from edgecloud_sd.events import Prompt, Span, Verdict
-from edgecloud_sd.gate import DraftStop, Gate, Score
-from edgecloud_sd.prefill import Pending
+from edgecloud_sd.gate import Score
+from edgecloud_sd.prefill import EagerPrefill, LazyPrefill, Pending
 from edgecloud_sd.session import Model, Session
 from edgecloud_sd.stopping import Stopping
-from edgecloud_sd.timing import link as links
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import VirtualClock, Watch
-from edgecloud_sd.timing.link import Link
+from edgecloud_sd.timing.link import NO_LINK, Link
 from edgecloud_sd.timing.profile import Costs, Profile
 from edgecloud_sd.verifier import Verification, Verifier
 
@@ -35,118 +34,127 @@ _T = TypeVar("_T")
 
 
 class Harness:
-    """One request's. The real clock without a profile, a virtual one under it.
+    """The clock, the link and the costs of one request: the real clock, or a virtual one under `profile`.
 
-    `seed` draws the link's jitter: the same for every cell that a clip is decoded in, so that cells can be paired.
-    `far` says that the cloud is a service elsewhere, so that messages cross even without an emulated link.
+    `seed` draws the link's jitter. It is equal for every strategy that decodes a clip, so that they can be paired.
     """
 
-    def __init__(
-        self, profile: Profile | None = None, link: Link = links.NO_LINK, seed: str = "", far: bool = False
-    ) -> None:
+    def __init__(self, profile: Profile | None = None, link: Link = NO_LINK, seed: str = "") -> None:
         self._virtual = VirtualClock()
         self.watch = Watch(self._virtual) if profile else Watch()
         self.profile = profile
         self.link = link
-        self.far = far or link != links.NO_LINK
+        self._counts_messages = link != NO_LINK
         self._random = random.Random(seed)
 
+    def count_messages(self) -> None:
+        """Record the bytes of messages even without an emulated link, because the cloud is a real service."""
+        self._counts_messages = True
+
     def prepared(self, build: Callable[[], _T]) -> _T:
-        """What `build` makes of the samples."""
-        made = build()
-        if self.profile:
-            self.spend(self.profile.features)
-        return made
+        """Return `build()`, timed as the features of the request."""
+        seconds = self.profile.features if self.profile else 0.0
+        return self.watch.timed("features", lambda: self._with_cost(build, seconds))
+
+    def timed_strategy(self, strategy: Strategy) -> Strategy:
+        """Return the strategy with the scores of its gate and its draft stop timed."""
+        stop = strategy.draft_stop
+        return replace(
+            strategy,
+            gate=replace(strategy.gate, score=self._timed_score(strategy.gate.score)),
+            draft_stop=replace(stop, score=self._timed_score(stop.score)) if stop else None,
+        )
 
     def edge(self, model: Model) -> Model:
-        return _Model(model, self, self.profile.edge if self.profile else None)
+        """Return the edge's model, timed."""
+        return _TimedModel(model, self, self.profile.edge if self.profile else None, "edge_prefill", "draft")
 
     def cloud(self, model: Model) -> Model:
-        return _Model(model, self, self.profile.cloud if self.profile else None)
+        """Return a model of this process as the cloud's. `timed_verifier` times its forward passes."""
+        return _TimedModel(model, self, self.profile.cloud if self.profile else None)
 
     def linked(self, verifier: Verifier) -> Verifier:
-        """A verifier of this process, through the link and the cloud's queue."""
-        return _Verifier(verifier, self) if self.profile or self.far else verifier
+        """Return a verifier of this process behind the emulated link and the cloud's queue."""
+        return _LinkedVerifier(verifier, self) if self.profile or self.link != NO_LINK else verifier
 
-    def opened(self, verifier: Verifier, when: str) -> Verifier:
-        """Opened eager or lazy."""
-        if self.far:  # or a caption of which nothing crosses would look like one that had nothing to cross
-            self.watch.note("uplink", 0.0, 0.0)
-        return opening.Lazy(verifier) if when == "lazy" else opening.Eager(verifier, self.begin)
+    def timed_verifier(self, verifier: Verifier) -> Verifier:
+        """Return a verifier, in this process or not, with its prefill, verifications and steps timed."""
+        return _TimedVerifier(verifier, self.watch)
 
-    def begin_verdict(self, call: Callable[[], Verdict]) -> Pending[Verdict]:
-        """As `begin`, for drafting ahead: what of the call is neither link nor queue is the cloud's forward pass."""
-        return self.begin(lambda: self.watch.rest("verify", call), hides=True)
+    def deferred(self, verifier: Verifier, prefill: str) -> Verifier:
+        """Return a verifier that prefills eagerly, in the background, or lazily."""
+        if self._counts_messages:  # without this span a caption that sends nothing would look like one without a link
+            self.watch.record("uplink", 0.0, 0.0)
+        return LazyPrefill(verifier) if prefill == "lazy" else EagerPrefill(verifier, self.background)
 
-    def begin(self, call: Callable[[], _T], hides: bool = False) -> Pending[_T]:
-        """Start `call` beside what follows: only waiting for its result takes time of the caption's.
+    def background_verification(self, call: Callable[[], Verdict]) -> Pending[Verdict]:
+        """Start a verification in the background, and keep the time that drafting ahead hides."""
+        return self.background(call, keep_hidden=True)
 
-        `hides`: the spans that are hidden so are noted as well.
-        """
+    def background(self, call: Callable[[], _T], keep_hidden: bool = False) -> Pending[_T]:
+        """Start `call` in the background. Only the wait for its result takes time of the generation."""
         spans: list[Span] = []
 
         def run() -> _T:
-            with self.watch.beside(spans):
+            with self.watch.in_background(spans):
                 return call()
 
         if not self.profile:
-            return _Begun(_background().submit(run), self.watch, spans, hides)
+            return _PendingCall(_executor().submit(run), self.watch, spans, keep_hidden)
         before = self._virtual.now
-        finished = _finished(run)
+        future = _run_at_once(run)
         ready, self._virtual.now = self._virtual.now, before
-        return _Begun(finished, self.watch, spans, hides, self._virtual, ready)
-
-    def gate(self, gate: Gate) -> Gate:
-        return replace(gate, score=self._scored(gate.score))
-
-    def stop(self, stop: DraftStop | None) -> DraftStop | None:
-        return replace(stop, score=self._scored(stop.score)) if stop else None
-
-    def _scored(self, score: Score | None) -> Score | None:
-        if score is None:
-            return None
-
-        def scored(row: Tensor) -> float:
-            if self.profile:
-                self.spend(self.profile.gate)
-            return score(row)
-
-        return lambda row: self.watch.timed("gate", scored, row)
+        return _PendingCall(future, self.watch, spans, keep_hidden, self._virtual, ready)
 
     def spend(self, seconds: float) -> None:
-        """Let so much time pass."""
+        """Let `seconds` pass: on the virtual clock, or asleep."""
         if self.profile:
             self._virtual.advance(seconds)
         elif seconds:
             time.sleep(seconds)
 
-    def up(self, size: int) -> None:
-        """A request of `size` bytes crosses to the cloud."""
-        if self.far:
+    def send_up(self, size: int) -> None:
+        """Let a request of `size` bytes cross to the cloud."""
+        if self._counts_messages:
             self._cross("uplink", self.link.up_seconds(size, self._random.random), size)
 
-    def down(self, size: int, follows: bool = False) -> None:
-        """An answer crosses back. `follows`: right behind the one before, so that only its bytes take time."""
-        if self.far:
-            each = 8 * size / self.link.down if follows else self.link.down_seconds(size, self._random.random)
-            self._cross("downlink", each, size)
+    def send_down(self, size: int, is_continuation: bool = False) -> None:
+        """Let an answer of `size` bytes cross back. A continuation follows another, so only its bytes take time."""
+        if not self._counts_messages:
+            return
+        transmission = 8 * size / self.link.down
+        seconds = transmission if is_continuation else self.link.down_seconds(size, self._random.random)
+        self._cross("downlink", seconds, size)
 
-    def queue(self) -> None:
+    def wait_in_queue(self) -> None:
+        """Let the profile's queueing time pass."""
         if self.profile and self.profile.queue:
             self.watch.timed("cloud_queue", self.spend, self.profile.queue)
 
     def _cross(self, part: str, seconds: float, size: int) -> None:
         self.watch.timed(part, self.spend, seconds, size=size)
 
+    def _with_cost(self, call: Callable[[], _T], seconds: float) -> _T:
+        result = call()
+        if self.profile:
+            self.spend(seconds)
+        return result
+
+    def _timed_score(self, score: Score | None) -> Score | None:
+        if score is None:
+            return None
+        seconds = self.profile.gate if self.profile else 0.0
+        return lambda row: self.watch.timed("gate", lambda: self._with_cost(lambda: score(row), seconds))
+
 
 @dataclass(frozen=True)
-class _Begun(Generic[_T]):
-    """`ready`: the moment at which it is done, on a virtual clock."""
+class _PendingCall(Generic[_T]):
+    """A call in the background. On a virtual clock it is done at the moment `ready`."""
 
     future: Future[_T]
     watch: Watch
     spans: list[Span]
-    hides: bool
+    keep_hidden: bool
     virtual: VirtualClock | None = None
     ready: float = 0.0
 
@@ -160,64 +168,112 @@ class _Begun(Generic[_T]):
         finally:
             if self.virtual:
                 self.virtual.now = max(self.virtual.now, self.ready)
-            self.watch.wait(self.spans, start, self.hides)
+            self.watch.record_wait(self.spans, start, self.keep_hidden)
 
 
 @dataclass(frozen=True)
-class _Model:
+class _TimedModel:
+    """A model whose calls take a profile's costs. With part names, its prefill and its passes are recorded."""
+
     model: Model
-    stage: Harness
+    harness: Harness
     costs: Costs | None
+    prefill_part: str = ""
+    pass_part: str = ""
 
     @property
     def eos(self) -> frozenset[int]:
         return self.model.eos
 
     def open(self, prompt: Prompt) -> Session:
+        if self.prefill_part:
+            session = self.harness.watch.timed(self.prefill_part, self._open, prompt)
+        else:
+            session = self._open(prompt)
+        return _TimedSession(session, self.harness, self.costs, self.pass_part)
+
+    def _open(self, prompt: Prompt) -> Session:
         session = self.model.open(prompt)
         if self.costs:
-            self.stage.spend(self.costs.prefill)
-        return _Session(session, self.stage, self.costs)
+            self.harness.spend(self.costs.prefill)
+        return session
 
 
-class _Session:
-    def __init__(self, session: Session, stage: Harness, costs: Costs | None) -> None:
+class _TimedSession:
+    def __init__(self, session: Session, harness: Harness, costs: Costs | None, pass_part: str) -> None:
         self._session = session
-        self._stage = stage
+        self._harness = harness
         self._costs = costs
+        self._pass_part = pass_part
 
     @property
     def tokens(self) -> Sequence[int]:
         return self._session.tokens
 
     def extend(self, tokens: Sequence[int]) -> Tensor:
-        rows = self._session.extend(tokens)
-        if self._costs:
-            self._stage.spend(self._costs.seconds(len(tokens)))
-        return rows
+        if self._pass_part:
+            return self._harness.watch.timed(self._pass_part, self._extend, tokens)
+        return self._extend(tokens)
 
     def truncate(self, length: int) -> None:
-        self._stage.watch.timed("rollback", self._session.truncate, length)
+        self._harness.watch.timed("rollback", self._session.truncate, length)
+
+    def _extend(self, tokens: Sequence[int]) -> Tensor:
+        logits = self._session.extend(tokens)
+        if self._costs:
+            self._harness.spend(self._costs.seconds(len(tokens)))
+        return logits
 
 
 @dataclass(frozen=True)
-class _Verifier:
+class _TimedVerifier:
     verifier: Verifier
-    stage: Harness
+    watch: Watch
 
     def open(self, prompt: Prompt) -> Verification:
-        """The request alone crosses here: nobody has to wait for its acknowledgement before asking for more."""
+        return _TimedVerification(self.watch.timed_remainder("cloud_prefill", self.verifier.open, prompt), self.watch)
+
+
+@dataclass(frozen=True)
+class _TimedVerification:
+    verification: Verification
+    watch: Watch
+
+    def wait(self) -> None:
+        self.watch.timed_remainder("cloud_prefill", self.verification.wait)
+
+    def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
+        return self.watch.timed_remainder("verify", self.verification.verify, base, tokens, draft)
+
+    def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
+        tokens = self.verification.generate(stopping, output)
+        while (token := self.watch.timed_remainder("cloud_decode", next, tokens, None)) is not None:
+            yield token
+
+    def close(self) -> None:
+        self.verification.close()
+
+
+@dataclass(frozen=True)
+class _LinkedVerifier:
+    """A verifier of this process whose messages take the time of a link. Their bytes are those of real messages."""
+
+    verifier: Verifier
+    harness: Harness
+
+    def open(self, prompt: Prompt) -> Verification:
+        """Send the request. Its acknowledgement takes no time, because the edge need not wait for it."""
         body = wire.encode_prompt(prompt)
-        self.stage.up(wire.REQUEST_HEAD + len(body))
-        self.stage.queue()
-        return _Verification(self.verifier.open(prompt), self.stage, wire.prompt_checksum(body, "greedy"))
+        self.harness.send_up(wire.REQUEST_HEAD + len(body))
+        self.harness.wait_in_queue()
+        return _LinkedVerification(self.verifier.open(prompt), self.harness, wire.prompt_checksum(body, "greedy"))
 
 
-class _Verification:
-    def __init__(self, verification: Verification, stage: Harness, begun: int) -> None:
+class _LinkedVerification:
+    def __init__(self, verification: Verification, harness: Harness, prompt_check: int) -> None:
         self._verification = verification
-        self._stage = stage
-        self._begun = begun
+        self._harness = harness
+        self._prompt_check = prompt_check
         self._context: list[int] = []
 
     def wait(self) -> None:
@@ -225,38 +281,39 @@ class _Verification:
 
     def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
         self._context[base:] = tokens
-        request = wire.build_verify_request(self._begun, self._context, base, draft)
-        self._stage.up(wire.REQUEST_HEAD + len(wire.dumps(request)))
-        self._stage.queue()
+        request = wire.build_verify_request(self._prompt_check, self._context, base, draft)
+        self._harness.send_up(wire.REQUEST_HEAD + len(wire.dumps(request)))
+        self._harness.wait_in_queue()
         verdict = self._verification.verify(base, tokens, draft)
         self._context += draft[: verdict.accepted]
-        self._stage.down(wire.ANSWER_HEAD + len(wire.dumps(wire.build_verdict_message(verdict, request.check))))
+        self._harness.send_down(wire.ANSWER_HEAD + len(wire.dumps(wire.build_verdict_message(verdict, request.check))))
         return verdict
 
     def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
-        """Asked for together with the opening; the tokens follow each other at the pace at which they are made."""
-        asked = wire.build_generate_request(self._begun, output, stopping.eos, stopping.max_new_tokens).check
+        """Ask together with the prompt. Tokens cross one by one, as fast as the cloud generates them."""
+        request = wire.build_generate_request(self._prompt_check, output, stopping.eos, stopping.max_new_tokens)
         written: list[int] = []
         for token in self._verification.generate(stopping, output):
             written.append(token)
             head = wire.CHUNK_HEAD if len(written) > 1 else wire.ANSWER_HEAD + wire.CHUNK_HEAD
-            self._stage.down(head + len(wire.dumps(wire.build_token_line(written, asked))), follows=len(written) > 1)
+            size = head + len(wire.dumps(wire.build_token_line(written, request.check)))
+            self._harness.send_down(size, is_continuation=len(written) > 1)
             yield token
 
     def close(self) -> None:
         self._verification.close()
 
 
-def _finished(call: Callable[[], _T]) -> Future[_T]:
-    """What `call` came to, as if a thread had done it."""
-    done: Future[_T] = Future()
+def _run_at_once(call: Callable[[], _T]) -> Future[_T]:
+    """Return the result of `call` as a future, as if a thread had run it."""
+    future: Future[_T] = Future()
     try:
-        done.set_result(call())
-    except Exception as error:  # noqa: BLE001 - raised where it is waited for
-        done.set_exception(error)
-    return done
+        future.set_result(call())
+    except Exception as error:  # noqa: BLE001 - the future raises it for whoever waits
+        future.set_exception(error)
+    return future
 
 
 @cache
-def _background() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="beside")
+def _executor() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="background")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from edgecloud_sd import wire
-from edgecloud_sd.acceptance import GREEDY
-from edgecloud_sd.cloud.client import Connection
+from edgecloud_sd.acceptance import GREEDY, Rule
+from edgecloud_sd.cloud.client import Connection, RemoteVerification, RemoteVerifier
 from edgecloud_sd.events import Prompt
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.timing.harness import Harness
@@ -78,32 +78,41 @@ def connected(url: str, patience: float = 60.0, timeout: float = 10.0, key: str 
 
 
 def fetch_identity(connection: Connection) -> None:
-    _ = connection.remote
+    _ = connection.identity
+
+
+def remote_verification(
+    connection: Connection, rule: Rule = GREEDY, harness: Harness | None = None
+) -> RemoteVerification:
+    """Return a verification of the prompt that records its messages, without the spans of `timed_verifier`."""
+    harness = harness or Harness()
+    harness.count_messages()
+    return RemoteVerifier(connection, rule, harness).open(PROMPT)
 
 
 def open_prompt(connection: Connection) -> None:
-    connection.remote = TOY
-    connection.verifier(GREEDY, Harness(far=True)).open(PROMPT).wait()
+    connection.identity = TOY
+    remote_verification(connection).wait()
 
 
 def verify_draft(connection: Connection) -> None:
     """Verify a draft on a session that counts as open."""
-    connection.remote = TOY
-    verification = connection.verifier(GREEDY, Harness(far=True)).open(PROMPT)
+    connection.identity = TOY
+    verification = remote_verification(connection)
     verification._session = "open"
     verification.verify(0, [3], [1])
 
 
 def generate(connection: Connection, harness: Harness | None = None) -> Iterator[int]:
     """Return the tokens of a stream on a session that counts as open."""
-    connection.remote = TOY
-    verification = connection.verifier(GREEDY, harness or Harness(far=True)).open(PROMPT)
+    connection.identity = TOY
+    verification = remote_verification(connection, harness=harness)
     verification._session = "open"
     return verification.generate(SIX_TOKENS)
 
 
 CALLS: dict[str, Callable[[Connection], object]] = {
-    "remote": fetch_identity,
+    "identity": fetch_identity,
     "open": open_prompt,
     "verify": verify_draft,
     "generate": lambda connection: list(generate(connection)),

@@ -1,4 +1,4 @@
-"""What the property tests draw: toy models that disagree as much as a pair can, prompts, gates and limits."""
+"""Hypothesis strategies: toy models that disagree as much as a pair can, prompts, gates, rules, links and profiles."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import torch
 from hypothesis import strategies as st
 
 from edgecloud_sd import acceptance, gate
-from edgecloud_sd import prefill as opening
-from edgecloud_sd.decoder import Decoding, decode
-from edgecloud_sd.events import Event, Prepared, Prompt, Trace
-from edgecloud_sd.session import Model, check_truncation
+from edgecloud_sd.events import Prompt, Trace
+from edgecloud_sd.pipeline import generation_events
+from edgecloud_sd.prefill import PREFILL_TIMES
+from edgecloud_sd.session import Model
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing import link as links
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Costs, Profile
-from edgecloud_sd.verifier import LocalVerifier
+from tests.support.fakes import ModelCloud
 from tests.support.toy import ToyModel, random_table
 
 VOCABULARY = 7  # small, so that drafts are often right, ties are common and EOS turns up anywhere
@@ -29,7 +30,7 @@ VOCABULARY = 7  # small, so that drafts are often right, ties are common and EOS
 
 @dataclass(frozen=True)
 class Scene:
-    """A toy pair on one prompt, with where to stop."""
+    """A toy pair on one prompt, with a stopping rule."""
 
     edge: ToyModel
     cloud: ToyModel
@@ -39,18 +40,18 @@ class Scene:
 
 @st.composite
 def tables(draw: st.DrawFn) -> torch.Tensor:
-    """Logits, some of them rounded so that many are equal."""
+    """Draw a table of logits. Some are rounded, so that many logits are equal."""
     table = random_table(VOCABULARY, draw(st.integers(0, 10_000)))
     return table.round() if draw(st.booleans()) else table
 
 
 @st.composite
 def scenes(draw: st.DrawFn) -> Scene:
+    """Draw a toy pair on one prompt."""
     cloud = draw(tables())
-    # how far the edge is from the cloud: nowhere, near, anywhere
-    other = draw(tables())
+    # the edge is the cloud, or near it, or any model
     distance = draw(st.sampled_from([0.0, 0.3, 1.0]))
-    edge = cloud + distance * (other - cloud)
+    edge = cloud + distance * (draw(tables()) - cloud)
     eos = frozenset(draw(st.sets(st.integers(0, VOCABULARY - 1), max_size=2)))
     prompt = Prompt(tuple(draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=5))))
     stopping = Stopping(eos, draw(st.integers(1, 24)))
@@ -60,81 +61,65 @@ def scenes(draw: st.DrawFn) -> Scene:
 ks = st.integers(1, 9)
 ranks = st.integers(1, VOCABULARY).map(acceptance.Rank)
 rates = st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0])
-synthetics = st.lists(rates, min_size=1, max_size=3).map(lambda found: acceptance.Synthetic(tuple(found)))
+synthetics = st.lists(rates, min_size=1, max_size=3).map(lambda drawn: acceptance.Synthetic(tuple(drawn)))
 gates = st.one_of(
     st.sampled_from([gate.ALWAYS, gate.NEVER]),
     st.floats(0.01, 2.0, allow_nan=False).map(gate.entropy_gate),
 )
+prefills = st.sampled_from(PREFILL_TIMES)
 
 
 @st.composite
-def stops(draw: st.DrawFn, chosen: gate.Gate) -> gate.DraftStop | None:
-    """What may end a draft early under a gate."""
+def draft_stops(draw: st.DrawFn, chosen: gate.Gate) -> gate.DraftStop | None:
+    """Draw a draft stop, or none, under a gate."""
     text = draw(st.sampled_from(["none", "none", "entropy", "entropy={}", "margin={}"]))
     return gate.parse_draft_stop(text.format(draw(st.floats(0.01, 1.0))), chosen)
 
 
-def speculative(scene: Scene, k: int, chosen: gate.Gate = gate.ALWAYS) -> Decoding:
-    return Decoding("speculative", scene.stopping, k, chosen)
+def speculative(k: int, chosen: gate.Gate = gate.ALWAYS, rule: acceptance.Rule = acceptance.GREEDY) -> Strategy:
+    """Return a speculative strategy, lossless without further arguments."""
+    return Strategy("speculative", chosen, rule, k)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to decode a scene."""
+    """One way to decode a scene. `rule` is that of shadow verification too, also if the strategy has none."""
 
     scene: Scene
-    how: Decoding
-    rule: acceptance.Rank
-    open: str = "eager"
+    strategy: Strategy
+    rule: acceptance.Rank = acceptance.GREEDY
 
-    def play(self, stage: Harness) -> Trace:
-        """With the longer drafts of drafting ahead where no token depends on how drafts are cut."""
-        how = replace(self.how, is_lossless=self.how.gate == gate.ALWAYS and self.rule == acceptance.GREEDY)
-        return play(self.scene.prompt, self.scene.edge, self.scene.cloud, how, stage, self.rule, self.open)
+    def play(self, harness: Harness) -> Trace:
+        """Decode the scene."""
+        scene = self.scene
+        return play(scene.prompt, scene.edge, scene.cloud, self.strategy, scene.stopping, harness)
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    scene = draw(scenes())
+    """Draw a scene and any way to decode it."""
+    scene, rule = draw(scenes()), draw(ranks)
     mode = draw(st.sampled_from(["speculative", "speculative", "cloud", "edge"]))
     if mode != "speculative":
-        return Case(scene, Decoding(mode, scene.stopping), draw(ranks), draw(st.sampled_from(opening.PREFILL_TIMES)))
+        return Case(scene, Strategy(mode), rule)
     chosen = draw(gates)
     ahead = draw(st.sampled_from([0, 0, 1, 3, 9]))
-    how = replace(speculative(scene, draw(ks), chosen), stop=draw(stops(chosen)), ahead=ahead)
-    return Case(scene, how, draw(ranks), draw(st.sampled_from(opening.PREFILL_TIMES)))
+    strategy = Strategy(mode, chosen, rule, draw(ks), draw(draft_stops(chosen)), ahead, draw(prefills))
+    return Case(scene, strategy, rule)
 
 
-def play(
-    prompt: Prompt,
-    edge: Model,
-    cloud: Model,
-    how: Decoding,
-    stage: Harness,
-    rule: acceptance.Rule = acceptance.GREEDY,
-    when: str = "eager",
-) -> Trace:
-    """What `Captioner.trace` does, on any two models."""
-
-    def events() -> Iterator[Event]:
-        verifier = stage.linked(LocalVerifier(stage.cloud(cloud), rule))
-        if how.mode == "speculative":
-            verifier = stage.opened(verifier, when)
-        built = stage.prepared(lambda: prompt)
-        yield Prepared(len(built.ids))
-        begin = stage.begin_verdict if how.ahead else None
-        on_stage = replace(how, gate=stage.gate(how.gate), stop=stage.stop(how.stop), begin=begin)
-        yield from decode(built, on_stage, stage.edge(edge), verifier)
-
-    return stamp(events(), stage.watch)
+def play(prompt: Prompt, edge: Model, cloud: Model, strategy: Strategy, stopping: Stopping, harness: Harness) -> Trace:
+    """Decode as a pipeline does, on any two models."""
+    events = generation_events(lambda: prompt, strategy, stopping, edge, ModelCloud(cloud), harness)
+    return stamp(events, harness.watch)
 
 
-seconds = st.integers(0, 1000).map(lambda n: n / 997)  # of any size, and rarely a sum of powers of two
+seconds = st.integers(0, 1000).map(lambda n: n / 997)  # rarely a sum of powers of two, so rounding shows
 
 
 @st.composite
 def costs(draw: st.DrawFn, points: int = 4) -> Costs:
-    """A table of up to `points` passes, never cheaper for more tokens."""
+    """Draw the costs of up to `points` passes, never lower for more tokens."""
     rises = draw(st.lists(st.tuples(st.integers(1, 4), seconds), max_size=points - 1))
     return Costs(draw(seconds), tuple(_sums([(1, 0.01 + draw(seconds)), *rises])))
 
@@ -144,49 +129,16 @@ def _sums(steps: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]:
 
 
 def profiles(edge_points: int = 4) -> st.SearchStrategy[Profile]:
+    """Return a strategy for cost profiles."""
     return st.builds(
         Profile, st.just("drawn"), costs(edge_points), costs(), features=seconds, gate=seconds, queue=seconds
     )
 
 
-# a link without an end to its bandwidth shows what else there is to the last digit
+# a link of infinite bandwidth shows everything else to the last digit
 any_link = st.sampled_from([*links.LINKS.values(), Link("wide", rtt=0.05, up=math.inf, down=math.inf, jitter=0.01)])
 
 
 def steady(link: Link) -> Link:
-    """The same link without jitter."""
+    """Return the link without jitter."""
     return replace(link, jitter=0.0) if link.jitter else link
-
-
-@dataclass(frozen=True)
-class Scripted:
-    """Says 0 at every place of the output but 1 at those in `wrong`, whatever went before.
-
-    `UNSURE` escalates a draft that holds a place in `unsure`.
-    """
-
-    wrong: frozenset[int] = frozenset()
-    unsure: frozenset[int] = frozenset()
-    eos: frozenset[int] = frozenset()
-
-    def open(self, prompt: Prompt) -> ScriptedSession:
-        return ScriptedSession(self)
-
-
-UNSURE = gate.Gate("scripted", 0.5, lambda row: float(row[2]))
-
-
-class ScriptedSession:
-    def __init__(self, model: Scripted) -> None:
-        self._model = model
-        self.tokens: list[int] = []
-
-    def extend(self, tokens: Sequence[int]) -> torch.Tensor:
-        places = range(len(self.tokens), len(self.tokens) + len(tokens))
-        self.tokens.extend(tokens)
-        wrong, unsure = self._model.wrong, self._model.unsure
-        return torch.tensor([[5.0, 9.0 * (place in wrong), 1.0 * (place in unsure)] for place in places])
-
-    def truncate(self, length: int) -> None:
-        check_truncation(length, len(self.tokens))
-        del self.tokens[length:]

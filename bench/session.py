@@ -1,0 +1,131 @@
+"""The state of a benchmark session: its data, its progress bar, its outcomes, and the tables at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from bench import baselines, load, tables
+from bench.cases import Case
+from bench.comparison import Document
+from bench.forecasts import DecodedCell, forecast_cells, forecast_sentence
+from edgecloud_sd.config import Settings
+from edgecloud_sd.data import dataset
+from edgecloud_sd.data.dataset import Clip
+from edgecloud_sd.forecast.model import Forecast
+from edgecloud_sd.measure import metrics
+from edgecloud_sd.measure.summary import ClipResult, Summary
+from edgecloud_sd.pipeline import Request
+from edgecloud_sd.pocket.clips import manifest_path
+from edgecloud_sd.timing.profile import Profile
+from edgecloud_sd.verifier import CloudFault
+
+
+@dataclass
+class Outcomes:
+    """The outcomes that a session shows at its end, by case id."""
+
+    captions: dict[str, tuple[Case, list[ClipResult]]] = field(default_factory=dict)
+    summaries: dict[str, Summary] = field(default_factory=dict)
+    documents: dict[str, Document] = field(default_factory=dict)
+    loads: dict[str, tuple[load.LoadCase, dict[str, float]]] = field(default_factory=dict)
+    baselines: dict[str, list[dict[str, baselines.TimedCaption]]] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    profile: Profile | None = None  # of the virtual clock
+
+    def sections(self, settings: Settings) -> Iterator[tuple[str, list[str]]]:
+        """Yield the title and the lines of each section of the terminal summary."""
+        if self.summaries:
+            yield "captions", [tables.render_summaries(self.summaries)]
+            yield "where the time goes", [tables.render_breakdowns(self.summaries)]
+            speedups = tables.render_speedups(self.documents)
+            forecasts = self.forecasts(settings).items()
+            lines = [speedups] if speedups else []
+            lines += [f"{name}: {forecast_sentence(answer)}" for name, answer in forecasts]
+            if lines:
+                yield "does it pay?", lines
+        if self.loads:
+            yield "many edges on one cloud", [load.render_load(self.loads)]
+        if self.baselines:
+            yield "baselines", [baselines.render_baselines(self.baselines)]
+
+    def forecasts(self, settings: Settings) -> dict[str, Forecast | str]:
+        """Return the forecast of each speculative cell, or the reason why there is none."""
+        cells = {
+            name: DecodedCell(case.strategy, case.link, [result.trace for result in results])
+            for name, (case, results) in self.captions.items()
+        }
+        is_one_process = settings.clock == "real" and not settings.cloud_url
+        shares_device = is_one_process and settings.edge_device == settings.cloud_device
+        return forecast_cells(cells, self.profile, shares_device)
+
+
+OUTCOMES = pytest.StashKey[Outcomes]()
+
+
+def outcomes(config: pytest.Config) -> Outcomes:
+    """Return the outcomes of the session so far."""
+    return config.stash.setdefault(OUTCOMES, Outcomes())
+
+
+@contextmanager
+def errors_in_one_line(hint: str = "") -> Iterator[None]:
+    """Fail with one line, without a traceback, for a clip, checkpoint, device or server that cannot be used."""
+    try:
+        yield
+    except (ValueError, OSError, CloudFault) as error:
+        raise pytest.fail.Exception(f"{error}{hint}", pytrace=False) from None
+
+
+class DataSet:
+    """The clips of a run in one language. Each audio file is read once."""
+
+    def __init__(self, settings: Settings, language: str) -> None:
+        path = manifest_path(settings.dataset_path, language)
+        self.clips, self.skipped = dataset.load_manifest(
+            path, language, settings.caption_type, settings.on_bad_clip, settings.max_samples
+        )
+        self._prompt_type = settings.prompt_type
+        self._samples: dict[str, NDArray[np.float32]] = {}
+
+    def request(self, clip: Clip) -> Request:
+        """Return the request for a clip. Raise BadClip for audio that cannot be used."""
+        if clip.file_id not in self._samples:
+            self._samples[clip.file_id] = dataset.load_audio(clip.audio_path)
+        return Request(self._samples[clip.file_id], clip.language, self._prompt_type, clip.transcription)
+
+
+class Progress:
+    """A bar with clips and the running OTPS on a terminal, and nothing elsewhere."""
+
+    def __init__(self, total: int, name: str, capture: Any) -> None:
+        self._capture = capture
+        self._tokens, self._seconds = 0, 0.0
+        with self._uncaptured():
+            self._bar = tqdm(total=total, desc=name, unit="clip", leave=False, disable=capture is None)
+
+    def advance(self, result: ClipResult | None = None) -> None:
+        """Count one more clip."""
+        if result and result.after_first:
+            tokens, seconds = result.after_first
+            self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
+        otps = metrics.otps(self._tokens + 1, 0.0, self._seconds)
+        with self._uncaptured():
+            self._bar.set_postfix_str("" if otps is None else f"OTPS {otps:.1f}", refresh=False)
+            self._bar.update()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        with self._uncaptured():
+            self._bar.close()
+
+    def _uncaptured(self) -> AbstractContextManager[None]:
+        return self._capture.global_and_fixture_disabled() if self._capture else nullcontext()

@@ -1,0 +1,101 @@
+"""The seam to the cloud: a `Cloud` is a model in this process, or a service elsewhere. Callers cannot tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from edgecloud_sd.acceptance import Rule
+from edgecloud_sd.cloud.engine import Identity
+from edgecloud_sd.models.frontend import Frontend, frontend_traits
+from edgecloud_sd.models.pairs import DUMMY, REAL
+from edgecloud_sd.session import Model
+from edgecloud_sd.timing.harness import Harness
+from edgecloud_sd.verifier import LocalVerifier, Verifier
+
+if TYPE_CHECKING:
+    from edgecloud_sd.models.hf import HFModel
+
+
+class Cloud(Protocol):
+    """The target model, wherever it runs. `LocalCloud` and `client.Connection` meet this protocol."""
+
+    @property
+    def identity(self) -> Identity:
+        """The name, traits, dtype, vocabulary size and fingerprint. Raise CloudFault if the cloud fails."""
+
+    @property
+    def frontend(self) -> Frontend | None:
+        """The front end of the model, or None for a service elsewhere."""
+
+    @property
+    def local_parameters(self) -> int:
+        """The number of parameters that this process computes with: 0 for a service elsewhere."""
+
+    def verifier(self, rule: Rule, harness: Harness) -> Verifier:
+        """Return the verifier of one generation, timed by its harness. Raise ValueError for a rule that it lacks."""
+
+    def close(self) -> None:
+        """Release connections. Never raise."""
+
+
+def local_verifier(model: Model, rule: Rule, harness: Harness) -> Verifier:
+    """Return a model of this process as a verifier, behind the harness's link."""
+    return harness.timed_verifier(harness.linked(LocalVerifier(harness.cloud(model), rule)))
+
+
+@dataclass(frozen=True)
+class LocalCloud:
+    """A checkpoint in this process as the cloud. It loads when it is first needed.
+
+    Raise the errors of `models.load.load_model` when it loads.
+    """
+
+    checkpoint: str
+    device: str = "cpu"
+    dtype: str = "float32"
+    weights: str = REAL
+
+    @cached_property
+    def model(self) -> HFModel:
+        """The loaded model."""
+        from edgecloud_sd.models.load import load_model  # help texts must not wait for torch
+
+        return load_model(self.checkpoint, self.device, self.dtype, self.weights)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """The model's name, traits, dtype, vocabulary size and fingerprint."""
+        from edgecloud_sd.models import memory
+
+        return Identity(
+            name=Path(self.checkpoint).name,
+            engine="transformers",
+            dtype=self.dtype,
+            device=self.model.thinker.device.type,
+            vocab_size=self.model.vocab_size,
+            max_length=self.model.thinker.config.text_config.max_position_embeddings,
+            max_rank=self.model.vocab_size,
+            traits=frontend_traits(self.model),
+            weights=DUMMY if self.weights == DUMMY else memory.weights_digest(self.checkpoint),
+        )
+
+    @property
+    def frontend(self) -> Frontend:
+        """The front end of the model."""
+        return self.model
+
+    @property
+    def local_parameters(self) -> int:
+        """The number of parameters of the model."""
+        count: int = self.model.thinker.num_parameters()
+        return count
+
+    def verifier(self, rule: Rule, harness: Harness) -> Verifier:
+        """Return the verifier of one generation."""
+        return local_verifier(self.model, rule, harness)
+
+    def close(self) -> None:
+        """Do nothing: the memory goes with this object."""

@@ -1,0 +1,51 @@
+"""The grid: the strategies and links that the settings of a run ask for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from edgecloud_sd.acceptance import parse_rule
+from edgecloud_sd.config import Settings
+from edgecloud_sd.gate import parse_draft_stop, parse_gate
+from edgecloud_sd.strategy import Strategy
+from edgecloud_sd.timing.link import NO_LINK, Link, parse_link
+
+
+def cells(settings: Settings) -> list[tuple[Strategy, Link]]:
+    """Return each different cell of the grid once, in the order of the settings.
+
+    Mode edge sends nothing, so it has one cell without a link. A gate that never escalates has one cell as well.
+    """
+    links = [parse_link(text) for text in settings.link]
+    found: list[tuple[Strategy, Link]] = []
+    for strategy in strategies(settings):
+        if strategy.mode == "edge":
+            found.append((strategy, NO_LINK))
+        elif strategy.is_speculative and not strategy.gate.can_escalate:
+            found.append((strategy, links[0]))
+        else:
+            found += [(strategy, link) for link in links]
+    return list(dict.fromkeys(found))
+
+
+def strategies(settings: Settings) -> list[Strategy]:
+    """Return each different strategy of the grid once, in the order of the settings."""
+    found: list[Strategy] = []
+    for mode in settings.mode:
+        found += _speculative(settings) if mode == "speculative" else [Strategy(mode)]
+    return list(dict.fromkeys(found))
+
+
+def _speculative(settings: Settings) -> Iterator[Strategy]:
+    gates = [
+        parse_gate(name, threshold)
+        for name in settings.gate
+        for threshold in (settings.entropy_threshold if name == "entropy" else (0.0,))
+    ]
+    rules = [parse_rule(rule, rank) for rule in settings.rule for rank in settings.rank]
+    others = list(itertools.product(rules, settings.k, settings.draft_stop, settings.draft_ahead, settings.open))
+    for gate in gates:
+        # if nothing is sent, no other field matters
+        for rule, k, stop, ahead, prefill in others if gate.can_escalate else others[:1]:
+            yield Strategy("speculative", gate, rule, k, parse_draft_stop(stop, gate), ahead, prefill)

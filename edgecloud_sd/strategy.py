@@ -1,0 +1,119 @@
+"""One way to decode, as one frozen record. The grid, the loop, the results, the report and the forecast share it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from edgecloud_sd.acceptance import GREEDY, Rule, parse_rule
+from edgecloud_sd.gate import ALWAYS, DraftStop, Gate, parse_draft_stop, parse_gate, statistics_per_token
+from edgecloud_sd.prefill import PREFILL_TIMES
+
+MODES = ("edge", "cloud", "speculative")
+ADAPTIVE_K = "auto"  # the text for a draft length that is found while decoding
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to decode.
+
+    `Strategy("speculative", k=4)` is lossless: every draft is verified, and the cloud accepts its own tokens only.
+    Raise ValueError for values that do not fit together. Modes edge and cloud take no other field.
+    """
+
+    mode: str = "speculative"
+    gate: Gate = ALWAYS
+    rule: Rule = GREEDY
+    k: int | None = 3  # draft tokens per round, at most; None finds it while decoding
+    draft_stop: DraftStop | None = None
+    draft_ahead: int = 0  # tokens drafted during a verification, at most
+    prefill: str = "eager"  # when the cloud prefills: beside the edge, or at the first escalation
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"k must be at least 1, or None to find it while decoding, not {self.k}")
+        if self.prefill not in PREFILL_TIMES:
+            raise ValueError(f"prefill must be one of {', '.join(PREFILL_TIMES)}, not {self.prefill!r}")
+        if self.draft_ahead < 0:
+            raise ValueError(f"draft_ahead must be 0 or more tokens, not {self.draft_ahead}")
+        if self.draft_stop and self.draft_stop.score is None and self.gate.score is None:
+            raise ValueError(
+                f"draft_stop {self.draft_stop.label} reads the gate's score, and gate {self.gate.label} has none"
+            )
+        if self.mode != "speculative":
+            for field in fields(self)[1:]:
+                if getattr(self, field.name) != field.default:
+                    raise ValueError(f"mode {self.mode} drafts nothing, so it takes no {field.name}")
+
+    @property
+    def is_speculative(self) -> bool:
+        """True if the edge drafts and the cloud may verify."""
+        return self.mode == "speculative"
+
+    @property
+    def is_lossless(self) -> bool:
+        """True if the output is promised to equal the cloud's own, token for token (in float32 and float64).
+
+        Mode cloud is lossless. Mode speculative is lossless under gate always with rule greedy.
+        """
+        return self.mode == "cloud" or (self.is_speculative and self.gate == ALWAYS and self.rule.is_lossless)
+
+    @property
+    def scores_per_token(self) -> int:
+        """The number of scores that the gate and the draft stop compute for each draft token."""
+        return statistics_per_token(self.gate, self.draft_stop)
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        """The parts of a case id after the mode and the pair."""
+        if not self.is_speculative:
+            return ()
+        details = [self.gate.label, f"k{self.k or ADAPTIVE_K}", self.rule.label]
+        details += [self.draft_stop.label] if self.draft_stop else []
+        details += [f"ahead{self.draft_ahead}"] if self.draft_ahead else []
+        details += [self.prefill] if self.prefill != "eager" else []
+        return tuple(details)
+
+    @property
+    def label(self) -> str:
+        """A short name: the mode, then the details."""
+        return "-".join((self.mode, *self.details))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values that `from_json` reads as this strategy. Fields without a meaning are null."""
+        values = {
+            "mode": self.mode,
+            "gate": self.gate.name,
+            "entropy_threshold": self.gate.threshold if self.gate.score else None,
+            "rule": self.rule.text,
+            "k": ADAPTIVE_K if self.k is None else self.k,
+            "draft_stop": self.draft_stop.text if self.draft_stop else None,
+            "draft_ahead": self.draft_ahead,
+            "prefill": self.prefill,
+        }
+        return values if self.is_speculative else dict.fromkeys(values) | {"mode": self.mode}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Strategy:
+        """Return the strategy that `to_json` wrote. Raise ValueError for anything else."""
+        try:
+            if values["mode"] != "speculative":
+                return cls(values["mode"])
+            gate = parse_gate(values["gate"], values["entropy_threshold"] or 0.0)
+            return cls(
+                values["mode"],
+                gate,
+                parse_rule(values["rule"]),
+                None if values["k"] == ADAPTIVE_K else values["k"],
+                parse_draft_stop(values["draft_stop"] or "none", gate),
+                values["draft_ahead"],
+                values["prefill"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a saved strategy: {error!r}") from error
+
+
+LOSSLESS = Strategy()

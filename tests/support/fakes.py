@@ -1,0 +1,91 @@
+"""Fakes that several tests share: scripted models, and a cloud of any model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from edgecloud_sd.acceptance import Rule
+from edgecloud_sd.cloud.engine import Identity
+from edgecloud_sd.cloud.local import local_verifier
+from edgecloud_sd.events import Prompt
+from edgecloud_sd.gate import Gate
+from edgecloud_sd.session import Model, check_truncation
+from edgecloud_sd.timing.harness import Harness
+from edgecloud_sd.verifier import Verifier
+
+
+@dataclass(frozen=True)
+class ModelCloud:
+    """Any model of this process as the cloud."""
+
+    model: Model
+    frontend: None = None
+    local_parameters: int = 0
+
+    @property
+    def identity(self) -> Identity:
+        raise NotImplementedError
+
+    def verifier(self, rule: Rule, harness: Harness) -> Verifier:
+        return local_verifier(self.model, rule, harness)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True)
+class VerifierCloud:
+    """A verifier as the cloud, whatever the rule."""
+
+    inner: Verifier
+    frontend: None = None
+    local_parameters: int = 0
+
+    @property
+    def identity(self) -> Identity:
+        raise NotImplementedError
+
+    def verifier(self, rule: Rule, harness: Harness) -> Verifier:
+        return harness.timed_verifier(self.inner)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """A model that says 0 at every place of the output, and 1 at the places in `wrong`, whatever the context.
+
+    `UNSURE` escalates a draft with a place in `unsure`.
+    """
+
+    wrong: frozenset[int] = frozenset()
+    unsure: frozenset[int] = frozenset()
+    eos: frozenset[int] = frozenset()
+
+    def open(self, prompt: Prompt) -> ScriptedSession:
+        return ScriptedSession(self)
+
+
+UNSURE = Gate("scripted", 0.5, lambda row: float(row[2]))
+
+
+class ScriptedSession:
+    """The session of a scripted model."""
+
+    def __init__(self, model: Scripted) -> None:
+        self._model = model
+        self.tokens: list[int] = []
+
+    def extend(self, tokens: Sequence[int]) -> torch.Tensor:
+        places = range(len(self.tokens), len(self.tokens) + len(tokens))
+        self.tokens.extend(tokens)
+        wrong, unsure = self._model.wrong, self._model.unsure
+        return torch.tensor([[5.0, 9.0 * (place in wrong), 1.0 * (place in unsure)] for place in places])
+
+    def truncate(self, length: int) -> None:
+        check_truncation(length, len(self.tokens))
+        del self.tokens[length:]
