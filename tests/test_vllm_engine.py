@@ -1,4 +1,4 @@
-"""Engine `vllm` without vLLM: on a fake that answers as vLLM does, with all that its answers leave out or get wrong."""
+"""Engine `vllm` without vLLM: on a fake that has the gaps and the errors of vLLM's outputs."""
 
 from __future__ import annotations
 
@@ -18,17 +18,11 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY, Rank, Synthetic
 from edgecloud_sd.cloud import vllm_engine
-from edgecloud_sd.cloud.vllm_engine import (
-    Batcher,
-    EngineRequest,
-    SamplingOptions,
-    Stream,
-    VLLMModel,
-    VLLMVerifier,
-    collapse,
-)
+from edgecloud_sd.cloud.batching import Batcher, EngineRequest, SamplingOptions, Stream
+from edgecloud_sd.cloud.vllm_engine import VLLMModel, VLLMVerifier, collapse
 from edgecloud_sd.data import prompts
 from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import Committed, Prompt, Verdict
@@ -37,18 +31,22 @@ from edgecloud_sd.verifier import LocalVerifier, Verification
 from tests.support.strategies import VOCABULARY, Scene, ks, ranks, scenes, speculative
 from tests.support.toy import ToyModel, random_table
 
-AUDIO = VOCABULARY  # an id that the toy models never write
-BLOCK = 3  # tokens of a block of the prefix cache
+AUDIO = VOCABULARY  # an id that the toy models never output
+BLOCK = 3  # tokens in one block of the prefix cache
 
 
 @dataclass(frozen=True)
 class Logprob:
+    """A logit, as in vLLM."""
+
     logprob: float
     rank: int
 
 
 @dataclass(frozen=True)
 class Completion:
+    """The tokens of an output, as in vLLM."""
+
     token_ids: list[int]
     finish_reason: str | None
     logprobs: list[dict[int, Logprob]] | None = None
@@ -56,6 +54,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class Output:
+    """The output of a request, as in vLLM."""
+
     request_id: str
     prompt_token_ids: list[int]
     outputs: list[Completion]
@@ -66,6 +66,8 @@ class Output:
 
 @dataclass
 class Running:
+    """A request of the fake engine."""
+
     request: EngineRequest
     options: SamplingOptions
     ids: list[int]
@@ -74,10 +76,11 @@ class Running:
 
 
 class FakeVLLM:
-    """A toy model that answers as vLLM does.
+    """A toy model that behaves as vLLM does.
 
-    It gives the highest logits only, of equal ones the highest ids first; for places in its prefix cache it gives
-    whatever was in memory; it expands every audio placeholder; logits asked for keep it from its cache unless told.
+    It returns only the highest logits, and of equal ones the highest ids first. For a position in its prefix cache it
+    returns arbitrary values. It expands every audio placeholder. A request for logits of the prompt does not read the
+    cache, unless its options say so.
     """
 
     def __init__(self, model: ToyModel, max_logprobs: int = VOCABULARY) -> None:
@@ -85,9 +88,9 @@ class FakeVLLM:
         self.max_logprobs = max_logprobs
         self.cache: set[tuple[object, ...]] = set()
         self.running: dict[str, Running] = {}
-        self.asked: list[Running] = []
+        self.requests: list[Running] = []
         self.batches: list[int] = []
-        self.broken = False
+        self.is_broken = False
 
     def add_request(self, request_id: str, prompt: EngineRequest, params: SamplingOptions) -> None:
         for name in ("logprobs", "prompt_logprobs"):
@@ -98,7 +101,7 @@ class FakeVLLM:
         blocks = range(BLOCK, len(ids), BLOCK) if reads else ()
         cached = max((end for end in blocks if (prompt["cache_salt"], *ids[:end]) in self.cache), default=0)
         self.running[request_id] = running = Running(prompt, params, ids, cached)
-        self.asked.append(running)
+        self.requests.append(running)
 
     def abort_request(self, request_ids: list[str]) -> None:
         for name in request_ids:
@@ -108,8 +111,8 @@ class FakeVLLM:
         return bool(self.running)
 
     def step(self) -> list[Output]:
-        assert self.running, "vLLM would wait for ever"
-        if self.broken:
+        assert self.running, "vLLM would block forever"
+        if self.is_broken:
             raise OSError("out of memory")
         self.batches.append(len(self.running))
         return [output for name in list(self.running) if (output := self.advance(name)) is not None]
@@ -133,7 +136,7 @@ class FakeVLLM:
             return None
         new = [token] if options.get("stream") else running.written
         width = options.get("logprobs")
-        logprobs = None if width is None else [place(row, token, width)]
+        logprobs = None if width is None else [top_logits(row, token, width)]
         reason = ("stop" if stopped else "length") if finished else None
         scored = self.scored(running) if "prompt_logprobs" in options else None
         return Output(name, ids, [Completion(new, reason, logprobs)], finished, running.cached, scored)
@@ -145,7 +148,7 @@ class FakeVLLM:
             if before < running.cached:
                 rows.append({ids[before + 1]: Logprob(9e9, 1), before % VOCABULARY: Logprob(math.nan, 1)})
             else:
-                rows.append(place(self.row(ids[: before + 1]), ids[before + 1], width))
+                rows.append(top_logits(self.row(ids[: before + 1]), ids[before + 1], width))
         return rows
 
     def row(self, ids: Sequence[int]) -> torch.Tensor:
@@ -160,26 +163,26 @@ class FakeVLLM:
                 (frames,) = audio["audio_feature_lengths"].tolist()
                 assert audio["feature_attention_mask"].shape == (1, frames)
                 assert audio["input_audio_features"].shape[1] == frames
-                yield from [AUDIO] * prompts.count_audio_positions(frames)
+                yield from [AUDIO] * prompts.audio_positions(frames)
             else:
                 yield token
 
 
-def place(row: torch.Tensor, token: int, width: int) -> dict[int, Logprob]:
-    """vLLM's dict of one place: the token there, then the `width` highest, whose ranks overwrite the token's own."""
+def top_logits(row: torch.Tensor, token: int, width: int) -> dict[int, Logprob]:
+    """Return vLLM's dict of one position: its token, then the `width` highest, whose ranks replace the token's own."""
     logits = row.tolist()
-    order = sorted(range(len(logits)), key=lambda each: (-logits[each], -each))[:width]
+    order = sorted(range(len(logits)), key=lambda other: (-logits[other], -other))[:width]
     ties = sum(logit >= logits[token] for logit in logits)
     return {token: Logprob(logits[token], ties)} | {
-        each: Logprob(logits[each], rank) for rank, each in enumerate(order, start=1)
+        other: Logprob(logits[other], rank) for rank, other in enumerate(order, start=1)
     }
 
 
-def at_once(engine: FakeVLLM) -> VLLMModel:
-    """Every request runs to its end where it is made."""
+def run_directly(engine: FakeVLLM) -> VLLMModel:
+    """Return a model whose every request runs to its end in the calling thread."""
     names = map(str, itertools.count())
 
-    def ask(request: EngineRequest, options: SamplingOptions) -> Stream:
+    def submit(request: EngineRequest, options: SamplingOptions) -> Stream:
         stream = Stream(lambda: None)
         engine.add_request(next(names), request, options)
         while engine.has_unfinished_requests():
@@ -187,11 +190,12 @@ def at_once(engine: FakeVLLM) -> VLLMModel:
                 stream.put(output)
         return stream
 
-    return model(engine, ask)
+    return model_of(engine, submit)
 
 
-def model(engine: FakeVLLM, ask: Any) -> VLLMModel:
-    return VLLMModel("fake", ask, lambda: None, frozenset(), AUDIO, VOCABULARY, 99, 8, engine.max_logprobs)
+def model_of(engine: FakeVLLM, submit: Any) -> VLLMModel:
+    """Return a model on a fake engine."""
+    return VLLMModel("fake", submit, lambda: None, frozenset(), AUDIO, VOCABULARY, 99, 8, engine.max_logprobs)
 
 
 @pytest.fixture
@@ -200,12 +204,13 @@ def toy() -> ToyModel:
 
 
 def equal_logits(tied: int) -> ToyModel:
-    """The same row everywhere: its first `tied` ids share the highest logit."""
-    row = torch.tensor([1.0] * tied + [0.5 - place / 100 for place in range(VOCABULARY - tied)], dtype=torch.float64)
+    """Return a model with the same logits everywhere: the first `tied` ids share the highest."""
+    row = torch.tensor([1.0] * tied + [0.5 - index / 100 for index in range(VOCABULARY - tied)], dtype=torch.float64)
     return ToyModel(row.repeat(257, 1), frozenset())
 
 
-def outcome(call: Any) -> Verdict | str:
+def verdict_or_error(call: Any) -> Verdict | str:
+    """Return the verdict of a call, or the message of its ValueError."""
     try:
         return call()  # type: ignore[no-any-return]
     except ValueError as error:
@@ -217,12 +222,12 @@ ids = st.integers(0, VOCABULARY - 1)
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an edge that may be wrong about what is agreed, and may leave out what it should send."""
+    """One call of an edge whose base or tokens may be wrong."""
 
-    back: int  # from what is agreed to the base
+    back: int  # committed tokens after the base
     tokens: tuple[int, ...]
     draft: tuple[int, ...]
-    own: bool  # the draft is what the cloud itself would say, as far as it goes
+    is_own: bool  # the draft is the target's own, but for its last token
     times: int
 
 
@@ -241,152 +246,159 @@ calls = st.lists(
 
 
 @given(scenes(), ranks, calls, st.data())
-def test_verdicts_are_those_of_a_local_verifier(
-    scene: Scene, rule: Rank, made: list[Call], data: st.DataObject
+def test_verdicts_equal_those_of_a_local_verifier(
+    scene: Scene, rule: Rank, edge_calls: list[Call], data: st.DataObject
 ) -> None:
     least = VOCABULARY if rule.r >= VOCABULARY - 1 else rule.r + 1
     engine = FakeVLLM(scene.cloud, VOCABULARY if data.draw(st.booleans()) else max(least, VOCABULARY))
     local = LocalVerifier(scene.cloud, rule).open(scene.prompt)
-    ours = at_once(engine).verifier(rule).open(scene.prompt)
-    ours.wait()
-    agreed: list[int] = []
-    for call in made:
-        base = len(agreed) - call.back
+    verification = run_directly(engine).verifier(rule).open(scene.prompt)
+    verification.wait()
+    committed: list[int] = []
+    for call in edge_calls:
+        base = len(committed) - call.back
         tokens = call.tokens if base or not call.tokens else (scene.prompt.last, *call.tokens[1:])
-        draft = own(scene, [*agreed[: max(base, 0)], *tokens], len(call.draft)) if call.own else call.draft
+        context = [*committed[: max(base, 0)], *tokens]
+        draft = own_draft(scene, context, len(call.draft)) if call.is_own else call.draft
         for _ in range(call.times):
-            expected = outcome(lambda: local.verify(base, tokens, draft))  # noqa: B023
-            assert outcome(lambda: ours.verify(base, tokens, draft)) == expected  # noqa: B023
+            expected = verdict_or_error(lambda: local.verify(base, tokens, draft))  # noqa: B023
+            assert verdict_or_error(lambda: verification.verify(base, tokens, draft)) == expected  # noqa: B023
             if isinstance(expected, Verdict):
-                agreed = [*agreed[:base], *tokens, *draft[: expected.accepted]]
+                committed = [*committed[:base], *tokens, *draft[: expected.accepted]]
 
 
-def own(scene: Scene, context: Sequence[int], length: int) -> tuple[int, ...]:
-    """What the cloud says after the context, the last of it changed."""
-    said: list[int] = []
-    while len(said) < length:
-        said.append(int(scene.cloud.logits([*scene.prompt.ids[:-1], *context, *said]).argmax()))
-    return (*said[:-1], (said[-1] + 1) % VOCABULARY) if said else ()
+def own_draft(scene: Scene, context: Sequence[int], length: int) -> tuple[int, ...]:
+    """Return the target's own tokens after the context, the last of them changed."""
+    draft: list[int] = []
+    while len(draft) < length:
+        draft.append(int(scene.cloud.logits([*scene.prompt.ids[:-1], *context, *draft]).argmax()))
+    return (*draft[:-1], (draft[-1] + 1) % VOCABULARY) if draft else ()
 
 
 @given(scenes(), ks)
-def test_strict_decoding_writes_the_clouds_own(scene: Scene, k: int) -> None:
+def test_lossless_decoding_outputs_the_targets_own_tokens(scene: Scene, k: int) -> None:
     expected = list(LocalVerifier(scene.cloud, GREEDY).open(scene.prompt).generate(scene.stopping))
-    verifier = at_once(FakeVLLM(scene.cloud)).verifier(GREEDY)
-    events = decode(scene.prompt, speculative(k), scene.stopping, scene.edge, verifier)
+    verifier = run_directly(FakeVLLM(scene.cloud)).verifier(GREEDY)
+    events = decode(scene.prompt, speculative(scene, k, gate.ALWAYS), scene.edge, verifier)
     assert [token for event in events if isinstance(event, Committed) for token in event.tokens] == expected
 
 
 @given(scenes(), st.lists(ids, max_size=4))
-def test_generating_is_greedy_decoding_from_what_is_written(scene: Scene, output: list[int]) -> None:
-    local, ours = (
+def test_generation_continues_an_output_greedily(scene: Scene, output: list[int]) -> None:
+    local, verification = (
         verifier.open(scene.prompt)
-        for verifier in (LocalVerifier(scene.cloud, GREEDY), at_once(FakeVLLM(scene.cloud)).verifier(GREEDY))
+        for verifier in (LocalVerifier(scene.cloud, GREEDY), run_directly(FakeVLLM(scene.cloud)).verifier(GREEDY))
     )
-    assert list(ours.generate(scene.stopping, output)) == list(local.generate(scene.stopping, output))
+    assert list(verification.generate(scene.stopping, output)) == list(local.generate(scene.stopping, output))
 
 
 @pytest.mark.parametrize("tied", range(1, VOCABULARY + 1))
 @pytest.mark.parametrize("r", range(1, VOCABULARY + 1))
-def test_of_equal_logits_the_lowest_ids_count(r: int, tied: int) -> None:
+def test_equal_logits_rank_by_their_ids(r: int, tied: int) -> None:
     cloud = equal_logits(tied)
     for token in range(VOCABULARY):
         local = LocalVerifier(cloud, Rank(r)).open(Prompt((1, 2)))
-        ours = at_once(FakeVLLM(cloud)).verifier(Rank(r)).open(Prompt((1, 2)))
-        assert ours.verify(0, [2], [token, 0]) == local.verify(0, [2], [token, 0])
+        verification = run_directly(FakeVLLM(cloud)).verifier(Rank(r)).open(Prompt((1, 2)))
+        assert verification.verify(0, [2], [token, 0]) == local.verify(0, [2], [token, 0])
 
 
-def test_ties_beyond_what_vllm_shows_are_an_error() -> None:
-    ours = at_once(FakeVLLM(equal_logits(5), max_logprobs=3)).verifier(Rank(2)).open(Prompt((1, 2)))
-    with pytest.raises(RuntimeError, match="over 3 tokens are tied at rank 2: give vLLM more max_logprobs"):
-        ours.verify(0, [2], [4])
+def test_ties_beyond_the_logits_of_vllm_are_an_error() -> None:
+    verification = run_directly(FakeVLLM(equal_logits(5), max_logprobs=3)).verifier(Rank(2)).open(Prompt((1, 2)))
+    with pytest.raises(
+        RuntimeError, match="more than 3 tokens are tied at rank 2: give --engine-option max_logprobs=6"
+    ):
+        verification.verify(0, [2], [4])
 
 
-def test_a_rule_beyond_what_vllm_shows_is_refused_when_the_verifier_is_made(toy: ToyModel) -> None:
-    limited = at_once(FakeVLLM(toy, max_logprobs=4))
+def test_a_verifier_with_a_rank_beyond_the_logits_of_vllm_is_refused(toy: ToyModel) -> None:
+    limited = run_directly(FakeVLLM(toy, max_logprobs=4))
     assert limited.verifier(Rank(limited.max_rank)).rule == Rank(3)
-    with pytest.raises(ValueError, match=r"rule rank\(4\) is beyond rank 3 of this engine: give vLLM max_logprobs=5"):
+    with pytest.raises(
+        ValueError, match=r"rule rank\(4\): this engine has ranks up to 3: give --engine-option max_logprobs=5"
+    ):
         limited.verifier(Rank(4))
-    assert at_once(FakeVLLM(toy)).verifier(Rank(1000))  # every token is among them
-    with pytest.raises(ValueError, match=r"rule synthetic\(0\.5\) takes all logits.*choose greedy or rank"):
+    assert run_directly(FakeVLLM(toy)).verifier(Rank(1000))  # vLLM returns the logits of every token
+    with pytest.raises(ValueError, match=r"rule synthetic\(0\.5\): needs all logits.*use greedy or rank"):
         limited.verifier(Synthetic((0.5,)))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_finite_raise(toy: ToyModel, bad: float) -> None:
-    ours = at_once(FakeVLLM(ToyModel(torch.full_like(toy.table, bad), toy.eos))).verifier(GREEDY).open(Prompt((1, 2)))
+def test_a_logit_that_is_not_finite_is_an_error(toy: ToyModel, bad: float) -> None:
+    verification = (
+        run_directly(FakeVLLM(ToyModel(torch.full_like(toy.table, bad), toy.eos))).verifier(GREEDY).open(Prompt((1, 2)))
+    )
     with pytest.raises(FloatingPointError, match="not finite"):
-        ours.verify(0, [2], [1])
+        verification.verify(0, [2], [1])
 
 
 @pytest.mark.parametrize("length", range(2, 2 + BLOCK))
 def test_the_prompt_is_computed_once(toy: ToyModel, length: int) -> None:
     engine = FakeVLLM(toy)
-    ours = at_once(engine).verifier(GREEDY).open(Prompt((1,) * length))
-    assert "prompt_logprobs" not in engine.asked[0].options
-    ours.verify(0, [1], [1, 2])
-    assert [running.cached for running in engine.asked] == [0, (length - 1) // BLOCK * BLOCK]
+    verification = run_directly(engine).verifier(GREEDY).open(Prompt((1,) * length))
+    assert "prompt_logprobs" not in engine.requests[0].options
+    verification.verify(0, [1], [1, 2])
+    assert [running.cached for running in engine.requests] == [0, (length - 1) // BLOCK * BLOCK]
 
 
-def test_logits_that_the_cache_hides_are_computed(toy: ToyModel) -> None:
+def test_logits_at_cached_positions_are_computed_in_a_second_request(toy: ToyModel) -> None:
     engine = FakeVLLM(toy)
-    ours = at_once(engine).verifier(GREEDY).open(Prompt((1,) * BLOCK))
-    first = ours.verify(0, [1], [1] * BLOCK)
-    assert ours.verify(0, [1], [1] * BLOCK) == first
-    assert [running.cached for running in engine.asked] == [0, 0, BLOCK, 0]
+    verification = run_directly(engine).verifier(GREEDY).open(Prompt((1,) * BLOCK))
+    first = verification.verify(0, [1], [1] * BLOCK)
+    assert verification.verify(0, [1], [1] * BLOCK) == first
+    assert [running.cached for running in engine.requests] == [0, 0, BLOCK, 0]
 
 
 def test_two_sessions_share_no_cache(toy: ToyModel) -> None:
     engine = FakeVLLM(toy)
-    verifier = at_once(engine).verifier(GREEDY)
+    verifier = run_directly(engine).verifier(GREEDY)
     for _ in range(2):
         verifier.open(Prompt(tuple(range(6)) * 3)).wait()
-    assert [running.cached for running in engine.asked] == [0, 0]
+    assert [running.cached for running in engine.requests] == [0, 0]
 
 
-def clip(frames: int, found: int) -> Prompt:
-    return Prompt((1, *[AUDIO] * found, 2, 3), torch.zeros(128, frames))
+def audio_prompt(frames: int, placeholders: int) -> Prompt:
+    """Return a prompt with audio."""
+    return Prompt((1, *[AUDIO] * placeholders, 2, 3), torch.zeros(128, frames))
 
 
 @pytest.mark.parametrize("frames", [4, 50, 333])
 def test_audio_is_expanded_once(toy: ToyModel, frames: int) -> None:
-    prompt = clip(frames, prompts.count_audio_positions(frames))
+    prompt = audio_prompt(frames, prompts.audio_positions(frames))
     local = LocalVerifier(toy, Rank(2)).open(prompt)
     engine = FakeVLLM(toy)
-    ours = at_once(engine).verifier(Rank(2)).open(prompt)
-    assert ours.verify(0, [3], [4, 5, AUDIO - 1]) == local.verify(0, [3], [4, 5, AUDIO - 1])
-    assert engine.asked[-1].ids == [*prompt.ids, 4, 5, AUDIO - 1]
-    assert list(ours.generate(Stopping(frozenset(), 5))) == list(local.generate(Stopping(frozenset(), 5)))
+    verification = run_directly(engine).verifier(Rank(2)).open(prompt)
+    assert verification.verify(0, [3], [4, 5, AUDIO - 1]) == local.verify(0, [3], [4, 5, AUDIO - 1])
+    assert engine.requests[-1].ids == [*prompt.ids, 4, 5, AUDIO - 1]
+    assert list(verification.generate(Stopping(frozenset(), 5))) == list(local.generate(Stopping(frozenset(), 5)))
 
 
-def test_another_number_of_placeholders_than_frames_need_is_an_error(toy: ToyModel) -> None:
+def test_a_wrong_number_of_placeholders_is_an_error(toy: ToyModel) -> None:
     with pytest.raises(ValueError, match="the prompt has 7 audio placeholders for 50 frames, not 12"):
-        at_once(FakeVLLM(toy)).verifier(GREEDY).open(clip(50, 7))
+        run_directly(FakeVLLM(toy)).verifier(GREEDY).open(audio_prompt(50, 7))
 
 
-def test_an_answer_to_another_prompt_is_an_error(toy: ToyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_for_another_prompt_is_an_error(toy: ToyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeVLLM(toy)
     monkeypatch.setattr(engine, "expanded", lambda prompt: iter([*prompt["prompt_token_ids"], 0]))
     with pytest.raises(RuntimeError, match="vLLM read 2 tokens, not 1"):
-        at_once(engine).verifier(GREEDY).open(Prompt((1, 2))).wait()
+        run_directly(engine).verifier(GREEDY).open(Prompt((1, 2))).wait()
 
 
-def test_positions_that_run_out_are_an_error(toy: ToyModel) -> None:
+def test_an_output_beyond_the_maximum_length_is_an_error(toy: ToyModel) -> None:
     class Short(FakeVLLM):
         def add_request(self, request_id: str, prompt: EngineRequest, params: SamplingOptions) -> None:
             super().add_request(request_id, prompt, {**params, "max_tokens": min(params["max_tokens"], 3)})
 
-    ours = at_once(Short(toy)).verifier(GREEDY).open(Prompt((1, 2)))
-    with pytest.raises(RuntimeError, match="more than the maximum length of vLLM, 99"):
-        list(ours.generate(Stopping(frozenset(), 5)))
+    verification = run_directly(Short(toy)).verifier(GREEDY).open(Prompt((1, 2)))
+    with pytest.raises(RuntimeError, match="more than the maximum length of vLLM, 99 tokens"):
+        list(verification.generate(Stopping(frozenset(), 5)))
 
 
 @given(st.lists(st.integers(0, 3)))
 @example([2, 2, 0, 2])
-def test_collapsing_leaves_one_placeholder_of_each_run(given_ids: list[int]) -> None:
-    left = collapse(given_ids, 2)
-    assert left == [
-        token for token, run in itertools.groupby(given_ids) for token in (list(run) if token != 2 else [2])
+def test_collapsing_leaves_one_placeholder_per_run(token_ids: list[int]) -> None:
+    assert collapse(token_ids, 2) == [
+        token for token, run in itertools.groupby(token_ids) for token in (list(run) if token != 2 else [2])
     ]
 
 
@@ -397,13 +409,13 @@ def engine(toy: ToyModel) -> FakeVLLM:
 
 @pytest.fixture
 def batcher(engine: FakeVLLM) -> Iterator[Batcher]:
-    made = Batcher(engine)
-    yield made
-    made.close()
+    batcher = Batcher(engine)
+    yield batcher
+    batcher.close()
 
 
-def test_many_threads_get_each_their_own(engine: FakeVLLM, batcher: Batcher) -> None:
-    verifier = VLLMVerifier(model(engine, batcher.submit), Rank(2))
+def test_every_thread_gets_its_own_outputs(engine: FakeVLLM, batcher: Batcher) -> None:
+    verifier = VLLMVerifier(model_of(engine, batcher.submit), Rank(2))
     local = LocalVerifier(engine.model, Rank(2))
 
     def edge(number: int, opened: Verification) -> list[object]:
@@ -418,30 +430,30 @@ def test_many_threads_get_each_their_own(engine: FakeVLLM, batcher: Batcher) -> 
         assert all(threads.map(both, range(40)))
 
 
-def test_requests_that_wait_together_run_together(engine: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, gates = threading.Event(), threading.Event()
+def test_waiting_requests_run_in_one_batch(engine: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    has_stepped, may_step = threading.Event(), threading.Event()
     step = engine.step
 
-    def gated() -> list[Output]:
-        begun.set()
-        gates.wait(5)
+    def blocked_step() -> list[Output]:
+        has_stepped.set()
+        assert may_step.wait(60)
         return step()
 
-    monkeypatch.setattr(engine, "step", gated)
+    monkeypatch.setattr(engine, "step", blocked_step)
     batcher = Batcher(engine)
-    verifier = VLLMVerifier(model(engine, batcher.submit), GREEDY)
+    verifier = VLLMVerifier(model_of(engine, batcher.submit), GREEDY)
     first = verifier.open(Prompt((0, 1)))
-    assert begun.wait(5)  # or it might wait with some of the others
+    assert has_stepped.wait(60)  # so that no other request joins the first batch
     others = [verifier.open(Prompt((n, 1))) for n in range(1, 6)]
-    gates.set()
-    for each in (first, *others):
-        each.wait()
+    may_step.set()
+    for verification in (first, *others):
+        verification.wait()
     batcher.close()
     assert max(engine.batches) >= 5
     assert len(engine.batches) <= 2
 
 
-def test_a_refused_request_fails_its_caller_alone(engine: FakeVLLM, batcher: Batcher) -> None:
+def test_a_refused_request_raises_only_in_its_own_stream(engine: FakeVLLM, batcher: Batcher) -> None:
     options: Mapping[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True}
     request = {"prompt_token_ids": [1], "cache_salt": "x"}
     bad, good = batcher.submit(request, {**options, "logprobs": 99}), batcher.submit(request, options)
@@ -452,19 +464,19 @@ def test_a_refused_request_fails_its_caller_alone(engine: FakeVLLM, batcher: Bat
     assert list(good) == []
 
 
-def test_who_waits_for_an_engine_that_dies_is_told(engine: FakeVLLM, batcher: Batcher) -> None:
-    ours = VLLMVerifier(model(engine, batcher.submit), GREEDY).open(Prompt((1, 2)))
-    ours.wait()
-    engine.broken = True
+def test_requests_raise_the_error_of_a_dead_engine(engine: FakeVLLM, batcher: Batcher) -> None:
+    verification = VLLMVerifier(model_of(engine, batcher.submit), GREEDY).open(Prompt((1, 2)))
+    verification.wait()
+    engine.is_broken = True
     with pytest.raises(RuntimeError, match="vLLM's engine died: OSError: out of memory") as caught:
-        ours.verify(0, [2], [1])
+        verification.verify(0, [2], [1])
     assert isinstance(caught.value.__cause__, OSError)
     with pytest.raises(RuntimeError, match="vLLM's engine died: OSError: out of memory"):
-        ours.verify(0, [2], [1])
-    ours.close()
+        verification.verify(0, [2], [1])
+    verification.close()
 
 
-def test_closing_ends_those_who_wait_and_the_thread(toy: ToyModel) -> None:
+def test_closing_ends_the_running_requests_and_the_thread(toy: ToyModel) -> None:
     class Slow(FakeVLLM):
         def step(self) -> list[Output]:
             time.sleep(0.02)
@@ -472,8 +484,8 @@ def test_closing_ends_those_who_wait_and_the_thread(toy: ToyModel) -> None:
 
     engine = Slow(toy)
     batcher = Batcher(engine)
-    ours = VLLMVerifier(model(engine, batcher.submit), GREEDY).open(Prompt((1, 2)))
-    tokens = ours.generate(Stopping(frozenset(), 10**9))
+    verification = VLLMVerifier(model_of(engine, batcher.submit), GREEDY).open(Prompt((1, 2)))
+    tokens = verification.generate(Stopping(frozenset(), 10**9))
     assert len(list(itertools.islice(tokens, 3))) == 3
     batcher.close()
     assert not any(thread.name == "vllm" for thread in threading.enumerate())
@@ -481,33 +493,33 @@ def test_closing_ends_those_who_wait_and_the_thread(toy: ToyModel) -> None:
         for _ in tokens:
             pass
     with pytest.raises(RuntimeError, match="vLLM's engine is closed"):
-        ours.verify(0, [2], [1])
+        verification.verify(0, [2], [1])
 
 
-def test_a_stream_that_is_dropped_is_computed_no_further(engine: FakeVLLM, batcher: Batcher) -> None:
-    verifier = VLLMVerifier(model(engine, batcher.submit), GREEDY)
+def test_a_closed_stream_stops_its_request(engine: FakeVLLM, batcher: Batcher) -> None:
+    verifier = VLLMVerifier(model_of(engine, batcher.submit), GREEDY)
     tokens = verifier.open(Prompt((1, 2))).generate(Stopping(frozenset(), 10**9))
     next(tokens)
     tokens.close()  # type: ignore[attr-defined]
-    limit = time.monotonic() + 5
-    while engine.has_unfinished_requests() and time.monotonic() < limit:
+    deadline = time.monotonic() + 60
+    while engine.has_unfinished_requests() and time.monotonic() < deadline:
         time.sleep(0.001)
     assert not engine.has_unfinished_requests()
-    verifier.open(Prompt((1, 2))).wait()  # nobody is left waiting for ever
+    verifier.open(Prompt((1, 2))).wait()  # later requests still run
 
 
-class Installed:
-    """What of the package `vllm` loading uses, with a fake for its engine."""
+class InstalledVLLM:
+    """The part of the package `vllm` that loading uses, with a fake engine."""
 
     def __init__(self, engine: FakeVLLM) -> None:
         self.engine = engine
-        self.given: dict[str, object] = {}
-        self.down: list[bool] = []
+        self.arguments: dict[str, object] = {}
+        self.is_shut_down = False
 
-    def llm(self, checkpoint: str, **given: object) -> SimpleNamespace:
+    def llm(self, checkpoint: str, **arguments: object) -> SimpleNamespace:
         if checkpoint == "bad":
             raise RuntimeError("Engine core initialization failed.\nSee above.")
-        self.given = given
+        self.arguments = arguments
         config = SimpleNamespace(
             hf_config=SimpleNamespace(thinker_config=SimpleNamespace(audio_token_index=AUDIO)),
             try_get_generation_config=lambda: {"eos_token_id": [3, 4]},
@@ -525,7 +537,10 @@ class Installed:
 
     @property
     def engine_core(self) -> SimpleNamespace:
-        return SimpleNamespace(shutdown=lambda: self.down.append(True))
+        return SimpleNamespace(shutdown=self.shut_down)
+
+    def shut_down(self) -> None:
+        self.is_shut_down = True
 
     def add_request(self, request_id: str, prompt: EngineRequest, params: SamplingOptions) -> None:
         self.engine.add_request(request_id, prompt, {**params, "stream": params["output_kind"] == "delta"})
@@ -535,55 +550,61 @@ class Installed:
 
 
 @pytest.fixture
-def installed(engine: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> Installed:
-    found = Installed(engine)
-    arguments = make_dataclass("EngineArgs", ["model", "dtype", "tensor_parallel_size", *vllm_engine.OWN_ARGUMENTS])
+def installed(engine: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> InstalledVLLM:
+    package = InstalledVLLM(engine)
+    arguments = make_dataclass("EngineArgs", ["model", "dtype", "tensor_parallel_size", *vllm_engine.FIXED_ARGUMENTS])
     parts: dict[str, dict[str, Any]] = {
-        "vllm": {"LLM": found.llm, "EngineArgs": arguments, "SamplingParams": dict},
+        "vllm": {"LLM": package.llm, "EngineArgs": arguments, "SamplingParams": dict},
         "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True)},
         "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(DELTA="delta", FINAL_ONLY="final")},
     }
-    for name, holds in parts.items():
+    for name, content in parts.items():
         module = ModuleType(name)
-        vars(module).update(holds)
+        vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    return found
+    return package
 
 
-def test_a_loaded_model_verifies_generates_and_closes(installed: Installed) -> None:
+def test_a_loaded_model_verifies_generates_and_closes(installed: InstalledVLLM) -> None:
     loaded = vllm_engine.load_vllm("folder", "bfloat16", {"tensor_parallel_size": 2})
     assert {
         "dtype": "bfloat16",
         "tensor_parallel_size": 2,
-        **vllm_engine.OWN_ARGUMENTS,
-    }.items() <= installed.given.items()
+        **vllm_engine.FIXED_ARGUMENTS,
+    }.items() <= installed.arguments.items()
     assert (loaded.eos, loaded.max_rank, loaded.concurrency) == (frozenset({3, 4, 5}), VOCABULARY, 8)
     local = LocalVerifier(installed.engine.model, GREEDY).open(Prompt((1, 2)))
-    ours = loaded.verifier(GREEDY).open(Prompt((1, 2)))
-    assert ours.verify(0, [2], [1, 2]) == local.verify(0, [2], [1, 2])
+    verification = loaded.verifier(GREEDY).open(Prompt((1, 2)))
+    assert verification.verify(0, [2], [1, 2]) == local.verify(0, [2], [1, 2])
     stopping = Stopping(frozenset(), 5)
-    assert list(ours.generate(stopping)) == list(local.generate(stopping))
+    assert list(verification.generate(stopping)) == list(local.generate(stopping))
     loaded.close()
-    assert installed.down == [True]
+    assert installed.is_shut_down
 
 
-@pytest.mark.parametrize("flag", ["tensor_parallel", *vllm_engine.OWN_ARGUMENTS])
-def test_a_flag_that_is_not_to_be_given_is_named(installed: Installed, flag: str) -> None:
-    with pytest.raises(ValueError, match=f"vLLM has no engine argument '{flag}' to give here"):
+@pytest.mark.parametrize("flag", ["tensor_parallel", *vllm_engine.FIXED_ARGUMENTS])
+def test_an_unknown_or_fixed_engine_argument_is_refused(installed: InstalledVLLM, flag: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"--engine-option: {flag} is not an engine argument of vLLM that may be set here"
+    ):
         vllm_engine.load_vllm("folder", flags={flag: 2})
 
 
-def test_a_checkpoint_that_vllm_cannot_load_is_named(installed: Installed) -> None:
+def test_a_checkpoint_that_vllm_cannot_load_is_an_error(installed: InstalledVLLM) -> None:
     with pytest.raises(OSError, match=r"checkpoint 'bad' cannot be loaded by vLLM: Engine core init.* failed\.$"):
         vllm_engine.load_vllm("bad")
 
 
-def test_without_vllm_loading_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_without_vllm_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ValueError, match="engine vllm needs vLLM, which is not installed here"):
+    with pytest.raises(
+        ValueError, match=r"--engine vllm: vLLM is not installed: see .*README.md, or use --engine transformers"
+    ):
         vllm_engine.load_vllm("anything")
 
 
 def test_a_number_format_that_vllm_lacks_is_refused() -> None:
-    with pytest.raises(ValueError, match="engine vllm has no dtype 'float64': choose one of float32, float16"):
+    with pytest.raises(
+        ValueError, match="--dtype: float64 does not work with --engine vllm: use one of float32, float16"
+    ):
         vllm_engine.load_vllm("anything", "float64")

@@ -1,4 +1,4 @@
-"""Engine `vllm` on vLLM itself: the pocket cloud under it says, token for token, what it says under transformers."""
+"""Engine `vllm` on vLLM itself: the pocket cloud outputs the same tokens as under transformers."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY, Rank
 from edgecloud_sd.cloud import vllm_engine
 from edgecloud_sd.cloud.vllm_engine import VLLMModel
-from edgecloud_sd.decoder import decode
+from edgecloud_sd.decoder import Decoding, decode
 from edgecloud_sd.events import Committed, Prompt, Verdict
 from edgecloud_sd.models import pairs
-from edgecloud_sd.pipeline import Pipeline, Request
+from edgecloud_sd.pipeline import Captioner, Request
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.stopping import Stopping
-from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.verifier import LocalVerifier, Verification
 
 pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: tox -e vllm brings it along"),
-    pytest.mark.filterwarnings("default"),  # those of vLLM are its own affair
+    pytest.mark.filterwarnings("default"),  # vLLM may warn
 ]
 
 MAX_NEW_TOKENS = 48
-SOME = [(0, "chinese"), (7, "chinese"), (21, "english"), (38, "english")]
+CLIPS = [(0, "chinese"), (7, "chinese"), (21, "english"), (38, "english")]
 FLAGS = {"max_model_len": 2048, "block_size": 32, "gpu_memory_utilization": 0.1}
 SPECIAL = ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The pocket cloud laid out as Qwen/Qwen2.5-Omni-7B is, which is all that vLLM reads."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the pocket cloud in the layout of Qwen/Qwen2.5-Omni-7B, because vLLM reads no other."""
     folder = tmp_path_factory.mktemp("vllm") / "omni"
     shutil.copytree(pairs.PAIRS["pocket"].cloud, folder)
     weights = {f"thinker.{name}": weight for name, weight in load_file(folder / "model.safetensors").items()}
@@ -47,43 +47,47 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     omni = {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni", "thinker_config": thinker}
     (folder / "config.json").write_text(json.dumps(omni), encoding="utf-8")
     names = {name: name.upper() if name in SPECIAL[:3] else name for name in SPECIAL}
-    tokens = {"extra_special_tokens": {f"{name}_token": f"<|{said}|>" for name, said in names.items()}}
-    extend(folder / "tokenizer_config.json", tokens)
+    tokens = {"extra_special_tokens": {f"{name}_token": f"<|{text}|>" for name, text in names.items()}}
+    extend_json(folder / "tokenizer_config.json", tokens)
     processors = {"processor_class": "Qwen2_5OmniProcessor", "image_processor_type": "Qwen2VLImageProcessor"}
-    extend(folder / "preprocessor_config.json", processors)
+    extend_json(folder / "preprocessor_config.json", processors)
     return str(folder)
 
 
-def extend(file: Path, more: Mapping[str, object]) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **more}), encoding="utf-8")
+def extend_json(file: Path, fields: Mapping[str, object]) -> None:
+    """Add fields to a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def model(whole: str) -> Iterator[VLLMModel]:
+def model(checkpoint: str) -> Iterator[VLLMModel]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        loaded = vllm_engine.load_vllm(whole, "float32", FLAGS)
+        loaded = vllm_engine.load_vllm(checkpoint, "float32", FLAGS)
     yield loaded
     loaded.close()
 
 
-def prompt(pipeline: Pipeline, index: int, language: str) -> Prompt:
-    return pipeline.prompt(Request(clips.make_clip("evaluation", index).samples, language), "cloud")
+def make_prompt(captioner: Captioner, index: int, language: str) -> Prompt:
+    """Return the prompt of an evaluation clip."""
+    return captioner.prompt(Request(clips.make_clip("evaluation", index).samples, language), "cloud")
 
 
 @dataclass(frozen=True)
-class Both:
-    """Asks two verifiers, and fails where they differ."""
+class TwoVerifiers:
+    """Two verifiers that must return the same verdicts."""
 
     first: LocalVerifier
     second: vllm_engine.VLLMVerifier
 
-    def open(self, prompt: Prompt) -> Opened:
-        return Opened(self.first.open(prompt), self.second.open(prompt))
+    def open(self, prompt: Prompt) -> TwoVerifications:
+        return TwoVerifications(self.first.open(prompt), self.second.open(prompt))
 
 
 @dataclass(frozen=True)
-class Opened:
+class TwoVerifications:
+    """One prompt on two verifiers."""
+
     first: Verification
     second: Verification
 
@@ -103,50 +107,52 @@ class Opened:
         self.second.close()
 
 
-def stopping(pipeline: Pipeline) -> Stopping:
-    return Stopping(pipeline.cloud_model.eos, MAX_NEW_TOKENS)
+def stopping(captioner: Captioner) -> Stopping:
+    """Return when an output ends."""
+    return Stopping(captioner.cloud.eos, MAX_NEW_TOKENS)
 
 
-def test_both_engines_mean_the_same_by_ids(pipeline: Pipeline, model: VLLMModel) -> None:
-    config = pipeline.cloud_model.thinker.config
-    assert model.eos == pipeline.cloud_model.eos
+def test_both_engines_have_the_same_special_ids(captioner: Captioner, model: VLLMModel) -> None:
+    config = captioner.cloud.thinker.config
+    assert model.eos == captioner.cloud.eos
     assert model.placeholder == config.audio_token_id
     assert model.vocab_size == config.text_config.vocab_size
 
 
-@pytest.mark.parametrize(("index", "language"), SOME)
-def test_its_own_captions_are_those_of_transformers(
-    pipeline: Pipeline, model: VLLMModel, index: int, language: str
+@pytest.mark.parametrize(("index", "language"), CLIPS)
+def test_its_own_outputs_equal_those_of_transformers(
+    captioner: Captioner, model: VLLMModel, index: int, language: str
 ) -> None:
-    asked = prompt(pipeline, index, language)
-    local, ours = (v.open(asked) for v in (LocalVerifier(pipeline.cloud_model, GREEDY), model.verifier(GREEDY)))
-    expected = list(local.generate(stopping(pipeline)))
-    assert list(ours.generate(stopping(pipeline))) == expected
-    assert list(ours.generate(stopping(pipeline), expected[:5])) == expected[5:]
+    prompt = make_prompt(captioner, index, language)
+    local, verification = (v.open(prompt) for v in (LocalVerifier(captioner.cloud, GREEDY), model.verifier(GREEDY)))
+    expected = list(local.generate(stopping(captioner)))
+    assert list(verification.generate(stopping(captioner))) == expected
+    assert list(verification.generate(stopping(captioner), expected[:5])) == expected[5:]
 
 
 @pytest.mark.parametrize("rule", [GREEDY, Rank(2), Rank(20)])
-@pytest.mark.parametrize(("k", "index", "language"), [(k, *SOME[k % 4]) for k in (3, 4, 5)])
-def test_every_verdict_is_that_of_transformers(
-    pipeline: Pipeline, model: VLLMModel, rule: Rank, k: int, index: int, language: str
+@pytest.mark.parametrize(("k", "index", "language"), [(k, *CLIPS[k % 4]) for k in (3, 4, 5)])
+def test_every_verdict_equals_that_of_transformers(
+    captioner: Captioner, model: VLLMModel, rule: Rank, k: int, index: int, language: str
 ) -> None:
-    asked = prompt(pipeline, index, language)
-    cloud = LocalVerifier(pipeline.cloud_model, rule)
-    both = Both(cloud, model.verifier(rule))
-    events = list(decode(asked, Strategy("speculative", rule=rule, k=k), stopping(pipeline), pipeline.edge, both))
+    prompt = make_prompt(captioner, index, language)
+    cloud = LocalVerifier(captioner.cloud, rule)
+    decoding = Decoding("speculative", stopping(captioner), k, gate.ALWAYS)
+    events = list(decode(prompt, decoding, captioner.edge, TwoVerifiers(cloud, model.verifier(rule))))
     written = [token for event in events if isinstance(event, Committed) for token in event.tokens]
-    assert rule != GREEDY or written == list(cloud.open(asked).generate(stopping(pipeline)))
+    assert rule != GREEDY or written == list(cloud.open(prompt).generate(stopping(captioner)))
 
 
-def test_many_edges_at_once_get_each_their_own(pipeline: Pipeline, model: VLLMModel) -> None:
-    asked = [prompt(pipeline, *clip) for clip in SOME]
-    expected = [list(LocalVerifier(pipeline.cloud_model, GREEDY).open(p).generate(stopping(pipeline))) for p in asked]
+def test_every_edge_gets_its_own_output(captioner: Captioner, model: VLLMModel) -> None:
+    prompts = [make_prompt(captioner, *clip) for clip in CLIPS]
+    local = LocalVerifier(captioner.cloud, GREEDY)
+    expected = [list(local.open(prompt).generate(stopping(captioner))) for prompt in prompts]
     verifier = model.verifier(GREEDY)
-    with ThreadPoolExecutor(len(asked)) as threads:
-        found = threads.map(lambda p: list(verifier.open(p).generate(stopping(pipeline))), asked)
-    assert list(found) == expected
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        outputs = threads.map(lambda prompt: list(verifier.open(prompt).generate(stopping(captioner))), prompts)
+    assert list(outputs) == expected
 
 
-def test_a_flag_that_vllm_does_not_know_is_named(whole: str) -> None:
-    with pytest.raises(ValueError, match="vLLM has no engine argument 'tensor_parallel' to give here"):
-        vllm_engine.load_vllm(whole, flags={"tensor_parallel": 2})
+def test_an_unknown_engine_argument_is_refused(checkpoint: str) -> None:
+    with pytest.raises(ValueError, match="--engine-option: tensor_parallel is not an engine argument of vLLM"):
+        vllm_engine.load_vllm(checkpoint, flags={"tensor_parallel": 2})
