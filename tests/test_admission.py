@@ -1,4 +1,4 @@
-"""What a request has to pass before the application sees it."""
+"""The checks on a request before the application reads it, and the key file."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from edgecloud_sd.cloud import admission as guard
+from edgecloud_sd.cloud import admission
 from edgecloud_sd.cloud.admission import Admission
 from edgecloud_sd.cloud.keys import read_keys
 from edgecloud_sd.wire import JSON, OCTETS
-from tests.support.asgi import KEY, OTHER_KEY, Edge, play
+from tests.support.asgi import KEY, OTHER_KEY, Edge, run_scene, wait_until
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Inner:
-    """The application: notes what comes through."""
+    """An application that records the requests that reach it."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
@@ -34,43 +34,50 @@ class Inner:
         await PlainTextResponse("through")(scope, receive, send)
 
 
-class Guarded:
-    def __init__(self, inner: App | None = None, keys: tuple[str, ...] = (KEY, OTHER_KEY), at_once: int = 9) -> None:
+class Protected:
+    """An application behind `Admission`, with the responses that it counts."""
+
+    def __init__(
+        self, inner: App | None = None, keys: tuple[str, ...] = (KEY, OTHER_KEY), max_requests: int = 9
+    ) -> None:
         self.inner = Inner()
-        self.told: list[tuple[str, int]] = []
+        self.responses: list[tuple[str, int]] = []
         self.app = Admission(
-            inner or self.inner, keys, 100, 10, at_once, lambda call, status: self.told.append((call, status))
+            inner or self.inner, keys, 100, 10, max_requests, lambda *response: self.responses.append(response)
         )
 
     def edge(self, key: str | None = KEY) -> Edge:
         return Edge(self.app, key)
 
 
-def test_without_the_key_there_is_nothing_but_health() -> None:
+def test_only_health_needs_no_key() -> None:
     async def scene() -> None:
-        guarded = Guarded()
+        protected = Protected()
         for key in (None, "", "k" * 42, "k" * 44, KEY.upper(), f"{KEY} "):
             for path in ("/v1/model", "/metrics", "/docs", "/openapi.json", "/nothing", "/", "/health/", "/Health"):
-                answer = await guarded.edge(key).ask("GET", path)
-                assert (answer.status, answer.json) == (401, {"detail": "needs a key"})
-                assert answer.headers["www-authenticate"] == "Bearer"
-            assert (await guarded.edge(key).ask("GET", "/health")).status == 200
-        assert set(guarded.inner.clients) == {None}
+                response = await protected.edge(key).request("GET", path)
+                assert (response.status, response.json) == (
+                    401,
+                    {"detail": "this call needs a key: send it as a bearer token"},
+                )
+                assert response.headers["www-authenticate"] == "Bearer"
+            assert (await protected.edge(key).request("GET", "/health")).status == 200
+        assert set(protected.inner.clients) == {None}
         for key in (KEY, OTHER_KEY):
-            assert (await guarded.edge(key).ask("GET", "/nothing")).body == b"through"
-        one, other = guarded.inner.clients[-2:]
+            assert (await protected.edge(key).request("GET", "/nothing")).body == b"through"
+        one, other = protected.inner.clients[-2:]
         assert one
         assert other
         assert one != other
         assert KEY not in f"{one}{other}"
 
-    play(scene())
+    run_scene(scene())
 
 
-def test_nothing_of_a_body_is_read_without_the_key() -> None:
+def test_no_body_is_read_without_the_key() -> None:
     async def scene() -> None:
         async def receive() -> Message:
-            raise AssertionError("it was read")
+            raise AssertionError("the body was read")
 
         sent: list[Message] = []
 
@@ -78,88 +85,89 @@ def test_nothing_of_a_body_is_read_without_the_key() -> None:
             sent.append(message)
 
         scope = {"type": "http", "method": "POST", "path": "/v1/sessions", "headers": [(b"content-length", b"9")]}
-        await Guarded().app(scope, receive, send)
+        await Protected().app(scope, receive, send)
         assert sent[0]["status"] == 401
 
-    play(scene())
+    run_scene(scene())
 
 
-def test_every_key_is_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_request_is_compared_with_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[bool] = []
     real = hmac.compare_digest
 
-    def compare(given: bytes, wanted: bytes) -> bool:
-        assert len(given) == len(wanted)
-        compared.append(real(given, wanted))
+    def compare(first: bytes, second: bytes) -> bool:
+        assert len(first) == len(second)
+        compared.append(real(first, second))
         return compared[-1]
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
 
     async def scene() -> None:
-        guarded = Guarded()
+        protected = Protected()
         for key in (KEY, OTHER_KEY, "x" * 43, None):
-            await guarded.edge(key).ask("GET", "/")
+            await protected.edge(key).request("GET", "/")
         assert compared == [True, False, False, True, False, False, False, False]
 
-    play(scene())
+    run_scene(scene())
 
 
-def test_without_keys_an_address_is_a_client() -> None:
+def test_without_keys_each_address_is_a_client() -> None:
     async def scene() -> None:
-        guarded = Guarded(keys=())
-        assert (await guarded.edge(None).ask("GET", "/v1/model")).status == 200
-        assert guarded.inner.clients == ["127.0.0.1"]
+        protected = Protected(keys=())
+        assert (await protected.edge(None).request("GET", "/v1/model")).status == 200
+        assert protected.inner.clients == ["127.0.0.1"]
 
-    play(scene())
+    run_scene(scene())
 
 
 @pytest.mark.parametrize(
-    ("path", "content", "largest"),
+    ("path", "content_type", "max_bytes"),
     [("/", OCTETS, 100), ("/", JSON, 10), ("/", "", 10), ("/", "nonsense", 10), ("/health", OCTETS, 0)],
 )
-def test_a_body_may_be_so_large_and_is_read_no_further(path: str, content: str, largest: int) -> None:
+def test_a_body_is_read_up_to_its_limit(path: str, content_type: str, max_bytes: int) -> None:
     async def scene() -> None:
-        guarded = Guarded()
-        most = b"x" * largest
-        assert (await guarded.edge().ask("POST", path, [most[:3], most[3:]], content)).status == 200
-        assert guarded.inner.bodies == [most]
-        for body in (most + b"x", [most, b"x", *[b"never read"] * 3]):
-            answer = await guarded.edge().ask("POST", path, body, content)
-            assert (answer.status, answer.json) == (413, {"detail": f"the body is larger than {largest} bytes"})
-        # a length that is announced is believed no more than any other word
-        lie = [(b"content-length", b"9" * 5000)]
-        assert (await guarded.edge().ask("POST", path, most, content, headers=lie)).status == 200
-        assert len(guarded.inner.bodies) == 2
+        protected = Protected()
+        largest = b"x" * max_bytes
+        assert (await protected.edge().request("POST", path, [largest[:3], largest[3:]], content_type)).status == 200
+        assert protected.inner.bodies == [largest]
+        for body in (largest + b"x", [largest, b"x", *[b"never read"] * 3]):
+            response = await protected.edge().request("POST", path, body, content_type)
+            assert (response.status, response.json) == (413, {"detail": f"the body is larger than {max_bytes} bytes"})
+        # The length in the header has no effect.
+        wrong_length = [(b"content-length", b"9" * 5000)]
+        response = await protected.edge().request("POST", path, largest, content_type, headers=wrong_length)
+        assert response.status == 200
+        assert len(protected.inner.bodies) == 2
 
-    play(scene())
+    run_scene(scene())
 
 
-def test_a_body_that_trickles_in_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "BODY_SECONDS", 0.1)
+def test_a_slow_body_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "BODY_SECONDS", 0.1)
 
     async def scene() -> None:
-        guarded = Guarded()
+        protected = Protected()
         sent: list[Message] = []
 
         async def receive() -> Message:
-            await asyncio.sleep(0.03)  # each part in time, and the whole never
+            await asyncio.sleep(0.03)  # a part arrives now and then, but the body never ends
             return {"type": "http.request", "body": b"", "more_body": True}
 
         async def send(message: Message) -> None:
             sent.append(message)
 
         headers = [(b"authorization", f"Bearer {KEY}".encode())]
-        await guarded.app({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive, send)
+        await protected.app({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive, send)
         assert sent[0]["status"] == 408
-        assert guarded.inner.bodies == []
-        assert not guarded.app._working
+        assert protected.inner.bodies == []
+        assert not protected.app._running_requests
 
-    play(scene(), 3.0)
+    run_scene(scene())
 
 
-def test_whoever_goes_away_while_sending_is_forgotten() -> None:
+def test_a_request_whose_client_goes_away_while_sending_is_dropped() -> None:
     async def scene() -> None:
-        guarded = Guarded()
+        protected = Protected()
         messages: list[Message] = [
             {"type": "http.request", "body": b"x", "more_body": True},
             {"type": "http.disconnect"},
@@ -169,81 +177,81 @@ def test_whoever_goes_away_while_sending_is_forgotten() -> None:
             return messages.pop(0)
 
         async def send(message: Message) -> None:
-            raise AssertionError("nobody is there")
+            raise AssertionError("the client has gone")
 
         headers = [(b"authorization", f"Bearer {KEY}".encode())]
-        await guarded.app({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive, send)
-        assert guarded.inner.bodies == []
-        assert not guarded.app._working
+        await protected.app({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive, send)
+        assert protected.inner.bodies == []
+        assert not protected.app._running_requests
 
-    play(scene())
+    run_scene(scene())
 
 
-def test_one_client_has_so_many_requests_at_once_and_another_as_many() -> None:
+def test_each_client_has_its_own_limit_of_running_requests() -> None:
     async def scene() -> None:
-        go = asyncio.Event()
+        may_end = asyncio.Event()
         inner = Inner()
 
         async def slow(scope: Scope, receive: Receive, send: Send) -> None:
-            await go.wait()
+            await may_end.wait()
             await inner(scope, receive, send)
 
-        guarded = Guarded(slow, at_once=2)
-        asked = [asyncio.create_task(guarded.edge().ask("GET", "/")) for _ in range(2)]
-        await asyncio.sleep(0)
-        refused = await guarded.edge().ask("GET", "/")
+        protected = Protected(slow, max_requests=2)
+        requests = [asyncio.create_task(protected.edge().request("GET", "/")) for _ in range(2)]
+        await wait_until(lambda: protected.app._running_requests.total() == 2)
+        refused = await protected.edge().request("GET", "/")
         assert (refused.status, refused.headers["retry-after"]) == (429, "1")
-        asked.append(asyncio.create_task(guarded.edge(OTHER_KEY).ask("GET", "/")))
-        await asyncio.sleep(0)
-        go.set()
-        assert [(await each).status for each in asked] == [200, 200, 200]
-        assert (await guarded.edge().ask("GET", "/")).status == 200
-        assert not guarded.app._working
+        requests.append(asyncio.create_task(protected.edge(OTHER_KEY).request("GET", "/")))
+        await wait_until(lambda: protected.app._running_requests.total() == 3)
+        may_end.set()
+        assert [(await request).status for request in requests] == [200, 200, 200]
+        assert (await protected.edge().request("GET", "/")).status == 200
+        assert not protected.app._running_requests
 
-    play(scene())
+    run_scene(scene())
 
 
-def test_what_goes_wrong_is_told_to_the_log_and_not_to_the_client(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_of_the_application_goes_to_the_log_and_not_to_the_client(caplog: pytest.LogCaptureFixture) -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise LookupError("/secret/path")
 
     async def scene() -> None:
-        guarded = Guarded(broken)
+        protected = Protected(broken)
         with caplog.at_level(logging.ERROR):
-            answer = await guarded.edge().ask("GET", "/")
-        assert (answer.status, answer.json) == (500, {"detail": "internal error"})
+            response = await protected.edge().request("GET", "/")
+        assert (response.status, response.json) == (500, {"detail": "internal error"})
         assert "LookupError: /secret/path" in caplog.text
-        assert guarded.told == [("other", 500)]
-        assert not guarded.app._working
+        assert protected.responses == [("other", 500)]
+        assert not protected.app._running_requests
 
-    play(scene())
+    run_scene(scene())
 
 
-def test_an_answer_that_has_begun_is_cut_off_when_it_goes_wrong() -> None:
+def test_a_response_that_has_started_is_cut_off_at_an_error() -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         raise LookupError("in the middle")
 
     async def scene() -> None:
-        guarded = Guarded(broken)
+        protected = Protected(broken)
         with pytest.raises(LookupError, match="in the middle"):
-            await guarded.edge().ask("GET", "/")
-        assert guarded.told == [("other", 200)]
+            await protected.edge().request("GET", "/")
+        assert protected.responses == [("other", 200)]
 
-    play(scene())
+    run_scene(scene())
 
 
-def test_keys_are_read_one_a_line(tmp_path: Path) -> None:
+def test_a_key_file_has_one_key_per_line(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# the phone's\n{KEY}\n\n  {OTHER_KEY}  \n")
     assert read_keys(file) == (KEY, OTHER_KEY)
 
 
 @pytest.mark.parametrize(
-    ("content", "why"),
+    ("content", "reason"),
     [
-        ("", "holds no key"),
-        ("# only a remark\n", "holds no key"),
+        ("", "contains no key"),
+        ("# only a remark\n", "contains no key"),
         ("short\n", "key 1 must be 16 or more"),
         (f"{KEY}\n{'ключ' * 8}\n", "key 2 must be 16 or more"),
         (f"{KEY} {KEY}\n", "key 1 must be"),
@@ -252,9 +260,9 @@ def test_keys_are_read_one_a_line(tmp_path: Path) -> None:
         (None, "cannot be read"),
     ],
 )
-def test_a_key_file_that_protects_nothing_is_refused(tmp_path: Path, content: str | None, why: str) -> None:
+def test_a_key_file_without_a_safe_key_is_refused(tmp_path: Path, content: str | None, reason: str) -> None:
     file = tmp_path / "keys"
     if content is not None:
         file.write_bytes(content.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(ValueError, match=reason):
         read_keys(file)

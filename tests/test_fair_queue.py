@@ -1,4 +1,4 @@
-"""Clients take turns on the engine's threads."""
+"""The queue of calls: clients take turns on the threads of the engine."""
 
 from __future__ import annotations
 
@@ -6,155 +6,166 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecloud_sd.cloud.fair_queue import FairQueue
-from tests.support.asgi import play, until
+from tests.support.asgi import run_scene, wait_until
 
 
 class Work:
-    """Calls that note when they run, and last until they are let go."""
+    """Calls that record when they run and end when `may_end` is set."""
 
     def __init__(self) -> None:
-        self.order: list[str] = []
+        self.started: list[str] = []
         self.ended: list[str] = []
-        self.go = threading.Event()
+        self.may_end = threading.Event()
 
     def call(self, name: str) -> Callable[[], str]:
-        def work() -> str:
-            self.order.append(name)
-            assert self.go.wait(5)
+        def run() -> str:
+            self.started.append(name)
+            assert self.may_end.wait(60)
             self.ended.append(name)
             return name
 
-        return work
+        return run
 
 
-def test_one_who_asks_for_much_waits_behind_itself() -> None:
+def test_a_client_with_many_calls_delays_only_its_own() -> None:
     async def scene() -> None:
-        turns, work = FairQueue(1), Work()
-        names = ["a0", "a1", "a2", "a3", "b0", "c0", "b1"]  # as they come
+        queue, work = FairQueue(1), Work()
+        names = ["a0", "a1", "a2", "a3", "b0", "c0", "b1"]  # in the order of their arrival
         tasks = []
         for name in names:
-            tasks.append(asyncio.create_task(turns.run(name[0], work.call(name))))
+            tasks.append(asyncio.create_task(queue.run(name[0], work.call(name))))
             await asyncio.sleep(0)
-        work.go.set()
+        work.may_end.set()
         assert [(await task).result for task in tasks] == names
-        assert work.order == ["a0", "b0", "a1", "c0", "b1", "a2", "a3"]
-        turns.close()
+        assert work.started == ["a0", "b0", "a1", "c0", "b1", "a2", "a3"]
+        queue.close()
 
-    play(scene())
+    run_scene(scene())
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 3), st.lists(st.sampled_from("abc"), min_size=1, max_size=15), st.data())
-def test_all_are_run_each_client_in_its_order_and_never_too_many_at_once(
-    slots: int, owners: list[str], data: st.DataObject
+def test_every_call_runs_in_its_clients_order_and_within_the_number_of_threads(
+    concurrency: int, owners: list[str], data: st.DataObject
 ) -> None:
     fails = data.draw(st.lists(st.booleans(), min_size=len(owners), max_size=len(owners)))
-    lock, now, most = threading.Lock(), 0, 0
+    lock, running, most_running = threading.Lock(), 0, 0
     order: list[int] = []
 
     def call(number: int) -> None:
-        nonlocal now, most
+        nonlocal running, most_running
         with lock:
             order.append(number)
-            now += 1
-            most = max(now, most)
+            running += 1
+            most_running = max(running, most_running)
         time.sleep(0.0002)
         with lock:
-            now -= 1
+            running -= 1
         if fails[number]:
             raise LookupError(number)
 
     async def scene() -> None:
-        turns = FairQueue(slots)
-        asked = [turns.run(owner, lambda number=number: call(number)) for number, owner in enumerate(owners)]  # type: ignore[misc]
-        got = await asyncio.gather(*asked, return_exceptions=True)
-        assert [isinstance(each, LookupError) for each in got] == fails
-        assert turns._free == slots
-        turns.close()
+        queue = FairQueue(concurrency)
+        calls = [queue.run(owner, partial(call, number)) for number, owner in enumerate(owners)]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert [isinstance(result, LookupError) for result in results] == fails
+        assert queue._free_threads == concurrency
+        queue.close()
 
-    play(scene())
-    assert most <= slots
+    run_scene(scene())
+    assert most_running <= concurrency
     assert sorted(order) == list(range(len(owners)))
-    if slots == 1:
+    if concurrency == 1:
         for owner in set(owners):
-            mine = [number for number in order if owners[number] == owner]
-            assert mine == sorted(mine)
-        # whoever waits is overtaken by nobody twice
+            numbers = [number for number in order if owners[number] == owner]
+            assert numbers == sorted(numbers)
+        # No client overtakes a waiting call twice.
         for number, owner in enumerate(owners):
-            before = [owners[each] for each in order[1 : order.index(number)]]
-            mine_before = before.count(owner)
-            for other in set(owners) - {owner}:
-                assert before.count(other) <= mine_before + 1
+            earlier = [owners[other] for other in order[1 : order.index(number)]]
+            for other_owner in set(owners) - {owner}:
+                assert earlier.count(other_owner) <= earlier.count(owner) + 1
 
 
-def test_what_waits_and_is_cancelled_leaves_its_place() -> None:
+def test_a_cancelled_waiting_call_leaves_the_queue() -> None:
     async def scene() -> None:
-        turns, work = FairQueue(1), Work()
+        queue, work = FairQueue(1), Work()
         running, waiting, last = (
-            asyncio.create_task(turns.run("a", work.call(name))) for name in ("running", "waiting", "last")
+            asyncio.create_task(queue.run("a", work.call(name))) for name in ("running", "waiting", "last")
         )
-        await until(lambda: bool(work.order))
+        await wait_until(lambda: bool(work.started))
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        work.go.set()
+        work.may_end.set()
         assert (await last).result == "last"
-        assert (await running).queued < (await last).queued
-        assert work.order == ["running", "last"]
-        turns.close()
+        assert (await running).queue_seconds < (await last).queue_seconds
+        assert work.started == ["running", "last"]
+        queue.close()
 
-    play(scene())
+    run_scene(scene())
 
 
-def test_what_is_cancelled_with_its_turn_just_given_passes_it_on() -> None:
+def test_a_call_that_is_cancelled_with_its_turn_passes_the_turn_on() -> None:
     async def scene() -> None:
-        turns = FairQueue(1)
-        turns._free = 0
-        first, second = (asyncio.create_task(turns._turn("a")) for _ in range(2))
+        queue = FairQueue(1)
+        queue._free_threads = 0
+        first, second = (asyncio.create_task(queue._wait_for_turn("a")) for _ in range(2))
         await asyncio.sleep(0)
-        turns._next()
-        first.cancel()  # its turn is given, and it has not yet run on
-        await asyncio.wait_for(second, 1)
+        queue._give_next_turn()
+        first.cancel()  # after its turn has come, and before it continues
+        await second
         assert first.cancelled()
-        turns.close()
+        queue.close()
 
-    play(scene())
+    run_scene(scene())
 
 
-def test_a_running_call_that_is_cancelled_keeps_its_thread_to_the_end() -> None:
+def test_a_cancelled_running_call_keeps_its_thread_until_it_ends() -> None:
     async def scene() -> None:
-        turns, work = FairQueue(1), Work()
-        running = asyncio.create_task(turns.run("a", work.call("running")))
-        await until(lambda: bool(work.order))
+        queue, work = FairQueue(1), Work()
+        running = asyncio.create_task(queue.run("a", work.call("running")))
+        await wait_until(lambda: bool(work.started))
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-        after = asyncio.create_task(turns.run("b", work.call("after")))
+        after = asyncio.create_task(queue.run("b", work.call("after")))
+        await wait_until(lambda: "b" in queue._waiting)
+        is_waiting = time.perf_counter()
         await asyncio.sleep(0.02)
-        assert work.order == ["running"]
-        work.go.set()
-        assert (await after).queued > 0.015  # the turn was not its own before
+        assert work.started == ["running"]
+        waited = time.perf_counter() - is_waiting
+        work.may_end.set()
+        assert (await after).queue_seconds >= waited
         assert work.ended == ["running", "after"]
-        turns.close()
+        queue.close()
 
-    play(scene())
+    run_scene(scene())
 
 
-def test_the_time_in_the_queue_is_told_from_the_time_at_work() -> None:
+def test_the_time_in_the_queue_is_separate_from_the_time_on_a_thread() -> None:
     async def scene() -> None:
-        turns = FairQueue(1)
-        first, second = await asyncio.gather(
-            turns.run("a", lambda: time.sleep(0.05)), turns.run("a", lambda: time.sleep(0.02))
-        )
-        assert first.queued < 0.04 < 0.05 <= first.took
-        assert second.queued >= 0.045
-        assert second.took >= 0.02
-        turns.close()
+        queue, work = FairQueue(1), Work()
+        start = time.perf_counter()
+        first = asyncio.create_task(queue.run("a", work.call("first")))
+        await wait_until(lambda: bool(work.started))
+        first_runs = time.perf_counter()
+        second = asyncio.create_task(queue.run("a", lambda: time.sleep(0.02)))
+        await wait_until(lambda: "a" in queue._waiting)
+        second_waits = time.perf_counter()
+        await asyncio.sleep(0.02)
+        released = time.perf_counter()
+        work.may_end.set()
+        assert (await first).queue_seconds <= first_runs - start
+        assert (await first).run_seconds >= released - first_runs
+        assert (await second).queue_seconds >= released - second_waits
+        assert (await second).run_seconds >= 0.02
+        queue.close()
 
-    play(scene())
+    run_scene(scene())

@@ -1,4 +1,4 @@
-"""What a request has to pass before anything of it is read: its key, its client's share, its size, and its time."""
+"""The checks on a request before the application reads it: its key, the client's number of requests, size and time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import hmac
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,65 +18,76 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from edgecloud_sd import wire
 
 _logger = logging.getLogger(__name__)
-OPEN_PATHS = ("/health",)  # to whoever asks
+OPEN_PATHS = ("/health",)  # need no key
 BODY_SECONDS = 60.0  # for a body to arrive
 
 
 @dataclass(frozen=True)
 class Admission:
-    """Middleware. Puts who asks into the scope as `client_name`: a digest of its key, or its address where none is
-    asked. What goes wrong further in is logged here, and the client told no more than that."""
+    """Middleware that admits requests and puts the client into the scope as `client_name`.
+
+    The client's name is a digest of its key, or its address if the server has no keys. The middleware also logs an
+    error of the application; the client learns nothing about it.
+    """
 
     app: ASGIApp
     keys: Sequence[str]
-    largest_prompt: int  # bytes of a body of octets
-    largest_message: int  # bytes of any other
-    at_once: int  # requests of one client
-    answered: Callable[[str, int], None]  # told of every answer: the route's name, the status
-    _working: Counter[str] = field(default_factory=Counter)  # requests of each client
+    max_prompt_bytes: int  # limit for a body of octets
+    max_message_bytes: int  # limit for any other body
+    max_requests: int  # limit for one client at once
+    count_response: Callable[[str, int], None]  # receives the route's name and the status of every response
+    _running_requests: Counter[str] = field(default_factory=Counter)  # number by client
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or pass it on to the application."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = False
 
-        async def counted(message: Message) -> None:
+        async def send_counted(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                self.answered(getattr(scope.get("route"), "name", "other"), message["status"])
+                self.count_response(getattr(scope.get("route"), "name", "other"), message["status"])
             await send(message)
 
         try:
-            await self._admit(scope, receive, counted)
+            await self._admit(scope, receive, send_counted)
         except Exception:
             if started:
-                raise  # whoever calls cuts the connection: what was sent is no whole answer
+                raise  # so that the server cuts the connection, because the response is incomplete
             _logger.exception("a request failed")
-            await _refusal(500, "internal error")(scope, receive, counted)
+            await _refusal(500, "internal error")(scope, receive, send_counted)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
-        client = self._client(scope, headers)
+        client = self._identify_client(scope, headers)
         if scope["path"] in OPEN_PATHS:
-            return await self._whole(scope, 0, receive, send)
+            return await self._forward(scope, 0, receive, send)
         if client is None:
-            return await _refusal(401, "needs a key", {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-        if self._working[client] >= self.at_once:
-            refusal = _refusal(429, f"more than {self.at_once} requests of this client at once", {"Retry-After": "1"})
-            return await refusal(scope, receive, send)
-        octets = headers.get(b"content-type", b"").lower().startswith(wire.OCTETS.encode())
+            detail = "this call needs a key: send it as a bearer token"
+            return await _refusal(401, detail, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        if self._running_requests[client] >= self.max_requests:
+            detail = f"this client has {self.max_requests} requests running, the most allowed: try again"
+            return await _refusal(429, detail, {"Retry-After": "1"})(scope, receive, send)
+        is_prompt = headers.get(b"content-type", b"").lower().startswith(wire.OCTETS.encode())
         scope["client_name"] = client
-        self._working[client] += 1
-        try:
-            await self._whole(scope, self.largest_prompt if octets else self.largest_message, receive, send)
-        finally:
-            self._working[client] -= 1
-            if not self._working[client]:
-                del self._working[client]
+        with self._count_running(client):
+            max_bytes = self.max_prompt_bytes if is_prompt else self.max_message_bytes
+            return await self._forward(scope, max_bytes, receive, send)
 
-    async def _whole(self, scope: Scope, largest: int, receive: Receive, send: Send) -> None:
-        """Pass a request on when its body of at most `largest` bytes is there. Without its client it is dropped."""
+    @contextmanager
+    def _count_running(self, client: str) -> Iterator[None]:
+        self._running_requests[client] += 1
+        try:
+            yield
+        finally:
+            self._running_requests[client] -= 1
+            if not self._running_requests[client]:
+                del self._running_requests[client]
+
+    async def _forward(self, scope: Scope, max_bytes: int, receive: Receive, send: Send) -> None:
+        """Pass a request on when its whole body has arrived. Drop it if its client goes away before."""
         body = bytearray()
         try:
             with anyio.fail_after(BODY_SECONDS):
@@ -84,16 +96,17 @@ class Admission:
                     if message["type"] != "http.request":
                         return None
                     body += message.get("body", b"")
-                    if len(body) > largest:
-                        return await _refusal(413, f"the body is larger than {largest} bytes")(scope, receive, send)
+                    if len(body) > max_bytes:
+                        return await _refusal(413, f"the body is larger than {max_bytes} bytes")(scope, receive, send)
                     if not message.get("more_body"):
                         break
         except TimeoutError:
-            return await _refusal(408, "the body did not arrive in time")(scope, receive, send)
-        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+            detail = f"the body did not arrive within {BODY_SECONDS:g} s: try again"
+            return await _refusal(408, detail)(scope, receive, send)
+        messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:
-            return whole.pop() if whole else await receive()
+            return messages.pop() if messages else await receive()
 
         return await self.app(scope, replay, send)
 
@@ -101,17 +114,20 @@ class Admission:
     def _digests(self) -> list[bytes]:
         return [hashlib.sha256(f"Bearer {key}".encode()).digest() for key in self.keys]
 
-    def _client(self, scope: Scope, headers: dict[bytes, bytes]) -> str | None:
-        """Every key is compared, each in constant time, so that no answer's time tells of a key."""
+    def _identify_client(self, scope: Scope, headers: dict[bytes, bytes]) -> str | None:
+        """Return the client's name, or None for a wrong key.
+
+        Every key is compared, each in constant time, so that the time of a response reveals nothing about a key.
+        """
         if not self.keys:
             address = scope.get("client")
             return str(address[0]) if address else "local"
-        given = hashlib.sha256(headers.get(b"authorization", b"")).digest()
-        found = None
-        for wanted in self._digests:
-            if hmac.compare_digest(given, wanted):
-                found = wanted.hex()
-        return found
+        digest = hashlib.sha256(headers.get(b"authorization", b"")).digest()
+        client = None
+        for key_digest in self._digests:
+            if hmac.compare_digest(digest, key_digest):
+                client = key_digest.hex()
+        return client
 
 
 def _refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""What computes on the server: a model behind the `Verifier` protocol, and what a client has to know of it."""
+"""The engines of the server: a model behind the `Verifier` protocol, and the identity that a client compares."""
 
 from __future__ import annotations
 
@@ -22,50 +22,53 @@ ENGINE_NAMES = ("transformers", "vllm")
 
 @dataclass(frozen=True)
 class Identity:
-    """Which model answers, without a path: what a client compares with its own side, and what its results state."""
+    """The model of a server, without a path. A client compares it with its own side and records it in its results."""
 
     name: str
     engine: str
     dtype: str
     device: str
-    vocab_size: int  # of the vocabulary: ids are below it
-    max_length: int  # tokens of prompt and caption together, at most
-    max_rank: int  # of rule rank(r)
+    vocab_size: int
+    max_length: int  # tokens of prompt and output together
+    max_rank: int  # the largest r of rule rank(r)
     traits: Traits
-    weights: str = ""  # digest of the checkpoint's; `DUMMY` where they are random, empty where it has no files
-    synthetic: bool = True  # whether it judges by rule synthetic(p)
+    weights: str = ""  # digest of the checkpoint's weights; `DUMMY` if they are random, empty without files
+    synthetic: bool = True  # the engine has rule synthetic(p)
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same model in the same number format, whichever process serves it."""
+        """Return a digest that is the same in every process with this model in this number format."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def refusal(self, rule: Rule) -> str:
-        """Why this engine cannot judge by a rule; empty where it can."""
+        """Return why this engine does not have a rule, or an empty text if it does."""
         if isinstance(rule, Rank):
             fits = rule.r <= self.max_rank
-            return "" if fits else f"the cloud's engine judges by rank {self.max_rank} at most, not {rule.r}"
-        return "" if self.synthetic else f"the cloud's engine judges by greedy and rank(r) alone, not by {rule.text}"
+            return "" if fits else f"rule {rule.text}: the cloud's engine has rank(r) up to r = {self.max_rank}"
+        return "" if self.synthetic else f"rule {rule.text}: the cloud's engine has only greedy and rank(r)"
 
 
 class Engine(Protocol):
     """A loaded model that verifies for many edges."""
 
     @property
-    def identity(self) -> Identity: ...
+    def identity(self) -> Identity:
+        """Return the identity of the model. This may read its whole checkpoint."""
 
     @property
     def concurrency(self) -> int:
-        """How many calls it takes at once."""
+        """Return the number of calls that the engine can run at once."""
 
-    def verifier(self, rule: Rule) -> Verifier: ...
+    def verifier(self, rule: Rule) -> Verifier:
+        """Return a verifier with this acceptance rule."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop the engine and free its model."""
 
 
 @dataclass(frozen=True)
 class Transformers:
-    """A model of this process, one forward pass at a time."""
+    """A model in this process that runs one forward pass at a time."""
 
     model: HFModel
     dtype: str
@@ -74,6 +77,7 @@ class Transformers:
 
     @property
     def identity(self) -> Identity:
+        """Return the identity, with the digest of the checkpoint."""
         from edgecloud_sd.models import memory
 
         config = self.model.thinker.config.text_config
@@ -90,15 +94,16 @@ class Transformers:
         )
 
     def verifier(self, rule: Rule) -> Verifier:
+        """Return a verifier on this model."""
         return LocalVerifier(self.model, rule)
 
     def close(self) -> None:
-        """Nothing runs on."""
+        """Do nothing: the model goes with this object."""
 
 
 @dataclass(frozen=True)
 class VLLM:
-    """vLLM on this machine's GPUs, or its processor, as many calls at once as it batches."""
+    """A model under vLLM on the GPUs or the CPU of this machine, with one call per place in vLLM's batch."""
 
     model: VLLMModel
     traits: Traits
@@ -106,6 +111,7 @@ class VLLM:
 
     @property
     def identity(self) -> Identity:
+        """Return the identity, with the digest of the checkpoint."""
         import torch
 
         from edgecloud_sd.models import memory
@@ -125,21 +131,25 @@ class VLLM:
 
     @property
     def concurrency(self) -> int:
+        """Return the number of requests in one batch."""
         return self.model.concurrency
 
     def verifier(self, rule: Rule) -> Verifier:
+        """Return a verifier. Raise ValueError for a rule that needs more logits than vLLM returns."""
         return self.model.verifier(rule)
 
     def close(self) -> None:
+        """Stop vLLM and its processes."""
         self.model.close()
 
 
 def load_engine(
     name: str, checkpoint: str, device: str, dtype: str, flags: dict[str, object], weights: str = REAL
 ) -> Engine:
-    """The engine `name` on a checkpoint. ValueError or OSError for what cannot be loaded.
+    """Return the engine `name` with a checkpoint loaded.
 
-    vLLM finds its devices itself, and `flags` are its engine arguments.
+    `flags` are engine arguments of vLLM, which chooses its devices itself. Raise ValueError for a bad option and
+    OSError for a checkpoint that cannot be loaded.
     """
     from edgecloud_sd.models import load
 
@@ -147,9 +157,9 @@ def load_engine(
         from edgecloud_sd.cloud import vllm_engine
 
         if weights != REAL:
-            raise ValueError(f"--weights: {weights} is for --engine {ENGINE_NAMES[0]}")
+            raise ValueError(f"--weights: {weights} works only with --engine {ENGINE_NAMES[0]}")
         front = load.load_frontend(checkpoint)
         return VLLM(vllm_engine.load_vllm(checkpoint, dtype, flags), frontend_traits(front), dtype)
     if flags:
-        raise ValueError(f"--engine-option: {next(iter(flags))} is for --engine vllm")
+        raise ValueError(f"--engine-option: {next(iter(flags))} works only with --engine vllm")
     return Transformers(load.load_model(checkpoint, device, dtype, weights), dtype, weights)

@@ -1,4 +1,4 @@
-"""Whose call runs next: clients take turns, so that one who asks for much waits behind itself, not before all."""
+"""The queue in front of the model: clients take turns, so a client with many calls delays only its own."""
 
 from __future__ import annotations
 
@@ -15,39 +15,46 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Completed(Generic[_T]):
-    """What a call gave, how long it waited for its turn and how long it took: s."""
+    """The result of a call, its seconds in the queue and its seconds on a thread."""
 
     result: _T
-    queued: float
-    took: float
+    queue_seconds: float
+    run_seconds: float
 
 
 class FairQueue:
-    """Runs blocking calls of the engine on `concurrency` threads. The caller limits how many may wait."""
+    """A queue that runs blocking calls on `concurrency` threads and serves its clients in turn.
+
+    The queue has no limit of its own: the caller limits how many calls wait.
+    """
 
     def __init__(self, concurrency: int) -> None:
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="engine")
-        self._free = concurrency
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of their turns
-        self._last = ""  # whose turn it was
+        self._free_threads = concurrency
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # key: client; in the order of their turns
+        self._last_client = ""  # the client of the latest turn
 
     async def run(self, client: str, call: Callable[[], _T]) -> Completed[_T]:
-        """`call()` when it is the client's turn. Once begun it holds its thread to its end, cancelled or not."""
-        asked = time.perf_counter()
-        await self._turn(client)
-        begun = time.perf_counter()
+        """Run `call` on a thread when the client's turn comes, and return its result.
+
+        A call that has started keeps its thread until it ends, even if this coroutine is cancelled.
+        """
+        arrival = time.perf_counter()
+        await self._wait_for_turn(client)
+        start = time.perf_counter()
         running = asyncio.get_running_loop().run_in_executor(self._threads, call)
-        running.add_done_callback(self._next)
+        running.add_done_callback(self._give_next_turn)
         result = await asyncio.shield(running)
-        return Completed(result, begun - asked, time.perf_counter() - begun)
+        return Completed(result, start - arrival, time.perf_counter() - start)
 
     def close(self) -> None:
+        """Accept no more calls. Running calls end on their own."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _turn(self, client: str) -> None:
-        if self._free:
-            self._free -= 1
-            self._last = client
+    async def _wait_for_turn(self, client: str) -> None:
+        if self._free_threads:
+            self._free_threads -= 1
+            self._last_client = client
             return
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(client, deque()).append(turn)
@@ -55,21 +62,21 @@ class FairQueue:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self._next()  # it had just been given
+                self._give_next_turn()  # this call had just received the turn and will not use it
             raise
 
-    def _next(self, ended: asyncio.Future[Any] | None = None) -> None:
-        if ended is not None and not ended.cancelled():
-            ended.exception()  # whoever waited was told, or is gone
+    def _give_next_turn(self, ended_call: asyncio.Future[Any] | None = None) -> None:
+        if ended_call is not None and not ended_call.cancelled():
+            ended_call.exception()  # reading it stops asyncio's warning if the caller of `run` has gone
         while self._waiting:
-            # whoever came while a call ran goes before the next call of the same client
-            client = next((each for each in self._waiting if each != self._last), self._last)
-            mine = self._waiting.pop(client)
-            turn = mine.popleft()
-            if mine:
-                self._waiting[client] = mine  # behind all others
+            # A client that arrived during a call goes before the next call of the same client.
+            client = next((name for name in self._waiting if name != self._last_client), self._last_client)
+            turns = self._waiting.pop(client)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[client] = turns  # at the end: behind all other clients
             if not turn.done():
-                self._last = client
+                self._last_client = client
                 turn.set_result(None)
                 return
-        self._free += 1
+        self._free_threads += 1

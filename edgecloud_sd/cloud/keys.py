@@ -1,24 +1,24 @@
-"""The file with the keys that a server asks for, or that a client shows."""
+"""The key file: the keys that a server accepts, or the key that a client sends."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-SHORTEST_KEY = 16  # characters
+MIN_KEY_LENGTH = 16  # characters
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """The keys of a file, one a line, each a client of its own. ValueError for none, or for one that can be guessed."""
+    """Return the keys of a file with one key per line. Raise ValueError for no key or one that is easy to guess."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise ValueError(f"key file {path}: cannot be read ({error})") from None
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
-        raise ValueError(f"key file {path}: holds no key")
+        raise ValueError(f"key file {path}: contains no key: write one per line")
     for number, key in enumerate(keys, start=1):
-        if len(key) < SHORTEST_KEY or not all("!" <= each <= "~" for each in key):
+        if len(key) < MIN_KEY_LENGTH or not all("!" <= character <= "~" for character in key):
             raise ValueError(
-                f"key file {path}: key {number} must be {SHORTEST_KEY} or more ASCII characters, no blanks"
+                f"key file {path}: key {number} must be {MIN_KEY_LENGTH} or more ASCII characters without blanks"
             )
     return keys

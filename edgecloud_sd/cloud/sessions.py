@@ -1,4 +1,4 @@
-"""The prompts that are open on the server: how many and how large, whose they are, and which goes for want of room."""
+"""The open prompts of a server: their number and size, their owners, and the session that goes when room is needed."""
 
 from __future__ import annotations
 
@@ -15,129 +15,146 @@ from edgecloud_sd import wire
 from edgecloud_sd.verifier import Verification
 
 _T = TypeVar("_T")
-FRAMES_A_SECOND = 100  # of the log-mel spectrogram
+FRAMES_PER_SECOND = 100  # in the log-mel spectrogram
 
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """What one server takes on."""
+    """The limits of one server."""
 
     max_sessions: int = 64
-    idle_timeout: float = 300.0  # s
-    max_audio_seconds: float = 60.0
-    max_tokens: int = 4096  # of a prompt and its caption together, and so of a session's cache
+    idle_timeout: float = 300.0  # seconds
+    max_audio_seconds: float = 60.0  # per prompt
+    max_tokens: int = 4096  # prompt and output together, which bounds the KV cache of a session
 
     @property
     def max_frames(self) -> int:
-        return int(self.max_audio_seconds * FRAMES_A_SECOND)
+        """Return the frames of the longest audio."""
+        return int(self.max_audio_seconds * FRAMES_PER_SECOND)
 
-    def largest_prompt(self, mel_bins: int) -> int:
-        """Bytes of one with the longest audio."""
+    def max_prompt_bytes(self, mel_bins: int) -> int:
+        """Return the size in bytes of a prompt with the longest audio and the most tokens."""
         return 8 + wire.MAX_HEADER + 2 * mel_bins * self.max_frames + 4 * self.max_tokens
 
 
-class SessionClosed(Exception):
-    """A session that was taken away while a call of it waited."""
+class ServiceError(Exception):
+    """A request that the service refuses. The client may read the message."""
 
 
-class NoRoom(Exception):
-    """Every session that might go is at work."""
+class UnknownSession(ServiceError):
+    """A session that the client does not have.
+
+    The message is the same for a session that never existed, one that was closed, and one of another client.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("no such session: open the prompt again")
+
+
+class NoRoom(ServiceError):
+    """A new session for which no other session can be closed, because all of them are running a call."""
 
 
 @dataclass(eq=False)
 class OpenSession:
-    """One open prompt. `context` is what the cloud and its edge both know to be committed."""
+    """One open prompt on the server."""
 
-    owner: str
-    begun: int  # check of the prompt
+    owner: str  # the client
+    prompt_check: int  # CRC-32, see `edgecloud_sd.wire`
     prompt_tokens: int
-    name: str = field(default_factory=lambda: secrets.token_urlsafe(16))  # which nobody can guess
-    context: list[int] = field(default_factory=list)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one request at a time
-    used: float = 0.0
-    gone: bool = False  # no call may begin any more
+    name: str = field(default_factory=lambda: secrets.token_urlsafe(16))  # 128 random bits, so nobody guesses it
+    context: list[int] = field(default_factory=list)  # committed tokens that both sides know
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # for one request at a time
+    last_used: float = 0.0  # seconds on the clock of `Sessions`
+    is_closed: bool = False  # no call may start
     _verification: Verification | None = None
-    _alone: threading.Lock = field(default_factory=threading.Lock)  # a call outlives a request that is cancelled
+    # A call goes on after its request was cancelled and has released `lock`: this lock keeps the next call waiting.
+    _call_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def open(self, begin: Callable[[], Verification]) -> None:
-        """Returns when the prompt is prefilled. Blocks, as the two below. Gone for a session taken away before."""
-        with self._alone:
-            if self.gone:
-                raise SessionClosed
+        """Start a verification and block until its prompt is prefilled. Raise UnknownSession if closed before."""
+        with self._call_lock:
+            if self.is_closed:
+                raise UnknownSession
             self._verification = begin()
             self._verification.wait()
 
-    def call(self, what: Callable[[Verification], _T]) -> _T:
-        """Gone for a session that was taken away before."""
-        with self._alone:
-            if self.gone or self._verification is None:
-                raise SessionClosed
-            return what(self._verification)
+    def call(self, use: Callable[[Verification], _T]) -> _T:
+        """Return `use(verification)`, which may block. Raise UnknownSession if the session was closed before."""
+        with self._call_lock:
+            if self.is_closed or self._verification is None:
+                raise UnknownSession
+            return use(self._verification)
 
     def close(self) -> None:
-        """When the call that runs has ended, give back what the session occupies."""
-        self.gone = True
-        with self._alone:
-            closing, self._verification = self._verification, None
-            if closing is not None:
-                closing.close()
+        """Free the memory of the session. Block until its running call has ended."""
+        self.is_closed = True
+        with self._call_lock:
+            verification, self._verification = self._verification, None
+            if verification is not None:
+                verification.close()
 
 
 class Sessions:
-    """At most `limit`, each gone after `idle` seconds without a call. `clock` gives seconds."""
+    """At most `limit` open sessions, each removed after `idle_timeout` seconds without a request.
 
-    def __init__(self, limit: int, idle: float, clock: Callable[[], float] = time.monotonic) -> None:
+    `clock` returns seconds.
+    """
+
+    def __init__(self, limit: int, idle_timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit = limit
-        self._idle = idle
+        self._idle_timeout = idle_timeout
         self._clock = clock
-        self._held: dict[str, OpenSession] = {}
+        self._by_name: dict[str, OpenSession] = {}
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._by_name)
 
-    def add(self, held: OpenSession) -> OpenSession | None:
-        """Take a session in, and out the one that has to be closed for it, if any: none but a client that holds more
-        than the new one's owner then will loses one to it, even one at work. Without such a client, the owner loses
-        its own least recently used, or whoever did not use theirs for longest where the owner has none. Full where
-        all of those are at work.
+    def add(self, session: OpenSession) -> OpenSession | None:
+        """Add a session, and return the session that was removed to make room, if any.
+
+        Some client may have at least two sessions more than the new session's owner. Then the client with the most
+        loses its least recently used session, even if all of its sessions are running a call. Otherwise the owner
+        loses its own least recently used idle session. An owner without a session takes the least recently used idle
+        one of all. Raise NoRoom if no such session is idle.
         """
-        out = self._least(held.owner) if len(self._held) >= self._limit else None
-        if out:
-            self.drop(out)
-        held.used = self._clock()
-        self._held[held.name] = held
-        return out
+        evicted = self._choose_evicted(session.owner) if len(self._by_name) >= self._limit else None
+        if evicted:
+            self.remove(evicted)
+        session.last_used = self._clock()
+        self._by_name[session.name] = session
+        return evicted
 
-    def _least(self, owner: str) -> OpenSession:
-        counts = Counter(each.owner for each in self._held.values())
-        most = max(counts.values())
-        greedy = most > counts[owner] + 1
-        if greedy:
-            there = [each for each in self._held.values() if counts[each.owner] == most]
+    def _choose_evicted(self, owner: str) -> OpenSession:
+        counts = Counter(session.owner for session in self._by_name.values())
+        highest = max(counts.values())
+        is_unfair = highest > counts[owner] + 1
+        if is_unfair:
+            candidates = [session for session in self._by_name.values() if counts[session.owner] == highest]
         else:
-            there = [each for each in self._held.values() if each.owner == owner or not counts[owner]]
-        may = [each for each in there if greedy or not each.lock.locked()]
-        if not may:
-            raise NoRoom(f"all {len(there)} sessions that could make room are at work")
-        return min(may, key=lambda each: (each.lock.locked(), each.used))
+            candidates = [s for s in self._by_name.values() if s.owner == owner or not counts[owner]]
+        removable = [session for session in candidates if is_unfair or not session.lock.locked()]
+        if not removable:
+            raise NoRoom(f"all {len(candidates)} sessions that could make room are running a call: try again")
+        return min(removable, key=lambda session: (session.lock.locked(), session.last_used))
 
     def get(self, owner: str, name: str) -> OpenSession:
-        """KeyError for a session that is not there, and just so for one of somebody else's."""
-        held = self._held[name]
-        if held.owner != owner:
-            raise KeyError(name)
-        held.used = self._clock()
-        return held
+        """Return the owner's session of this name and note its use. Raise UnknownSession if the owner has none."""
+        session = self._by_name.get(name)
+        if session is None or session.owner != owner:
+            raise UnknownSession
+        session.last_used = self._clock()
+        return session
 
-    def drop(self, held: OpenSession) -> None:
-        """Nobody finds it any more. Nothing happens for one that is out already."""
-        held.gone = True
-        self._held.pop(held.name, None)
+    def remove(self, session: OpenSession) -> None:
+        """Remove a session, so that no call on it may start. A session may be removed twice."""
+        session.is_closed = True
+        self._by_name.pop(session.name, None)
 
-    def idle(self) -> list[OpenSession]:
-        """Take out those that have not been used for too long."""
-        since = self._clock() - self._idle
-        out = [each for each in self._held.values() if each.used < since and not each.lock.locked()]
-        for each in out:
-            self.drop(each)
-        return out
+    def remove_idle(self) -> list[OpenSession]:
+        """Remove and return the sessions without a request for longer than the idle timeout."""
+        deadline = self._clock() - self._idle_timeout
+        idle = [s for s in self._by_name.values() if s.last_used < deadline and not s.lock.locked()]
+        for session in idle:
+            self.remove(session)
+        return idle

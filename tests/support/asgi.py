@@ -1,4 +1,4 @@
-"""The cloud's server without a socket: requests of several clients at once, and an engine that tells what it does."""
+"""The cloud's application without a socket, for several clients at once, on an engine that records its calls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,15 +24,15 @@ from tests.support.strategies import VOCABULARY
 from tests.support.toy import ToyModel, ToySession, random_table
 
 KEY, OTHER_KEY = "k" * 43, "o" * 43
-AUDIO = VOCABULARY - 1  # the id that stands for audio
+AUDIO = VOCABULARY - 1  # the audio placeholder
 
 
 @dataclass
-class Spy:
-    """A toy model that notes each call, and does `before` it whatever a test wants: wait, or raise."""
+class SpyModel:
+    """A toy model that records each call and runs `before_call` first, with which a test can wait or raise."""
 
     model: ToyModel = field(default_factory=lambda: ToyModel(random_table(VOCABULARY, 0), frozenset()))
-    before: Callable[[str], None] = lambda call: None
+    before_call: Callable[[str], None] = lambda call: None
     calls: list[str] = field(default_factory=list)
     sessions: list[SpySession] = field(default_factory=list)
 
@@ -40,40 +40,42 @@ class Spy:
     def eos(self) -> frozenset[int]:
         return self.model.eos
 
-    def note(self, call: str) -> None:
+    def record(self, call: str) -> None:
         self.calls.append(call)
-        self.before(call)
+        self.before_call(call)
 
     def open(self, prompt: Prompt) -> SpySession:
-        self.note("open")
+        self.record("open")
         self.sessions.append(SpySession(self.model.open(prompt), self))
         return self.sessions[-1]
 
 
 class SpySession:
-    def __init__(self, session: ToySession, spy: Spy) -> None:
+    """A session of a `SpyModel`."""
+
+    def __init__(self, session: ToySession, spy: SpyModel) -> None:
         self._session = session
         self._spy = spy
-        self.closed = False
+        self.is_closed = False
 
     @property
     def tokens(self) -> list[int]:
         return self._session.tokens
 
     def extend(self, tokens: Sequence[int]) -> torch.Tensor:
-        self._spy.note("extend")
+        self._spy.record("extend")
         return self._session.extend(tokens)
 
     def truncate(self, length: int) -> None:
-        self.closed = length == 0
+        self.is_closed = length == 0
         self._session.truncate(length)
 
 
 @dataclass
 class SpyEngine(ToyEngine):
-    """On a spy, with an audio placeholder among its ids."""
+    """An engine on a `SpyModel`, with an audio placeholder in its vocabulary."""
 
-    model: Spy = field(default_factory=Spy)
+    model: SpyModel = field(default_factory=SpyModel)
 
     @property
     def identity(self) -> Identity:
@@ -82,7 +84,9 @@ class SpyEngine(ToyEngine):
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
+    """A whole HTTP response."""
+
     status: int
     headers: dict[str, str]
     body: bytes
@@ -98,44 +102,48 @@ class Answer:
 
 @dataclass(frozen=True)
 class Edge:
-    """A client of an app, by its key."""
+    """A client of an application, identified by its key."""
 
     app: ASGIApp
     key: str | None = KEY
 
-    async def ask(
+    async def request(
         self,
         method: str,
         path: str,
         body: bytes | Sequence[bytes] = b"",
-        content: str = JSON,
+        content_type: str = JSON,
         *,
         headers: Sequence[tuple[bytes, bytes]] = (),
         read: Callable[[bytes], Awaitable[bool]] | None = None,
-        server_fails: bool = False,
-    ) -> Answer:
-        """`read` is given each part of the answer's body, and tells whether the client stays for more."""
+        may_fail: bool = False,
+    ) -> Response:
+        """Send a request and return its response.
+
+        `read` receives each part of the response's body; the client goes away when it returns False. With `may_fail`,
+        an error of the application ends the response, as a server would cut the connection.
+        """
         path, _, query = path.partition("?")
         chunks = [body] if isinstance(body, bytes) else list(body)
-        sent: list[Message] = [
+        requests: list[Message] = [
             {"type": "http.request", "body": chunk, "more_body": number < len(chunks)}
             for number, chunk in enumerate(chunks, start=1)
         ]
-        away = asyncio.Event()
-        got: list[Message] = []
+        is_gone = asyncio.Event()
+        responses: list[Message] = []
 
         async def receive() -> Message:
-            if sent:
-                return sent.pop(0)
-            await away.wait()
+            if requests:
+                return requests.pop(0)
+            await is_gone.wait()
             return {"type": "http.disconnect"}
 
         async def send(message: Message) -> None:
-            got.append(message)
+            responses.append(message)
             if read and message["type"] == "http.response.body" and not await read(message.get("body", b"")):
-                away.set()
+                is_gone.set()
 
-        key = [(b"authorization", f"Bearer {self.key}".encode())] if self.key else []
+        authorization = [(b"authorization", f"Bearer {self.key}".encode())] if self.key else []
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -146,78 +154,85 @@ class Edge:
             "raw_path": path.encode(),
             "root_path": "",
             "query_string": query.encode(),
-            "headers": [*key, (b"content-type", content.encode()), *headers],
+            "headers": [*authorization, (b"content-type", content_type.encode()), *headers],
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 80),
         }
         try:
             await self.app(scope, receive, send)
         except Exception:
-            if not server_fails:
+            if not may_fail:
                 raise
-        start = got[0]
-        return Answer(
+        start = responses[0]
+        return Response(
             start["status"],
             {name.decode(): value.decode() for name, value in start["headers"]},
-            b"".join(message.get("body", b"") for message in got[1:]),
+            b"".join(message.get("body", b"") for message in responses[1:]),
         )
 
-    async def opened(self, prompt: Prompt | None = None, rule: str = "greedy") -> Opened:
+    async def open(self, prompt: Prompt | None = None, rule: str = "greedy") -> EdgeSession:
         prompt = prompt or Prompt((1, 2, 3))
         body = wire.encode_prompt(prompt)
-        begun = wire.prompt_checksum(body, rule)
-        answer = await self.ask("POST", f"/v1/sessions?rule={rule}&check={begun}", body, OCTETS)
-        assert answer.status == 201, answer
-        return Opened(self, answer.json["session"], prompt, begun)
+        check = wire.prompt_checksum(body, rule)
+        response = await self.request("POST", f"/v1/sessions?rule={rule}&check={check}", body, OCTETS)
+        assert response.status == 201, response
+        return EdgeSession(self, response.json["session"], prompt, check)
 
 
 @dataclass(frozen=True)
-class Opened:
+class EdgeSession:
     """A session as its client sees it."""
 
     edge: Edge
     name: str
     prompt: Prompt
-    begun: int
+    prompt_check: int
 
     @property
     def path(self) -> str:
         return f"/v1/sessions/{self.name}"
 
-    async def verify(self, context: Sequence[int], base: int, draft: Sequence[int], /, **but: object) -> Answer:
-        request = wire.build_verify_request(self.begun, context, base, draft)
-        return await self.edge.ask("POST", f"{self.path}/verify", json.dumps(asdict(request) | but).encode())
+    async def verify(self, context: Sequence[int], base: int, draft: Sequence[int], /, **changes: object) -> Response:
+        """Send a request to verify, with `changes` to its fields."""
+        message = message_fields(wire.to_verify(self.prompt_check, context, base, draft))
+        return await self.edge.request("POST", f"{self.path}/verify", json.dumps(message | changes).encode())
 
     async def generate(
         self, limit: int, output: Sequence[int] = (), read: Callable[[bytes], Awaitable[bool]] | None = None
-    ) -> Answer:
-        request = wire.build_generate_request(self.begun, output, (), limit)
-        # where the server gives up in the middle, it does so by cutting the connection
-        return await self.edge.ask("POST", f"{self.path}/generate", wire.dumps(request), read=read, server_fails=True)
+    ) -> Response:
+        body = wire.dumps(wire.to_generate(self.prompt_check, output, (), limit))
+        return await self.edge.request("POST", f"{self.path}/generate", body, read=read, may_fail=True)
 
-    async def close(self) -> Answer:
-        return await self.edge.ask("DELETE", self.path)
+    async def close(self) -> Response:
+        return await self.edge.request("DELETE", self.path)
+
+
+def message_fields(message: Any) -> dict[str, Any]:
+    """Return the fields of a message of `edgecloud_sd.wire`, as its JSON has them."""
+    fields: dict[str, Any] = json.loads(wire.dumps(message))
+    return fields
 
 
 @asynccontextmanager
-async def started(
+async def running_app(
     engine: ToyEngine | None = None, limits: ServiceLimits | None = None, keys: Sequence[str] = (KEY, OTHER_KEY)
 ) -> AsyncIterator[FastAPI]:
+    """Yield an application while its lifespan runs."""
     app = create_app(engine or SpyEngine(), limits, keys)
     async with app.router.lifespan_context(app):
         yield app
 
 
-def play(scene: Coroutine[Any, Any, None], most: float = 10.0) -> None:
-    """Run it: what hangs fails after `most` seconds."""
+def run_scene(scene: Coroutine[Any, Any, None], seconds: float = 60.0) -> None:
+    """Run a coroutine. Fail if it is still running after `seconds`."""
 
     async def bounded() -> None:
-        await asyncio.wait_for(scene, most)
+        await asyncio.wait_for(scene, seconds)
 
     asyncio.run(bounded())
 
 
-async def until(what: Callable[[], bool]) -> None:
-    """Returns when it is so."""
-    while not what():
+async def wait_until(condition: Callable[[], bool]) -> None:
+    """Return when the condition is true. `run_scene` limits the time."""
+    while not condition():
         await asyncio.sleep(0.001)

@@ -1,4 +1,4 @@
-"""The cloud's server in a thread of the test's process, on toy models that may change between examples."""
+"""The cloud's server in a thread of the test process, on a toy model that a test may replace."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from edgecloud_sd.verifier import LocalVerifier, Verifier
 from tests.support.strategies import VOCABULARY
 from tests.support.toy import ToyModel, random_table
 
-AUDIO_TOKEN = 10**6  # beyond the vocabulary: prompts of toy models are text
+AUDIO_TOKEN = 10**6  # outside the vocabulary, because prompts of toy models are text
 
 
 @dataclass
 class ToyEngine:
-    """Serves whichever `model` it holds at the moment, under a made-up identity that stays the same."""
+    """An engine that serves its current `model` under an identity that does not change."""
 
     model: Model = field(default_factory=lambda: ToyModel(random_table(VOCABULARY, 0), frozenset()))
     name: str = "toy"
@@ -61,8 +61,8 @@ class ToyEngine:
 
 @contextmanager
 def served(engine: Engine, limits: ServiceLimits | None = None, keys: Sequence[str] = ()) -> Iterator[str]:
-    """The URL of a server on loopback, which is stopped at the end."""
-    # named as TCP, as `cloud.__main__.listen` does it: or asyncio would leave Nagle's algorithm on, 40 ms an answer
+    """Yield the URL of a server on loopback, and stop the server at the end."""
+    # asyncio turns Nagle's algorithm off only if the protocol is named, as in `cloud.__main__.open_socket`.
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.bind(("127.0.0.1", 0))
     listening.listen(1024)
