@@ -1,4 +1,4 @@
-"""`python -m edgecloud_sd.cloud serve`: the cloud's side as a service for many edges."""
+"""Serve a target model to many edges: `python -m edgecloud_sd.cloud serve`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ from edgecloud_sd.models.devices import choose_threads, use_threads
 
 if TYPE_CHECKING:
     import uvicorn
+    from fastapi import FastAPI
 
 LOOPBACK = "127.0.0.1"
+DEFAULT = "(default: %(default)s)"  # argparse fills it in
+POSITIVE_OPTIONS = ("max_sessions", "idle_timeout", "max_audio_seconds", "max_tokens", "threads")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, and exit with one line for a bad option."""
     options = serve_parser().parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
@@ -41,134 +45,160 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def serve_parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m edgecloud_sd.cloud", description=__doc__)
-    commands = made.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="serve a model until stopped")
-    add, limits = serve.add_argument, ServiceLimits()
-    shown = "(default: %(default)s)"
-    add("--model", default=pairs.PAIRS["pocket"].cloud, help="a folder or a hub name (default: the pocket pair's)")
-    add("--engine", choices=engines.ENGINE_NAMES, default=engines.ENGINE_NAMES[0], help=f"what computes {shown}")
-    add("--device", default="cpu", help=f"torch device, or auto: a GPU where there is one {shown}")
-    add("--weights", default=pairs.REAL, choices=pairs.WEIGHTS, help=f"dummy ones are random {shown}")
-    dtypes = ", ".join(devices.DTYPES_OR_AUTO)
-    add("--dtype", default="float32", help=f"number format: {dtypes}; auto is by the device {shown}")
-    add("--threads", type=int, help="CPU threads of torch (default: one for models under 50 M parameters)")
-    add("--host", default=LOOPBACK, help=f"address to listen on {shown}")
-    add("--port", type=int, default=8700, help=f"0 takes a free one and prints it {shown}")
-    add("--api-key-file", type=Path, help="keys that clients must show, one a line, each a client of its own")
-    add("--insecure", action="store_true", help="listen off loopback without a key: whoever reaches it may use it")
-    add("--max-sessions", type=int, default=limits.max_sessions, help=f"prompts open at once {shown}")
-    add("--idle-timeout", type=float, default=limits.idle_timeout, help=f"close one after s without a call {shown}")
-    add("--max-audio-seconds", type=float, default=limits.max_audio_seconds, help=f"s of one prompt {shown}")
-    add("--max-tokens", type=int, default=limits.max_tokens, help=f"of a prompt and its caption together {shown}")
-    add("--until-stdin-closes", action="store_true", help="stop with the process that holds the other end")
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m edgecloud_sd.cloud", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve_command = commands.add_parser("serve", help="serve a model until stopped", description=__doc__)
+    _add_model_options(serve_command.add_argument_group("model"))
+    _add_network_options(serve_command.add_argument_group("network and keys"))
+    _add_limit_options(serve_command.add_argument_group("limits"))
+    return parser
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    pocket_cloud, transformers = pairs.PAIRS["pocket"].cloud, engines.ENGINE_NAMES[0]
     add(
-        "--engine-option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an engine argument of vLLM, e.g. tensor_parallel_size=2; may be repeated",
+        "--model", default=pocket_cloud, help="checkpoint folder, or its name on the Hugging Face hub (default: pocket)"
     )
-    return made
+    add("--engine", choices=engines.ENGINE_NAMES, default=transformers, help=f"library that runs the model {DEFAULT}")
+    text = "engine argument of vLLM, for example tensor_parallel_size=2; may be given several times"
+    add("--engine-option", action="append", default=[], metavar="NAME=VALUE", help=text)
+    add("--device", default="cpu", help=f"torch device, or auto for a GPU if there is one {DEFAULT}")
+    text = f"number format; auto is float16 on a GPU and float32 on a CPU {DEFAULT}"
+    add("--dtype", choices=devices.DTYPES_OR_AUTO, default="float32", help=text)
+    add("--weights", choices=pairs.WEIGHTS, default=pairs.REAL, help=f"dummy weights are random {DEFAULT}")
+    add("--threads", type=int, help="CPU threads of torch (default: one for a model under 50 M parameters)")
+
+
+def _add_network_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--host", default=LOOPBACK, help=f"address to listen on {DEFAULT}")
+    add("--port", type=int, default=8700, help=f"port; 0 takes a free one and prints it {DEFAULT}")
+    text = "file with the keys that clients must send, one per line; each key is one client"
+    add("--api-key-file", type=Path, metavar="FILE", help=text)
+    text = "listen beyond loopback without a key, so that everybody who can reach the server may use it"
+    add("--insecure", action="store_true", help=text)
+    add("--until-stdin-closes", action="store_true", help="stop when the process at the other end of stdin ends")
+
+
+def _add_limit_options(group: argparse._ArgumentGroup) -> None:
+    limits = ServiceLimits()
+
+    def add(name: str, default: float, metavar: str, text: str) -> None:
+        group.add_argument(name, type=type(default), default=default, metavar=metavar, help=f"{text} {DEFAULT}")
+
+    add("--max-sessions", limits.max_sessions, "N", "prompts open at once")
+    add("--idle-timeout", limits.idle_timeout, "SECONDS", "close a prompt after this time without a request")
+    add("--max-audio-seconds", limits.max_audio_seconds, "SECONDS", "audio of one prompt")
+    add("--max-tokens", limits.max_tokens, "N", "tokens of one prompt and its output together")
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Load, listen, say where in one line on stdout, return when stopped. ValueError or OSError for bad options."""
-    import uvicorn  # which no help text should wait for, as for what the two below bring
+    """Load the model, print the URL on stdout, and serve until stopped.
 
-    from edgecloud_sd.cloud.server import create_app
-    from edgecloud_sd.cloud.transport import KEEP_ALIVE
+    Raise ValueError or OSError for an option that cannot be used.
+    """
+    from edgecloud_sd.cloud.server import create_app  # imports FastAPI, which --help does not need
 
     keys = read_keys(options.api_key_file) if options.api_key_file else ()
-    for name in ("max_sessions", "idle_timeout", "max_audio_seconds", "max_tokens", "threads"):
+    for name in POSITIVE_OPTIONS:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')}: must be a number above 0, not {value}")
-    try:
-        asked = devices.parse_cloud_dtype(options.dtype)
-    except ValueError as error:
-        raise ValueError(f"--dtype: {options.dtype!r} {error}") from None
     limits = ServiceLimits(options.max_sessions, options.idle_timeout, options.max_audio_seconds, options.max_tokens)
-    given = flags(options.engine_option)
-    if given and options.engine != "vllm":
-        raise ValueError("--engine-option: is for --engine vllm")
-    listening = listen(options.host, options.port, anyone=bool(keys) or options.insecure)  # before minutes of loading
-    with listening:
+    engine_options = parse_engine_options(options.engine_option)
+    if engine_options and options.engine != "vllm":
+        raise ValueError(f"--engine-option: {options.engine_option[0]} works only with --engine vllm")
+    # A bad address fails here, before the minutes that loading may take.
+    with open_socket(options.host, options.port, allow_remote=bool(keys) or options.insecure) as listening:
         if options.until_stdin_closes:
-            threading.Thread(target=stop_with_stdin, daemon=True).start()
-        device, dtype = devices.resolve_device(options.device, asked)
-        engine = engines.load_engine(options.engine, options.model, device, dtype, given, options.weights)
+            threading.Thread(target=stop_when_stdin_closes, daemon=True).start()
+        device, dtype = devices.resolve_device(options.device, options.dtype)
+        engine = engines.load_engine(options.engine, options.model, device, dtype, engine_options, options.weights)
         if isinstance(engine, engines.Transformers):
-            use_threads(choose_threads(options.threads, [engine.model.thinker.num_parameters()]))
-        app = create_app(engine, limits, keys)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                date_header=False,
-                proxy_headers=False,  # whoever has no key is told by an address, which must not be their own word
-                ws="none",
-                timeout_keep_alive=int(KEEP_ALIVE) + 15,
-                timeout_graceful_shutdown=5,
-            )
-        )
-        host, port = listening.getsockname()[:2]
-        asyncio.run(announced(server, listening, f"http://{f'[{host}]' if ':' in host else host}:{port}"))
+            use_threads(choose_threads(options.threads, [engine.model.thinker]))
+        asyncio.run(run_app(create_app(engine, limits, keys), listening))
 
 
-async def announced(server: uvicorn.Server, listening: socket.socket, url: str) -> None:
+async def run_app(app: FastAPI, listening: socket.socket) -> None:
+    """Serve an application on a socket, and print its URL when it is ready."""
+    server = _uvicorn_server(app)
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     if server.started:
-        print(url, flush=True)
+        host, port = listening.getsockname()[:2]
+        print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     await serving
 
 
-def listen(host: str, port: int, anyone: bool = False) -> socket.socket:
-    """A socket that listens, for this machine alone unless for `anyone`. ValueError for an address that others reach,
-    OSError where it cannot be listened on."""
+def _uvicorn_server(app: FastAPI) -> uvicorn.Server:
+    import uvicorn
+
+    from edgecloud_sd.cloud.client import KEPT_ALIVE
+
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        # An address identifies a client without a key, so the client must not be able to set it in a header.
+        proxy_headers=False,
+        ws="none",
+        timeout_keep_alive=int(KEPT_ALIVE) + 15,
+        timeout_graceful_shutdown=5,
+    )
+    return uvicorn.Server(config)
+
+
+def open_socket(host: str, port: int, allow_remote: bool = False) -> socket.socket:
+    """Return a socket that listens on an address.
+
+    Raise ValueError for an address that other machines can reach, unless `allow_remote`. Raise OSError if the socket
+    cannot listen there.
+    """
     try:
-        if not 0 <= port < 2**16:  # or it would be taken modulo that
+        if not 0 <= port < 2**16:  # the system would take a larger port modulo 65536
             raise OverflowError("ports are below 65536")
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        if not anyone and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+        if not allow_remote and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
             raise ValueError(
-                f"--host: {host} can be reached by others: give --api-key-file, or --insecure if that is meant"
+                f"--host: other machines can reach {host}: give --api-key-file, or --insecure to serve without a key"
             )
-        # with its protocol named, or asyncio would leave Nagle's algorithm on: 40 ms an answer
         with ExitStack() as stack:
-            made = stack.enter_context(socket.socket(family, kind, socket.IPPROTO_TCP))
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.bind(address)
-            made.listen(1024)
+            # asyncio turns Nagle's algorithm off only if the protocol is named; it would delay responses by 40 ms.
+            listening = stack.enter_context(socket.socket(family, kind, socket.IPPROTO_TCP))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(1024)
             stack.pop_all()
     except (OSError, OverflowError, UnicodeError) as error:
         raise OSError(f"cannot listen on {host}:{port} ({error}): choose another --port, or 0 for a free one") from None
-    return made
+    return listening
 
 
-def flags(given: Sequence[str]) -> dict[str, object]:
-    """NAME=VALUE as YAML reads the value."""
+def parse_engine_options(assignments: Sequence[str]) -> dict[str, object]:
+    """Return the values of NAME=VALUE, each read as YAML. Raise ValueError for anything else."""
     import yaml
 
-    found = {}
-    for each in given:
-        name, equals, value = each.partition("=")
+    options = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
         if not equals or not name.isidentifier():
-            raise ValueError(f"--engine-option: {each!r} is not NAME=VALUE")
+            raise ValueError(f"--engine-option: {assignment!r} is not NAME=VALUE")
         try:
-            found[name] = yaml.safe_load(value)
+            options[name] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise ValueError(f"--engine-option: {value!r} is not YAML") from None
-    return found
+            raise ValueError(f"--engine-option: the value {value!r} of {name} is not YAML") from None
+    return options
 
 
-def stop_with_stdin() -> None:
-    """As a signal would, be it while the model is loading."""
-    while os.read(sys.stdin.fileno(), 4096):  # past the buffer, whose lock would be held when the process ends
+def stop_when_stdin_closes() -> None:
+    """Send SIGTERM to this process when stdin closes, even while the model is loading."""
+    # os.read, because a read of sys.stdin would lock its buffer, which the interpreter needs when it ends.
+    while os.read(sys.stdin.fileno(), 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""A server on loopback for one run, in a process of its own: `--cloud-url auto`."""
+"""A server on loopback in a process of its own, for one run: `--cloud-url auto`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that runs. Its key is in no command line, where others could read it."""
+    """A running server. No command line contains its key, because other users can read command lines."""
 
     url: str
     key: str
@@ -26,27 +22,30 @@ class Server:
 
 
 @contextmanager
-def run_server(model: str, device: str = "cpu", dtype: str = "float32", more: Sequence[str] = ()) -> Iterator[Server]:
-    """Start it, wait until it listens, stop it at the end. OSError, with its last words, where it does not start.
+def run_server(
+    model: str, device: str = "cpu", dtype: str = "float32", options: Sequence[str] = ()
+) -> Iterator[Server]:
+    """Start a server, wait until it listens, and stop it at the end.
 
-    It stops too when this process ends in any other way: it reads a pipe that closes then.
+    Raise OSError with the last line of its log if it does not start. The server also stops if this process dies,
+    because it reads a pipe that closes then.
     """
     with tempfile.TemporaryDirectory(prefix="edgecloud_sd-") as folder:
-        key, keys, log = secrets.token_urlsafe(32), Path(folder, "key"), Path(folder, "log")
-        keys.touch(mode=0o600)
-        keys.write_text(key + "\n", encoding="ascii")
+        key, key_file, log_file = secrets.token_urlsafe(32), Path(folder, "key"), Path(folder, "log")
+        key_file.touch(mode=0o600)
+        key_file.write_text(key + "\n", encoding="ascii")
         command = [sys.executable, "-m", "edgecloud_sd.cloud", "serve", "--until-stdin-closes", "--port", "0"]
-        command += ["--model", model, "--device", device, "--dtype", dtype, "--api-key-file", str(keys), *more]
-        with log.open("w", encoding="utf-8") as said:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True)
+        command += ["--model", model, "--device", device, "--dtype", dtype, "--api-key-file", str(key_file), *options]
+        with log_file.open("w", encoding="utf-8") as log:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         assert process.stdin is not None
         assert process.stdout is not None
         try:
             url = next((line.strip() for line in process.stdout if line.startswith("http://")), "")
             if not url:
                 process.wait()
-                words = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-                raise OSError(f"the cloud's server did not start: {words[-1] if words else 'it said nothing'}")
+                lines = [line for line in log_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+                raise OSError(f"the cloud's server did not start: {lines[-1] if lines else 'its log is empty'}")
             yield Server(url, key, process)
         finally:
             process.stdin.close()
