@@ -139,8 +139,8 @@ class CloudService:
     ) -> Completed[Verdict]:
         """Verify a draft in one forward pass. A repeated request gives the same verdict."""
         session = self._sessions.get(*key)
-        self._check_ids(tokens)
-        self._check_ids(draft)
+        self._check_ids("tokens", tokens)
+        self._check_ids("draft", draft)
         async with session.lock:
             context = [*session.context[:base], *tokens]
             if base > len(session.context) or wire.checksum([*context, *draft], session.prompt_check) != check:
@@ -166,11 +166,11 @@ class CloudService:
     ) -> AsyncGenerator[Completed[int | None], None]:
         """Yield the model's greedy tokens after `output`, one by one, and None at the end.
 
-        The session stays locked until the generator is exhausted or closed.
+        The session stays locked until then, or until the generator is closed.
         """
         session = self._sessions.get(*key)
-        self._check_ids(output)
-        self._check_ids(eos)
+        self._check_ids("output", output)
+        self._check_ids("eos", eos)
         if wire.checksum((*output, *eos, max_new_tokens), session.prompt_check) != check:
             raise ContextMismatch("the request does not match its check: send it again")
         self._check_length(session.prompt_tokens + max_new_tokens)
@@ -184,13 +184,10 @@ class CloudService:
 
         async with session.lock:
             session.context = []  # the edge has not confirmed the tokens that the cache will contain
-            while True:
-                completed = await self._run("generate", session, partial(session.call, step))
-                if completed.result is not None:
-                    self.metrics.generated_tokens.inc()
+            while (completed := await self._run("generate", session, partial(session.call, step))).result is not None:
+                self.metrics.generated_tokens.inc()
                 yield completed
-                if completed.result is None:
-                    return
+        yield completed
 
     async def close(self, key: SessionKey) -> None:
         """Close a session when its running request has ended."""
@@ -224,7 +221,7 @@ class CloudService:
     def _check_prompt(self, prompt: Prompt) -> None:
         traits = self.identity.traits
         self._check_length(len(prompt.ids))
-        self._check_ids(prompt.ids)
+        self._check_ids("ids", prompt.ids)
         if prompt.features is not None:
             mel_bins, frames = prompt.features.shape
             if mel_bins != traits.mel_bins:
@@ -239,9 +236,11 @@ class CloudService:
         if prompt.ids[-1] == traits.audio_token:
             raise InvalidRequest("ids: the last token must be text, not an audio placeholder")
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        if ids and not 0 <= min(ids) <= max(ids) < self.identity.vocab_size:
-            raise InvalidRequest(f"token ids must be at least 0 and below {self.identity.vocab_size}")
+    def _check_ids(self, field: str, ids: Sequence[int]) -> None:
+        largest = self.identity.vocab_size - 1
+        for token in (min(ids), max(ids)) if ids else ():
+            if not 0 <= token <= largest:
+                raise InvalidRequest(f"{field}: {token} is not a token id of this model: use 0 to {largest}")
 
     def _check_length(self, tokens: int) -> None:
         if tokens > self._max_tokens:
