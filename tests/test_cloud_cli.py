@@ -165,7 +165,7 @@ def test_a_server_prints_its_url_and_stops_even_during_a_stream(cause: str, keys
         check = wire.prompt_checksum(body, "greedy")
         opened = call(f"{url}/v1/sessions?rule=greedy&check={check}", body, content_type=wire.OCTETS)
         session, _ = wire.read_opened(opened, check)
-        message = wire.dumps(wire.to_generate(check, [], (), 400))
+        message = wire.dumps(wire.build_generate_request(check, [], (), 400))
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as stream:
             head = f"POST /v1/sessions/{session}/generate HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {KEY}\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(message)}\r\n\r\n"

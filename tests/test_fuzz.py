@@ -145,11 +145,11 @@ class Attacker:
         message: dict[str, Any]
         if call == "verify":
             base = pick((0, 0, 0, 1, 2, 10**30))
-            message = message_fields(wire.to_verify(check, [abs(token) for token in context], base, draft))
+            message = message_fields(wire.build_verify_request(check, [abs(token) for token in context], base, draft))
             message["tokens"] = context
         else:
             eos = context[:2] if -1 not in context else ()
-            message = message_fields(wire.to_generate(check, draft[:9], eos, pick((1, 5, 9))))
+            message = message_fields(wire.build_generate_request(check, draft[:9], eos, pick((1, 5, 9))))
         for field_name in list(message):
             if odd_ids and self.random.random() < 0.2:
                 message[field_name] = pick(
@@ -202,7 +202,7 @@ class HonestClient:
         if len(self._context) > 60:
             self._context, self._base = [self.prompt.last], 0
         draft = [self._random.randrange(VOCABULARY) for _ in range(self._random.randrange(5))]
-        message = wire.to_verify(self.check, self._context, self._base, draft)
+        message = wire.build_verify_request(self.check, self._context, self._base, draft)
         expected = self._local.verify(self._base, self._context[self._base :], draft)
         self._base = len(self._context) + expected.accepted
         self._context = [*self._context, *draft[: expected.accepted], expected.token]
@@ -258,7 +258,7 @@ def break_protocol(random: Random, port: int, sessions: list[tuple[str, int]]) -
     """Send bytes that no HTTP client sends, on a new connection."""
     name, check = random.choice(sessions)
     key = f"Authorization: Bearer {KEY}\r\nHost: x\r\n".encode()
-    message = wire.dumps(wire.to_generate(check, [], (), 3000))
+    message = wire.dumps(wire.build_generate_request(check, [], (), 3000))
     head = f"POST /v1/sessions/{name}/generate HTTP/1.1\r\nContent-Type: {JSON}\r\n".encode() + key
     data = random.choice(
         (

@@ -72,10 +72,10 @@ def waiting_requests(app: Any, session: EdgeSession) -> int:
 @pytest.mark.parametrize(
     ("message", "model"),
     [
-        (wire.opened("name", "model", 1), server.OpenedMessage),
-        (wire.to_verify(1, [3, 1], 1, [2]), server.VerifyRequest),
-        (wire.verdict(Verdict(1, 2), 1), server.VerdictMessage),
-        (wire.to_generate(1, [1], [2], 3), server.GenerateRequest),
+        (wire.build_opened_message("name", "model", 1), server.OpenedMessage),
+        (wire.build_verify_request(1, [3, 1], 1, [2]), server.VerifyRequest),
+        (wire.build_verdict_message(Verdict(1, 2), 1), server.VerdictMessage),
+        (wire.build_generate_request(1, [1], [2], 3), server.GenerateRequest),
     ],
     ids=["opened", "to_verify", "verdict", "to_generate"],
 )
@@ -93,7 +93,7 @@ def test_verdicts_equal_the_models_own_even_if_a_request_is_repeated(rule: str) 
             for draft in ([0, 1, 2], [], [4, 4], [6], [1, 1, 1, 1], [2, 5]):
                 expected = local.verify(base, context[base:], draft)
                 for sent_base in (base, base, base, 0):
-                    message = wire.to_verify(session.prompt_check, context, sent_base, draft)
+                    message = wire.build_verify_request(session.prompt_check, context, sent_base, draft)
                     assert read_verdict(await session.verify(context, sent_base, draft), message) == expected
                 accepted += expected.accepted
                 base = len(context) + expected.accepted
@@ -109,13 +109,13 @@ def test_a_stream_is_the_models_own_output_and_continues_any_part_of_it() -> Non
             session = await Edge(app).open()
             expected = list(open_locally().generate(Stopping(frozenset(), 9)))
             for start in (0, 4, 9):
-                message = message_fields(wire.to_generate(session.prompt_check, expected[:start], (), 9))
+                message = message_fields(wire.build_generate_request(session.prompt_check, expected[:start], (), 9))
                 response = await session.generate(9, expected[:start])
                 assert (response.status, response.headers["content-type"]) == (200, "application/x-ndjson")
                 assert "model;dur=" in response.headers["server-timing"]
                 written: list[int] = []
                 for line in response.body.splitlines():
-                    token = wire.read_written(line, written, message["check"])
+                    token = wire.read_stream_line(line, written, message["check"])
                     written += [] if token is None else [token]
                 assert expected[:start] + written == expected
                 assert response.lines[-1]["end"] == 9 - start
@@ -136,8 +136,8 @@ def test_a_request_with_a_wrong_context_is_refused_and_changes_nothing() -> None
             accepted = first.json["accepted"]
             assert accepted < 2
             calls = list(engine.model.calls)
-            known = [3, *[1, 2][:accepted]]
-            context, base = [*known, 5], len(known)
+            committed = [3, *[1, 2][:accepted]]
+            context, base = [*committed, 5], len(committed)
             other_prompt = EdgeSession(session.edge, session.name, PROMPT, session.prompt_check + 1)
             requests = [
                 session.verify(context, base + 1, [1]),  # the check covers a token that the service does not know

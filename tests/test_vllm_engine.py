@@ -18,7 +18,6 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY, Rank, Synthetic
 from edgecloud_sd.cloud import vllm_engine
 from edgecloud_sd.cloud.batching import Batcher, EngineRequest, SamplingOptions, Stream
@@ -163,7 +162,7 @@ class FakeVLLM:
                 (frames,) = audio["audio_feature_lengths"].tolist()
                 assert audio["feature_attention_mask"].shape == (1, frames)
                 assert audio["input_audio_features"].shape[1] == frames
-                yield from [AUDIO] * prompts.audio_positions(frames)
+                yield from [AUDIO] * prompts.count_audio_positions(frames)
             else:
                 yield token
 
@@ -279,7 +278,7 @@ def own_draft(scene: Scene, context: Sequence[int], length: int) -> tuple[int, .
 def test_lossless_decoding_outputs_the_targets_own_tokens(scene: Scene, k: int) -> None:
     expected = list(LocalVerifier(scene.cloud, GREEDY).open(scene.prompt).generate(scene.stopping))
     verifier = run_directly(FakeVLLM(scene.cloud)).verifier(GREEDY)
-    events = decode(scene.prompt, speculative(scene, k, gate.ALWAYS), scene.edge, verifier)
+    events = decode(scene.prompt, speculative(k), scene.stopping, scene.edge, verifier)
     assert [token for event in events if isinstance(event, Committed) for token in event.tokens] == expected
 
 
@@ -363,7 +362,7 @@ def audio_prompt(frames: int, placeholders: int) -> Prompt:
 
 @pytest.mark.parametrize("frames", [4, 50, 333])
 def test_audio_is_expanded_once(toy: ToyModel, frames: int) -> None:
-    prompt = audio_prompt(frames, prompts.audio_positions(frames))
+    prompt = audio_prompt(frames, prompts.count_audio_positions(frames))
     local = LocalVerifier(toy, Rank(2)).open(prompt)
     engine = FakeVLLM(toy)
     verification = run_directly(engine).verifier(Rank(2)).open(prompt)

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY, Rank
 from edgecloud_sd.cloud import vllm_engine
 from edgecloud_sd.cloud.vllm_engine import VLLMModel
-from edgecloud_sd.decoder import Decoding, decode
+from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import Committed, Prompt, Verdict
 from edgecloud_sd.models import pairs
-from edgecloud_sd.pipeline import Captioner, Request
+from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.verifier import LocalVerifier, Verification
 
 pytestmark = [
@@ -68,9 +68,9 @@ def model(checkpoint: str) -> Iterator[VLLMModel]:
     loaded.close()
 
 
-def make_prompt(captioner: Captioner, index: int, language: str) -> Prompt:
+def make_prompt(pipeline: Pipeline, index: int, language: str) -> Prompt:
     """Return the prompt of an evaluation clip."""
-    return captioner.prompt(Request(clips.make_clip("evaluation", index).samples, language), "cloud")
+    return pipeline.prompt(Request(clips.make_clip("evaluation", index).samples, language), "cloud")
 
 
 @dataclass(frozen=True)
@@ -107,49 +107,51 @@ class TwoVerifications:
         self.second.close()
 
 
-def stopping(captioner: Captioner) -> Stopping:
+def stopping(pipeline: Pipeline) -> Stopping:
     """Return when an output ends."""
-    return Stopping(captioner.cloud.eos, MAX_NEW_TOKENS)
+    return Stopping(pipeline.cloud_model.eos, MAX_NEW_TOKENS)
 
 
-def test_both_engines_have_the_same_special_ids(captioner: Captioner, model: VLLMModel) -> None:
-    config = captioner.cloud.thinker.config
-    assert model.eos == captioner.cloud.eos
+def test_both_engines_have_the_same_special_ids(pipeline: Pipeline, model: VLLMModel) -> None:
+    config = pipeline.cloud_model.thinker.config
+    assert model.eos == pipeline.cloud_model.eos
     assert model.placeholder == config.audio_token_id
     assert model.vocab_size == config.text_config.vocab_size
 
 
 @pytest.mark.parametrize(("index", "language"), CLIPS)
 def test_its_own_outputs_equal_those_of_transformers(
-    captioner: Captioner, model: VLLMModel, index: int, language: str
+    pipeline: Pipeline, model: VLLMModel, index: int, language: str
 ) -> None:
-    prompt = make_prompt(captioner, index, language)
-    local, verification = (v.open(prompt) for v in (LocalVerifier(captioner.cloud, GREEDY), model.verifier(GREEDY)))
-    expected = list(local.generate(stopping(captioner)))
-    assert list(verification.generate(stopping(captioner))) == expected
-    assert list(verification.generate(stopping(captioner), expected[:5])) == expected[5:]
+    prompt = make_prompt(pipeline, index, language)
+    local, verification = (
+        v.open(prompt) for v in (LocalVerifier(pipeline.cloud_model, GREEDY), model.verifier(GREEDY))
+    )
+    expected = list(local.generate(stopping(pipeline)))
+    assert list(verification.generate(stopping(pipeline))) == expected
+    assert list(verification.generate(stopping(pipeline), expected[:5])) == expected[5:]
 
 
 @pytest.mark.parametrize("rule", [GREEDY, Rank(2), Rank(20)])
 @pytest.mark.parametrize(("k", "index", "language"), [(k, *CLIPS[k % 4]) for k in (3, 4, 5)])
 def test_every_verdict_equals_that_of_transformers(
-    captioner: Captioner, model: VLLMModel, rule: Rank, k: int, index: int, language: str
+    pipeline: Pipeline, model: VLLMModel, rule: Rank, k: int, index: int, language: str
 ) -> None:
-    prompt = make_prompt(captioner, index, language)
-    cloud = LocalVerifier(captioner.cloud, rule)
-    decoding = Decoding("speculative", stopping(captioner), k, gate.ALWAYS)
-    events = list(decode(prompt, decoding, captioner.edge, TwoVerifiers(cloud, model.verifier(rule))))
+    prompt = make_prompt(pipeline, index, language)
+    cloud = LocalVerifier(pipeline.cloud_model, rule)
+    strategy, both = Strategy("speculative", rule=rule, k=k), TwoVerifiers(cloud, model.verifier(rule))
+    events = list(decode(prompt, strategy, stopping(pipeline), pipeline.edge, both))
     written = [token for event in events if isinstance(event, Committed) for token in event.tokens]
-    assert rule != GREEDY or written == list(cloud.open(prompt).generate(stopping(captioner)))
+    assert rule != GREEDY or written == list(cloud.open(prompt).generate(stopping(pipeline)))
 
 
-def test_every_edge_gets_its_own_output(captioner: Captioner, model: VLLMModel) -> None:
-    prompts = [make_prompt(captioner, *clip) for clip in CLIPS]
-    local = LocalVerifier(captioner.cloud, GREEDY)
-    expected = [list(local.open(prompt).generate(stopping(captioner))) for prompt in prompts]
+def test_every_edge_gets_its_own_output(pipeline: Pipeline, model: VLLMModel) -> None:
+    prompts = [make_prompt(pipeline, *clip) for clip in CLIPS]
+    local = LocalVerifier(pipeline.cloud_model, GREEDY)
+    expected = [list(local.open(prompt).generate(stopping(pipeline))) for prompt in prompts]
     verifier = model.verifier(GREEDY)
     with ThreadPoolExecutor(len(prompts)) as threads:
-        outputs = threads.map(lambda prompt: list(verifier.open(prompt).generate(stopping(captioner))), prompts)
+        outputs = threads.map(lambda prompt: list(verifier.open(prompt).generate(stopping(pipeline))), prompts)
     assert list(outputs) == expected
 
 

@@ -117,7 +117,7 @@ def serve(options: argparse.Namespace) -> None:
         device, dtype = devices.resolve_device(options.device, options.dtype)
         engine = engines.load_engine(options.engine, options.model, device, dtype, engine_options, options.weights)
         if isinstance(engine, engines.Transformers):
-            use_threads(choose_threads(options.threads, [engine.model.thinker]))
+            use_threads(choose_threads(options.threads, [engine.model.thinker.num_parameters()]))
         asyncio.run(run_app(create_app(engine, limits, keys), listening))
 
 
@@ -136,7 +136,7 @@ async def run_app(app: FastAPI, listening: socket.socket) -> None:
 def _uvicorn_server(app: FastAPI) -> uvicorn.Server:
     import uvicorn
 
-    from edgecloud_sd.cloud.client import KEPT_ALIVE
+    from edgecloud_sd.cloud.transport import KEEP_ALIVE
 
     config = uvicorn.Config(
         app,
@@ -147,7 +147,7 @@ def _uvicorn_server(app: FastAPI) -> uvicorn.Server:
         # An address identifies a client without a key, so the client must not be able to set it in a header.
         proxy_headers=False,
         ws="none",
-        timeout_keep_alive=int(KEPT_ALIVE) + 15,
+        timeout_keep_alive=int(KEEP_ALIVE) + 15,
         timeout_graceful_shutdown=5,
     )
     return uvicorn.Server(config)

@@ -32,7 +32,7 @@ from edgecloud_sd.cloud.service import (
 )
 from edgecloud_sd.cloud.sessions import NoRoom, ServiceError, ServiceLimits, UnknownSession
 
-MAX_RULE = 256  # characters, because a refusal repeats the rule
+MAX_RULE_LENGTH = 256  # characters, because a refusal repeats the rule
 EXTRA_REQUESTS = 16  # running requests of one client beyond one per session
 ERROR_STATUSES: dict[type[ServiceError], int] = {
     UnknownSession: 404,
@@ -176,7 +176,7 @@ async def open_prompt(
     client: ClientDependency,
     body: Annotated[bytes, Depends(read_octets)],
     rule: Annotated[
-        str, Query(max_length=MAX_RULE, description=f"acceptance rule: {', '.join(acceptance.RULE_NAMES)}")
+        str, Query(max_length=MAX_RULE_LENGTH, description=f"acceptance rule: {', '.join(acceptance.RULE_NAMES)}")
     ],
     check: Annotated[int, Query(ge=0, lt=2**32, description="CRC-32 of the rule, continued over the body")],
 ) -> Response:
@@ -186,14 +186,14 @@ async def open_prompt(
     contains one placeholder per position of the audio encoder.
     """
     name, completed = await service.open(client, body, rule, check)
-    return message_response(wire.dumps(wire.opened(name, service.fingerprint, check)), 201, completed)
+    return message_response(wire.dumps(wire.build_opened_message(name, service.fingerprint, check)), 201, completed)
 
 
 @router.post("/v1/sessions/{session}/verify", response_model=VerdictMessage, responses=document_problems(404, 409))
 async def verify(service: ServiceDependency, session: SessionDependency, message: VerifyRequest) -> Response:
     """Verify a draft in one forward pass. A repeated request returns the same verdict."""
     completed = await service.verify(session, message.base, message.tokens, message.draft, message.check)
-    return message_response(wire.dumps(wire.verdict(completed.result, message.check)), 200, completed)
+    return message_response(wire.dumps(wire.build_verdict_message(completed.result, message.check)), 200, completed)
 
 
 @router.post(
@@ -240,12 +240,12 @@ class TokenLines(StreamingResponse):
         output: list[int] = []
         while completed.result is not None:
             output.append(completed.result)
-            yield wire.dumps(wire.written(output, check)) + b"\n"
+            yield wire.dumps(wire.build_token_line(output, check)) + b"\n"
             try:
                 completed = await anext(self._tokens)
             except ServiceError:
                 return  # without the last line, from which the client sees that the stream is incomplete
-        yield wire.dumps(wire.ended(output, check)) + b"\n"
+        yield wire.dumps(wire.build_end_line(output, check)) + b"\n"
 
 
 def message_response(body: bytes, status: int, completed: Completed[Any]) -> Response:
@@ -259,13 +259,13 @@ def timing_header(completed: Completed[Any]) -> dict[str, str]:
     return {"Server-Timing": f"queue;dur={queue:.3f},model;dur={run:.3f}"}
 
 
-async def refuse(request: Request, error: ServiceError) -> JSONResponse:
+async def refuse_request(request: Request, error: ServiceError) -> JSONResponse:
     """Return the response to a request that the service refuses."""
     status = ERROR_STATUSES[type(error)]
     return JSONResponse({"detail": str(error)}, status, {"Retry-After": "1"} if status in (429, 503) else None)
 
 
-async def refuse_message(request: Request, error: RequestValidationError) -> JSONResponse:
+async def refuse_invalid_message(request: Request, error: RequestValidationError) -> JSONResponse:
     """Return the response to a message with wrong fields.
 
     It does not repeat their values, which may be large or not expressible in JSON.
@@ -321,7 +321,7 @@ def create_app(engine: Engine, limits: ServiceLimits | None = None, keys: Sequen
         max_requests=service.limits.max_sessions + EXTRA_REQUESTS,
         count_response=service.metrics.count_response,
     )
-    app.exception_handler(ServiceError)(refuse)
-    app.exception_handler(RequestValidationError)(refuse_message)
+    app.exception_handler(ServiceError)(refuse_request)
+    app.exception_handler(RequestValidationError)(refuse_invalid_message)
     app.include_router(router)
     return app

@@ -113,10 +113,13 @@ class Sessions:
     def add(self, session: OpenSession) -> OpenSession | None:
         """Add a session, and return the session that was removed to make room, if any.
 
-        Some client may have at least two sessions more than the new session's owner. Then the client with the most
-        loses its least recently used session, even if all of its sessions are running a call. Otherwise the owner
-        loses its own least recently used idle session. An owner without a session takes the least recently used idle
-        one of all. Raise NoRoom if no such session is idle.
+        The least recently used of these candidates is removed:
+
+        1. The sessions of the client with the most, if it has at least two more than the owner. Idle ones go first.
+        2. Otherwise, the owner's own idle sessions.
+        3. If the owner has no session, the idle sessions of all clients.
+
+        Raise NoRoom without a candidate.
         """
         evicted = self._choose_evicted(session.owner) if len(self._by_name) >= self._limit else None
         if evicted:

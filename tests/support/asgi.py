@@ -194,13 +194,13 @@ class EdgeSession:
 
     async def verify(self, context: Sequence[int], base: int, draft: Sequence[int], /, **changes: object) -> Response:
         """Send a request to verify, with `changes` to its fields."""
-        message = message_fields(wire.to_verify(self.prompt_check, context, base, draft))
+        message = message_fields(wire.build_verify_request(self.prompt_check, context, base, draft))
         return await self.edge.request("POST", f"{self.path}/verify", json.dumps(message | changes).encode())
 
     async def generate(
         self, limit: int, output: Sequence[int] = (), read: Callable[[bytes], Awaitable[bool]] | None = None
     ) -> Response:
-        body = wire.dumps(wire.to_generate(self.prompt_check, output, (), limit))
+        body = wire.dumps(wire.build_generate_request(self.prompt_check, output, (), limit))
         return await self.edge.request("POST", f"{self.path}/generate", body, read=read, may_fail=True)
 
     async def close(self) -> Response:
