@@ -207,7 +207,7 @@ def test_the_breakdown_of_a_caption_drafted_ahead_by_hand() -> None:
     assert kept.parts["downlink"] == 4 * 0.25
     assert kept.seconds == trace.seconds
     assert kept.discarded == 1.0  # of the two that the third draft had of what was made ahead
-    assert metrics.right_guesses([trace]) == 1.0
+    assert metrics.bonus_guess_rate([trace]) == 1.0
     verify = [span.seconds for span in trace.spans if span.part == "verify" and span.seconds]
     assert verify == [1.5, 1.75, 1.5, 1.25]
 

@@ -1,15 +1,13 @@
-"""Metrics on a trace small enough to count by hand, and the laws they keep on any."""
+"""Metrics of a trace that is small enough to count by hand, and their invariants on random traces."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from edgecloud_sd.events import (
     Committed,
@@ -25,7 +23,7 @@ from edgecloud_sd.events import (
     Verified,
 )
 from edgecloud_sd.measure import metrics
-from edgecloud_sd.measure.metrics import Hindsight, Interval
+from edgecloud_sd.measure.metrics import Hindsight
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Profile
@@ -55,11 +53,11 @@ TRACE = Trace(
 
 
 def letters(ids: Sequence[int]) -> str:
-    """Token 1 has no text, as a special token has none."""
+    """Return one letter per token. Token 1 has no text, like a special token."""
     return "".join(" " if token == 1 else chr(96 + token) for token in ids)
 
 
-def test_counts_by_hand() -> None:
+def test_counts_of_a_trace_match_a_count_by_hand() -> None:
     assert metrics.counts(TRACE) == metrics.Counts(
         tokens=7, local=2, accepted=3, correction=1, bonus=1, rounds=3, cloud_calls=2, drafted=7, verified=5
     )
@@ -80,15 +78,15 @@ def test_counts_by_hand() -> None:
         ("waste_ahead", None),
     ],
 )
-def test_rates_by_hand(name: str, value: float) -> None:
+def test_rates_of_a_trace_match_a_count_by_hand(name: str, value: float) -> None:
     assert getattr(metrics.counts(TRACE), name) == pytest.approx(value)
 
 
-def test_acceptance_by_position_by_hand() -> None:
+def test_acceptance_by_position_matches_a_count_by_hand() -> None:
     assert metrics.acceptance_by_position([TRACE, TRACE]) == [1.0, 0.5, 0.0]
 
 
-def test_times_by_hand() -> None:
+def test_times_of_a_trace_match_a_count_by_hand() -> None:
     first, last = metrics.ttft(TRACE, letters), metrics.e2e(TRACE)
     assert (first, last) == (1.5, 2.5)
     assert metrics.tpot(7, first, last) == pytest.approx(1 / 6)
@@ -98,7 +96,7 @@ def test_times_by_hand() -> None:
     assert metrics.prefill_seconds(TRACE, "cloud") == pytest.approx(0.4)
 
 
-def test_the_undefined_is_none() -> None:
+def test_an_undefined_metric_is_none() -> None:
     empty = Trace(((0.1, Prepared(3)), (0.2, Opened("cloud")), (0.3, Committed((1,), "cloud")), (0.3, Finished("eos"))))
     assert metrics.ttft(empty, letters) is None
     assert metrics.tpot(1, 0.3, 0.4) is None
@@ -114,12 +112,12 @@ def test_the_undefined_is_none() -> None:
     assert not metrics.chunks(Trace(()))
     assert metrics.itl_per_chunk(Trace(())) == metrics.itl_per_token(empty) == []
     assert metrics.acceptance_by_position([empty]) == []
-    nothing = metrics.counts(empty)
-    assert [name for name in RATES if getattr(nothing, name) is not None] == ["local_share", "covered_share"]
+    counts = metrics.counts(empty)
+    assert [name for name in RATES if getattr(counts, name) is not None] == ["local_share", "covered_share"]
     assert [getattr(metrics.Counts(), name) for name in RATES] == [None] * len(RATES)
 
 
-def test_the_first_text_is_seen_with_the_rest_of_its_chunk_and_half_a_character_is_none() -> None:
+def test_ttft_waits_for_the_whole_chunk_and_for_a_complete_character() -> None:
     trace = Trace(
         (
             (1.0, Committed((1,), "accepted")),
@@ -151,7 +149,7 @@ RATES = (*SHARES, "mean_acceptance_length")
 
 
 @given(cases(), profiles(), any_link)
-def test_counts_keep_their_laws_shares_their_range_and_chunks_every_token(
+def test_counts_add_up_shares_stay_in_range_and_chunks_have_every_token(
     case: Case, profile: Profile, link: Link
 ) -> None:
     trace = case.play(Harness(profile, link))
@@ -174,11 +172,11 @@ def test_counts_keep_their_laws_shares_their_range_and_chunks_every_token(
     later = metrics.after_first_chunk(trace) or (0, 0.0)
     assert later[0] == counts.tokens - chunks[0][1]
     assert later[1] == pytest.approx(sum(gaps), abs=1e-9)
-    assert all(0 <= each <= gap for each, gap in zip(metrics.itl_per_token(trace), gaps, strict=True))
-    assert len(chunks) == counts.rounds + counts.cloud  # one a round, or a token of the cloud's stream
+    assert all(0 <= token_gap <= gap for token_gap, gap in zip(metrics.itl_per_token(trace), gaps, strict=True))
+    assert len(chunks) == counts.rounds + counts.cloud  # one per round, or per token of the stream
 
 
-def test_tokens_a_second_over_the_whole_request() -> None:
+def test_e2e_tps_is_tokens_per_second_over_the_whole_request() -> None:
     assert metrics.e2e_tps(5, 2.5) == 2
 
 
@@ -189,7 +187,7 @@ def test_chunks_are_the_moments_at_which_tokens_became_visible() -> None:
     assert metrics.after_first_chunk(TRACE) == (5, 1.0)
 
 
-def test_a_correction_alone_and_each_token_of_a_stream_are_chunks_and_a_lone_accepted_draft_ends_one() -> None:
+def test_each_round_and_each_streamed_token_is_one_chunk() -> None:
     trace = Trace(
         (
             (1.0, Drafted(FIRST)),
@@ -197,11 +195,11 @@ def test_a_correction_alone_and_each_token_of_a_stream_are_chunks_and_a_lone_acc
             (2.25, Committed((8,), "correction")),
             (3.0, Drafted(SECOND)),
             (4.0, Verified(SECOND, Verdict(2, 9))),
-            (4.25, Committed((4, 5), "accepted")),  # ends in EOS, say: no bonus
+            (4.25, Committed((4, 5), "accepted")),  # a draft that ends in EOS has no bonus
             (5.0, Drafted(THIRD)),
             (6.0, Verified(THIRD, Verdict(2, 9))),
             (6.25, Committed((6, 7), "accepted")),
-            (6.5, Committed((9,), "bonus")),  # seen with what came before it
+            (6.5, Committed((9,), "bonus")),  # shown together with the accepted tokens
             (7.0, Committed((1,), "cloud")),
             (8.0, Committed((2,), "cloud")),
         )
@@ -209,31 +207,31 @@ def test_a_correction_alone_and_each_token_of_a_stream_are_chunks_and_a_lone_acc
     assert metrics.chunks(trace) == [(2.25, 1), (4.25, 2), (6.5, 3), (7.0, 1), (8.0, 1)]
 
 
-def test_wire_bytes_are_the_payload_of_each_direction() -> None:
+def test_wire_bytes_are_summed_for_each_direction() -> None:
     spans = (Span("uplink", 0, 1, 100), Span("downlink", 1, 2, 8), Span("gate", 2, 3), Span("uplink", 3, 4, 20))
     assert metrics.wire_bytes(Trace((), spans)) == (120, 8)
     assert metrics.wire_bytes(Trace((), spans[:1])) == (100, 0)
     assert metrics.wire_bytes(Trace((), spans[2:3])) is None
 
 
-def test_escalations_are_useless_that_correct_nothing() -> None:
+def test_an_escalation_without_a_correction_is_useless() -> None:
     assert metrics.useless_escalations([TRACE, TRACE]) == 1 / 2
     assert metrics.useless_escalations([Trace(TRACE.events[:4])]) is None
 
 
-LOOKS = [
+HINDSIGHTS = [
     Hindsight(1, ((0.9, True, True), (0.8, True, False), (0.1, False, True))),
     Hindsight(2, ((0.5, False, False), (None, True, False), (0.8, False, True))),
 ]
 
 
-def test_what_hindsight_says_of_the_gate_by_hand() -> None:
-    assert metrics.missed_corrections(LOOKS, 12) == 3 / 12
-    # rejected 0.9, 0.1, 0.8 against accepted 0.8, 0.5: three higher, one tie of six
-    assert metrics.auroc(LOOKS) == pytest.approx(3.5 / 6)
+def test_gate_quality_matches_a_count_by_hand() -> None:
+    assert metrics.missed_corrections(HINDSIGHTS, 12) == 3 / 12
+    # rejected 0.9, 0.1 and 0.8, accepted 0.8 and 0.5: of six pairs three are higher and one is a tie
+    assert metrics.auroc(HINDSIGHTS) == pytest.approx(3.5 / 6)
 
 
-def test_hindsight_of_nothing_is_none() -> None:
+def test_gate_quality_without_scores_of_both_kinds_is_none() -> None:
     assert metrics.missed_corrections([Hindsight(0, ())], 0) is None
     assert metrics.auroc([]) is None
     assert metrics.auroc([Hindsight(0, ((0.5, True, True), (0.7, False, True)))]) is None
@@ -243,7 +241,7 @@ def test_hindsight_of_nothing_is_none() -> None:
 scored = st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=12)
 
 
-def looks(drafts: list[tuple[float, bool]]) -> list[Hindsight]:
+def hindsights(drafts: list[tuple[float, bool]]) -> list[Hindsight]:
     return [Hindsight(0, ((score, True, rejected),)) for score, rejected in drafts]
 
 
@@ -251,124 +249,27 @@ def looks(drafts: list[tuple[float, bool]]) -> list[Hindsight]:
 def test_auroc_is_the_chance_that_a_rejected_draft_scores_higher(drafts: list[tuple[float, bool]]) -> None:
     pairs = [(bad, good) for bad, rejected in drafts if rejected for good, other in drafts if not other]
     wins = [1 if bad > good else 0.5 if bad == good else 0 for bad, good in pairs]
-    assert metrics.auroc(looks(drafts)) == (pytest.approx(sum(wins) / len(wins)) if wins else None)
+    assert metrics.auroc(hindsights(drafts)) == (pytest.approx(sum(wins) / len(wins)) if wins else None)
 
 
 @given(scored)
-def test_auroc_depends_on_the_order_of_scores_alone(drafts: list[tuple[float, bool]]) -> None:
-    value = metrics.auroc(looks(drafts))
-    assert metrics.auroc(looks([(math.exp(score) - 9, rejected) for score, rejected in drafts])) == value
+def test_auroc_depends_only_on_the_order_of_scores(drafts: list[tuple[float, bool]]) -> None:
+    value = metrics.auroc(hindsights(drafts))
+    assert metrics.auroc(hindsights([(math.exp(score) - 9, rejected) for score, rejected in drafts])) == value
     if value is not None:
-        backwards = metrics.auroc(looks([(-score, rejected) for score, rejected in drafts]))
+        backwards = metrics.auroc(hindsights([(-score, rejected) for score, rejected in drafts]))
         assert backwards == pytest.approx(1 - value)
-        assert metrics.auroc(looks([(7.0, rejected) for _, rejected in drafts])) == 0.5
+        assert metrics.auroc(hindsights([(7.0, rejected) for _, rejected in drafts])) == 0.5
 
 
-def test_a_gap_is_closed_in_part_wholly_or_not_at_all() -> None:
+def test_a_gap_is_closed_partly_completely_or_not_at_all() -> None:
     assert [metrics.gap_closed(ours, 0.25, 0.75) for ours in (0.25, 0.5, 0.75, 1.0, 0.0)] == [0, 0.5, 1, 1.5, -0.5]
-    assert metrics.gap_closed(3.0, 4.0, 2.0) == 0.5  # less is better
+    assert metrics.gap_closed(3.0, 4.0, 2.0) == 0.5  # for a quality of which less is better
 
 
-def test_a_gap_that_is_unknown_or_not_larger_than_its_noise_is_not_closed() -> None:
+def test_gap_closed_is_none_for_a_missing_quality_or_a_gap_within_the_noise() -> None:
     assert metrics.gap_closed(0.5, 0.5, 0.5) is None
     assert metrics.gap_closed(0.5, 0.25, 0.75, noise=0.5) is None
     assert metrics.gap_closed(0.5, 0.75, 0.25, noise=0.5) is None
     assert metrics.gap_closed(0.5, 0.25, 0.75, noise=0.49) == 0.5
-    assert [metrics.gap_closed(*known) for known in ((None, 1, 2), (1, None, 2), (1, 2, None))] == [None] * 3
-
-
-clips = st.lists(st.tuples(st.floats(0.1, 9), st.floats(0.1, 9)), min_size=2, max_size=8)
-
-
-def columns(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [a for a, _ in pairs], [b for _, b in pairs]
-
-
-def check(found: Interval | None, value: float) -> None:
-    assert found is not None
-    assert found.low is not None
-    assert found.high is not None
-    assert found.value == pytest.approx(value, abs=1e-9)
-    assert found.low - 1e-9 <= found.value <= found.high + 1e-9
-
-
-@given(clips)
-def test_a_speed_up_is_the_ratio_of_the_sums_inside_its_interval(pairs: list[tuple[float, float]]) -> None:
-    baseline, ours = columns(pairs)
-    found = metrics.speedup(baseline, ours)
-    check(found, sum(baseline) / sum(ours))
-    assert metrics.speedup(baseline, ours) == found
-    assert metrics.speedup(baseline, baseline) == Interval(1, 1, 1)  # paired: what all clips share has no spread
-
-
-@given(clips, st.sampled_from([0.25, 2.0, 8.0]))
-def test_scaling_one_side_scales_the_speed_up_and_its_interval(pairs: list[tuple[float, float]], by: float) -> None:
-    baseline, ours = columns(pairs)
-    found = metrics.speedup(baseline, ours)
-    assert found is not None
-    assert found.low is not None
-    assert found.high is not None
-    expected = Interval(by * found.value, by * found.low, by * found.high)
-    assert metrics.speedup([by * each for each in baseline], ours) == expected
-
-
-def test_one_clip_has_a_speed_up_and_no_interval() -> None:
-    found = metrics.speedup([1.3], [1.0])
-    assert found == Interval(1.3, None, None)
-    assert str(found) == "1.30 [one clip]"
-
-
-@given(clips)
-def test_a_difference_is_the_mean_of_the_pairs_inside_its_interval(pairs: list[tuple[float, float]]) -> None:
-    baseline, ours = columns(pairs)
-    check(metrics.difference(baseline, ours), (sum(ours) - sum(baseline)) / len(pairs))
-    assert metrics.difference(ours, ours) == Interval(0, 0, 0)
-
-
-def test_the_length_matched_speed_up_divides_each_sides_seconds_by_its_own_tokens() -> None:
-    baseline, ours = [(10, 4.0), (30, 4.0)], [(5, 1.0), (20, 1.5)]
-    check(metrics.length_matched_speedup(baseline, ours), (8 / 40) / (2.5 / 25))
-    assert metrics.length_matched_speedup(baseline, baseline) == Interval(1, 1, 1)
-
-
-def test_the_bootstrap_draws_clips_with_replacement_and_takes_percentiles() -> None:
-    found = metrics.bootstrap(lambda at: (at == 0).mean(-1), 2)  # 0, 1 or 2 of 2 draws: 1/4, 1/2, 1/4
-    assert found == Interval(0.5, 0, 1)
-    many = metrics.bootstrap(lambda at: (at < 50).mean(-1), 100)
-    assert many is not None
-    assert many.low is not None
-    assert many.high is not None
-    assert many.value == 0.5
-    assert many.high - many.low == pytest.approx(2 * 1.96 * 0.05, rel=0.1)  # the binomial's own interval
-
-
-def test_draws_in_which_a_statistic_is_undefined_are_left_out() -> None:
-    def ratio(at: NDArray[np.intp]) -> NDArray[np.float64]:
-        chosen: NDArray[np.float64] = np.array([0.0, 2.0])[at].sum(-1)
-        return 2 / chosen
-
-    assert metrics.bootstrap(ratio, 2) == Interval(1, 0.5, 1)
-
-
-@pytest.mark.parametrize("compare", [metrics.speedup, metrics.length_matched_speedup, metrics.difference])
-def test_no_clips_have_no_interval(compare: object) -> None:
-    assert callable(compare)
-    assert compare([], []) is None
-
-
-@pytest.mark.parametrize("compare", [metrics.speedup, metrics.difference])
-def test_clips_that_are_not_the_same_cannot_be_paired(compare: object) -> None:
-    assert callable(compare)
-    with pytest.raises(ValueError, match="2 clips cannot be paired with 1"):
-        compare([1.0, 2.0], [1.0])
-    with pytest.raises(ValueError, match="1 clips cannot be paired with 2"):
-        metrics.length_matched_speedup([(1, 2.0)], [(1, 2.0), (3, 4.0)])
-
-
-def test_an_undefined_speed_up_is_none() -> None:
-    assert metrics.speedup([1.0], [0.0]) is None
-    assert metrics.length_matched_speedup([(0, 0.0)], [(1, 1.0)]) is None
-
-
-def test_an_interval_reads_as_a_figure_and_its_bounds() -> None:
-    assert str(Interval(1.234, 0.999, 2)) == "1.23 [1.00, 2.00]"
+    assert [metrics.gap_closed(*qualities) for qualities in ((None, 1, 2), (1, None, 2), (1, 2, None))] == [None] * 3

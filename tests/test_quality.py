@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.measure import bertscore, meteor, quality
-from edgecloud_sd.measure.meteor import Meteor, NoMeteor
+from edgecloud_sd.measure.meteor import Meteor, MeteorUnavailable
 from edgecloud_sd.measure.quality import (
     BERTSCORE,
     BLEU,
@@ -406,7 +406,7 @@ def test_a_java_that_fails_is_a_reason(
 ) -> None:
     fake_java(script)
     monkeypatch.setattr(meteor, "START_SECONDS", 10)
-    with pytest.raises(NoMeteor) as failed:
+    with pytest.raises(MeteorUnavailable) as failed:
         # more than a pipe holds: Java is gone, and has had its say, before it could be told everything
         Meteor("chinese").score(["a " * 50_000], [["a"]])
     assert str(failed.value).startswith(reason)
@@ -418,7 +418,7 @@ def test_a_java_that_hangs_is_ended_in_time(fake_java: Callable[[str], None], mo
     monkeypatch.setattr(meteor, "START_SECONDS", 0.1)
     monkeypatch.setattr(meteor, "CLIP_SECONDS", 0.1)
     start = time.monotonic()
-    with pytest.raises(NoMeteor, match=r"METEOR took longer than 0.2 s"):
+    with pytest.raises(MeteorUnavailable, match=r"METEOR took longer than 0.2 s"):
         Meteor("chinese").score(["a"], [["a"]])
     assert time.monotonic() - start < 30
 
@@ -434,7 +434,7 @@ def test_a_java_that_cannot_run_is_a_reason(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "java").write_bytes(b"\x7fELF")
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(NoMeteor, match="Java cannot be started"):
+    with pytest.raises(MeteorUnavailable, match="Java cannot be started"):
         Meteor("chinese").score(["a"], [["a"]])
 
 

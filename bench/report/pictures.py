@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgecloud_sd.measure.breakdown import PARTS
-from edgecloud_sd.measure.metrics import Interval
+from edgecloud_sd.measure.intervals import Interval
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

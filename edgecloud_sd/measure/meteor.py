@@ -27,7 +27,7 @@ START_SECONDS = 300.0  # for the process to start and read its tables
 CLIP_SECONDS = 1.0  # and for each clip: 1 ms is usual, 17 s was seen for one token 512 times over
 
 
-class NoMeteor(RuntimeError):
+class MeteorUnavailable(RuntimeError):
     """Java is absent, failed or took too long; the message says which."""
 
 
@@ -66,7 +66,7 @@ class Meteor:
         except (OSError, ValueError) as error:
             why = f"took longer than {seconds:g} s" if late.is_set() else f"failed: {self._explain(error)}"
             self.close()
-            raise NoMeteor(f"METEOR {why}") from error
+            raise MeteorUnavailable(f"METEOR {why}") from error
         except BaseException:
             self.close()  # an answer may still be on its way, and would be taken for the next one's
             raise
@@ -90,7 +90,7 @@ class Meteor:
             return self._java
         self.close()
         if shutil.which("java") is None:
-            raise NoMeteor("Java is not installed")
+            raise MeteorUnavailable("Java is not installed")
         from pycocoevalcap.meteor import meteor as theirs
 
         # a file, because a pipe that nobody reads fills up and blocks Java
@@ -110,7 +110,7 @@ class Meteor:
             )
         except OSError as error:
             self.close()
-            raise NoMeteor(f"Java cannot be started: {error}") from error
+            raise MeteorUnavailable(f"Java cannot be started: {error}") from error
         return self._java
 
     def _tell(self, *parts: str) -> None:

@@ -144,7 +144,7 @@ def _meteor(got: Sequence[str], want: Sequence[Sequence[str]], language: str) ->
     """METEOR 1.5, of the same tokens as the others; see `meteor.Meteor.score`."""
     try:
         return meteor.scorer(language).score(got, want)
-    except meteor.NoMeteor as error:
+    except meteor.MeteorUnavailable as error:
         raise NotMeasured(str(error)) from error
 
 

@@ -22,7 +22,7 @@ from edgecloud_sd.host.files import write_whole
 from edgecloud_sd.host.limits import LimitsInForce
 from edgecloud_sd.host.utilization import Utilization
 from edgecloud_sd.measure import metrics, quality, traces
-from edgecloud_sd.measure.summary import ClipResult, Summary, max_of_known, mean_of_known, min_of_known
+from edgecloud_sd.measure.summary import ClipResult, Summary, max_or_none, mean_or_none, min_or_none
 
 SCHEMA_VERSION = 5
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
@@ -41,7 +41,7 @@ def results_document(
     latency = {
         f"{name}_{kind}": function(each[name] for each in clips)
         for name in CLIP_SERIES
-        for kind, function in {"mean": mean_of_known, "min": min_of_known, "max": max_of_known}.items()
+        for kind, function in {"mean": mean_or_none, "min": min_or_none, "max": max_or_none}.items()
     }
     figures, counts = summary.figures, summary.counts
     return {
@@ -143,8 +143,8 @@ def _clip(each: ClipResult, scores: quality.Quality, index: int) -> dict[str, An
         "cpu_percent": each.used.cpu_percent,
         "wire_bytes_up": wire[0] if wire else None,
         "wire_bytes_down": wire[1] if wire else None,
-        "cloud_faults": metrics.faults(each.trace),
-        "degraded": metrics.degraded(each.trace),
+        "cloud_faults": metrics.failed_attempts(each.trace),
+        "degraded": metrics.degraded_reason(each.trace),
         "counts": asdict(each.counts),
         "latency_breakdown": each.breakdown.parts,
         "discarded_draft": each.breakdown.discarded,

@@ -183,31 +183,31 @@ def summarise(
     cpu = [each.cpu for each in used if each.cpu is not None]
     figures: dict[str, float | None] = {
         "total": fmean(trace.seconds for trace in traces),
-        "ttft": mean_of_known(each.ttft for each in results),
-        "e2e": mean_of_known(each.e2e for each in results),
+        "ttft": mean_or_none(each.ttft for each in results),
+        "e2e": mean_or_none(each.e2e for each in results),
         "tpot": metrics.tpot(tokens + 1, 0.0, after_first),
         "otps": metrics.otps(tokens + 1, 0.0, after_first),
         "e2e_tps": metrics.e2e_tps(sum(each.counts.tokens for each in ended), sum(each.e2e or 0.0 for each in ended)),
-        "itl_per_chunk": mean_of_known(gap for trace in traces for gap in metrics.itl_per_chunk(trace)),
-        "itl_per_token": mean_of_known(gap for trace in traces for gap in metrics.itl_per_token(trace)),
-        "features": mean_of_known(map(metrics.feature_seconds, traces)),
-        "edge_prefill": mean_of_known(metrics.prefill_seconds(trace, "edge") for trace in traces),
-        "cloud_prefill": mean_of_known(metrics.prefill_seconds(trace, "cloud") for trace in traces),
+        "itl_per_chunk": mean_or_none(gap for trace in traces for gap in metrics.itl_per_chunk(trace)),
+        "itl_per_token": mean_or_none(gap for trace in traces for gap in metrics.itl_per_token(trace)),
+        "features": mean_or_none(map(metrics.feature_seconds, traces)),
+        "edge_prefill": mean_or_none(metrics.prefill_seconds(trace, "edge") for trace in traces),
+        "cloud_prefill": mean_or_none(metrics.prefill_seconds(trace, "cloud") for trace in traces),
         "discarded_draft": fmean(each.breakdown.discarded for each in results) if total.rounds else None,
         "round_trip_exposed": fmean(each.breakdown.exposed for each in results) if total.cloud_calls else None,
         "round_trip_hidden": fmean(each.breakdown.hidden for each in results) if total.ahead else None,
         "cpu_percent": 100 * sum(cpu) / sum(each.wall for each in used) if len(cpu) == len(used) else None,
-        "rss_peak": max_of_known(each.rss_peak_mb for each in used),
-        "rss_mean": mean_of_known(each.rss_mean_mb for each in used),
-        "gpu_percent": mean_of_known(each.gpu_percent for each in used),
-        "gpu_memory": max_of_known(each.gpu_memory_mb for each in used),
+        "rss_peak": max_or_none(each.rss_peak_mb for each in used),
+        "rss_mean": mean_or_none(each.rss_mean_mb for each in used),
+        "gpu_percent": mean_or_none(each.gpu_percent for each in used),
+        "gpu_memory": max_or_none(each.gpu_memory_mb for each in used),
         **scores.corpus,
         **{name: getattr(total, name) for name in COUNT_RATES},
         "wire_up_per_token": sum(up for up, _ in wire) / total.tokens if wire else None,
         "wire_down_per_token": sum(down for _, down in wire) / total.tokens if wire else None,
         "never_sent": fmean(up == 0 for up, _ in wire) if wire else None,
-        "cloud_faults": fmean(map(metrics.faults, traces)) if wire else None,
-        "degraded": fmean(metrics.degraded(trace) is not None for trace in traces) if wire else None,
+        "cloud_faults": fmean(map(metrics.failed_attempts, traces)) if wire else None,
+        "degraded": fmean(metrics.degraded_reason(trace) is not None for trace in traces) if wire else None,
         "useless_escalations": metrics.useless_escalations(traces),
         "missed_corrections": metrics.missed_corrections(
             looks, sum(each.counts.local for each in results if each.hindsight)
@@ -292,15 +292,15 @@ def _reasons(
     return reasons | {name: guesses[name] for name in missing if name not in reasons}
 
 
-def mean_of_known(values: Iterable[float | None]) -> float | None:
+def mean_or_none(values: Iterable[float | None]) -> float | None:
     """Of the values that are known; None where none is."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
 
-def min_of_known(values: Iterable[float | None]) -> float | None:
+def min_or_none(values: Iterable[float | None]) -> float | None:
     return min((value for value in values if value is not None), default=None)
 
 
-def max_of_known(values: Iterable[float | None]) -> float | None:
+def max_or_none(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
