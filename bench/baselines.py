@@ -27,8 +27,8 @@ from edgecloud_sd.config import Settings
 from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import Prompt, Trace
 from edgecloud_sd.grid import strategies
-from edgecloud_sd.measure import metrics
-from edgecloud_sd.measure.metrics import Interval
+from edgecloud_sd.measure import intervals, metrics
+from edgecloud_sd.measure.intervals import Interval
 from edgecloud_sd.measure.summary import Metric
 from edgecloud_sd.models import pairs
 from edgecloud_sd.pipeline import Pipeline, Request
@@ -341,7 +341,7 @@ def way_seconds_per_token(clips: Sequence[Mapping[str, TimedCaption]], way: str)
 def way_speedup(clips: Sequence[Mapping[str, TimedCaption]], base: str, way: str) -> Interval:
     """Pace of `base` / pace of `way`, with its interval. ValueError for no clips."""
     both = ([(len(clip[each].tokens), clip[each].seconds) for clip in clips] for each in (base, way))
-    found = metrics.length_matched_speedup(*both)
+    found = intervals.length_matched_speedup(*both)
     if found is None:
         raise ValueError("no clips to compare on")
     return found

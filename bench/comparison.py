@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from edgecloud_sd.measure import metrics
-from edgecloud_sd.measure.metrics import Interval
+from edgecloud_sd.measure import intervals, metrics
+from edgecloud_sd.measure.intervals import Interval
 
 Document = dict[str, Any]  # the results of a cell, as edgecloud_sd/measure/results.schema.json; traces may be absent
 ClipRecord = dict[str, Any]
@@ -26,21 +26,21 @@ def pair_clips(base: Document, ours: Document) -> list[tuple[ClipRecord, ClipRec
 def caption_speedup(base: Document, ours: Document) -> Interval | None:
     """Return the ratio of seconds per caption, base / ours, over the common clips. Above 1, `ours` is faster."""
     pairs = pair_clips(base, ours)
-    return metrics.speedup([b["total_time"] for b, _ in pairs], [o["total_time"] for _, o in pairs])
+    return intervals.speedup([b["total_time"] for b, _ in pairs], [o["total_time"] for _, o in pairs])
 
 
 def token_speedup(base: Document, ours: Document) -> Interval | None:
     """Return the ratio of seconds per token after the first chunk, over the common clips that have such tokens."""
     pairs = [(b["after_first_chunk"], o["after_first_chunk"]) for b, o in pair_clips(base, ours)]
     both = [(b, o) for b, o in pairs if b is not None and o is not None]
-    return metrics.length_matched_speedup([b for b, _ in both], [o for _, o in both])
+    return intervals.length_matched_speedup([b for b, _ in both], [o for _, o in both])
 
 
 def score_difference(base: Document, ours: Document, quality: str) -> Interval | None:
     """Return the mean of ours - base over the common clips that have such a score."""
     pairs = [(b["scores"].get(quality), o["scores"].get(quality)) for b, o in pair_clips(base, ours)]
     both = [(b, o) for b, o in pairs if b is not None and o is not None]
-    return metrics.difference([b for b, _ in both], [o for _, o in both])
+    return intervals.difference([b for b, _ in both], [o for _, o in both])
 
 
 def quality_gap_closed(ours: Document, edge: Document | None, cloud: Document | None, quality: str) -> float | None:
@@ -56,7 +56,7 @@ def quality_gap_closed(ours: Document, edge: Document | None, cloud: Document | 
     scores = [[clips[file_id]["scores"].get(quality) for file_id in common] for clips in cells]
     if not common or any(score is None for cell_scores in scores for score in cell_scores):
         return None
-    gap = metrics.difference(scores[1], scores[2])
+    gap = intervals.difference(scores[1], scores[2])
     if gap is None or gap.low is None or gap.high is None:
         return None
     our_mean, edge_mean, cloud_mean = (sum(cell_scores) / len(cell_scores) for cell_scores in scores)

@@ -25,7 +25,7 @@ from bench import tables
 from bench.cases import LANGUAGE_CODES
 from edgecloud_sd.config import Settings
 from edgecloud_sd.events import Committed, Escalated, Prompt, Span, Trace, Verdict, Verified
-from edgecloud_sd.measure.metrics import degraded
+from edgecloud_sd.measure.metrics import degraded_reason
 from edgecloud_sd.measure.summary import Metric
 from edgecloud_sd.models import pairs
 from edgecloud_sd.models.devices import AUTO
@@ -130,7 +130,7 @@ class LoadError(Exception):
 
 def record_rounds(clip: str, prompt: Prompt, trace: Trace) -> RecordedCaption:
     """Return the escalated rounds of a trace. Raise LoadError for a caption that the edge had to finish alone."""
-    reason = degraded(trace)
+    reason = degraded_reason(trace)
     if reason is not None:
         raise LoadError(f"{clip}: the cloud failed while its drafts were recorded: {reason}")
     rounds: list[RecordedRound] = []

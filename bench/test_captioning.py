@@ -21,7 +21,7 @@ from edgecloud_sd.forecast.adaptive_k import AdaptiveK
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.utilization import Meter, Utilization, unmeasured
 from edgecloud_sd.measure import results
-from edgecloud_sd.measure.metrics import Hindsight, degraded
+from edgecloud_sd.measure.metrics import Hindsight, degraded_reason
 from edgecloud_sd.measure.shadow import shadow_verify
 from edgecloud_sd.measure.summary import ClipResult, clip_result
 from edgecloud_sd.pipeline import Pipeline, Request
@@ -147,7 +147,7 @@ def test_captioning(
         benchmark.pedantic(decode, setup=lambda: (next(waiting), {}), teardown=keep, rounds=len(requests), iterations=1)
     for result in job.captions:
         check_trace(result.trace, front.eos, settings.max_new_tokens)
-        if is_lossless and not degraded(result.trace):
+        if is_lossless and not degraded_reason(result.trace):
             expected = cloud_tokens.setdefault(f"{case.language} {result.clip.file_id}", result.trace.tokens)
             assert result.trace.tokens == expected, f"{result.clip.file_id}: the output differs from the cloud's own"
     in_force = limits.read_limits()
@@ -159,7 +159,7 @@ def test_captioning(
 def warm_up(job: Captioning, clip: Clip, request: Request, is_lossless: bool) -> None:
     """Decode the first clip once, and check the lossless promise on it before anything is timed."""
     trace = job.decode(clip, request)
-    if is_lossless and not degraded(trace):
+    if is_lossless and not degraded_reason(trace):
         own = job.decode(clip, request, Strategy("cloud"))
         assert trace.tokens == own.tokens, "the output differs from the cloud's own"
 

@@ -108,7 +108,7 @@ def summary_line(trace: Trace) -> str:
     counts = metrics.counts(trace)
     parts = [f"{getattr(counts, origin)} {origin}" for origin in COLOURS if getattr(counts, origin)]
     calls = f", {counts.cloud_calls} cloud calls in {counts.rounds} rounds" if counts.rounds else ""
-    reason = metrics.degraded(trace)
+    reason = metrics.degraded_reason(trace)
     degraded = f", degraded, the edge finished alone: {reason}" if reason else ""
     return f"{counts.tokens} tokens ({', '.join(parts)}){calls}, {trace.seconds:.3f} s{degraded}"
 

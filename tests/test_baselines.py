@@ -12,7 +12,7 @@ import torch
 from bench import baselines, rows
 from bench.baselines import BASELINE_K, WAYS, PreparedClip, TimedCaption
 from edgecloud_sd import config
-from edgecloud_sd.measure.metrics import Interval
+from edgecloud_sd.measure.intervals import Interval
 from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.strategy import Strategy

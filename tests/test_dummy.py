@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from edgecloud_sd.cloud import engine
-from edgecloud_sd.cloud.engine import Transformers
+from edgecloud_sd.cloud.local import LocalCloud
 from edgecloud_sd.config import resolve
 from edgecloud_sd.events import Prompt
 from edgecloud_sd.host import limits
@@ -311,7 +311,7 @@ def test_a_pair_with_different_vocabulary_sizes_is_refused_at_load(tmp_path: Pat
 
 @pytest.mark.parametrize(("edge", "cloud"), [(DUMMY, pairs.REAL), (pairs.REAL, DUMMY)])
 def test_an_edge_and_a_server_must_both_have_dummy_weights_or_neither(edge: str, cloud: str) -> None:
-    served = Transformers(load.load_model(PAIRS["pocket"].cloud, weights=cloud), "float32", cloud)
+    served = LocalCloud(PAIRS["pocket"].cloud, weights=cloud)
     connection: Any = SimpleNamespace(remote=served.identity)
     pipeline = Pipeline(pairs.find_pair("pocket", weights=edge), cloud=connection)
     with pytest.raises(ValueError, match="not both of dummy weights: --weights"):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY, Rule
 from edgecloud_sd.cloud.client import Connection
-from edgecloud_sd.cloud.engine import Identity
+from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import Committed, Degraded, Event, Finished, Prompt, Trace, Verdict
 from edgecloud_sd.measure import metrics

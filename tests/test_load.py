@@ -343,7 +343,7 @@ def test_a_failed_call_ends_the_replay(cloud: MakeVerifier, clips: list[Recorded
 
 def test_a_second_attempt_ends_the_replay(cloud: MakeVerifier, clips: list[RecordedCaption], alter: Alter) -> None:
     alter(raise_error)
-    url = cloud(Harness()).connection.url  # type: ignore[attr-defined]
+    url = cloud(Harness()).verifier.connection.url  # type: ignore[attr-defined]
     with (
         closing(Connection(url, patience=5.0, sleep=lambda seconds: None)) as patient,
         pytest.raises(LoadError, match=r"^edge 0, clip clip-0, round 1: was not answered at the first attempt"),

@@ -1,4 +1,4 @@
-"""Caption scores, against examples small enough to count by hand and against sacrebleu and bert-score themselves."""
+"""Quality metrics, compared with examples counted by hand, with sacrebleu and with bert-score."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from edgecloud_sd.measure.quality import (
     QUALITY_METRICS,
     Quality,
     check_bertscore_model,
-    in_language,
+    is_in_language,
     score,
     tokenize,
 )
@@ -38,44 +38,44 @@ needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java
 
 @pytest.fixture(scope="module", autouse=True)
 def few_paraphrases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """English METEOR with two paraphrases: to read its own 16 million lines takes longer than all these tests."""
+    """Give English METEOR two paraphrases, because reading its 16 million lines takes longer than all these tests."""
     table = tmp_path_factory.mktemp("meteor") / "paraphrases.gz"
     table.write_bytes(gzip.compress(b"0.5\njoyful\nin high spirits\n0.3\nvery sad\nin tears\n"))
-    meteor.scorer("english").close()
+    meteor.get_meteor("english").close()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meteor, "PARAPHRASES", table)
         yield
-    meteor.scorer("english").close()
+    meteor.get_meteor("english").close()
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of three layers with random weights that knows a few characters, and no longest text."""
+    """Return the folder of a BERT with three random layers, few characters and no stated maximum length."""
     import torch
     from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"他她很高兴悲伤abcdefgh"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"他她很高兴悲伤abcdefgh"]
     config = BertConfig(
-        vocab_size=len(known),
+        vocab_size=len(vocabulary),
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=3,
         num_attention_heads=2,
         max_position_embeddings=64,
-        initializer_range=1.0,  # or every token would come out alike
+        initializer_range=1.0,  # a smaller value makes all tokens alike
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         BertModel(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(known), encoding="utf-8")
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     return folder
 
 
 @pytest.fixture
 def fake_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Put a shell script in Java's place."""
+    """Return a function that puts a shell script in place of Java."""
 
     def install(script: str) -> None:
         (tmp_path / "java").write_text(f"#!/bin/sh\n{script}\n")
@@ -85,28 +85,28 @@ def fake_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
     return install
 
 
-def texts_of(scores: Quality) -> dict[str, float | None]:
-    """The metrics that need neither Java nor a model."""
+def java_free_scores(scores: Quality) -> dict[str, float | None]:
+    """Return the metrics that need neither Java nor a model."""
     return {name: value for name, value in scores.corpus.items() if name not in ("meteor", *BERTSCORE)}
 
 
 # tokens and languages
 
 
-def test_chinese_is_cut_into_characters_and_latin_runs_stay_whole() -> None:
+def test_chinese_is_split_into_characters_and_latin_runs_stay_whole() -> None:
     assert tokenize("他很OK，说了 3.5 次", "chinese") == ["他", "很", "ok", "，", "说", "了", "3", ".", "5", "次"]
 
 
-def test_english_is_cut_into_lower_cased_words_and_punctuation() -> None:
+def test_english_is_split_into_lower_cased_words_and_punctuation() -> None:
     assert tokenize("She's HAPPY, très happy!", "english") == ["she", "'", "s", "happy", ",", "très", "happy", "!"]
 
 
-def test_every_language_has_a_tokenizer_that_the_scores_name() -> None:
+def test_the_scores_name_the_tokenizer_of_every_language() -> None:
     assert set(quality.TOKENIZERS) == set(quality.SCRIPTS) == set(meteor.METEOR_OPTIONS) == set(LANGUAGES)
     assert {language: score(["x"], [["x"]], language).tokenizer for language in LANGUAGES} == quality.TOKENIZERS
 
 
-def test_the_tokens_decide_and_not_the_spelling() -> None:
+def test_case_and_spaces_do_not_change_a_score() -> None:
     assert score(["He is GLAD ."], [["he is glad."]], "english").corpus["bleu4"] == 1
     assert score(["他 很高 兴"], [["他很高兴"]], "chinese").corpus["bleu4"] == 1
 
@@ -126,11 +126,11 @@ def test_the_tokens_decide_and_not_the_spelling() -> None:
         ("", []),
     ],
 )
-def test_a_text_is_in_the_language_whose_script_most_letters_have(text: str, languages: list[str]) -> None:
-    assert [each for each in LANGUAGES if in_language(text, each)] == languages
+def test_a_text_is_in_the_language_of_most_of_its_letters(text: str, languages: list[str]) -> None:
+    assert [language for language in LANGUAGES if is_in_language(text, language)] == languages
 
 
-def test_language_match_is_a_share_of_the_clips() -> None:
+def test_language_match_is_the_share_of_matching_clips() -> None:
     scores = score(["他很高兴", "he is glad", "", "她很悲伤"], [["他很高兴"]] * 4, "chinese")
     assert list(scores.per_clip["language_match"]) == [1, 0, 0, 1]
     assert scores.corpus["language_match"] == 0.5
@@ -139,13 +139,13 @@ def test_language_match_is_a_share_of_the_clips() -> None:
 # the metrics
 
 
-def test_every_metric_has_a_value_or_a_reason_and_a_value_a_clip(bert: Path) -> None:
+def test_every_metric_has_a_value_or_a_reason(bert: Path) -> None:
     for model in (None, str(bert)):
         scores = score(["他很高兴", "", "a"], [["他很高兴"], ["她很悲伤"], ["a", "b"]], "chinese", model)
         assert list(scores.corpus) == list(scores.per_clip) == list(QUALITY_METRICS)
         assert scores.reasons.keys() == {name for name, value in scores.corpus.items() if value is None}
         for name, values in scores.per_clip.items():
-            assert [each is None for each in values] == [scores.corpus[name] is None] * 3
+            assert [value is None for value in values] == [scores.corpus[name] is None] * 3
 
 
 @needs_java
@@ -160,7 +160,7 @@ def test_identical_text_scores_1(captions: list[str], language: str) -> None:
     scores = score(captions, [["高。", text] for text in captions], language)
     for name in {*QUALITY_METRICS} - {*BERTSCORE, "cider", "language_match"}:
         assert scores.per_clip[name] == pytest.approx([1] * len(captions), abs=CLOSE)
-        if name not in BLEU or language == "chinese":  # in English such captions may have fewer than 4 tokens
+        if name not in BLEU or language == "chinese":  # in English these captions may have fewer than 4 tokens
             assert scores.corpus[name] == pytest.approx(1, abs=CLOSE)
 
 
@@ -173,14 +173,14 @@ def test_identical_text_has_bertscore_1(bert: Path) -> None:
         assert scores.corpus[name] == pytest.approx(1, abs=CLOSE)
 
 
-def test_two_clips_that_are_right_and_share_nothing_have_the_highest_cider() -> None:
+def test_two_right_captions_without_shared_words_have_cider_10() -> None:
     texts = ["the man sounds very angry", "a woman speaks with joy"]
     scores = score(texts, [[text] for text in texts], "english")
     assert scores.corpus["cider"] == pytest.approx(10)
     assert scores.per_clip["cider"] == pytest.approx([10, 10])
 
 
-def test_captions_for_the_wrong_clip_have_cider_0() -> None:
+def test_swapped_captions_without_shared_words_have_cider_0() -> None:
     texts = ["the man sounds very angry", "a woman speaks with joy"]
     assert score(texts[::-1], [[text] for text in texts], "english").corpus["cider"] == pytest.approx(0)
 
@@ -189,22 +189,22 @@ def test_captions_for_the_wrong_clip_have_cider_0() -> None:
     ("caption", "reference", "language"),
     [("a b c d e", "a b c d f", "english"), ("他说话很慢", "他说话很快", "chinese")],
 )
-def test_bleu_and_rouge_counted_by_hand(caption: str, reference: str, language: str) -> None:
+def test_bleu_and_rouge_match_a_count_by_hand(caption: str, reference: str, language: str) -> None:
     scores = score([caption], [[reference]], language)
-    # n-grams found: 4 of 5, 3 of 4, 2 of 3, 1 of 2; the lengths are equal
-    found = [4 / 5, 3 / 4, 2 / 3, 1 / 2]
+    # n-grams matched: 4 of 5, 3 of 4, 2 of 3, 1 of 2; the lengths are equal
+    precisions = [4 / 5, 3 / 4, 2 / 3, 1 / 2]
     assert [scores.corpus[name] for name in BLEU] == pytest.approx(
-        [math.prod(found[:n]) ** (1 / n) for n in range(1, 5)]
+        [math.prod(precisions[:n]) ** (1 / n) for n in range(1, 5)]
     )
     assert scores.corpus["rouge_l"] == pytest.approx(4 / 5)
 
 
 @needs_java
-def test_meteor_counted_by_hand() -> None:
+def test_meteor_matches_a_count_by_hand() -> None:
     # 4 of 6 tokens match, in two chunks: F-mean 4/6, less a penalty of 0.7 (2/4)^1.4
-    right = 4 / 6 * (1 - 0.7 * (2 / 4) ** 1.4)
+    expected = 4 / 6 * (1 - 0.7 * (2 / 4) ** 1.4)
     scores = score(["高伤，乐音低", "她很悲伤"], [["悲伤，声音低"], ["男声"]], "chinese")
-    assert scores.per_clip["meteor"] == pytest.approx((right, 0))
+    assert scores.per_clip["meteor"] == pytest.approx((expected, 0))
     # summed: 4 of 10 tokens for 4 of 8, alpha 0.75
     precision, recall = 4 / 10, 4 / 8
     mean = precision * recall / (0.75 * precision + 0.25 * recall)
@@ -212,28 +212,28 @@ def test_meteor_counted_by_hand() -> None:
 
 
 @needs_java
-def test_english_meteor_knows_stems_synonyms_and_paraphrases_and_chinese_meteor_none() -> None:
+def test_english_meteor_matches_stems_synonyms_and_paraphrases_and_chinese_does_not() -> None:
     references = [["he sounds"], ["a big dog"], ["she is very sad"]]
     captions = ["he sounded", "a large dog", "she is in tears"]
-    for language, alike in {"english": True, "chinese": False}.items():
+    for language, has_matches in {"english": True, "chinese": False}.items():
         values = score(captions, references, language).per_clip["meteor"]
         others = score(["he walked", "a cold dog", "she is in town"], references, language).per_clip["meteor"]
-        assert [a > b for a, b in zip(values, others, strict=True)] == [alike] * 3  # type: ignore[operator]
+        assert [a > b for a, b in zip(values, others, strict=True)] == [has_matches] * 3  # type: ignore[operator]
 
 
-def test_bertscore_is_that_of_bert_score(bert: Path) -> None:
+def test_bertscore_equals_the_score_of_bert_score(bert: Path) -> None:
     from bert_score import BERTScorer
 
     theirs = BERTScorer(model_type=str(bert), num_layers=3, device="cpu")
     theirs._tokenizer.model_max_length = 62
     captions = ["他很高兴", "a b c d", "悲", "她很悲伤"]
     references = [["她很高兴", "悲伤"], ["a b"], ["高", "他很悲", "伤"], ["他很高兴"]]
-    wanted = [each.tolist() for each in theirs.score(captions, references)]
+    expected = [values.tolist() for values in theirs.score(captions, references)]
     scores = score(captions, references, "chinese", str(bert))
-    for name, values in zip(BERTSCORE, wanted, strict=True):
+    for name, values in zip(BERTSCORE, expected, strict=True):
         assert scores.per_clip[name] == pytest.approx(values, abs=CLOSE)
         assert scores.corpus[name] == pytest.approx(sum(values) / 4, abs=CLOSE)
-    assert max(wanted[2]) < 0.99
+    assert max(expected[2]) < 0.99
 
 
 def test_a_short_caption_pays_the_brevity_penalty() -> None:
@@ -241,20 +241,20 @@ def test_a_short_caption_pays_the_brevity_penalty() -> None:
     assert [scores.corpus[name] for name in BLEU] == pytest.approx([math.exp(1 - 5 / 4)] * 4)
 
 
-def test_a_repeated_word_counts_as_often_as_one_reference_has_it() -> None:
+def test_a_repeated_word_counts_only_as_often_as_in_one_reference() -> None:
     # the example of Papineni et al. 2002, section 2.1
     references = ["the cat is on the mat", "there is a cat on the mat"]
     assert score(["the the the the the the the"], [references], "english").corpus["bleu1"] == pytest.approx(2 / 7)
 
 
-def test_corpus_bleu_pools_counts_and_is_no_mean_of_clips() -> None:
+def test_corpus_bleu_comes_from_summed_counts() -> None:
     scores = score(["a b c d", "e f g h i j k l"], [["a b c d"], ["m n o p q r s t"]], "english")
     assert scores.corpus["bleu1"] == pytest.approx(4 / 12)
     assert scores.corpus["bleu4"] == pytest.approx((4 / 12 * 3 / 10 * 2 / 8 * 1 / 6) ** (1 / 4))
     assert scores.per_clip["bleu4"] == pytest.approx((1, 0))
 
 
-def test_a_caption_too_short_for_a_4_gram_is_judged_by_shorter_ones_alone_and_not_in_a_corpus() -> None:
+def test_a_clip_too_short_for_4_grams_has_bleu_4_from_shorter_n_grams() -> None:
     alone = score(["他很慢"], [["他很慢"]], "chinese")
     assert (alone.per_clip["bleu4"], alone.corpus["bleu4"]) == ((1,), 0)
     among = score(["他很慢", "她说话很慢"], [["他很慢"], ["她说话很慢"]], "chinese")
@@ -268,7 +268,7 @@ corpora = st.lists(st.tuples(words, st.lists(some_words, min_size=1, max_size=3)
 
 @settings(max_examples=20)
 @given(corpora)
-def test_bleu_is_that_of_sacrebleu(pairs: list[tuple[str, list[str]]]) -> None:
+def test_bleu_equals_the_score_of_sacrebleu(pairs: list[tuple[str, list[str]]]) -> None:
     import sacrebleu
 
     captions, references = [text for text, _ in pairs], [texts for _, texts in pairs]
@@ -303,22 +303,22 @@ def test_an_empty_caption_scores_0_and_is_counted(bert: Path, capfd: pytest.Capt
     assert scores.empty == 2
     for name in {*QUALITY_METRICS} - {"cider"}:
         assert scores.per_clip[name] == pytest.approx((0, 1, 0), abs=CLOSE)
-    assert list(scores.per_clip["cider"]) == [0, 0, 0]  # what every clip has weighs nothing
-    # all that was said is right, and a third of what should have been: the brevity penalty of 4 words for 12
+    assert list(scores.per_clip["cider"]) == [0, 0, 0]  # n-grams that every clip has get the weight 0
+    # all words are right, and the brevity penalty is that of 4 words for 12
     assert scores.corpus["bleu1"] == pytest.approx(math.exp(1 - 12 / 4))
-    # and a recall of a third, alpha 0.85; a clip that is right as a whole is not scattered
+    # METEOR has a recall of one third (alpha 0.85) and no penalty, because one clip is completely right
     assert scores.corpus["meteor"] == pytest.approx(4 / 12 / (0.85 + 0.15 * 4 / 12))
     assert capfd.readouterr().err == ""
 
 
 @needs_java
-def test_nothing_but_empty_captions_scores_0(bert: Path) -> None:
+def test_a_corpus_of_empty_captions_scores_0(bert: Path) -> None:
     scores = score(["", ""], [["a b c d"], ["e f g h"]], "english", str(bert))
     assert scores.corpus == dict.fromkeys(QUALITY_METRICS, 0)
     assert (scores.empty, scores.reasons) == (2, {})
 
 
-def test_means_over_clips_are_what_they_are_said_to_be(bert: Path) -> None:
+def test_documented_means_are_means_over_clips(bert: Path) -> None:
     scores = score(["他很高兴", "她伤", "a"], [["她很高兴"], ["她很悲伤"], ["a b", "高"]], "chinese", str(bert))
     for name in ("rouge_l", "cider", "language_match", *BERTSCORE):
         assert scores.corpus[name] == pytest.approx(sum(scores.per_clip[name]) / 3)  # type: ignore[arg-type]
@@ -356,40 +356,47 @@ def test_scores_stay_in_their_ranges(pairs: list[tuple[str, list[str]]]) -> None
             assert value is None or 0 <= value <= (10 if name == "cider" else 1) + CLOSE
 
 
-# what is not measured
+# reasons for missing scores
 
 
-def test_one_clip_alone_has_no_cider_and_the_reason_says_so() -> None:
+def test_a_single_clip_has_no_cider_but_a_reason() -> None:
     scores = score(["a b c d"], [["a b c d"]], "english")
     assert (scores.corpus["cider"], scores.per_clip["cider"]) == (None, (None,))
-    assert scores.reasons["cider"] == "needs at least two clips"
+    assert scores.reasons["cider"] == "CIDEr needs at least two clips"
 
 
 @needs_java
-def test_two_clips_need_no_reason_but_for_a_model() -> None:
+def test_two_clips_without_a_bertscore_model_lack_only_bertscore() -> None:
     assert score(["a", "b"], [["a"], ["b"]], "english").reasons == dict.fromkeys(BERTSCORE, NO_MODEL)
 
 
-def test_no_clip_at_all_has_no_scores_and_says_why() -> None:
+def test_no_clips_have_no_scores_but_a_reason() -> None:
     scores = score([], [], "english")
     assert scores.corpus == dict.fromkeys(QUALITY_METRICS)
     assert scores.per_clip == dict.fromkeys(QUALITY_METRICS, ())
     assert scores.reasons == dict.fromkeys(QUALITY_METRICS, "no clip was captioned")
 
 
-@pytest.mark.parametrize("references", [[["a"]], [["a"], []], [["a"], ["b", " "]]])
-def test_every_caption_needs_references_with_text(references: list[list[str]]) -> None:
-    with pytest.raises(ValueError, match="every caption needs references, and every reference text"):
+@pytest.mark.parametrize(
+    ("references", "problem"),
+    [
+        ([["a"]], "2 captions have 1 lists of references: give one list per caption"),
+        ([["a"], []], "caption 2 of 2 has no reference: give it at least one text"),
+        ([["a"], ["b", " "]], "caption 2 of 2 has a reference without text: give it at least one text"),
+    ],
+)
+def test_a_caption_without_a_usable_reference_is_refused(references: list[list[str]], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
         score(["a", "b"], references, "english")
 
 
-def test_without_java_meteor_alone_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_java_only_meteor_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(meteor, "scorer", Meteor)
+    monkeypatch.setattr(meteor, "get_meteor", Meteor)
     scores = score(["a b", "c"], [["a"], ["c"]], "english")
     assert (scores.corpus["meteor"], scores.per_clip["meteor"]) == (None, (None, None))
-    assert scores.reasons["meteor"] == "Java is not installed"
-    assert None not in texts_of(scores).values()
+    assert scores.reasons["meteor"] == "METEOR needs Java, which is not installed"
+    assert None not in java_free_scores(scores).values()
 
 
 @pytest.mark.parametrize(
@@ -401,20 +408,20 @@ def test_without_java_meteor_alone_is_null(tmp_path: Path, monkeypatch: pytest.M
         ("read -r line; echo 1.0; read -r line; echo 1.0", "METEOR failed: Java ended"),
     ],
 )
-def test_a_java_that_fails_is_a_reason(
+def test_the_message_of_a_failing_java_is_the_reason(
     script: str, reason: str, fake_java: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_java(script)
     monkeypatch.setattr(meteor, "START_SECONDS", 10)
     with pytest.raises(MeteorUnavailable) as failed:
-        # more than a pipe holds: Java is gone, and has had its say, before it could be told everything
+        # the text is larger than a pipe buffer, so Java ends before it has read everything
         Meteor("chinese").score(["a " * 50_000], [["a"]])
     assert str(failed.value).startswith(reason)
     assert "edu.cmu" not in str(failed.value)
 
 
-def test_a_java_that_hangs_is_ended_in_time(fake_java: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_java("sleep 60; echo 'too late'")  # the script's child holds the pipe
+def test_a_hanging_java_is_killed_in_time(fake_java: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_java("sleep 60; echo 'too late'")  # the child of the script keeps the pipe open
     monkeypatch.setattr(meteor, "START_SECONDS", 0.1)
     monkeypatch.setattr(meteor, "CLIP_SECONDS", 0.1)
     start = time.monotonic()
@@ -423,25 +430,25 @@ def test_a_java_that_hangs_is_ended_in_time(fake_java: Callable[[str], None], mo
     assert time.monotonic() - start < 30
 
 
-def test_a_java_that_complains_much_does_not_block(fake_java: Callable[[str], None]) -> None:
+def test_a_java_with_many_warnings_does_not_block(fake_java: Callable[[str], None]) -> None:
     fake_java("head -c 300000 /dev/zero >&2; read -r line; echo 1.0; read -r line; echo 0.5; echo 0.25")
     mine = Meteor("chinese")
     assert mine.score(["a"], [["a"]]) == (0.25, [0.5])
     mine.close()
 
 
-def test_a_java_that_cannot_run_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_java_that_cannot_start_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "java").write_bytes(b"\x7fELF")
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MeteorUnavailable, match="Java cannot be started"):
+    with pytest.raises(MeteorUnavailable, match="METEOR needs Java, which cannot be started: "):
         Meteor("chinese").score(["a"], [["a"]])
 
 
 @needs_java
-def test_java_starts_once_again_after_it_was_killed_and_ends_with_its_owner() -> None:
+def test_java_restarts_after_it_was_killed_and_ends_on_close() -> None:
     def children() -> list[psutil.Process]:
-        return [each for each in psutil.Process().children() if each.name() == "java"]
+        return [child for child in psutil.Process().children() if child.name() == "java"]
 
     before = children()
     mine = Meteor("chinese")
@@ -455,7 +462,7 @@ def test_java_starts_once_again_after_it_was_killed_and_ends_with_its_owner() ->
 
 
 @needs_java
-def test_no_text_breaks_the_lines_that_meteor_speaks() -> None:
+def test_odd_characters_do_not_break_the_protocol_of_meteor() -> None:
     odd = [
         "a ||| b",
         "|||",
@@ -486,11 +493,11 @@ def test_no_text_breaks_the_lines_that_meteor_speaks() -> None:
             lambda folder: (folder / "config.json").write_text(
                 (folder / "config.json").read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4')
             ),
-            "it lacks 16 weights",
+            "its file lacks 16 weights",
         ),
     ],
 )
-def test_a_model_that_cannot_score_is_a_reason_and_found_early(
+def test_an_unusable_model_is_refused_early_and_is_the_reason_later(
     break_it: Callable[[Path], object], reason: str, bert: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / bert.name
@@ -505,19 +512,19 @@ def test_a_model_that_cannot_score_is_a_reason_and_found_early(
     assert [scores.corpus[name] for name in BERTSCORE] == [None] * 3
 
 
-def test_a_name_that_is_not_on_this_machine_is_a_reason() -> None:
+def test_an_unknown_model_name_is_refused_with_advice() -> None:
     with pytest.raises(ValueError, match=r"BERTScore model 'nobody/no-such-model' cannot be loaded: .*encoder's name"):
         check_bertscore_model("nobody/no-such-model")
 
 
-def test_without_bert_score_the_reason_says_so(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bert_score_the_reason_names_the_package(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bertscore.load_scorer.cache_clear()
     monkeypatch.setitem(sys.modules, "bert_score.utils", None)
     scores = score(["a"], [["a"]], "english", str(bert))
     assert scores.reasons["bertscore_f1"].startswith("BERTScore model 'tiny-bert': bert-score is not installed")
 
 
-def test_the_model_is_loaded_once_silently_and_leaves_nothing_set(
+def test_the_model_is_loaded_once_and_silently_and_logging_is_restored(
     bert: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers.utils import logging
@@ -532,7 +539,7 @@ def test_the_model_is_loaded_once_silently_and_leaves_nothing_set(
     assert bertscore.load_scorer(str(bert)) is bertscore.load_scorer(str(bert))
 
 
-def test_a_published_model_has_its_published_layer_and_another_its_last(bert: Path, tmp_path: Path) -> None:
+def test_a_listed_model_gets_its_listed_layer_and_another_model_its_last(bert: Path, tmp_path: Path) -> None:
     from bert_score.utils import model2layers
 
     assert bertscore.load_scorer(str(bert)).model.config.num_hidden_layers == 3
@@ -541,7 +548,7 @@ def test_a_published_model_has_its_published_layer_and_another_its_last(bert: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model2layers, known, 1)
         assert bertscore.load_scorer(str(tmp_path / known)).model.config.num_hidden_layers == 1
-    assert layer > 3  # more than the copy has
+    assert layer > 3  # the copy has 3 layers
     bertscore.load_scorer.cache_clear()
     assert bertscore.load_scorer(str(tmp_path / known)).model.config.num_hidden_layers == 3
 
@@ -550,9 +557,7 @@ def test_a_text_longer_than_the_model_is_cut(bert: Path) -> None:
     assert bertscore.load_scorer(str(bert)).score(["他很" * 40], [["他很" * 50]])[2] == pytest.approx([1])
 
 
-def test_a_text_of_which_the_tokenizer_leaves_nothing_scores_0_in_silence(
-    bert: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_text_without_tokens_scores_0_silently(bert: Path, capfd: pytest.CaptureFixture[str]) -> None:
     scores = score(["\x01", "a"], [["a"], ["a"]], "english", str(bert))
     assert scores.per_clip["bertscore_f1"] == pytest.approx((0, 1), abs=CLOSE)
     assert scores.empty == 0

@@ -25,9 +25,11 @@ from bench.report.differences import caption_distance, mark_differences
 from bench.report.metric_text import format_change
 from bench.report.page import BulletList, Page, Paragraph, Section
 from bench.report.render import to_markdown
+from edgecloud_sd.gate import entropy_gate
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.results import SCHEMA_VERSION
 from edgecloud_sd.measure.summary import METRICS
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing import profile
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -48,7 +50,7 @@ PUBLISHED_LATENCIES = (
     "ttft_mean", "ttft_min", "ttft_max", "otps_mean", "total_time_mean", "cpu_percent_mean", "ram_mb_mean",
     "gpu_util_mean",
 )  # fmt: skip
-STRATEGY = {"gate": "H1", "k": 2, "draft_ahead": 0, "rule": "greedy", "open": "eager"}
+SPECULATIVE = Strategy("speculative", entropy_gate(1.0), k=2)
 SCORES = {"edge": 0.5, "cloud": 0.9, "speculative": 0.8}
 FORECASTS = {"speculative-pocket-H1-k2-greedy-chinese": "Pays: 2.00x as fast."}
 TEXTS = {"edge": "他很高兴，语速缓慢。", "cloud": "他很悲伤，语速缓慢。", "speculative": "他很悲伤，语速急促。"}
@@ -109,12 +111,11 @@ def cell(
         "experiment_config": {
             "case": f"{mode}-pocket-{'H1-k2-greedy-' if is_speculative else ''}{language}",
             "pair": "pocket",
-            "mode": mode,
-            **(STRATEGY if is_speculative else dict.fromkeys(STRATEGY)),
-            **dict.fromkeys(("draft_stop", "cloud_url", "max_cpu_cores", "max_memory_gb", "profile", "profile_costs")),
+            "strategy": (SPECULATIVE if is_speculative else Strategy(mode)).to_json(),
+            **dict.fromkeys(("cloud_url", "max_cpu_cores", "max_memory_gb", "profile", "profile_costs")),
             "link": None if mode == "edge" else "none",
             "clock": "real",
-            "output": {"edge": None, "cloud": "exact", "speculative": "lossy"}[mode],
+            "output": {"edge": None, "cloud": "lossless", "speculative": "lossy"}[mode],
             "language": language,
             "caption_type": "audio_only",
             "prompt_type": "default",
@@ -319,7 +320,7 @@ def test_text_of_a_file_is_never_markup(tmp_path: Path) -> None:
     bad = "<script>alert(1)</script> | a\n# b *c* `d` [e](f) $g$"
     escaped = r"&lt;script&gt;alert(1)&lt;/script&gt; \| a \# b \*c\* \`d\` \[e\](f) \$g\$"
     cells = [
-        cell(mode, [clip(bad, bad, 1.0, reference_captions=[bad])], gate=bad, case=f"{mode} {bad}", pair=bad)
+        cell(mode, [clip(bad, bad, 1.0, reference_captions=[bad])], link=bad, case=f"{mode} {bad}", pair=bad)
         for mode in ("cloud", "speculative")
     ]
     cells[0]["metrics"]["reasons"]["meteor"] = bad

@@ -175,7 +175,7 @@ MEL = np.zeros((8, 8), np.float16)  # 8 frames make 2 positions of the encoder
         (b"", 422, "safetensors"),
         (b"\xff" * 100, 422, "header"),
         (encode(ids=IDS, features=MEL)[:-1], 422, "safetensors"),
-        (encode(features=MEL), 422, "must hold ids"),
+        (encode(features=MEL), 422, "must contain ids"),
         (encode(ids=IDS, features=MEL, more=MEL), 422, "nothing else"),
         (encode(ids=IDS.astype(np.int64), features=MEL), 422, "int32"),
         (encode(ids=IDS[None], features=MEL), 422, "int32"),

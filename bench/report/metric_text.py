@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from bench.comparison import Document
 from bench.report.page import DASH, Column
-from edgecloud_sd.measure.metrics import Interval
+from edgecloud_sd.measure.intervals import Interval
 from edgecloud_sd.measure.summary import METRICS
 
 MAIN_METRICS = (

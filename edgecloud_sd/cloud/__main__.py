@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from edgecloud_sd.cloud import engine as engines
 from edgecloud_sd.cloud.keys import read_keys
+from edgecloud_sd.cloud.local import LocalCloud
 from edgecloud_sd.cloud.sessions import ServiceLimits
 from edgecloud_sd.models import devices, pairs
 from edgecloud_sd.models.devices import choose_threads, use_threads
@@ -116,8 +117,8 @@ def serve(options: argparse.Namespace) -> None:
             threading.Thread(target=stop_when_stdin_closes, daemon=True).start()
         device, dtype = devices.resolve_device(options.device, options.dtype)
         engine = engines.load_engine(options.engine, options.model, device, dtype, engine_options, options.weights)
-        if isinstance(engine, engines.Transformers):
-            use_threads(choose_threads(options.threads, [engine.model.thinker.num_parameters()]))
+        if isinstance(engine, LocalCloud):
+            use_threads(choose_threads(options.threads, [engine.local_parameters]))
         asyncio.run(run_app(create_app(engine, limits, keys), listening))
 
 

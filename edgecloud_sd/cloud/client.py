@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from edgecloud_sd import wire
 from edgecloud_sd.acceptance import Rule
-from edgecloud_sd.cloud.engine import Identity
+from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.cloud.retry import PATIENCE, AttemptFailed, Refused, Retries
 from edgecloud_sd.cloud.transport import Transport, parse_server_timing
 from edgecloud_sd.events import Prompt, Verdict

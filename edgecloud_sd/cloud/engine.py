@@ -1,51 +1,22 @@
-"""The engines of the server: a model behind the `Verifier` protocol, and the identity that a client compares."""
+"""The engines of the server: transformers, which is a `LocalCloud`, and vLLM."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from edgecloud_sd.acceptance import Rank, Rule
+from edgecloud_sd.acceptance import Rule
+from edgecloud_sd.cloud.identity import Identity
+from edgecloud_sd.cloud.local import LocalCloud
 from edgecloud_sd.models.frontend import Traits, frontend_traits
-from edgecloud_sd.models.pairs import DUMMY, REAL
-from edgecloud_sd.verifier import LocalVerifier, Verifier
+from edgecloud_sd.models.pairs import REAL
+from edgecloud_sd.verifier import Verifier
 
 if TYPE_CHECKING:
     from edgecloud_sd.cloud.vllm_engine import VLLMModel
-    from edgecloud_sd.models.hf import HFModel
 
 ENGINE_NAMES = ("transformers", "vllm")
-
-
-@dataclass(frozen=True)
-class Identity:
-    """The model of a server, without a path. A client compares it with its own side and records it in its results."""
-
-    name: str
-    engine: str
-    dtype: str
-    device: str
-    vocab_size: int
-    max_length: int  # tokens of prompt and output together
-    max_rank: int  # the largest r of rule rank(r)
-    traits: Traits
-    weights: str = ""  # digest of the checkpoint's weights; `DUMMY` if they are random, empty without files
-    synthetic: bool = True  # the engine has rule synthetic(p)
-
-    @property
-    def fingerprint(self) -> str:
-        """Return a digest that is the same in every process with this model in this number format."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
-
-    def refusal(self, rule: Rule) -> str:
-        """Return why this engine does not have a rule, or an empty text if it does."""
-        if isinstance(rule, Rank):
-            fits = rule.r <= self.max_rank
-            return "" if fits else f"rule {rule.text}: the cloud's engine has rank(r) up to r = {self.max_rank}"
-        return "" if self.synthetic else f"rule {rule.text}: the cloud's engine has only greedy and rank(r)"
 
 
 class Engine(Protocol):
@@ -64,41 +35,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop the engine and free its model."""
-
-
-@dataclass(frozen=True)
-class Transformers:
-    """A model in this process that runs one forward pass at a time."""
-
-    model: HFModel
-    dtype: str
-    weights: str = REAL
-    concurrency: int = 1
-
-    @property
-    def identity(self) -> Identity:
-        """Return the identity, with the digest of the checkpoint."""
-        from edgecloud_sd.models import memory
-
-        config = self.model.thinker.config.text_config
-        return Identity(
-            name=Path(self.model.name).name,
-            engine="transformers",
-            dtype=self.dtype,
-            device=self.model.thinker.device.type,
-            vocab_size=self.model.vocab_size,
-            max_length=config.max_position_embeddings,
-            max_rank=self.model.vocab_size,
-            traits=frontend_traits(self.model),
-            weights=DUMMY if self.weights == DUMMY else memory.weights_digest(self.model.name),
-        )
-
-    def verifier(self, rule: Rule) -> Verifier:
-        """Return a verifier on this model."""
-        return LocalVerifier(self.model, rule)
-
-    def close(self) -> None:
-        """Do nothing: the model goes with this object."""
 
 
 @dataclass(frozen=True)
@@ -151,10 +87,9 @@ def load_engine(
     `flags` are engine arguments of vLLM, which chooses its devices itself. Raise ValueError for a bad option and
     OSError for a checkpoint that cannot be loaded.
     """
-    from edgecloud_sd.models import load
-
     if name == "vllm":
         from edgecloud_sd.cloud import vllm_engine
+        from edgecloud_sd.models import load
 
         if weights != REAL:
             raise ValueError(f"--weights: {weights} works only with --engine {ENGINE_NAMES[0]}")
@@ -162,4 +97,6 @@ def load_engine(
         return VLLM(vllm_engine.load_vllm(checkpoint, dtype, flags), frontend_traits(front), dtype)
     if flags:
         raise ValueError(f"--engine-option: {next(iter(flags))} works only with --engine vllm")
-    return Transformers(load.load_model(checkpoint, device, dtype, weights), dtype, weights)
+    engine = LocalCloud(checkpoint, device, dtype, weights)
+    _ = engine.model  # a server loads its model before it listens
+    return engine

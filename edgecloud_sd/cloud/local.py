@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from edgecloud_sd.acceptance import Rule
-from edgecloud_sd.cloud.engine import Identity
+from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.models.frontend import Frontend, frontend_traits
 from edgecloud_sd.models.pairs import DUMMY, REAL
 from edgecloud_sd.session import Model
@@ -57,6 +57,7 @@ class LocalCloud:
     device: str = "cpu"
     dtype: str = "float32"
     weights: str = REAL
+    concurrency: int = 1  # forward passes at once
 
     @cached_property
     def model(self) -> HFModel:
@@ -93,9 +94,9 @@ class LocalCloud:
         count: int = self.model.thinker.num_parameters()
         return count
 
-    def verifier(self, rule: Rule, harness: Harness) -> Verifier:
-        """Return the verifier of one generation."""
-        return local_verifier(self.model, rule, harness)
+    def verifier(self, rule: Rule, harness: Harness | None = None) -> Verifier:
+        """Return the verifier of one generation, timed if it has a harness. A server measures its calls itself."""
+        return local_verifier(self.model, rule, harness) if harness else LocalVerifier(self.model, rule)
 
     def close(self) -> None:
         """Do nothing: the memory goes with this object."""

@@ -19,7 +19,7 @@ def estimate_workload(traces: Sequence[Trace], strategy: Strategy) -> Workload |
     If the draft length varies (adaptive k, or a draft stop), the workload's k is the mean length of the drafts without
     tokens drafted ahead. Traces that the edge finished alone are left out.
     """
-    traces = [trace for trace in traces if metrics.degraded(trace) is None]
+    traces = [trace for trace in traces if metrics.degraded_reason(trace) is None]
     accepted = metrics.acceptance_by_position(traces)
     total = sum((metrics.counts(trace) for trace in traces), metrics.Counts())
     if not accepted or not total.cloud_call_rate:
@@ -38,7 +38,7 @@ def estimate_workload(traces: Sequence[Trace], strategy: Strategy) -> Workload |
         eager=strategy.prefill == "eager",
         ahead=strategy.draft_ahead,
         is_lossless=strategy.is_lossless,
-        guess=metrics.right_guesses(traces) or 0.0,
+        guess=metrics.bonus_guess_rate(traces) or 0.0,
     )
 
 

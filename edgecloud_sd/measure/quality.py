@@ -1,8 +1,8 @@
-"""Captions against references: scores of a corpus and of each clip, from one tokenization.
+"""Quality of captions against their references: metrics of the corpus and of each clip.
 
-Chinese is cut into characters (runs of Latin letters and digits stay whole), English into lower-cased words and
-punctuation; `TOKENIZERS` names which, and the names stand in the results. BERTScore cuts text by its own model's
-tokenizer. An empty caption scores 0 and is counted.
+All metrics except BERTScore read the same tokens. Chinese is split into characters, with runs of Latin letters and
+digits kept whole. English is split into lower-cased words and punctuation. The results name the tokenizer
+(`TOKENIZERS`). BERTScore uses the tokenizer of its own model. An empty caption scores 0 and is counted.
 """
 
 from __future__ import annotations
@@ -20,48 +20,50 @@ TOKENIZERS = {"chinese": "characters", "english": "lowercase-words-and-punctuati
 BLEU = ("bleu1", "bleu2", "bleu3", "bleu4")
 BERTSCORE = ("bertscore_precision", "bertscore_recall", "bertscore_f1")
 QUALITY_METRICS = (*BLEU, "meteor", "rouge_l", "cider", *BERTSCORE, "language_match")
-SCRIPTS = {"chinese": "CJK ", "english": "LATIN "}  # how Unicode's names of the letters begin
+SCRIPTS = {"chinese": "CJK ", "english": "LATIN "}  # first word of the Unicode names of the letters
 _CHARACTERS = re.compile(r"[A-Za-z0-9]+|\S")
 _WORDS = re.compile(r"\w+|[^\w\s]")
 
-Scores = tuple[float, Sequence[float]]  # of the corpus, of each clip
+Scores = tuple[float, Sequence[float]]  # (corpus score, score of each clip)
 
 
 class NotMeasured(Exception):
-    """The message says why a metric has no value."""
+    """A metric has no value; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """A value for every name of METRICS; None where there is none, and then `reasons` says why."""
+    """The quality metrics of one set of captions, under the names in `QUALITY_METRICS`.
+
+    A metric that was not measured is None, and `reasons` has its reason.
+    """
 
     corpus: dict[str, float | None]
-    per_clip: dict[str, tuple[float | None, ...]]  # one value a clip; language_match: 1.0 or 0.0
-    empty: int  # captions without text
+    per_clip: dict[str, tuple[float | None, ...]]  # language_match is 1.0 or 0.0
+    empty: int  # number of captions without text
     tokenizer: str
-    bertscore_model: str | None  # a folder's last component or the name on the hub
+    bertscore_model: str | None  # name on the hub, or last component of the folder
     reasons: dict[str, str]
 
 
 def tokenize(text: str, language: str) -> list[str]:
-    """The tokens that are compared."""
-    if language == "chinese":
-        return _CHARACTERS.findall(text.lower())
-    return _WORDS.findall(text.lower())
+    """Return the lower-cased tokens of `text` that the metrics compare."""
+    pattern = _CHARACTERS if language == "chinese" else _WORDS
+    return pattern.findall(text.lower())
 
 
-def in_language(text: str, language: str) -> bool:
-    """Whether more than half of the letters are of the language's script: Han for chinese, Latin for english.
+def is_in_language(text: str, language: str) -> bool:
+    """Return True if more than half of the letters belong to the script of `language` (Han or Latin).
 
-    Digits, punctuation and spaces are not letters. A text without letters is in no language. French in Latin script
-    passes for english: this finds a model that answers in another script, not in another language of the same one.
+    Digits, punctuation and spaces are not letters, and a text without letters is in no language. The test finds a model
+    that answers in another script. French passes as English, because both use the Latin script.
     """
-    letters = [unicodedata.name(each, "") for each in text if each.isalpha()]
+    letters = [unicodedata.name(character, "") for character in text if character.isalpha()]
     return 2 * sum(name.startswith(SCRIPTS[language]) for name in letters) > len(letters)
 
 
 def check_bertscore_model(name: str) -> None:
-    """Load the model for the session. ValueError, with the model and a fix, where that cannot be done."""
+    """Load the BERTScore model for this process. Raise ValueError, with the model and a fix, if that fails."""
     bertscore.load_scorer(name)
 
 
@@ -72,106 +74,123 @@ def score(
     bertscore_model: str | None = None,
     meaningless: str | None = None,
 ) -> Quality:
-    """Every metric of METRICS. `bertscore_model` is a folder or a name on the hub; see `bertscore.load_scorer`. Of
-    captions that are `meaningless`, for a reason that it gives, nothing is measured.
+    """Return the metrics of `captions` against `references`, which has one list of texts per caption.
 
-    All but CIDEr (0 to 10) lie between 0 and 1. ROUGE-L, CIDEr, BERTScore and language_match of a corpus are means over
-    its clips; BLEU and METEOR are made of summed counts. Raises ValueError unless every clip has references and every
-    reference has text.
+    `bertscore_model` is a folder or a name on the hub (see `bertscore.load_scorer`). `meaningless` is a reason to
+    measure nothing, such as random weights. Raise ValueError for a caption without references or a reference without
+    text.
+
+    CIDEr lies between 0 and 10, and every other metric between 0 and 1. Corpus BLEU and METEOR come from summed counts.
+    The other corpus scores are means over clips.
     """
-    got = [" ".join(tokenize(text, language)) for text in captions]
-    want = [[" ".join(tokenize(text, language)) for text in texts] for texts in references]
-    if len(got) != len(want) or not all(texts and all(texts) for texts in want):
-        raise ValueError("every caption needs references, and every reference text")
-    matches = [float(in_language(text, language)) for text in captions]
-    parts: Mapping[tuple[str, ...], Callable[[], Iterable[Scores]]] = {
-        BLEU: lambda: _bleu(got, want),
-        ("meteor",): lambda: [_meteor(got, want, language)],
-        ("rouge_l",): lambda: [_rouge_l(got, want)],
-        ("cider",): lambda: [_cider(got, want)],
+    candidates = [" ".join(tokenize(text, language)) for text in captions]
+    targets = [[" ".join(tokenize(text, language)) for text in texts] for texts in references]
+    _check_references(len(candidates), targets)
+    matches = [float(is_in_language(text, language)) for text in captions]
+    groups: Mapping[tuple[str, ...], Callable[[], Iterable[Scores]]] = {
+        BLEU: lambda: _bleu(candidates, targets),
+        ("meteor",): lambda: [_meteor(candidates, targets, language)],
+        ("rouge_l",): lambda: [_rouge_l(candidates, targets)],
+        ("cider",): lambda: [_cider(candidates, targets)],
         BERTSCORE: lambda: _bertscore(captions, references, bertscore_model),
         ("language_match",): lambda: [(_mean(matches), matches)],
     }
     corpus: dict[str, float | None] = dict.fromkeys(QUALITY_METRICS)
-    per_clip: dict[str, tuple[float | None, ...]] = dict.fromkeys(QUALITY_METRICS, (None,) * len(got))
+    per_clip: dict[str, tuple[float | None, ...]] = dict.fromkeys(QUALITY_METRICS, (None,) * len(candidates))
+    label = bertscore_model and bertscore.scorer_label(bertscore_model)
     reasons = {}
-    for names, measure in parts.items():
+    for names, measure in groups.items():
         try:
-            if not got or meaningless:
+            if not candidates or meaningless:
                 raise NotMeasured(meaningless or "no clip was captioned")
-            for name, (whole, each) in zip(names, measure(), strict=True):
-                corpus[name], per_clip[name] = float(whole), tuple(float(value) for value in each)
+            for name, (corpus_score, clip_scores) in zip(names, measure(), strict=True):
+                corpus[name], per_clip[name] = float(corpus_score), tuple(map(float, clip_scores))
         except NotMeasured as error:
             reasons.update(dict.fromkeys(names, str(error)))
     return Quality(
         corpus=corpus,
         per_clip=per_clip,
-        empty=sum(not text for text in got),
+        empty=sum(not text for text in candidates),
         tokenizer=TOKENIZERS[language],
-        bertscore_model=bertscore.scorer_label(bertscore_model)
-        if bertscore_model and corpus["bertscore_f1"] is not None
-        else None,
+        bertscore_model=label if corpus["bertscore_f1"] is not None else None,
         reasons=reasons,
     )
 
 
-def _bleu(got: Sequence[str], want: Sequence[Sequence[str]]) -> Iterable[Scores]:
-    """BLEU-1 to -4 (Papineni et al. 2002): no smoothing, the reference closest in length, the shorter of two.
+def _check_references(captions: int, references: Sequence[Sequence[str]]) -> None:
+    if len(references) != captions:
+        raise ValueError(f"{captions} captions have {len(references)} lists of references: give one list per caption")
+    for number, texts in enumerate(references, 1):
+        if not texts or not all(texts):
+            problem = "a reference without text" if texts else "no reference"
+            raise ValueError(
+                f"caption {number} of {captions} has {problem}: give it at least one text, and no empty one"
+            )
 
-    pycocoevalcap counts; its own scores are not used, as they make of 0 matches 1e-15 and of 0 n-grams 1e-9, so that
-    captions of three tokens would have a BLEU-4. A clip's BLEU-n goes up to n-grams as long as its caption, sacrebleu's
-    effective_order: of a whole corpus of captions shorter than n it is 0, but a single right one of them has 1.
+
+def _bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Iterable[Scores]:
+    """Yield BLEU-1 to BLEU-4 (Papineni et al. 2002) without smoothing.
+
+    The brevity penalty takes the reference that is closest in length, and the shorter one of two that are equally
+    close. A clip's BLEU-n has n-grams no longer than its caption, like `effective_order` of sacrebleu. Corpus BLEU-n
+    has all orders up to n, so a corpus in which every caption is shorter than n tokens has 0.
+
+    pycocoevalcap counts the n-grams. Its scores are not used: it adds 1e-15 to the matches and 1e-9 to the n-grams, so
+    that a caption of three tokens has a BLEU-4.
     """
     from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 
-    clips = [cook_test(text, cook_refs(texts), eff="closest") for text, texts in zip(got, want, strict=True)]
+    clips = [
+        cook_test(text, cook_refs(texts), eff="closest") for text, texts in zip(candidates, references, strict=True)
+    ]
     for n in range(1, len(BLEU) + 1):
-        yield _bleu_of(clips, n), [_bleu_of([clip], max(1, min(n, clip["testlen"]))) for clip in clips]
+        yield _bleu_of_counts(clips, n), [_bleu_of_counts([clip], max(1, min(n, clip["testlen"]))) for clip in clips]
 
 
-def _bleu_of(clips: Sequence[Mapping[str, Any]], n: int) -> float:
-    found = [sum(clip["correct"][i] for clip in clips) for i in range(n)]
-    made = [sum(clip["guess"][i] for clip in clips) for i in range(n)]
-    if not all(found):
+def _bleu_of_counts(clips: Sequence[Mapping[str, Any]], n: int) -> float:
+    """Return the brevity penalty times the geometric mean of the n-gram precisions, from summed counts."""
+    matches = [sum(clip["correct"][i] for clip in clips) for i in range(n)]
+    totals = [sum(clip["guess"][i] for clip in clips) for i in range(n)]
+    if not all(matches):
         return 0.0
-    length, wanted = (sum(clip[key] for clip in clips) for key in ("testlen", "reflen"))
-    brevity = min(1.0, math.exp(1 - wanted / length))
-    precision: float = math.prod(a / b for a, b in zip(found, made, strict=True)) ** (1 / n)
-    return brevity * precision
+    length, reference_length = (sum(clip[key] for clip in clips) for key in ("testlen", "reflen"))
+    brevity_penalty = min(1.0, math.exp(1 - reference_length / length))
+    precision: float = math.prod(match / total for match, total in zip(matches, totals, strict=True)) ** (1 / n)
+    return brevity_penalty * precision
 
 
-def _meteor(got: Sequence[str], want: Sequence[Sequence[str]], language: str) -> Scores:
-    """METEOR 1.5, of the same tokens as the others; see `meteor.Meteor.score`."""
+def _meteor(candidates: Sequence[str], references: Sequence[Sequence[str]], language: str) -> Scores:
+    """Return METEOR 1.5 (see `meteor.Meteor.score`)."""
     try:
-        return meteor.scorer(language).score(got, want)
+        return meteor.get_meteor(language).score(candidates, references)
     except meteor.MeteorUnavailable as error:
         raise NotMeasured(str(error)) from error
 
 
-def _rouge_l(got: Sequence[str], want: Sequence[Sequence[str]]) -> Scores:
-    """ROUGE-L (Lin 2004), beta 1.2: F of the longest common subsequence's best precision and best recall."""
+def _rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+    """Return ROUGE-L (Lin 2004) with beta 1.2: F of the best precision and the best recall over the references."""
     from pycocoevalcap.rouge.rouge import Rouge
 
-    whole, each = Rouge().compute_score(*_numbered(got, want))
-    return whole, each
+    corpus_score, clip_scores = Rouge().compute_score(*_numbered(candidates, references))
+    return corpus_score, clip_scores
 
 
-def _cider(got: Sequence[str], want: Sequence[Sequence[str]]) -> Scores:
-    """CIDEr-D (Vedantam et al. 2015), 0 to 10: cosine of n-gram counts, weighed by how few clips have the n-gram.
+def _cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+    """Return CIDEr-D (Vedantam et al. 2015), 0 to 10: the cosine of n-gram counts, with rare n-grams weighted higher.
 
-    It is a property of the whole set: one clip alone has none, and a clip's own value depends on the others'. A caption
-    of fewer than 4 tokens has no 4-grams and stays under 7.5 even if it is right.
+    The weights come from all clips, so a clip's score depends on the other clips, and a single clip has no score. A
+    caption of fewer than 4 tokens has no 4-grams and stays below 7.5 even if it is right.
     """
     from pycocoevalcap.cider.cider import Cider
 
-    if len(got) == 1:
-        raise NotMeasured("needs at least two clips")
-    whole, each = Cider().compute_score(*_numbered(got, want))
-    return whole, each
+    if len(candidates) == 1:
+        raise NotMeasured("CIDEr needs at least two clips")
+    corpus_score, clip_scores = Cider().compute_score(*_numbered(candidates, references))
+    return corpus_score, clip_scores
 
 
 def _bertscore(captions: Sequence[str], references: Sequence[Sequence[str]], model: str | None) -> Iterable[Scores]:
-    """Precision, recall and F1 of the texts as they are; see `bertscore.BertScorer.score`."""
+    """Return precision, recall and F1 of the untokenized texts (see `bertscore.BertScorer.score`)."""
     if not model:
         raise NotMeasured("no BERTScore model was given (--bertscore-model)")
     try:
@@ -181,9 +200,11 @@ def _bertscore(captions: Sequence[str], references: Sequence[Sequence[str]], mod
     return [(_mean(values), values) for values in scorer.score(captions, references)]
 
 
-def _numbered(got: Sequence[str], want: Sequence[Sequence[str]]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """References and captions as pycocoevalcap wants them."""
-    return {i: list(texts) for i, texts in enumerate(want)}, {i: [text] for i, text in enumerate(got)}
+def _numbered(
+    candidates: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """Return references and candidates by clip number, which is the input format of pycocoevalcap."""
+    return {i: list(texts) for i, texts in enumerate(references)}, {i: [text] for i, text in enumerate(candidates)}
 
 
 def _mean(values: Sequence[float]) -> float:

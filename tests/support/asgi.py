@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message
 
 from edgecloud_sd import wire
-from edgecloud_sd.cloud.engine import Identity
+from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.cloud.server import create_app
 from edgecloud_sd.cloud.sessions import ServiceLimits
 from edgecloud_sd.events import Prompt

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from edgecloud_sd.acceptance import Rule
-from edgecloud_sd.cloud.engine import Identity
+from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.cloud.local import local_verifier
 from edgecloud_sd.events import Prompt
 from edgecloud_sd.gate import Gate

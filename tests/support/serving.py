@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import uvicorn
 
 from edgecloud_sd.acceptance import Rule
-from edgecloud_sd.cloud.engine import Engine, Identity
+from edgecloud_sd.cloud.engine import Engine
+from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.cloud.server import create_app
 from edgecloud_sd.cloud.sessions import ServiceLimits
 from edgecloud_sd.models.frontend import Traits
