@@ -138,13 +138,18 @@ def test_another_model_after_a_restart_is_refused(url: str, narrow_url: str) -> 
 
 
 def test_a_rank_above_the_engines_limit_is_refused(url: str) -> None:
-    with connected(url) as connection, pytest.raises(Refused, match="by rank 7 at most, not 8"):
+    with (
+        connected(url) as connection,
+        pytest.raises(Refused, match=r"rule rank\(8\): the cloud's engine has rank\(r\) up to r = 7"),
+    ):
         connection.verifier(Rank(8), Harness())
 
 
 def test_a_synthetic_rule_is_refused_if_the_engine_has_none(narrow_url: str) -> None:
     with connected(narrow_url) as connection:
-        with pytest.raises(Refused, match=r"by greedy and rank\(r\) alone, not by synthetic\(0\.9/0\.8\)"):
+        with pytest.raises(
+            Refused, match=r"rule synthetic\(0\.9/0\.8\): the cloud's engine has only greedy and rank\(r\)"
+        ):
             connection.verifier(Synthetic((0.9, 0.8)), Harness())
         assert open_verification(connection, Rank(3)).verify(0, [3], []).accepted == 0
 

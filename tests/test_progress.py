@@ -1,4 +1,4 @@
-"""The bar of a run."""
+"""The progress bar of a benchmark run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from bench.session import Progress
 from edgecloud_sd.events import Committed, Draft, Drafted, Finished, Opened, Prepared, Trace
 from edgecloud_sd.host.utilization import unmeasured
 from edgecloud_sd.measure.summary import clip_result
-from tests.test_results import clip, decode
+from tests.support.results import decode, make_clip
 
-# 2 tokens after the first, in 0.5 s
+# 2 tokens in the 0.5 s after the first token
 TRACE = Trace(
     (
         (0.1, Prepared(5)),
@@ -28,29 +28,29 @@ TRACE = Trace(
 
 
 class Terminal:
-    """What Progress needs of pytest's capture manager."""
+    """A stand-in for the capture manager of pytest."""
 
     def global_and_fixture_disabled(self) -> AbstractContextManager[None]:
         return nullcontext()
 
 
-def shown(capture: Terminal | None, capsys: pytest.CaptureFixture[str]) -> str:
+def printed_by_progress(capture: Terminal | None, capsys: pytest.CaptureFixture[str]) -> str:
     bar = Progress(2, "edge-pocket-zh", capture)
     for _ in range(2):
-        time.sleep(0.11)  # a bar is not drawn more often than that
-        bar.advance(clip_result(clip("a", "他"), TRACE, unmeasured(1.0, "test"), decode))
+        time.sleep(0.11)  # tqdm draws the bar at most every 0.1 s
+        bar.advance(clip_result(make_clip("a", "他"), TRACE, unmeasured(1.0, "test"), decode))
     bar.close()
     printed = capsys.readouterr()
     return printed.out + printed.err
 
 
 def test_a_terminal_shows_the_clips_and_the_running_otps(capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(Terminal(), capsys)
+    text = printed_by_progress(Terminal(), capsys)
     assert "edge-pocket-zh" in text
     assert "0/2" in text
     assert "1/2" in text
     assert "OTPS 4.0" in text
 
 
-def test_a_log_shows_nothing_of_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert shown(None, capsys) == ""
+def test_a_log_shows_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed_by_progress(None, capsys) == ""

@@ -40,7 +40,7 @@ SECTIONS = (
 PICTURES = ("draw_breakdown", "draw_latency_quality", "draw_acceptance", "draw_speedups")
 IMAGE = r'src="data:image/svg\+xml;base64,([^"]+)"'
 MACHINE = {"system": "Linux", "machine": "x86_64", "cpu": "Fast 9000", "cores": 8, "gpu": None}
-VERSIONS = {"python": "3.12.1", "torch": "2.13.0", "transformers": "5.23.0", "edgecloud_sd": "1"}
+VERSIONS = {"python": "3.12.1", "torch": "2.13.0", "transformers": "5.23.0", "edgecloud_sd": "1", "commit": None}
 COUNTS = (
     "tokens", "local", "accepted", "correction", "bonus", "cloud", "rounds", "cloud_calls", "drafted", "verified",
     "ahead", "ahead_wasted",

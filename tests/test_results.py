@@ -1,11 +1,14 @@
-"""The results file of two clips whose figures are counted by hand."""
+"""The results file of two clips, compared with figures counted by hand."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +17,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from edgecloud_sd.data.dataset import Clip, SkippedClip
+from edgecloud_sd.acceptance import Rank
+from edgecloud_sd.data.dataset import SkippedClip
 from edgecloud_sd.events import (
     Committed,
     Draft,
@@ -23,31 +27,26 @@ from edgecloud_sd.events import (
     Finished,
     Opened,
     Prepared,
+    Span,
     Trace,
     Verdict,
     Verified,
 )
+from edgecloud_sd.gate import entropy_gate
 from edgecloud_sd.host.limits import LimitsInForce
 from edgecloud_sd.host.utilization import Utilization
 from edgecloud_sd.measure import metrics, quality, results
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.results import results_document
 from edgecloud_sd.measure.summary import METRICS, ClipResult, Summary, clip_result, summarise
+from edgecloud_sd.strategy import Strategy
+from tests.support.results import decode, make_clip
 
 Spoil = Callable[[dict[str, Any]], None]
-CHARACTERS = "。她他很高兴又悲伤"  # token id -> text
 
 
-def decode(ids: Sequence[int]) -> str:
-    return "".join(CHARACTERS[i] for i in ids)
-
-
-def nothing(ids: Sequence[int]) -> str:
+def decode_to_nothing(ids: Sequence[int]) -> str:
     return ""
-
-
-def clip(name: str, *references: str) -> Clip:
-    return Clip(name, Path(f"{name}.wav"), "chinese", references)
 
 
 # 3 rounds: a draft of 2 accepted whole, one of 2 committed locally, one of 2 rejected at once
@@ -68,7 +67,13 @@ LONG = Trace(
         (1.50, Verified(Draft((7, 8)), Verdict(0, 0))),
         (1.50, Committed((0,), "correction")),
         (1.60, Finished("length")),
-    )
+    ),
+    (
+        *(Span("features", 0.0, 0.1), Span("edge_prefill", 0.1, 0.25), Span("cloud_prefill", 0.25, 0.5)),
+        *(Span("draft", 0.5, 0.55), Span("draft", 0.55, 0.6), Span("verify", 0.6, 0.8)),
+        *(Span("draft", 0.8, 0.85), Span("draft", 0.85, 0.9)),
+        *(Span("draft", 0.9, 0.95), Span("draft", 0.95, 1.0), Span("verify", 1.0, 1.5)),
+    ),
 )
 # 2 rounds: a draft of 1 accepted, then one of 1 committed locally
 SHORT = Trace(
@@ -84,7 +89,11 @@ SHORT = Trace(
         (1.10, Drafted(Draft((8,)))),
         (1.20, Committed((8,), "local")),
         (1.20, Finished("eos")),
-    )
+    ),
+    (
+        *(Span("features", 0.0, 0.2), Span("edge_prefill", 0.2, 0.4), Span("cloud_prefill", 0.4, 0.5)),
+        *(Span("draft", 0.5, 0.6), Span("verify", 0.6, 1.0), Span("draft", 1.0, 1.1)),
+    ),
 )
 EDGE = Trace(
     (
@@ -103,14 +112,8 @@ BUSY = Utilization(wall=1.0, cpu=2.0, rss_mean_mb=250.0, rss_peak_mb=300.0, gpu_
 EXPERIMENT = {
     "case": "speculative-pocket-H1.5-k2-rank20-zh",
     "pair": "pocket",
-    "mode": "speculative",
-    "gate": "entropy",
-    "k": 2,
-    "draft_stop": None,
-    "draft_ahead": 0,
-    "rule": "rank20",
+    "strategy": Strategy("speculative", entropy_gate(1.5), Rank(20), 2).to_json(),
     "link": "none",
-    "open": "eager",
     "cloud_url": None,
     "max_cpu_cores": 2,
     "max_memory_gb": None,
@@ -125,32 +128,32 @@ EXPERIMENT = {
 
 
 ENVIRONMENT = (
-    "python", "torch", "transformers", "edgecloud_sd", "system", "machine", "cpu", "cores", "gpu",
+    "python", "torch", "transformers", "edgecloud_sd", "commit", "system", "machine", "cpu", "cores", "gpu",
 )  # fmt: skip
 
 
-HELD = LimitsInForce(cores=(0, 1), torch_threads=1, memory_bytes=None)
+IN_FORCE = LimitsInForce(cores=(0, 1), torch_threads=1, memory_bytes=None)
 
 
 @pytest.fixture
 def both() -> list[ClipResult]:
-    long = clip_result(clip("long", "他很高兴又。"), LONG, USED, decode)
-    return [long, clip_result(clip("short", "她很悲伤", "她很伤"), SHORT, BUSY, decode)]
+    long = clip_result(make_clip("long", "他很高兴又。"), LONG, USED, decode)
+    return [long, clip_result(make_clip("short", "她很悲伤", "她很伤"), SHORT, BUSY, decode)]
 
 
 @pytest.fixture
-def made(both: list[ClipResult], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The whole document, without waiting for torch to say which version it is."""
-    monkeypatch.setattr(results, "environment", lambda: dict.fromkeys(ENVIRONMENT, "1.0"))
+def document(both: list[ClipResult], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return a whole document without importing torch for its version."""
+    monkeypatch.setattr(results, "environment", lambda: dict.fromkeys(ENVIRONMENT, "1.0") | {"cores": 2})
     skipped = [SkippedClip("bad", "bad.wav: holds no audio")]
-    return results_document(dict(EXPERIMENT), both, *summarise(both, "chinese"), HELD, skipped)
+    return results_document(copy.deepcopy(EXPERIMENT), both, *summarise(both, "chinese"), IN_FORCE, skipped)
 
 
 def summary_of(*traces: Trace, text: metrics.DecodeText = decode) -> Summary:
-    return summarise([clip_result(clip("a", "他很高兴"), trace, USED, text) for trace in traces], "chinese")[0]
+    return summarise([clip_result(make_clip("a", "他很高兴"), trace, USED, text) for trace in traces], "chinese")[0]
 
 
-def test_a_clips_result_says_all_of_its_trace(both: list[ClipResult]) -> None:
+def test_a_clip_result_has_caption_times_and_counts(both: list[ClipResult]) -> None:
     long, short = both
     assert (long.caption, short.caption) == ("他很高兴又。", "她很伤")
     assert (long.ttft, long.e2e, long.otps) == pytest.approx((0.8, 1.5, 5 / 0.7))
@@ -186,33 +189,33 @@ def test_rates_are_ratios_of_sums(both: list[ClipResult]) -> None:
     assert summary.acceptance_by_position == pytest.approx((2 / 3, 1 / 2))
 
 
-def test_cpu_is_a_ratio_of_sums_and_memory_the_highest(both: list[ClipResult]) -> None:
+def test_cpu_is_a_ratio_of_sums_and_peak_memory_a_maximum(both: list[ClipResult]) -> None:
     summary, _ = summarise(both, "chinese")
     assert summary.figures["cpu_percent"] == pytest.approx(100 * (1.0 + 2.0) / (2.0 + 1.0))
     assert summary.figures["rss_peak"] == 400
     assert summary.figures["rss_mean"] == 300
 
 
-def test_gpu_is_the_mean_of_what_was_measured(both: list[ClipResult]) -> None:
+def test_gpu_utilisation_is_the_mean_over_measured_clips(both: list[ClipResult]) -> None:
     assert summarise(both, "chinese")[0].figures["gpu_percent"] == 40
 
 
-def test_quality_is_that_of_the_captions(both: list[ClipResult]) -> None:
+def test_quality_comes_from_the_captions_and_references(both: list[ClipResult]) -> None:
     summary, scores = summarise(both, "chinese")
     assert scores == quality.score(["他很高兴又。", "她很伤"], [["他很高兴又。"], ["她很悲伤", "她很伤"]], "chinese")
     assert {name: summary.figures[name] for name in quality.QUALITY_METRICS} == scores.corpus
     assert (summary.tokenizer, summary.empty_captions) == ("characters", 0)
 
 
-def test_edge_mode_verifies_nothing_and_says_so() -> None:
+def test_edge_mode_has_no_verification_rates_but_reasons() -> None:
     summary = summary_of(EDGE, EDGE)
     assert (summary.figures["acceptance_rate"], summary.figures["correction_rate"]) == (None, None)
     assert summary.figures["cloud_call_rate"] == 0
     assert summary.acceptance_by_position == ()
-    assert summary.reasons["acceptance_rate"] == summary.reasons["correction_rate"] == "nothing was verified"
+    assert summary.reasons["acceptance_rate"] == summary.reasons["correction_rate"] == "no draft was verified"
 
 
-def test_cloud_mode_has_no_rounds_and_says_so() -> None:
+def test_cloud_mode_has_no_round_rates_but_reasons() -> None:
     summary = summary_of(CLOUD, CLOUD)
     rates = ("acceptance_rate", "correction_rate", "cloud_call_rate")
     assert [summary.figures[rate] for rate in rates] == [None] * 3
@@ -222,10 +225,10 @@ def test_cloud_mode_has_no_rounds_and_says_so() -> None:
 def test_captions_of_one_token_have_no_otps() -> None:
     summary = summary_of(EDGE, CLOUD)
     assert summary.figures["otps"] is None
-    assert summary.reasons["otps"] == "no caption has a token later than its first with text"
+    assert summary.reasons["otps"] == "no caption has a token that became visible after its first text"
 
 
-def test_captions_of_one_token_do_not_count_in_otps() -> None:
+def test_captions_of_one_token_are_left_out_of_otps() -> None:
     assert summary_of(EDGE, SHORT, CLOUD).figures["otps"] == pytest.approx(2 / 0.2)
 
 
@@ -239,76 +242,78 @@ AT_ONCE = Trace(
 )
 
 
-@pytest.mark.parametrize(("trace", "text"), [(AT_ONCE, decode), (LONG, nothing)], ids=["at once", "without text"])
-def test_two_tokens_without_otps_have_a_reason_that_is_true(trace: Trace, text: metrics.DecodeText) -> None:
+@pytest.mark.parametrize(
+    ("trace", "text"), [(AT_ONCE, decode), (LONG, decode_to_nothing)], ids=["at once", "without text"]
+)
+def test_two_tokens_without_otps_have_a_true_reason(trace: Trace, text: metrics.DecodeText) -> None:
     summary = summary_of(trace, text=text)
     assert summary.figures["otps"] is None
-    assert summary.reasons["otps"] == "no caption has a token later than its first with text"
+    assert summary.reasons["otps"] == "no caption has a token that became visible after its first text"
 
 
 def test_empty_captions_are_counted_and_have_no_ttft() -> None:
-    summary = summary_of(LONG, SHORT, text=nothing)
+    summary = summary_of(LONG, SHORT, text=decode_to_nothing)
     assert (summary.figures["ttft"], summary.figures["otps"], summary.empty_captions) == (None, None, 2)
     assert summary.reasons["ttft"] == "every caption is empty"
     assert (summary.figures["bleu1"], summary.figures["bleu4"]) == (0, 0)
 
 
-def test_what_the_machine_cannot_tell_has_its_reason() -> None:
+def test_a_figure_that_the_machine_cannot_measure_has_a_reason() -> None:
     summary = summary_of(LONG, SHORT)
     assert summary.figures["gpu_percent"] is None
     assert summary.reasons["gpu_percent"] == "no GPU"
 
 
 def test_every_figure_that_is_none_has_a_reason() -> None:
-    for summary in (summary_of(EDGE), summary_of(CLOUD), summary_of(LONG), summary_of(LONG, text=nothing)):
+    for summary in (summary_of(EDGE), summary_of(CLOUD), summary_of(LONG), summary_of(LONG, text=decode_to_nothing)):
         assert list(summary.figures) == list(METRICS)
         missing = {name for name, value in summary.figures.items() if value is None}
         assert missing == set(summary.reasons) & missing
 
 
-def test_the_document_satisfies_the_schema(made: dict[str, Any]) -> None:
-    results.validate_results(made)
+def test_the_document_satisfies_the_schema(document: dict[str, Any]) -> None:
+    results.validate_results(document)
 
 
 @pytest.mark.parametrize("trace", [EDGE, CLOUD, LONG], ids=["edge", "cloud", "speculative"])
-@pytest.mark.parametrize("text", [decode, nothing])
+@pytest.mark.parametrize("text", [decode, decode_to_nothing])
 def test_every_mode_and_an_empty_caption_satisfy_the_schema(
-    made: dict[str, Any], tmp_path: Path, trace: Trace, text: metrics.DecodeText
+    document: dict[str, Any], tmp_path: Path, trace: Trace, text: metrics.DecodeText
 ) -> None:
-    alone = [clip_result(clip("a", "他很高兴"), trace, USED, text)]
+    clips = [clip_result(make_clip("a", "他很高兴"), trace, USED, text)]
     results.write_results(
-        tmp_path / "a.json", results_document(EXPERIMENT, alone, *summarise(alone, "chinese"), HELD, [])
+        tmp_path / "a.json", results_document(EXPERIMENT, clips, *summarise(clips, "chinese"), IN_FORCE, [])
     )
 
 
-def test_the_document_holds_the_summary(made: dict[str, Any], both: list[ClipResult]) -> None:
+def test_the_document_has_the_figures_of_the_summary(document: dict[str, Any], both: list[ClipResult]) -> None:
     summary, _ = summarise(both, "chinese")
-    metrics = made["metrics"]
+    metrics = document["metrics"]
     assert metrics["figures"] == summary.figures
     assert (metrics["avg_bleu"], metrics["avg_cider"]) == (summary.figures["bleu4"], summary.figures["cider"])
     assert [metrics[f"avg_bertscore_{part}"] for part in ("precision", "recall", "f1")] == [None] * 3
     assert metrics["reasons"]["bertscore_f1"]
-    assert made["experiment_config"] == EXPERIMENT
-    assert made["skipped_clips"] == [{"file_id": "bad", "reason": "bad.wav: holds no audio"}]
+    assert document["experiment_config"] == EXPERIMENT
+    assert document["skipped_clips"] == [{"file_id": "bad", "reason": "bad.wav: holds no audio"}]
 
 
-def test_the_breakdown_of_a_cell_is_the_mean_of_its_clips(made: dict[str, Any], both: list[ClipResult]) -> None:
-    assert list(made["metrics"]["latency_breakdown"]) == list(PARTS)
-    assert sum(made["metrics"]["latency_breakdown"].values()) == pytest.approx((1.6 + 1.2) / 2)
-    assert made["metrics"]["latency_breakdown"]["verify"] == pytest.approx((0.2 + 0.5 + 0.4) / 2)
-    assert made["metrics"]["figures"]["discarded_draft"] == pytest.approx((0.1 + 0.0) / 2)
+def test_the_breakdown_of_a_cell_is_the_mean_of_its_clips(document: dict[str, Any], both: list[ClipResult]) -> None:
+    assert list(document["metrics"]["latency_breakdown"]) == list(PARTS)
+    assert sum(document["metrics"]["latency_breakdown"].values()) == pytest.approx((1.6 + 1.2) / 2)
+    assert document["metrics"]["latency_breakdown"]["verify"] == pytest.approx((0.2 + 0.5 + 0.4) / 2)
+    assert document["metrics"]["figures"]["discarded_draft"] == pytest.approx((0.1 + 0.0) / 2)
     closure = {"median": (1.6 / 2 + 1.2 / 1) / 2, "worst": 1.6 / 2, "unnamed_median": (1 - 1.5 / 2 + 1 - 1.1 / 1) / 2}
-    assert made["metrics"]["breakdown_closure"] == pytest.approx(closure)
+    assert document["metrics"]["breakdown_closure"] == pytest.approx(closure)
 
 
-def test_what_was_measured_of_a_clip_can_be_read_back(made: dict[str, Any], both: list[ClipResult]) -> None:
-    saved = json.loads(json.dumps(made["detailed_results"]))
-    for each, clip in zip(both, saved, strict=True):
-        assert results.measurement_from_json(clip) == (each.trace, each.used, each.hindsight)
+def test_measurements_of_a_clip_can_be_read_back(document: dict[str, Any], both: list[ClipResult]) -> None:
+    saved = json.loads(json.dumps(document["detailed_results"]))
+    for result, clip in zip(both, saved, strict=True):
+        assert results.measurement_from_json(clip) == (result.trace, result.utilization, result.hindsight)
 
 
 @pytest.mark.parametrize(
-    ("name", "mean", "least", "most"),
+    ("name", "mean", "minimum", "maximum"),
     [
         ("ttft", 0.9, 0.8, 1.0),
         ("otps", (5 / 0.7 + 10) / 2, 5 / 0.7, 10),
@@ -324,17 +329,17 @@ def test_what_was_measured_of_a_clip_can_be_read_back(made: dict[str, Any], both
         ("cloud_prefill", 0.175, 0.1, 0.25),
     ],
 )
-def test_latency_metrics_have_mean_least_and_most(
-    made: dict[str, Any], name: str, mean: float, least: float, most: float
+def test_latency_metrics_have_mean_minimum_and_maximum(
+    document: dict[str, Any], name: str, mean: float, minimum: float, maximum: float
 ) -> None:
-    found = [made["metrics"]["latency_metrics"][f"{name}_{kind}"] for kind in ("mean", "min", "max")]
-    assert found == pytest.approx([mean, least, most])
+    values = [document["metrics"]["latency_metrics"][f"{name}_{kind}"] for kind in ("mean", "min", "max")]
+    assert values == pytest.approx([mean, minimum, maximum])
 
 
-def test_the_speculative_metrics_add_up(made: dict[str, Any]) -> None:
-    found = made["metrics"]["speculative_decoding_metrics"]
-    assert found.pop("acceptance_by_position") == pytest.approx([2 / 3, 1 / 2])
-    assert found == pytest.approx(
+def test_speculative_metrics_are_sums_over_clips(document: dict[str, Any]) -> None:
+    counts = document["metrics"]["speculative_decoding_metrics"]
+    assert counts.pop("acceptance_by_position") == pytest.approx([2 / 3, 1 / 2])
+    assert counts == pytest.approx(
         {
             "tokens": 9,
             "local": 3,
@@ -353,8 +358,8 @@ def test_the_speculative_metrics_add_up(made: dict[str, Any]) -> None:
     )
 
 
-def test_each_clip_stands_in_the_document(made: dict[str, Any], both: list[ClipResult]) -> None:
-    long, short = made["detailed_results"]
+def test_the_document_has_the_details_of_every_clip(document: dict[str, Any], both: list[ClipResult]) -> None:
+    long, short = document["detailed_results"]
     assert (long["file_id"], long["generated_text"], long["token_ids"]) == ("long", "他很高兴又。", [2, 3, 4, 5, 6, 0])
     assert short["reference_captions"] == ["她很悲伤", "她很伤"]
     assert (long["finish_reason"], short["finish_reason"]) == ("length", "eos")
@@ -371,10 +376,30 @@ def test_the_environment_names_versions_and_no_host_or_path() -> None:
     assert not any(str(value).startswith(os.sep) for value in environment.values())
 
 
-def test_what_is_written_is_read_back(made: dict[str, Any], tmp_path: Path) -> None:
+def test_the_environment_has_the_commit_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    monkeypatch.setattr(results, "CHECKOUT", tmp_path)
+    assert results.environment()["commit"] == head[:12]
+
+
+def test_without_a_repository_or_git_the_commit_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert results.checkout_commit(tmp_path / "installed") is None
+    (tmp_path / "damaged" / ".git").mkdir(parents=True)
+    assert results.checkout_commit(tmp_path / "damaged") is None
+    (tmp_path / "without git" / ".git").mkdir(parents=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert results.checkout_commit(tmp_path / "without git") is None
+
+
+def test_a_written_document_can_be_read_back(document: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.json"
-    results.write_results(path, made)
-    assert results.read_results(path) == made
+    results.write_results(path, document)
+    assert results.read_results(path) == document
     assert "他很高兴" in path.read_text(encoding="utf-8")
 
 
@@ -391,7 +416,7 @@ def with_an_unknown_field(document: dict[str, Any]) -> None:
 
 
 def with_an_unknown_mode(document: dict[str, Any]) -> None:
-    document["experiment_config"]["mode"] = "fast"
+    document["experiment_config"]["strategy"]["mode"] = "fast"
 
 
 def with_a_rate_above_one(document: dict[str, Any]) -> None:
@@ -428,56 +453,58 @@ BREAKS = [
 
 
 @pytest.mark.parametrize("spoil", BREAKS)
-def test_an_invalid_document_is_refused_and_the_file_stays(made: dict[str, Any], tmp_path: Path, spoil: Spoil) -> None:
+def test_an_invalid_document_is_refused_and_the_old_file_remains(
+    document: dict[str, Any], tmp_path: Path, spoil: Spoil
+) -> None:
     path = tmp_path / "a.json"
     path.write_text("old")
-    spoil(made)
+    spoil(document)
     with pytest.raises(ValueError, match=r"^[\w/ ]+: "):
-        results.write_results(path, made)
+        results.write_results(path, document)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_a_number_that_json_does_not_know_is_refused_and_the_file_stays(
-    made: dict[str, Any], tmp_path: Path, number: float
+def test_a_number_that_json_lacks_is_refused_and_the_old_file_remains(
+    document: dict[str, Any], tmp_path: Path, number: float
 ) -> None:
     path = tmp_path / "a.json"
     path.write_text("old")
-    made["detailed_results"][0]["ttft"] = number
+    document["detailed_results"][0]["ttft"] = number
     with pytest.raises(ValueError, match="JSON"):
-        results.write_results(path, made)
+        results.write_results(path, document)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_nan_from_a_clip_is_refused(made: dict[str, Any], both: list[ClipResult], tmp_path: Path) -> None:
+def test_a_nan_from_a_clip_is_refused(document: dict[str, Any], both: list[ClipResult], tmp_path: Path) -> None:
     long, short = both
-    bad = [replace(long, used=replace(USED, cpu=math.nan)), short]
+    bad = [replace(long, utilization=replace(USED, cpu=math.nan)), short]
     with pytest.raises(ValueError, match="JSON"):
         results.write_results(
-            tmp_path / "a.json", results_document(EXPERIMENT, bad, *summarise(bad, "chinese"), HELD, [])
+            tmp_path / "a.json", results_document(EXPERIMENT, bad, *summarise(bad, "chinese"), IN_FORCE, [])
         )
     assert os.listdir(tmp_path) == []
 
 
-def test_an_invalid_file_is_not_read(made: dict[str, Any], tmp_path: Path) -> None:
+def test_reading_an_invalid_file_is_refused(document: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    del made["environment"]
-    path.write_text(json.dumps(made), encoding="utf-8")
-    with pytest.raises(ValueError, match="the whole: 'environment' is a required property"):
+    del document["environment"]
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(ValueError, match="top level: 'environment' is a required property"):
         results.read_results(path)
 
 
-def test_a_file_that_holds_nan_is_not_read(made: dict[str, Any], tmp_path: Path) -> None:
+def test_reading_a_file_with_nan_is_refused(document: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    made["metrics"]["avg_cider"] = math.nan
-    path.write_text(json.dumps(made), encoding="utf-8")
-    with pytest.raises(ValueError, match="holds NaN"):
+    document["metrics"]["avg_cider"] = math.nan
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(ValueError, match="NaN is not a JSON number"):
         results.read_results(path)
 
 
-def test_the_schema_is_itself_valid_and_names_every_figure_and_part() -> None:
+def test_the_schema_is_valid_and_names_every_metric_and_part() -> None:
     schema = json.loads(results.SCHEMA_FILE.read_text(encoding="utf-8"))
     figures = schema["properties"]["metrics"]["properties"]["figures"]
     assert list(figures["properties"]) == figures["required"] == list(METRICS)

@@ -231,7 +231,8 @@ def test_two_runs_on_the_virtual_clock_write_the_same_bytes(pipeline: Pipeline, 
     assert found["metrics"]["figures"]["wire_up_per_token"] > 0
     assert found["metrics"]["breakdown_closure"]["median"] is None
     assert found["metrics"]["reasons"]["missed_corrections"] == (
-        "the cloud was not asked afterwards (see --shadow; not under rule synthetic)"
+        "shadow verification did not run: it needs mode speculative, --shadow yes, a rule other than synthetic, and a "
+        "cloud that answers"
     )
 
 

@@ -1,6 +1,7 @@
-"""The results file: one experiment (one cell of the grid, in one language), in the published structure.
+"""The results file of one experiment, which is one cell of the grid in one language.
 
-`results.schema.json` beside this module is its JSON Schema; nothing is written that does not satisfy it.
+Its top-level keys are those of the published results. `results.schema.json`, beside this module, is its JSON Schema.
+Every file is checked against it before it is written.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -26,6 +28,7 @@ from edgecloud_sd.measure.summary import ClipResult, Summary, max_or_none, mean_
 
 SCHEMA_VERSION = 5
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
+CHECKOUT = Path(__file__).parents[2]  # the folder of the package's repository, if there is one
 
 
 def results_document(
@@ -33,35 +36,21 @@ def results_document(
     results: Sequence[ClipResult],
     summary: Summary,
     scores: quality.Quality,
-    held: LimitsInForce,
+    in_force: LimitsInForce,
     skipped: Iterable[SkippedClip],
 ) -> dict[str, Any]:
-    """The results file of one experiment, with the published top-level keys."""
-    clips = [_clip(each, scores, index) for index, each in enumerate(results)]
-    latency = {
-        f"{name}_{kind}": function(each[name] for each in clips)
-        for name in CLIP_SERIES
-        for kind, function in {"mean": mean_or_none, "min": min_or_none, "max": max_or_none}.items()
-    }
-    figures, counts = summary.figures, summary.counts
+    """Return the contents of the results file of one experiment."""
+    clips = [_clip_record(result, scores, index) for index, result in enumerate(results)]
     return {
         "schema_version": SCHEMA_VERSION,
         "experiment_config": experiment,
         "environment": environment(),
-        "in_force": asdict(held) | {"cores": held.cores and list(held.cores)},
-        "metrics": {
-            "avg_bleu": figures["bleu4"],
-            "avg_cider": figures["cider"],
-            "avg_bertscore_precision": figures["bertscore_precision"],
-            "avg_bertscore_recall": figures["bertscore_recall"],
-            "avg_bertscore_f1": figures["bertscore_f1"],
-            "tokenizer": summary.tokenizer,
-            "bertscore_model": summary.bertscore_model,
-            "empty_captions": summary.empty_captions,
-            "latency_metrics": latency,
-            "speculative_decoding_metrics": asdict(counts)
-            | {"discarded": counts.discarded, "acceptance_by_position": list(summary.acceptance_by_position)},
-            "figures": figures,
+        "in_force": asdict(in_force) | {"cores": in_force.cores and list(in_force.cores)},
+        "metrics": _published_quality(summary)
+        | {
+            "latency_metrics": _latency_metrics(clips),
+            "speculative_decoding_metrics": _speculative_metrics(summary),
+            "figures": summary.figures,
             "latency_breakdown": summary.breakdown.parts,
             "breakdown_closure": {
                 "median": summary.closure_median,
@@ -71,38 +60,68 @@ def results_document(
             "reasons": summary.reasons,
         },
         "detailed_results": clips,
-        "skipped_clips": [asdict(each) for each in skipped],
+        "skipped_clips": [asdict(clip) for clip in skipped],
     }
 
 
-# Fields of a clip that `latency_metrics` sums up
+def _published_quality(summary: Summary) -> dict[str, Any]:
+    figures = summary.figures
+    return {
+        "avg_bleu": figures["bleu4"],
+        "avg_cider": figures["cider"],
+        "avg_bertscore_precision": figures["bertscore_precision"],
+        "avg_bertscore_recall": figures["bertscore_recall"],
+        "avg_bertscore_f1": figures["bertscore_f1"],
+        "tokenizer": summary.tokenizer,
+        "bertscore_model": summary.bertscore_model,
+        "empty_captions": summary.empty_captions,
+    }
+
+
+# Fields of a clip that `latency_metrics` summarises
 CLIP_SERIES = (
     "ttft", "otps", "total_time", "cpu_percent", "ram_mb", "ram_peak_mb", "gpu_util", "gpu_memory_mb", "output_tokens",
     "features", "edge_prefill", "cloud_prefill",
 )  # fmt: skip
 
 
+def _latency_metrics(clips: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Return mean, minimum and maximum over the clips of each field in `CLIP_SERIES`."""
+    return {
+        f"{name}_{kind}": function(clip[name] for clip in clips)
+        for name in CLIP_SERIES
+        for kind, function in {"mean": mean_or_none, "min": min_or_none, "max": max_or_none}.items()
+    }
+
+
+def _speculative_metrics(summary: Summary) -> dict[str, Any]:
+    return asdict(summary.counts) | {
+        "discarded": summary.counts.discarded,
+        "acceptance_by_position": list(summary.acceptance_by_position),
+    }
+
+
 def measurement_to_json(
-    file_id: str, trace: Trace, used: Utilization, hindsight: metrics.Hindsight | None
+    file_id: str, trace: Trace, utilization: Utilization, hindsight: metrics.Hindsight | None
 ) -> dict[str, Any]:
-    """What one caption took, as the results file has it, and enough to compute everything else again."""
+    """Return the measurements of one caption, from which every other field of its clip can be computed again."""
     return {
         "file_id": file_id,
-        "wall_time": used.wall,
-        "cpu_seconds": used.cpu,
-        "ram_mb": used.rss_mean_mb,
-        "ram_peak_mb": used.rss_peak_mb,
-        "gpu_util": used.gpu_percent,
-        "gpu_memory_mb": used.gpu_memory_mb,
-        "not_measured": used.reasons,
+        "wall_time": utilization.wall,
+        "cpu_seconds": utilization.cpu,
+        "ram_mb": utilization.rss_mean_mb,
+        "ram_peak_mb": utilization.rss_peak_mb,
+        "gpu_util": utilization.gpu_percent,
+        "gpu_memory_mb": utilization.gpu_memory_mb,
+        "not_measured": utilization.reasons,
         "hindsight": asdict(hindsight) if hindsight else None,
         "trace": traces.trace_to_json(trace),
     }
 
 
 def measurement_from_json(saved: dict[str, Any]) -> tuple[Trace, Utilization, metrics.Hindsight | None]:
-    """What `measurement_to_json` made this of."""
-    used = Utilization(
+    """Return the measurements that `measurement_to_json` saved."""
+    utilization = Utilization(
         wall=saved["wall_time"],
         cpu=saved["cpu_seconds"],
         rss_mean_mb=saved["ram_mb"],
@@ -111,88 +130,109 @@ def measurement_from_json(saved: dict[str, Any]) -> tuple[Trace, Utilization, me
         gpu_memory_mb=saved["gpu_memory_mb"],
         reasons=saved["not_measured"],
     )
-    looked = saved["hindsight"]
-    hindsight = metrics.Hindsight(looked["missed"], tuple(map(tuple, looked["drafts"]))) if looked else None
-    return traces.trace_from_json(saved["trace"]), used, hindsight
+    shadow = saved["hindsight"]
+    hindsight = metrics.Hindsight(shadow["missed"], tuple(map(tuple, shadow["drafts"]))) if shadow else None
+    return traces.trace_from_json(saved["trace"]), utilization, hindsight
 
 
-def _clip(each: ClipResult, scores: quality.Quality, index: int) -> dict[str, Any]:
-    wire = metrics.wire_bytes(each.trace)
-    figures = measurement_to_json(each.clip.file_id, each.trace, each.used, each.hindsight)
-    trace = figures.pop("trace")  # the longest goes last
+def _clip_record(result: ClipResult, scores: quality.Quality, index: int) -> dict[str, Any]:
+    trace, clip = result.trace, result.clip
+    measurement = measurement_to_json(clip.file_id, trace, result.utilization, result.hindsight)
+    saved_trace = measurement.pop("trace")
     return {
-        "file_id": each.clip.file_id,
-        "dataset": each.clip.dataset,
-        "index": each.clip.index,
-        "generated_text": each.caption,
-        "reference_captions": list(each.clip.references),
-        "prompt_tokens": next(e.prompt_tokens for _, e in each.trace.events if isinstance(e, Prepared)),
-        "output_tokens": each.counts.tokens,
-        "after_first_chunk": list(metrics.after_first_chunk(each.trace) or ()) or None,
-        "token_ids": list(each.trace.tokens),
-        "finish_reason": each.trace.events[-1][1].reason,  # type: ignore[union-attr]
+        "file_id": clip.file_id,
+        "dataset": clip.dataset,
+        "index": clip.index,
+        "generated_text": result.caption,
+        "reference_captions": list(clip.references),
+        "prompt_tokens": next(event.prompt_tokens for _, event in trace.events if isinstance(event, Prepared)),
+        "output_tokens": result.counts.tokens,
+        "after_first_chunk": list(metrics.after_first_chunk(trace) or ()) or None,
+        "token_ids": list(trace.tokens),
+        "finish_reason": trace.events[-1][1].reason,  # type: ignore[union-attr]
         "bleu_score": scores.per_clip["bleu4"][index],
         "scores": {name: values[index] for name, values in scores.per_clip.items()},
-        "ttft": each.ttft,
-        "e2e": each.e2e,
-        "otps": each.otps,
-        "total_time": each.trace.seconds,
-        "features": metrics.feature_seconds(each.trace),
-        "edge_prefill": metrics.prefill_seconds(each.trace, "edge"),
-        "cloud_prefill": metrics.prefill_seconds(each.trace, "cloud"),
-        "cpu_percent": each.used.cpu_percent,
-        "wire_bytes_up": wire[0] if wire else None,
-        "wire_bytes_down": wire[1] if wire else None,
-        "cloud_faults": metrics.failed_attempts(each.trace),
-        "degraded": metrics.degraded_reason(each.trace),
-        "counts": asdict(each.counts),
-        "latency_breakdown": each.breakdown.parts,
-        "discarded_draft": each.breakdown.discarded,
-        **figures,
-        "trace": trace,
+        **_clip_metrics(result),
+        **measurement,
+        "trace": saved_trace,  # last, because it is the longest
+    }
+
+
+def _clip_metrics(result: ClipResult) -> dict[str, Any]:
+    bytes_up, bytes_down = metrics.wire_bytes(result.trace) or (None, None)
+    return {
+        "ttft": result.ttft,
+        "e2e": result.e2e,
+        "otps": result.otps,
+        "total_time": result.trace.seconds,
+        "features": metrics.feature_seconds(result.trace),
+        "edge_prefill": metrics.prefill_seconds(result.trace, "edge"),
+        "cloud_prefill": metrics.prefill_seconds(result.trace, "cloud"),
+        "cpu_percent": result.utilization.cpu_percent,
+        "wire_bytes_up": bytes_up,
+        "wire_bytes_down": bytes_down,
+        "cloud_faults": metrics.failed_attempts(result.trace),
+        "degraded": metrics.degraded_reason(result.trace),
+        "counts": asdict(result.counts),
+        "latency_breakdown": result.breakdown.parts,
+        "discarded_draft": result.breakdown.discarded,
     }
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers depend on, without a host name or a path."""
+    """Return the machine and the software that the numbers depend on, without a host name or a path."""
     import torch
 
     return {
         "python": platform.python_version(),
         "system": platform.system(),
         "machine": platform.machine(),
-        "cpu": _cpu(),
+        "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
         "edgecloud_sd": metadata.version("edgecloud_sd"),
+        "commit": checkout_commit(CHECKOUT),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
 
 
-def _cpu() -> str | None:
-    """The processor's name: Linux has it in a file (py-cpuinfo takes seconds to find more), others tell Python."""
+@cache  # the code in memory stays that of the first call, even if a later commit changes the files
+def checkout_commit(folder: Path) -> str | None:
+    """Return the short id of the commit checked out in `folder`, or None without a repository or without git."""
+    git_folder = folder / ".git"
+    if not git_folder.exists():
+        return None
+    command = ["git", f"--git-dir={git_folder}", "rev-parse", "--short=12", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str | None:
+    """Return the processor's name from /proc/cpuinfo, or from Python where that file has none."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None) or (
-        platform.processor() or None
-    )
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None) or platform.processor() or None
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Check against the schema, then write whole. ValueError for what the schema refuses, and for nan."""
+    """Write the whole file or nothing. Raise ValueError for contents that violate the schema, and for NaN."""
     validate_results(results)
     text = json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False)
-    # a list of plain values takes one line; a string holds no newline, so none is changed
-    text = re.sub(r"\[[^\[\]{}]*\]", lambda plain: re.sub(r"\s*\n\s*", " ", plain[0]), text)
+    # a list of plain values goes on one line; JSON strings have no newline, so this changes no string
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
     write_whole(path, text + "\n")
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A results file, checked against the schema. ValueError for what that refuses, and for bad JSON."""
+    """Return the contents of a results file. Raise ValueError for bad JSON and for contents that violate the schema."""
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{path}: holds {constant}, which is no JSON number")
+        raise ValueError(f"{path}: {constant} is not a JSON number: remove the file and run again")
 
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     validate_results(results)
@@ -200,13 +240,15 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def validate_results(results: Any, with_traces: bool = True) -> None:
-    """ValueError, naming the place, unless `results` satisfies the schema. `with_traces`: whether the clips' must be
-    there."""
+    """Raise ValueError, with the place of the error, if `results` violates the schema.
+
+    `with_traces` requires the trace of each clip, which pytest-benchmark's files leave out.
+    """
     from jsonschema.exceptions import best_match
 
     if error := best_match(_validator(with_traces).iter_errors(results)):
-        where = "/".join(map(str, error.absolute_path)) or "the whole"
-        raise ValueError(f"{where}: {error.message[:200]}")
+        place = "/".join(map(str, error.absolute_path)) or "top level"
+        raise ValueError(f"{place}: {error.message[:200]}")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What is said of one way to decode: every figure, by name, from its captions. `METRICS` is the one list of them."""
+"""The metrics of one cell of the grid, computed from its captions. `METRICS` is the only list of them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from edgecloud_sd.host.utilization import Utilization
 from edgecloud_sd.measure import metrics, quality
 from edgecloud_sd.measure.breakdown import LatencyBreakdown, latency_breakdown, mean_breakdown
 
+Figures = dict[str, float | None]  # keys are the names in METRICS
+
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a cell. `better` is None where neither direction is."""
+    """The description of a metric. `better` is None if neither direction is better."""
 
     unit: str
     better: Literal["higher", "lower"] | None
@@ -26,84 +28,166 @@ class Metric:
 
 
 METRICS = {
-    "total": Metric("s", "lower", "request (samples in memory) to the end of the caption; mean over clips"),
-    "ttft": Metric(
-        "s", "lower", "request to the first token with text: features, prefill of both sides, link and all; mean"
+    "total": Metric(
+        "s", "lower", "Seconds from the request (samples in memory) to the end of the caption; mean over clips"
     ),
-    "e2e": Metric("s", "lower", "request to the last token; mean over clips"),
-    "tpot": Metric("s", "lower", "a token after the first: sum of (last - first) / sum of (N - 1)"),
+    "ttft": Metric(
+        "s",
+        "lower",
+        "Seconds from the request to the first token with text: features, prefill on both sides and the link "
+        "included; mean over clips",
+    ),
+    "e2e": Metric("s", "lower", "Seconds from the request to the last token; mean over clips"),
+    "tpot": Metric(
+        "s",
+        "lower",
+        "Seconds per token after the first: sum of (e2e - ttft) / sum of (N - 1); clips with all tokens at one "
+        "moment are left out",
+    ),
     "otps": Metric(
         "tokens/s",
         "higher",
-        "after the first token: sum of (N - 1) / sum of (last - first), over clips whose tokens came at more than one "
-        "moment. What comes together with the first token counts as if it took no time",
+        "Tokens per second after the first: sum of (N - 1) / sum of (e2e - ttft); clips with all tokens at one "
+        "moment are left out. Tokens that arrive with the first one count as if they took no time",
     ),
-    "e2e_tps": Metric("tokens/s", "higher", "over the whole request: sum of N / sum of e2e"),
-    "itl_per_chunk": Metric("s", "lower", "between one moment at which tokens became visible and the next; mean"),
-    "itl_per_token": Metric("s", "lower", "the same, each gap divided by the tokens that came at its end; mean"),
-    "features": Metric("s", "lower", "log-mel spectrogram and prompt; mean over clips"),
-    "edge_prefill": Metric("s", "lower", "the edge's audio encoder and prefill; mean over clips"),
+    "e2e_tps": Metric("tokens/s", "higher", "Tokens per second over the whole request: sum of N / sum of e2e"),
+    "itl_per_chunk": Metric(
+        "s", "lower", "Seconds between two consecutive moments at which tokens became visible; mean over all gaps"
+    ),
+    "itl_per_token": Metric(
+        "s", "lower", "Seconds between two such moments / tokens at the later one; mean over all gaps"
+    ),
+    "features": Metric("s", "lower", "Seconds for the log-mel spectrogram and the prompt; mean over clips"),
+    "edge_prefill": Metric("s", "lower", "Seconds for the edge's audio encoder and prefill; mean over clips"),
     "cloud_prefill": Metric(
         "s",
         "lower",
-        "waiting for the cloud's, its queue and the link on the way there, as far as the edge was not at work "
-        "meanwhile; mean over clips that waited",
+        "Seconds that the edge waited for the cloud's audio encoder and prefill, with the cloud's queue and the "
+        "uplink; mean over clips that waited",
     ),
-    "discarded_draft": Metric("s", "lower", "spent on draft tokens that were thrown away; mean over clips"),
+    "discarded_draft": Metric("s", "lower", "Seconds spent on draft tokens that were thrown away; mean over clips"),
     "round_trip_exposed": Metric(
-        "s", "lower", "waited for verdicts, from sending a draft or from drafting ahead to the answer; mean over clips"
+        "s",
+        "lower",
+        "Seconds that the edge waited for verdicts, after it had sent the draft and had finished drafting ahead; "
+        "mean over clips",
     ),
     "round_trip_hidden": Metric(
-        "s", "higher", "of the way of verdicts, passed while the edge drafted ahead; mean over clips"
+        "s", "higher", "Seconds of the round trips of verdicts during which the edge drafted ahead; mean over clips"
     ),
-    "cpu_percent": Metric("%", None, "CPU seconds of the process / wall seconds: above 100 on several cores"),
-    "rss_peak": Metric("MB", "lower", "highest resident memory of the process while captioning; largest over clips"),
-    "rss_mean": Metric("MB", "lower", "mean resident memory of the process while captioning; mean over clips"),
-    "gpu_percent": Metric("%", None, "mean of NVML's utilisation of the cloud's GPU, or the first; mean over clips"),
-    "gpu_memory": Metric("MB", "lower", "highest memory in use on that GPU, by whatever process; largest over clips"),
-    "bleu1": Metric("0 to 1", "higher", "corpus BLEU-1"),
-    "bleu2": Metric("0 to 1", "higher", "corpus BLEU-2"),
-    "bleu3": Metric("0 to 1", "higher", "corpus BLEU-3"),
-    "bleu4": Metric("0 to 1", "higher", "corpus BLEU-4"),
-    "meteor": Metric("0 to 1", "higher", "METEOR (needs Java)"),
-    "rouge_l": Metric("0 to 1", "higher", "ROUGE-L, mean over clips"),
-    "cider": Metric("0 to 10", "higher", "CIDEr-D, mean over clips"),
-    "bertscore_precision": Metric("0 to 1", "higher", "BERTScore precision, mean over clips (see --bertscore-model)"),
-    "bertscore_recall": Metric("0 to 1", "higher", "BERTScore recall, mean over clips"),
-    "bertscore_f1": Metric("0 to 1", "higher", "BERTScore F1, mean over clips"),
-    "language_match": Metric("0 to 1", "higher", "captions in the language asked for / captions"),
+    "cpu_percent": Metric(
+        "%", None, "CPU seconds of the process / wall seconds; ratio of sums, above 100 on several cores"
+    ),
+    "rss_peak": Metric("MB", "lower", "Highest resident memory of the process during decoding; maximum over clips"),
+    "rss_mean": Metric("MB", "lower", "Mean resident memory of the process during decoding; mean over clips"),
+    "gpu_percent": Metric(
+        "%", None, "Utilisation of the cloud's GPU, or of the first GPU, as NVML reports it; mean over clips"
+    ),
+    "gpu_memory": Metric("MB", "lower", "Highest memory in use on that GPU by all processes; maximum over clips"),
+    "bleu1": Metric("0 to 1", "higher", "BLEU-1 of the corpus, from summed counts"),
+    "bleu2": Metric("0 to 1", "higher", "BLEU-2 of the corpus, from summed counts"),
+    "bleu3": Metric("0 to 1", "higher", "BLEU-3 of the corpus, from summed counts"),
+    "bleu4": Metric("0 to 1", "higher", "BLEU-4 of the corpus, from summed counts"),
+    "meteor": Metric("0 to 1", "higher", "METEOR of the corpus, from summed statistics (needs Java)"),
+    "rouge_l": Metric("0 to 1", "higher", "ROUGE-L; mean over clips"),
+    "cider": Metric("0 to 10", "higher", "CIDEr-D; mean over clips"),
+    "bertscore_precision": Metric("0 to 1", "higher", "BERTScore precision; mean over clips (see --bertscore-model)"),
+    "bertscore_recall": Metric("0 to 1", "higher", "BERTScore recall; mean over clips (see --bertscore-model)"),
+    "bertscore_f1": Metric("0 to 1", "higher", "BERTScore F1; mean over clips (see --bertscore-model)"),
+    "language_match": Metric("0 to 1", "higher", "Captions in the script of the requested language / captions"),
     "acceptance_rate": Metric(
-        "0 to 1", "higher", "accepted / draft tokens sent for verification; local tokens and corrections are neither"
+        "0 to 1", "higher", "Accepted draft tokens / verified draft tokens; local tokens and corrections are in neither"
     ),
-    "mean_acceptance_length": Metric("tokens", "higher", "accepted, correction and bonus tokens / verify calls"),
-    "correction_rate": Metric("0 to 1", "lower", "corrections / cloud calls"),
-    "cloud_call_rate": Metric("0 to 1", "lower", "rounds that went to the cloud / rounds"),
-    "cloud_calls_per_token": Metric("calls", "lower", "cloud calls / N"),
-    "covered_share": Metric("0 to 1", None, "tokens that the cloud verified or wrote / N"),
-    "local_share": Metric("0 to 1", None, "local tokens / N"),
-    "waste": Metric("0 to 1", "lower", "discarded / drafted tokens"),
-    "waste_ahead": Metric("0 to 1", "lower", "wasted / made of the tokens drafted ahead of a verdict, with guesses"),
-    "wire_up_per_token": Metric("bytes", "lower", "sent to the cloud / N: requests with their HTTP heads"),
-    "wire_down_per_token": Metric("bytes", "lower", "sent back / N"),
-    "never_sent": Metric("0 to 1", "higher", "captions of which nothing was sent to the cloud / captions"),
-    "cloud_faults": Metric("attempts", "lower", "attempts on the cloud that failed; mean over clips"),
-    "degraded": Metric("0 to 1", "lower", "captions that the edge finished alone, the cloud having failed / captions"),
-    "useless_escalations": Metric("0 to 1", "lower", "escalated drafts in which nothing was corrected / escalated"),
-    "missed_corrections": Metric("0 to 1", "lower", "local tokens that the cloud would have replaced / local tokens"),
+    "mean_acceptance_length": Metric(
+        "tokens", "higher", "Tokens committed per cloud call: accepted, correction and bonus tokens / cloud calls"
+    ),
+    "correction_rate": Metric("0 to 1", "lower", "Corrections / cloud calls"),
+    "cloud_call_rate": Metric("0 to 1", "lower", "Escalated rounds / rounds"),
+    "cloud_calls_per_token": Metric("calls", "lower", "Cloud calls / N"),
+    "covered_share": Metric("0 to 1", None, "Tokens that the cloud verified or wrote / N"),
+    "local_share": Metric("0 to 1", None, "Local tokens / N"),
+    "waste": Metric("0 to 1", "lower", "Discarded draft tokens / draft tokens"),
+    "waste_ahead": Metric(
+        "0 to 1",
+        "lower",
+        "Discarded tokens / all tokens that were drafted ahead of a verdict, guesses of the bonus included",
+    ),
+    "wire_up_per_token": Metric("bytes", "lower", "Bytes sent to the cloud / N, HTTP headers included"),
+    "wire_down_per_token": Metric("bytes", "lower", "Bytes received from the cloud / N, HTTP headers included"),
+    "never_sent": Metric("0 to 1", "higher", "Captions for which nothing was sent to the cloud / captions"),
+    "cloud_faults": Metric("attempts", "lower", "Failed attempts on the cloud; mean over clips"),
+    "degraded": Metric(
+        "0 to 1", "lower", "Captions that the edge finished alone after the cloud had failed / captions"
+    ),
+    "useless_escalations": Metric("0 to 1", "lower", "Escalated drafts without a correction / escalated drafts"),
+    "missed_corrections": Metric(
+        "0 to 1", "lower", "Local tokens that the cloud would have replaced / local tokens (see --shadow)"
+    ),
     "gate_auroc": Metric(
-        "0 to 1", "higher", "chance that the gate scores a draft that the cloud rejects above one that it accepts"
+        "0 to 1",
+        "higher",
+        "Chance that the gate scores a draft that the cloud rejects above one that it accepts; ties count one half"
+        " (see --shadow)",
     ),
+}
+
+# Metrics that are properties of metrics.Counts
+COUNT_RATES = (
+    "acceptance_rate", "mean_acceptance_length", "correction_rate", "cloud_call_rate", "cloud_calls_per_token",
+    "covered_share", "local_share", "waste", "waste_ahead",
+)  # fmt: skip
+
+# Metrics that a mode without rounds does not have
+ROUND_METRICS = frozenset(
+    ("discarded_draft", "round_trip_exposed", "acceptance_rate", "mean_acceptance_length", "correction_rate",
+     "cloud_call_rate", "cloud_calls_per_token", "waste", "useless_escalations")
+)  # fmt: skip
+
+NO_ROUNDS = "this mode has no rounds"
+NO_SHADOW = (
+    "shadow verification did not run: it needs mode speculative, --shadow yes, a rule other than synthetic, and a "
+    "cloud that answers"
+)
+NOT_AFTER_FIRST = "no caption has a token that became visible after its first text"
+ONE_MOMENT = "in every caption all tokens became visible at one moment"
+NOT_VERIFIED = "no draft was verified"
+NOT_AHEAD = "no token was drafted ahead of a verdict (see --draft-ahead)"
+NO_LINK = "no message crossed a link"
+
+# The reason for each metric that is None although its mode has rounds and shadow verification ran
+NULL_REASONS = {
+    "ttft": "every caption is empty",
+    "tpot": NOT_AFTER_FIRST,
+    "otps": NOT_AFTER_FIRST,
+    "itl_per_chunk": ONE_MOMENT,
+    "itl_per_token": ONE_MOMENT,
+    "edge_prefill": "this mode does not open the edge",
+    "cloud_prefill": "no caption opened the cloud: no draft was escalated, or the cloud failed",
+    "waste_ahead": NOT_AHEAD,
+    "round_trip_exposed": NOT_VERIFIED,
+    "round_trip_hidden": NOT_AHEAD,
+    "acceptance_rate": NOT_VERIFIED,
+    "mean_acceptance_length": NOT_VERIFIED,
+    "correction_rate": NOT_VERIFIED,
+    "wire_up_per_token": NO_LINK,
+    "wire_down_per_token": NO_LINK,
+    "never_sent": NO_LINK,
+    "cloud_faults": NO_LINK,
+    "degraded": NO_LINK,
+    "useless_escalations": NOT_VERIFIED,
+    "missed_corrections": "no token was local",
+    "gate_auroc": "the gate did not score both a rejected and an accepted draft",
 }
 
 
 @dataclass(frozen=True)
 class ClipResult:
-    """One caption, with what it took."""
+    """One caption with its trace and its measurements."""
 
     clip: Clip
     caption: str
     trace: Trace
-    used: Utilization
+    utilization: Utilization
     ttft: float | None
     e2e: float | None
     otps: float | None
@@ -113,7 +197,7 @@ class ClipResult:
 
     @property
     def after_first(self) -> tuple[int, float] | None:
-        """(tokens, s) that OTPS is of: after the first token with text; None for a caption that came at one moment."""
+        """The tokens and seconds after the first text, whose ratio is `otps`, or None where that is None."""
         if self.otps is None or self.ttft is None or self.e2e is None:
             return None
         return self.counts.tokens - 1, self.e2e - self.ttft
@@ -122,21 +206,20 @@ class ClipResult:
 def clip_result(
     clip: Clip,
     trace: Trace,
-    used: Utilization,
+    utilization: Utilization,
     decode: metrics.DecodeText,
     hindsight: metrics.Hindsight | None = None,
 ) -> ClipResult:
-    """All that is said of one caption, from its trace."""
-    first, last = metrics.ttft(trace, decode), metrics.e2e(trace)
-    n = len(trace.tokens)
+    """Return the caption of a trace with its metrics."""
+    ttft, e2e = metrics.ttft(trace, decode), metrics.e2e(trace)
     return ClipResult(
         clip,
         caption=decode(trace.tokens),
         trace=trace,
-        used=used,
-        ttft=first,
-        e2e=last,
-        otps=metrics.otps(n, first, last),
+        utilization=utilization,
+        ttft=ttft,
+        e2e=e2e,
+        otps=metrics.otps(len(trace.tokens), ttft, e2e),
         counts=metrics.counts(trace),
         breakdown=latency_breakdown(trace),
         hindsight=hindsight,
@@ -145,18 +228,17 @@ def clip_result(
 
 @dataclass(frozen=True)
 class Summary:
-    """One cell. Rates over clips are ratios of sums; a figure that is undefined is None and has a reason."""
+    """The metrics of one cell. A rate over clips is a ratio of sums."""
 
     clips: int
-    figures: dict[str, float | None]  # by the names of FIGURES
-    reasons: dict[str, str]  # for the figures that are None, and for what was measured in part
-    counts: metrics.Counts
+    figures: Figures
+    reasons: dict[str, str]  # for each metric that is None, and for each that was measured in part
+    counts: metrics.Counts  # summed over clips
     acceptance_by_position: tuple[float, ...]
     breakdown: LatencyBreakdown  # mean over clips
-    # sum of a breakdown / wall seconds by another clock, None where the clock was virtual: median, and furthest from 1
-    closure_median: float | None
-    closure_worst: float | None
-    unnamed_median: float | None  # share of the wall seconds in no part but `other`
+    closure_median: float | None  # sum of parts / wall seconds by another clock; None on the virtual clock
+    closure_worst: float | None  # the ratio of the clip that is furthest from 1
+    unnamed_median: float | None  # share of wall time in no part but `other`
     tokenizer: str
     bertscore_model: str | None
     empty_captions: int
@@ -168,64 +250,29 @@ def summarise(
     bertscore_model: str | None = None,
     meaningless: str | None = None,
 ) -> tuple[Summary, quality.Quality]:
-    """The figures of one cell, and the quality that they rest on, as `quality.score` has it. `results` must not be
-    empty."""
-    captions, references = [each.caption for each in results], [each.clip.references for each in results]
+    """Return the metrics of one cell, and the quality scores of its captions (see `quality.score`).
+
+    `results` must not be empty.
+    """
+    captions, references = [result.caption for result in results], [result.clip.references for result in results]
     scores = quality.score(captions, references, language, bertscore_model, meaningless)
-    total: metrics.Counts = reduce(add, (each.counts for each in results))
-    traces = [each.trace for each in results]
-    spread = [part for each in results if (part := each.after_first)]
-    tokens, after_first = sum(n for n, _ in spread), sum(s for _, s in spread)
-    ended = [each for each in results if each.e2e is not None]
-    wire = [found for trace in traces if (found := metrics.wire_bytes(trace))]
-    looks = [each.hindsight for each in results if each.hindsight]
-    used = [each.used for each in results]
-    cpu = [each.cpu for each in used if each.cpu is not None]
-    figures: dict[str, float | None] = {
-        "total": fmean(trace.seconds for trace in traces),
-        "ttft": mean_or_none(each.ttft for each in results),
-        "e2e": mean_or_none(each.e2e for each in results),
-        "tpot": metrics.tpot(tokens + 1, 0.0, after_first),
-        "otps": metrics.otps(tokens + 1, 0.0, after_first),
-        "e2e_tps": metrics.e2e_tps(sum(each.counts.tokens for each in ended), sum(each.e2e or 0.0 for each in ended)),
-        "itl_per_chunk": mean_or_none(gap for trace in traces for gap in metrics.itl_per_chunk(trace)),
-        "itl_per_token": mean_or_none(gap for trace in traces for gap in metrics.itl_per_token(trace)),
-        "features": mean_or_none(map(metrics.feature_seconds, traces)),
-        "edge_prefill": mean_or_none(metrics.prefill_seconds(trace, "edge") for trace in traces),
-        "cloud_prefill": mean_or_none(metrics.prefill_seconds(trace, "cloud") for trace in traces),
-        "discarded_draft": fmean(each.breakdown.discarded for each in results) if total.rounds else None,
-        "round_trip_exposed": fmean(each.breakdown.exposed for each in results) if total.cloud_calls else None,
-        "round_trip_hidden": fmean(each.breakdown.hidden for each in results) if total.ahead else None,
-        "cpu_percent": 100 * sum(cpu) / sum(each.wall for each in used) if len(cpu) == len(used) else None,
-        "rss_peak": max_or_none(each.rss_peak_mb for each in used),
-        "rss_mean": mean_or_none(each.rss_mean_mb for each in used),
-        "gpu_percent": mean_or_none(each.gpu_percent for each in used),
-        "gpu_memory": max_or_none(each.gpu_memory_mb for each in used),
+    counts: metrics.Counts = reduce(add, (result.counts for result in results))
+    figures = {
+        **_time_figures(results),
+        **_round_figures(results, counts),
+        **_utilization_figures([result.utilization for result in results]),
         **scores.corpus,
-        **{name: getattr(total, name) for name in COUNT_RATES},
-        "wire_up_per_token": sum(up for up, _ in wire) / total.tokens if wire else None,
-        "wire_down_per_token": sum(down for _, down in wire) / total.tokens if wire else None,
-        "never_sent": fmean(up == 0 for up, _ in wire) if wire else None,
-        "cloud_faults": fmean(map(metrics.failed_attempts, traces)) if wire else None,
-        "degraded": fmean(metrics.degraded_reason(trace) is not None for trace in traces) if wire else None,
-        "useless_escalations": metrics.useless_escalations(traces),
-        "missed_corrections": metrics.missed_corrections(
-            looks, sum(each.counts.local for each in results if each.hindsight)
-        ),
-        "gate_auroc": metrics.auroc(looks),
+        **_link_figures(results, counts.tokens),
+        **_gate_figures(results),
     }
-    timed = [each for each in results if each.used.cpu is not None]  # the others' wall time is their trace's own
-    closures = [each.breakdown.closure(each.used.wall) for each in timed]
     summary = Summary(
         clips=len(results),
         figures={name: figures[name] for name in METRICS},
-        reasons=_reasons(figures, results, scores.reasons, total),
-        counts=total,
-        acceptance_by_position=tuple(metrics.acceptance_by_position(traces)),
-        breakdown=mean_breakdown(each.breakdown for each in results),
-        closure_median=median(closures) if closures else None,
-        closure_worst=max(closures, key=lambda closure: abs(closure - 1), default=None),
-        unnamed_median=median(each.breakdown.unnamed(each.used.wall) for each in timed) if timed else None,
+        reasons=_reasons(figures, results, scores.reasons),
+        counts=counts,
+        acceptance_by_position=tuple(metrics.acceptance_by_position([result.trace for result in results])),
+        breakdown=mean_breakdown(result.breakdown for result in results),
+        **_closure(results),
         tokenizer=scores.tokenizer,
         bertscore_model=scores.bertscore_model,
         empty_captions=scores.empty,
@@ -233,74 +280,114 @@ def summarise(
     return summary, scores
 
 
-# Figures that are properties of the counts
-COUNT_RATES = (
-    "acceptance_rate", "mean_acceptance_length", "correction_rate", "cloud_call_rate", "cloud_calls_per_token",
-    "covered_share", "local_share", "waste", "waste_ahead",
-)  # fmt: skip
-
-
-def _reasons(
-    figures: dict[str, float | None],
-    results: Sequence[ClipResult],
-    known: dict[str, str],
-    total: metrics.Counts,
-) -> dict[str, str]:
-    """Why each figure that is None is so."""
-    reasons = dict(known)
-    for each in results:
-        reasons |= {name.removesuffix("_mb"): reason for name, reason in each.used.reasons.items()}
-    one_moment = "no caption has a token later than its first with text"
-    no_link = "there is no link to cross"
-    no_ahead = "nothing was drafted ahead of a verdict (see --draft-ahead)"
-    verified = "nothing was verified" if total.rounds else "this mode has no rounds"
-    looked = (
-        ""
-        if any(each.hindsight for each in results)
-        else "the cloud was not asked afterwards (see --shadow; not under rule synthetic)"
-    )
-    if looked and not total.cloud_calls:
-        looked = "no draft went to the cloud"
-    guesses = {
-        "ttft": "every caption is empty",
-        "tpot": one_moment,
-        "otps": one_moment,
-        "itl_per_chunk": "no caption came at more than one moment",
-        "itl_per_token": "no caption came at more than one moment",
-        "edge_prefill": "this mode does not open the edge",
-        "cloud_prefill": "no draft was escalated" if total.rounds else "this mode does not open the cloud",
-        "discarded_draft": "this mode has no rounds",
-        "waste": "this mode has no rounds",
-        "waste_ahead": no_ahead,
-        "round_trip_exposed": verified,
-        "round_trip_hidden": no_ahead,
-        "cloud_call_rate": verified,
-        "cloud_calls_per_token": verified,
-        "acceptance_rate": verified,
-        "mean_acceptance_length": verified,
-        "correction_rate": verified,
-        "wire_up_per_token": no_link,
-        "wire_down_per_token": no_link,
-        "never_sent": no_link,
-        "cloud_faults": no_link,
-        "degraded": no_link,
-        "useless_escalations": verified,
-        "missed_corrections": looked or "no token was local",
-        "gate_auroc": looked or "the gate scored no drafts of both kinds, rejected and accepted",
+def _time_figures(results: Sequence[ClipResult]) -> Figures:
+    traces = [result.trace for result in results]
+    after_first = [pair for result in results if (pair := result.after_first)]
+    tokens, seconds = sum(n for n, _ in after_first), sum(s for _, s in after_first)
+    with_tokens = [(result.counts.tokens, result.e2e) for result in results if result.e2e is not None]
+    return {
+        "total": fmean(trace.seconds for trace in traces),
+        "ttft": mean_or_none(result.ttft for result in results),
+        "e2e": mean_or_none(result.e2e for result in results),
+        "tpot": metrics.tpot(tokens + 1, 0.0, seconds),
+        "otps": metrics.otps(tokens + 1, 0.0, seconds),
+        "e2e_tps": metrics.e2e_tps(sum(n for n, _ in with_tokens), sum(e2e for _, e2e in with_tokens)),
+        "itl_per_chunk": mean_or_none(gap for trace in traces for gap in metrics.itl_per_chunk(trace)),
+        "itl_per_token": mean_or_none(gap for trace in traces for gap in metrics.itl_per_token(trace)),
+        "features": mean_or_none(map(metrics.feature_seconds, traces)),
+        "edge_prefill": mean_or_none(metrics.prefill_seconds(trace, "edge") for trace in traces),
+        "cloud_prefill": mean_or_none(metrics.prefill_seconds(trace, "cloud") for trace in traces),
     }
-    missing = [name for name, value in figures.items() if value is None]
-    return reasons | {name: guesses[name] for name in missing if name not in reasons}
+
+
+def _round_figures(results: Sequence[ClipResult], counts: metrics.Counts) -> Figures:
+    breakdowns = [result.breakdown for result in results]
+    return {
+        "discarded_draft": fmean(breakdown.discarded for breakdown in breakdowns) if counts.rounds else None,
+        "round_trip_exposed": fmean(breakdown.exposed for breakdown in breakdowns) if counts.cloud_calls else None,
+        "round_trip_hidden": fmean(breakdown.hidden for breakdown in breakdowns) if counts.ahead else None,
+        **{name: getattr(counts, name) for name in COUNT_RATES},
+    }
+
+
+def _utilization_figures(utilizations: Sequence[Utilization]) -> Figures:
+    cpu = [block.cpu for block in utilizations if block.cpu is not None]
+    has_all_cpu = len(cpu) == len(utilizations)
+    return {
+        "cpu_percent": 100 * sum(cpu) / sum(block.wall for block in utilizations) if has_all_cpu else None,
+        "rss_peak": max_or_none(block.rss_peak_mb for block in utilizations),
+        "rss_mean": mean_or_none(block.rss_mean_mb for block in utilizations),
+        "gpu_percent": mean_or_none(block.gpu_percent for block in utilizations),
+        "gpu_memory": max_or_none(block.gpu_memory_mb for block in utilizations),
+    }
+
+
+def _link_figures(results: Sequence[ClipResult], tokens: int) -> Figures:
+    traces = [result.trace for result in results]
+    sizes = [size for trace in traces if (size := metrics.wire_bytes(trace))]
+    if not sizes:
+        return dict.fromkeys(("wire_up_per_token", "wire_down_per_token", "never_sent", "cloud_faults", "degraded"))
+    return {
+        "wire_up_per_token": sum(up for up, _ in sizes) / tokens,
+        "wire_down_per_token": sum(down for _, down in sizes) / tokens,
+        "never_sent": fmean(up == 0 for up, _ in sizes),
+        "cloud_faults": fmean(map(metrics.failed_attempts, traces)),
+        "degraded": fmean(metrics.degraded_reason(trace) is not None for trace in traces),
+    }
+
+
+def _gate_figures(results: Sequence[ClipResult]) -> Figures:
+    hindsights = [result.hindsight for result in results if result.hindsight]
+    local = sum(result.counts.local for result in results if result.hindsight)
+    return {
+        "useless_escalations": metrics.useless_escalations([result.trace for result in results]),
+        "missed_corrections": metrics.missed_corrections(hindsights, local),
+        "gate_auroc": metrics.auroc(hindsights),
+    }
+
+
+def _closure(results: Sequence[ClipResult]) -> Figures:
+    """Return how well the parts of the latency breakdowns add up to wall time, by the fields of `Summary`."""
+    # without CPU seconds nothing was measured, and the wall time is that of the trace itself
+    timed = [(result.breakdown, result.utilization.wall) for result in results if result.utilization.cpu is not None]
+    ratios = [breakdown.closure(wall) for breakdown, wall in timed]
+    return {
+        "closure_median": median(ratios) if ratios else None,
+        "closure_worst": max(ratios, key=lambda ratio: abs(ratio - 1), default=None),
+        "unnamed_median": median(breakdown.unnamed(wall) for breakdown, wall in timed) if timed else None,
+    }
+
+
+def _reasons(figures: Figures, results: Sequence[ClipResult], quality_reasons: dict[str, str]) -> dict[str, str]:
+    """Return the reason for each metric that is None, and for each that was measured in part."""
+    reasons = dict(quality_reasons)
+    for result in results:
+        reasons |= {name.removesuffix("_mb"): reason for name, reason in result.utilization.reasons.items()}
+    has_rounds = any(result.counts.rounds for result in results)
+    has_hindsight = any(result.hindsight for result in results)
+    for name, value in figures.items():
+        if value is not None or name in reasons:
+            continue
+        if name in ROUND_METRICS and not has_rounds:
+            reasons[name] = NO_ROUNDS
+        elif name in ("missed_corrections", "gate_auroc") and not has_hindsight:
+            reasons[name] = NO_SHADOW
+        else:
+            reasons[name] = NULL_REASONS[name]
+    return reasons
 
 
 def mean_or_none(values: Iterable[float | None]) -> float | None:
-    """Of the values that are known; None where none is."""
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+    """Return the mean of the values that are not None, or None if all are None."""
+    numbers = [value for value in values if value is not None]
+    return fmean(numbers) if numbers else None
 
 
 def min_or_none(values: Iterable[float | None]) -> float | None:
+    """Return the smallest value that is not None, or None if all are None."""
     return min((value for value in values if value is not None), default=None)
 
 
 def max_or_none(values: Iterable[float | None]) -> float | None:
+    """Return the largest value that is not None, or None if all are None."""
     return max((value for value in values if value is not None), default=None)
