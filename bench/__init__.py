@@ -1,0 +1,1 @@
+"""The benchmark suite: cases, fixtures, baselines, forecasts, load and the report."""

@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cloud(settings: Settings) -> Iterator[Cloud]:
-    """The cloud of the run. A server starts before this process is held to any limit."""
+    """Connect to the cloud of the run. A server starts before this process is held to any limit."""
     with ExitStack() as stack:
         with errors_in_one_line():
             cloud = stack.enter_context(connect(settings))
@@ -65,7 +65,7 @@ def cloud(settings: Settings) -> Iterator[Cloud]:
 
 @pytest.fixture(scope="session")
 def pipeline(settings: Settings, cloud: Cloud) -> Pipeline:
-    """The pair of the run. Each side loads when a case first needs it."""
+    """Return the pipeline of the run. Each model loads when a case first needs it."""
     if settings.bertscore_model:  # a missing model must show before anything is captioned, not at the end
         with errors_in_one_line():
             quality.check_bertscore_model(settings.bertscore_model)
@@ -74,13 +74,13 @@ def pipeline(settings: Settings, cloud: Cloud) -> Pipeline:
 
 @pytest.fixture(scope="session")
 def cloud_tokens() -> dict[str, tuple[int, ...]]:
-    """The tokens of lossless captions, by language and clip. Every lossless case must write the same."""
+    """Keep the tokens of lossless captions by language and clip. Every lossless case must write the same."""
     return {}
 
 
 @pytest.fixture(scope="session")
 def data(settings: Settings) -> Callable[[str], DataSet]:
-    """A function from a language to the data set of the run."""
+    """Return a function from a language to the data set of the run."""
     loaded: dict[str, DataSet] = {}
 
     def data_set(language: str) -> DataSet:
@@ -96,7 +96,7 @@ def data(settings: Settings) -> Callable[[str], DataSet]:
 def profile(
     settings: Settings, pipeline: Pipeline, data: Callable[[str], DataSet], pytestconfig: pytest.Config
 ) -> Profile | None:
-    """The costs of the virtual clock, or None on the real one. `measure` first writes those of this machine."""
+    """Return the profile of the virtual clock, or None on the real one. `measure` first writes those of this machine."""
     if settings.profile != MEASURE:
         return profiles.load_profile(settings.profile) if settings.profile else None
     file = Path(settings.results_dir) / f"{settings.output_name}-profile.yaml"
@@ -113,14 +113,14 @@ def profile(
 
 @pytest.fixture
 def process_limits() -> Iterator[ExitStack]:
-    """The limits that a case holds this process to. They are lifted at its end."""
+    """Hold this process to the limits of a case. They are lifted at its end."""
     with ExitStack() as stack:
         yield stack
 
 
 @pytest.fixture
 def run_clock(request: pytest.FixtureRequest) -> VirtualClock:
-    """The timer of pytest-benchmark. It advances by the seconds of each caption, whatever clock or run timed it.
+    """Return the timer of pytest-benchmark. It advances by the seconds of each caption, whatever clock or run timed it.
 
     A row therefore shows virtual seconds under a virtual clock, and saved seconds for a clip of a resumed run.
     """
@@ -133,7 +133,7 @@ def run_clock(request: pytest.FixtureRequest) -> VirtualClock:
 def saved_clips(
     settings: Settings, pipeline: Pipeline, profile: Profile | None, request: pytest.FixtureRequest
 ) -> Callable[[cases.Case], SavedClips]:
-    """A function from a case to its finished clips, and to the file that keeps them.
+    """Return a function from a case to its finished clips, and to the file that keeps them.
 
     A run that does not resume starts the file of every case at once. A later --resume of it then takes nothing from
     the files of an older run.
@@ -158,7 +158,7 @@ def saved_clips(
 
 @pytest.fixture
 def progress(pytestconfig: pytest.Config) -> Iterator[Callable[[int, str], Progress]]:
-    """A function that shows a bar for a number of clips under a name."""
+    """Return a function that shows a bar for a number of clips under a name."""
     reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
     is_terminal = reporter is not None and reporter.isatty and sys.__stderr__ is not None and sys.__stderr__.isatty()
     capture = pytestconfig.pluginmanager.getplugin("capturemanager") if is_terminal else None
@@ -177,7 +177,7 @@ def progress(pytestconfig: pytest.Config) -> Iterator[Callable[[int, str], Progr
 def report(
     pytestconfig: pytest.Config, settings: Settings, pipeline: Pipeline, profile: Profile | None
 ) -> Callable[[cases.Case, list[ClipResult], DataSet, LimitsInForce], dict[str, object]]:
-    """A function that sums a case up for the tables, writes its results file and returns the document."""
+    """Return a function that summarizes a case for the tables, writes its results file and returns the document."""
 
     def add(case: cases.Case, captions: list[ClipResult], data: DataSet, in_force: LimitsInForce) -> dict[str, object]:
         meaningless = _why_meaningless(settings, case)

@@ -43,6 +43,7 @@ CLOUD_FIELDS = ("name", "engine", "dtype", "device", "max_rank", "fingerprint") 
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make one test for each number of edges."""
     cases = list_load_cases(metafunc.config.stash[SETTINGS])
     metafunc.parametrize("load", cases, ids=[case.id for case in cases])
 
@@ -90,6 +91,7 @@ def test_load(
     settings: Settings,
     pytestconfig: pytest.Config,
 ) -> None:
+    """Replay the recorded drafts of all edges at once. Fail if a verdict differs from the recorded one."""
     make_verifier = partial(served.cloud.verifier, GREEDY)
     is_exact = served.cloud.identity.dtype in LOSSLESS_DTYPES
     assignments = assign_captions(clips, load.edges, load.clips)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GATE_NAMES = ("entropy", "always", "never")
-Score = Callable[["Tensor"], float]  # of a row of logits [vocab_size]
+Score = Callable[["Tensor"], float]  # scores a row of logits [vocab_size]
 DRAFT_STOP_FORMS = ("none", "entropy", "entropy=x", "margin=x")
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from edgecloud_sd.models.frontend import Frontend
     from edgecloud_sd.models.hf import HFModel
 
-MAX_NEW_TOKENS = 64  # of a caption, unless asked for otherwise
+MAX_NEW_TOKENS = 64  # the default limit of a caption's length
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Pipeline:
         self._edge_dtype = edge_dtype
         self._threads = threads
         self._lock = RLock()
-        self._ready: dict[str, tuple[Frontend, int]] = {}  # by mode: the front end, and torch's threads
+        self._ready: dict[str, tuple[Frontend, int]] = {}  # mode: front end, number of torch threads
         self._adaptive: dict[tuple[object, ...], AdaptiveK] = {}
 
     @classmethod

@@ -24,7 +24,7 @@ settings.load_profile("default")
 
 @pytest.fixture(scope="session")
 def pipeline() -> Pipeline:
-    """The pocket pair, loaded once."""
+    """Load the pocket pair once."""
     return Pipeline.load("pocket")
 
 

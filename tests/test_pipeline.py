@@ -23,7 +23,7 @@ MACHINES = profile.load_profile("laptop-gpu")
 
 @pytest.fixture(scope="module")
 def request_() -> Request:
-    """A clip of which the edge is unsure."""
+    """Return a clip on which the draft model is unsure."""
     return Request(clips.make_clip("evaluation", 4).samples, "chinese")
 
 

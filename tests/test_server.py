@@ -72,10 +72,10 @@ def waiting_requests(app: Any, session: EdgeSession) -> int:
 @pytest.mark.parametrize(
     ("message", "model"),
     [
-        (wire.build_opened_message("name", "model", 1), server.OpenedMessage),
-        (wire.build_verify_request(1, [3, 1], 1, [2]), server.VerifyRequest),
-        (wire.build_verdict_message(Verdict(1, 2), 1), server.VerdictMessage),
-        (wire.build_generate_request(1, [1], [2], 3), server.GenerateRequest),
+        (wire.build_opened_message("name", "model", 1), server.OpenedBody),
+        (wire.build_verify_request(1, [3, 1], 1, [2]), server.VerifyBody),
+        (wire.build_verdict_message(Verdict(1, 2), 1), server.VerdictBody),
+        (wire.build_generate_request(1, [1], [2], 3), server.GenerateBody),
     ],
     ids=["opened", "to_verify", "verdict", "to_generate"],
 )
@@ -716,7 +716,7 @@ def test_the_openapi_document_has_every_call_and_the_key() -> None:
             session = await Edge(app).open()
             body = wire.encode_prompt(PROMPT)
             opened = await Edge(app).request("POST", open_path(body), body, OCTETS)
-            for name, response in [("OpenedMessage", opened), ("VerdictMessage", await session.verify([3], 0, [1]))]:
+            for name, response in [("OpenedBody", opened), ("VerdictBody", await session.verify([3], 0, [1]))]:
                 assert set(document["components"]["schemas"][name]["required"]) == set(response.json)
         async with running_app(keys=()) as app:
             assert (await Edge(app, None).request("GET", "/openapi.json")).json["security"] == []

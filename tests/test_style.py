@@ -66,8 +66,8 @@ def public_names(source: str) -> Iterator[str]:
         if isinstance(node, DOCUMENTED[1:]):
             names.append(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
-            inner = (name for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store))
-            names.extend(name.id for name in inner)
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names.extend(name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
     return (name for name in names if name != "main" and not name.startswith(("_", "pytest_")))
 
 

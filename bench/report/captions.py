@@ -11,7 +11,7 @@ from bench.comparison import ClipRecord
 from bench.report.cells import ReportCell
 from bench.report.differences import TextPart, caption_distance, mark_differences
 from bench.report.metric_text import format_metric, metric_name
-from bench.report.page import Block, Caption, ClipCaptions, Paragraph
+from bench.report.page import Block, CaptionLine, ClipCaptions, Paragraph
 
 
 def list_captions(cells: Sequence[ReportCell], quality: str, max_clips: int) -> list[Block]:
@@ -58,7 +58,7 @@ def _list_clip_captions(
         score = clips[labels[0]]["scores"].get(quality)
         note = "" if score is None else f"[{format_metric(quality, score)}]"
         writers = ["every cell"] if len(labels) == len(clips) > 1 else labels
-        captions.append(Caption(writers, mark_differences(base, text, language), note))
+        captions.append(CaptionLine(writers, mark_differences(base, text, language), note))
     return ClipCaptions(file_id, captions, LANGUAGE_CODES[language])
 
 
@@ -86,16 +86,16 @@ def list_different_captions(pairs: Sequence[tuple[ReportCell, ReportCell]], max_
     for file_id, before, after in selected:
         captions = [
             *_list_references(records[file_id]),
-            Caption(["A"], [TextPart("same", before)]),
-            Caption(["B"], mark_differences(before, after, language)),
+            CaptionLine(["A"], [TextPart("same", before)]),
+            CaptionLine(["B"], mark_differences(before, after, language)),
         ]
         title = f"{file_id} ({', '.join(labels_by_change[file_id, before, after])})"
         blocks.append(ClipCaptions(title, captions, LANGUAGE_CODES[language]))
     return blocks
 
 
-def _list_references(clip: ClipRecord) -> list[Caption]:
-    return [Caption(["reference"], [TextPart("same", reference)]) for reference in clip["reference_captions"]]
+def _list_references(clip: ClipRecord) -> list[CaptionLine]:
+    return [CaptionLine(["reference"], [TextPart("same", reference)]) for reference in clip["reference_captions"]]
 
 
 def _count_shown(shown: int, count: int) -> str:

@@ -87,7 +87,7 @@ class ReportCell:
     @property
     def case_id(self) -> str:
         """The id that the cell has in every run."""
-        return case_id(self.document)
+        return get_case_id(self.document)
 
     @property
     def clips(self) -> dict[str, ClipRecord]:
@@ -105,7 +105,7 @@ def get_experiment(document: Document) -> dict[str, Any]:
     return experiment
 
 
-def case_id(document: Document) -> str:
+def get_case_id(document: Document) -> str:
     """Return the id that a cell has in every run."""
     return str(get_experiment(document)["case"])
 
@@ -119,7 +119,7 @@ def group_by_language(documents: Iterable[Document]) -> dict[str, list[ReportCel
     for language, group in groups.items():
         labels = [_short_label(document) for document in group]
         if len(set(labels)) < len(labels):
-            labels = [case_id(document) for document in group]
+            labels = [get_case_id(document) for document in group]
         cells[language] = [ReportCell(*labelled) for labelled in zip(labels, group, strict=True)]
     return cells
 
@@ -169,7 +169,7 @@ def forecast_from_traces(document: Document) -> dict[str, str]:
             [traces.trace_from_json(clip["trace"]) for clip in document["detailed_results"]],
         )
         costs = experiment["profile_costs"] and profiles.profile_from_json(experiment["profile_costs"])
-        answers = forecasts.forecast_cells({case_id(document): cell}, costs or None, on_one_device)
+        answers = forecasts.forecast_cells({get_case_id(document): cell}, costs or None, on_one_device)
     except (ValueError, KeyError, TypeError) as error:  # this version may not know a trace or a link
-        return {case_id(document): f"no forecast: {error}"}
+        return {get_case_id(document): f"no forecast: {error}"}
     return {case: forecasts.forecast_sentence(answer) for case, answer in answers.items()}

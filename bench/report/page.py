@@ -59,7 +59,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Caption:
+class CaptionLine:
     """A caption with everyone who wrote exactly this text, and a short note."""
 
     writers: Sequence[str]
@@ -73,7 +73,7 @@ class ClipCaptions:
 
     kind: ClassVar[str] = "captions"
     title: str
-    captions: Sequence[Caption]
+    captions: Sequence[CaptionLine]
     language_code: str
 
 

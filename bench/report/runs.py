@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.comparison import Document
-from bench.report.cells import case_id, forecast_from_traces
+from bench.report.cells import forecast_from_traces, get_case_id
 from edgecloud_sd.measure import results
 
 USABLE_FILES = (
@@ -45,7 +45,7 @@ def read_run(path: Path) -> Run:
         return _read_benchmarks(path, content)
     if _get_nested(content, "experiment_config") is not None:
         _check_results(path, "this file", content, with_traces=True)
-        return Run(path.name, {case_id(content): content}, forecast_from_traces(content))
+        return Run(path.name, {get_case_id(content): content}, forecast_from_traces(content))
     raise UnusableFile(f"{path}: contains neither benchmarks nor results; {USABLE_FILES}")
 
 
@@ -57,7 +57,7 @@ def _read_benchmarks(path: Path, content: Document) -> Run:
         if document is None:
             continue
         _check_results(path, str(_get_nested(benchmark, "name")), document, with_traces=False)
-        case = case_id(document)
+        case = get_case_id(document)
         if case in cells:
             raise UnusableFile(f"{path}: contains the cell {case} twice; {USABLE_FILES}")
         cells[case] = document

@@ -49,7 +49,7 @@ TokenIds = Annotated[list[TokenId], Field(max_length=wire.MAX_IDS, fail_fast=Tru
 Checksum = Annotated[StrictInt, Field(ge=0, lt=2**32, description="CRC-32, see `edgecloud_sd.wire`")]
 
 
-class VerifyRequest(BaseModel):
+class VerifyBody(BaseModel):
     """A request to verify a draft."""
 
     base: Annotated[StrictInt, Field(ge=0, le=wire.MAX_IDS, description="committed tokens that the cloud has already")]
@@ -58,7 +58,7 @@ class VerifyRequest(BaseModel):
     check: Checksum
 
 
-class VerdictMessage(BaseModel):
+class VerdictBody(BaseModel):
     """The verdict on a draft."""
 
     accepted: Annotated[int, Field(description="number of draft tokens accepted")]
@@ -66,7 +66,7 @@ class VerdictMessage(BaseModel):
     check: int
 
 
-class GenerateRequest(BaseModel):
+class GenerateBody(BaseModel):
     """A request to generate on the cloud alone."""
 
     output: Annotated[TokenIds, Field(description="tokens of the output so far")]
@@ -75,7 +75,7 @@ class GenerateRequest(BaseModel):
     check: Checksum
 
 
-class OpenedMessage(BaseModel):
+class OpenedBody(BaseModel):
     """The response to a prompt."""
 
     session: Annotated[str, Field(description="name of the open prompt in all later requests")]
@@ -165,7 +165,7 @@ async def model(service: ServiceDependency) -> ModelInfo:
 @router.post(
     "/v1/sessions",
     status_code=201,
-    response_model=OpenedMessage,
+    response_model=OpenedBody,
     responses=document_problems(404, 415),
     openapi_extra={
         "requestBody": {"required": True, "content": {wire.OCTETS: {"schema": {"type": "string", "format": "binary"}}}}
@@ -189,8 +189,8 @@ async def open_prompt(
     return message_response(wire.dumps(wire.build_opened_message(name, service.fingerprint, check)), 201, completed)
 
 
-@router.post("/v1/sessions/{session}/verify", response_model=VerdictMessage, responses=document_problems(404, 409))
-async def verify(service: ServiceDependency, session: SessionDependency, message: VerifyRequest) -> Response:
+@router.post("/v1/sessions/{session}/verify", response_model=VerdictBody, responses=document_problems(404, 409))
+async def verify(service: ServiceDependency, session: SessionDependency, message: VerifyBody) -> Response:
     """Verify a draft in one forward pass. A repeated request returns the same verdict."""
     completed = await service.verify(session, message.base, message.tokens, message.draft, message.check)
     return message_response(wire.dumps(wire.build_verdict_message(completed.result, message.check)), 200, completed)
@@ -202,9 +202,7 @@ async def verify(service: ServiceDependency, session: SessionDependency, message
     responses=document_problems(404, 409)
     | {200: {"content": {wire.LINES: {}}, "description": "one line per token, and one at the end"}},
 )
-async def generate(
-    service: ServiceDependency, session: SessionDependency, message: GenerateRequest
-) -> StreamingResponse:
+async def generate(service: ServiceDependency, session: SessionDependency, message: GenerateBody) -> StreamingResponse:
     """Stream the target's own greedy tokens as lines of JSON.
 
     Each line has `token` and `check`; the last has `end` and `check`. A stream without that last line is incomplete.

@@ -55,7 +55,9 @@ METRICS = {
         "s", "lower", "Seconds between two consecutive moments at which tokens became visible; mean over all gaps"
     ),
     "itl_per_token": Metric(
-        "s", "lower", "Seconds between two such moments / tokens at the later one; mean over all gaps"
+        "s",
+        "lower",
+        "Seconds between two consecutive chunks of visible tokens / tokens of the later chunk; mean over all gaps",
     ),
     "features": Metric("s", "lower", "Seconds for the log-mel spectrogram and the prompt; mean over clips"),
     "edge_prefill": Metric("s", "lower", "Seconds for the edge's audio encoder and prefill; mean over clips"),
@@ -83,7 +85,11 @@ METRICS = {
     "gpu_percent": Metric(
         "%", None, "Utilisation of the cloud's GPU, or of the first GPU, as NVML reports it; mean over clips"
     ),
-    "gpu_memory": Metric("MB", "lower", "Highest memory in use on that GPU by all processes; maximum over clips"),
+    "gpu_memory": Metric(
+        "MB",
+        "lower",
+        "Highest memory in use by all processes on the cloud's GPU, or on the first GPU; maximum over clips",
+    ),
     "bleu1": Metric("0 to 1", "higher", "BLEU-1 of the corpus, from summed counts"),
     "bleu2": Metric("0 to 1", "higher", "BLEU-2 of the corpus, from summed counts"),
     "bleu3": Metric("0 to 1", "higher", "BLEU-3 of the corpus, from summed counts"),
@@ -152,7 +158,7 @@ NOT_AFTER_FIRST = "no caption has a token that became visible after its first te
 ONE_MOMENT = "in every caption all tokens became visible at one moment"
 NOT_VERIFIED = "no draft was verified"
 NOT_AHEAD = "no token was drafted ahead of a verdict (see --draft-ahead)"
-NO_LINK = "no message crossed a link"
+NO_MESSAGES = "no message crossed a link"
 
 # The reason for each metric that is None although its mode has rounds and shadow verification ran
 NULL_REASONS = {
@@ -169,11 +175,11 @@ NULL_REASONS = {
     "acceptance_rate": NOT_VERIFIED,
     "mean_acceptance_length": NOT_VERIFIED,
     "correction_rate": NOT_VERIFIED,
-    "wire_up_per_token": NO_LINK,
-    "wire_down_per_token": NO_LINK,
-    "never_sent": NO_LINK,
-    "cloud_faults": NO_LINK,
-    "degraded": NO_LINK,
+    "wire_up_per_token": NO_MESSAGES,
+    "wire_down_per_token": NO_MESSAGES,
+    "never_sent": NO_MESSAGES,
+    "cloud_faults": NO_MESSAGES,
+    "degraded": NO_MESSAGES,
     "useless_escalations": NOT_VERIFIED,
     "missed_corrections": "no token was local",
     "gate_auroc": "the gate did not score both a rejected and an accepted draft",
