@@ -25,6 +25,7 @@ from bench import tables
 from bench.cases import LANGUAGE_CODES
 from edgecloud_sd.config import Settings
 from edgecloud_sd.events import Committed, Escalated, Prompt, Span, Trace, Verdict, Verified
+from edgecloud_sd.grid import has_speculative
 from edgecloud_sd.measure.metrics import degraded_reason
 from edgecloud_sd.measure.summary import Metric
 from edgecloud_sd.models import pairs
@@ -95,7 +96,7 @@ def list_load_cases(settings: Settings) -> list[LoadCase]:
     """
     pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
     has_server = bool(settings.cloud_url) or pair == pairs.PAIRS["pocket"]
-    if "speculative" not in settings.mode or settings.clock == "virtual" or not has_server:
+    if not has_speculative(settings) or settings.clock == "virtual" or not has_server:
         return []
     elsewhere = [] if settings.cloud_url in (None, AUTO) else ["elsewhere"]
     language = settings.language[0]

@@ -29,6 +29,7 @@ CLOCKS = ("real", "virtual")
 YES_NO = ("yes", "no")
 MEASURE = "measure"  # the profile of this machine
 ON_CLOUD_FAULT = ("wait", "edge", "error")
+RUN_MODES = (*MODES, "lossless")
 GROUPS = ("decoding", "models", "cloud", "limits", "clock and link", "data", "results")
 
 
@@ -194,7 +195,13 @@ def _option(
 class Settings:
     """The options of a run. Tuples make a grid."""
 
-    mode: tuple[str, ...] = _option("decoding", MODES, "who decodes", choices=MODES, many=True)
+    mode: tuple[str, ...] = _option(
+        "decoding",
+        RUN_MODES,
+        "who decodes; lossless is mode speculative with gate always and rule greedy, whatever --gate and --rule are",
+        choices=RUN_MODES,
+        many=True,
+    )
     gate: tuple[str, ...] = _option(
         "decoding", "entropy", "which drafts go to the cloud", choices=gate.GATE_NAMES, many=True
     )

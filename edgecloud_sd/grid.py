@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from edgecloud_sd.acceptance import parse_rule
+from edgecloud_sd.acceptance import GREEDY, Rule, parse_rule
 from edgecloud_sd.config import Settings
-from edgecloud_sd.gate import parse_draft_stop, parse_gate
+from edgecloud_sd.gate import ALWAYS, Gate, parse_draft_stop, parse_gate
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.link import NO_LINK, Link, parse_link
 
@@ -33,17 +33,30 @@ def strategies(settings: Settings) -> list[Strategy]:
     """Return each different strategy of the grid once, in the order of the settings."""
     found: list[Strategy] = []
     for mode in settings.mode:
-        found += _speculative(settings) if mode == "speculative" else [Strategy(mode)]
+        if mode == "speculative":
+            rules = [parse_rule(rule, rank) for rule in settings.rule for rank in settings.rank]
+            found += _speculative(settings, _gates(settings), rules)
+        elif mode == "lossless":
+            found += _speculative(settings, [ALWAYS], [GREEDY])
+        else:
+            found.append(Strategy(mode))
     return list(dict.fromkeys(found))
 
 
-def _speculative(settings: Settings) -> Iterator[Strategy]:
-    gates = [
+def has_speculative(settings: Settings) -> bool:
+    """Return True if a strategy of the grid drafts."""
+    return any(strategy.is_speculative for strategy in strategies(settings))
+
+
+def _gates(settings: Settings) -> list[Gate]:
+    return [
         parse_gate(name, threshold)
         for name in settings.gate
         for threshold in (settings.entropy_threshold if name == "entropy" else (0.0,))
     ]
-    rules = [parse_rule(rule, rank) for rule in settings.rule for rank in settings.rank]
+
+
+def _speculative(settings: Settings, gates: list[Gate], rules: list[Rule]) -> Iterator[Strategy]:
     others = list(itertools.product(rules, settings.k, settings.draft_stop, settings.draft_ahead, settings.open))
     for gate in gates:
         # if nothing is sent, no other field matters

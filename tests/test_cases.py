@@ -44,6 +44,18 @@ def test_a_synthetic_rule_stands_in_the_id_as_a_file_name_can_hold_it_and_is_los
     assert [tables.output_promise(case.strategy, "float32") for case in found] == ["lossy", "lossless", "lossy"]
 
 
+def test_mode_lossless_verifies_every_draft_greedily_whatever_the_gate_and_the_rule_are() -> None:
+    found = cases.cases(config.resolve({"mode": "lossless,speculative", "k": "3,auto", "gate": "always"}))
+    assert [case.strategy.label for case in found] == [
+        "speculative-always-k3-greedy",
+        "speculative-always-kauto-greedy",
+        "speculative-always-k3-rank20",
+        "speculative-always-kauto-rank20",
+    ]
+    assert [case.strategy.is_lossless for case in found] == [True, True, False, False]
+    assert ids(mode="lossless,speculative", gate="always", rule="greedy") == ["speculative-pocket-always-k3-greedy-zh"]
+
+
 def test_own_models_stand_in_the_id_without_their_folders(tmp_path: Path) -> None:
     found = ids(mode="cloud", edge_model="Qwen/Qwen2.5-Omni-3B", cloud_model=str(tmp_path / "mine"))
     assert found == ["cloud-Qwen2.5-Omni-3B+mine-zh"]

@@ -26,7 +26,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_without_file_or_command_line_the_defaults_hold() -> None:
     chosen = resolve({})
-    assert chosen.mode == ("edge", "cloud", "speculative")
+    assert chosen.mode == ("edge", "cloud", "speculative", "lossless")
     assert (chosen.k, chosen.rank, chosen.entropy_threshold) == ((3,), (20,), (1.5,))
     assert (chosen.edge_model, chosen.max_samples) == (None, None)
 
