@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = {name: getattr(options, name.replace("-", "_")) for name in CAPTION_OPTIONS}
     try:
         settings = config.resolve(given | {"mode": options.mode or "speculative"})
+        refuse_lists(settings)
         strategy, link = cells(settings)[0]
         request = Request.of(
             options.file,
@@ -78,6 +79,14 @@ def caption_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_lists(settings: config.Settings) -> None:
+    """Raise ConfigError for an option with several values: a list makes a grid, and a caption is not a grid."""
+    for option in config.OPTIONS:
+        value = getattr(settings, option.name.replace("-", "_"))
+        if option.many and len(value) > 1:
+            raise config.ConfigError(f"--{option.name}: give one value for a caption, not {len(value)}")
+
+
 def print_caption(events: Iterator[Event], decode: metrics.DecodeText, is_coloured: bool) -> Trace:
     """Print the caption as its tokens are committed, and return its trace."""
     tokens: list[int] = []
@@ -103,14 +112,19 @@ def print_caption(events: Iterator[Event], decode: metrics.DecodeText, is_colour
     return Trace(tuple(stamped))
 
 
+def count(number: int, noun: str) -> str:
+    """Return the number with its noun in the right form, as in "2 rounds"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def summary_line(trace: Trace) -> str:
     """Return the tokens by origin, the cloud calls and the seconds, in one line."""
     counts = metrics.counts(trace)
     parts = [f"{getattr(counts, origin)} {origin}" for origin in COLOURS if getattr(counts, origin)]
-    calls = f", {counts.cloud_calls} cloud calls in {counts.rounds} rounds" if counts.rounds else ""
+    calls = f", {count(counts.cloud_calls, 'cloud call')} in {count(counts.rounds, 'round')}" if counts.rounds else ""
     reason = metrics.degraded_reason(trace)
     degraded = f", degraded, the edge finished alone: {reason}" if reason else ""
-    return f"{counts.tokens} tokens ({', '.join(parts)}){calls}, {trace.seconds:.3f} s{degraded}"
+    return f"{count(counts.tokens, 'token')} ({', '.join(parts)}){calls}, {trace.seconds:.3f} s{degraded}"
 
 
 if __name__ == "__main__":
