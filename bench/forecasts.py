@@ -12,6 +12,7 @@ from typing import Any
 from edgecloud_sd.events import Opened, Trace
 from edgecloud_sd.forecast.estimate import estimate_profile, estimate_workload
 from edgecloud_sd.forecast.model import Forecast, forecast
+from edgecloud_sd.forecast.sentence import forecast_sentence
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Profile
@@ -29,22 +30,22 @@ class DecodedCell:
 def forecast_cells(
     cells: Mapping[str, DecodedCell], profile: Profile | None = None, shares_device: bool = False
 ) -> dict[str, Forecast | str]:
-    """Return the forecast of each speculative cell by id, or the reason why there is none.
+    """Return the forecast of each speculative cell by id, or the reason why it has none.
 
-    `profile` is that of the virtual clock. With `shares_device` both sides run on one device. The drafter then takes
-    its own step beside the cloud too. Drafting ahead slows both sides down, so cells with and without it keep their
-    own costs.
+    `profile` is the profile of the virtual clock. With `shares_device` both sides run on one device. The draft model
+    would then take its observed step at the cloud too. Draft-ahead slows down both sides there, so the costs of cells
+    with and without it are estimated apart.
     """
 
     @cache
     def costs(draft_ahead: int | None) -> Profile | None:
-        """Return the costs of all cells for None, else of the cells that draft as far ahead and of mode cloud."""
-        alike = [
+        """Return the costs of all cells for None, else of the cells with this draft-ahead and of mode cloud."""
+        sources = [
             cell
             for cell in cells.values()
             if draft_ahead in (None, cell.strategy.draft_ahead) or cell.strategy.mode == "cloud"
         ]
-        observed = profile or estimate_profile(trace for cell in alike for trace in cell.traces)
+        observed = profile or estimate_profile(trace for cell in sources for trace in cell.traces)
         if observed and shares_device:
             return replace(observed, draft_at_cloud=observed.edge.step)
         return observed
@@ -54,13 +55,15 @@ def forecast_cells(
         if not cell.strategy.is_speculative:
             continue
         observed = costs(cell.strategy.draft_ahead if shares_device else None)
-        work = estimate_workload(cell.traces, cell.strategy)
+        workload = estimate_workload(cell.traces, cell.strategy)
         if observed is None:
-            forecasts[name] = "no forecast: no step of the cloud alone was timed (--mode edge,cloud,speculative)"
-        elif work is None:
-            forecasts[name] = "no forecast: nothing was verified"
+            forecasts[name] = (
+                "no forecast: no step of the cloud alone was timed; add mode cloud (--mode edge,cloud,speculative)"
+            )
+        elif workload is None:
+            forecasts[name] = "no forecast: no draft was verified"
         else:
-            forecasts[name] = forecast(observed, link_with_network(cell), work)
+            forecasts[name] = forecast(observed, link_with_network(cell), workload)
     return forecasts
 
 
@@ -73,11 +76,11 @@ def link_with_network(cell: DecodedCell) -> Link:
     return replace(cell.link, rtt=cell.link.rtt + median(seconds)) if seconds else cell.link
 
 
-def forecast_sentence(answer: Forecast | str) -> str:
-    """Return the forecast as one sentence, or the reason why there is none."""
-    return answer if isinstance(answer, str) else answer.sentence
+def answer_sentence(answer: Forecast | str) -> str:
+    """Return the forecast as text, or the reason why the cell has none."""
+    return answer if isinstance(answer, str) else forecast_sentence(answer)
 
 
 def forecast_to_json(answer: Forecast | str) -> dict[str, Any]:
-    """Return `sentence`, and `forecast` with its fields or None."""
-    return {"sentence": forecast_sentence(answer), "forecast": None if isinstance(answer, str) else asdict(answer)}
+    """Return the JSON of an answer: its `sentence`, and the fields of its `forecast` or None."""
+    return {"sentence": answer_sentence(answer), "forecast": None if isinstance(answer, str) else asdict(answer)}

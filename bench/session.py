@@ -16,7 +16,7 @@ from tqdm import tqdm
 from bench import baselines, load, tables
 from bench.cases import Case
 from bench.comparison import Document
-from bench.forecasts import DecodedCell, forecast_cells, forecast_sentence
+from bench.forecasts import DecodedCell, answer_sentence, forecast_cells
 from edgecloud_sd.config import Settings
 from edgecloud_sd.data import dataset
 from edgecloud_sd.data.dataset import Clip
@@ -49,7 +49,7 @@ class Outcomes:
             speedups = tables.render_speedups(self.documents)
             forecasts = self.forecasts(settings).items()
             lines = [speedups] if speedups else []
-            lines += [f"{name}: {forecast_sentence(answer)}" for name, answer in forecasts]
+            lines += [f"{name}: {answer_sentence(answer)}" for name, answer in forecasts]
             if lines:
                 yield "does it pay?", lines
         if self.loads:

@@ -1,4 +1,4 @@
-"""Adaptive k: close to the best fixed k, wherever that is, and learned from the generations alone."""
+"""Adaptive k: close to the best fixed k, and learned from the generations alone."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ SETTINGS = {
 }
 
 
-def wrongs(rate: float) -> list[frozenset[int]]:
-    """Draw the places at which the edge is wrong in each caption, with chance `1 - rate`."""
+def wrong_positions(rate: float) -> list[frozenset[int]]:
+    """Return the positions at which the edge is wrong in each caption, drawn with probability `1 - rate`."""
     source = random.Random(5)
     return [frozenset(i for i in range(TOKENS) if source.random() > rate) for _ in range(CLIPS)]
 
 
-def decoded(wrong: frozenset[int], k: int | AdaptiveK, harness: Harness, ahead: int = 0) -> Trace:
+def decode_caption(wrong: frozenset[int], k: int | AdaptiveK, harness: Harness, ahead: int = 0) -> Trace:
     """Decode one caption losslessly, with a fixed k or with adaptive k."""
     run = k if isinstance(k, AdaptiveK) else None
     strategy = Strategy("speculative", k=None if isinstance(k, AdaptiveK) else k, draft_ahead=ahead)
@@ -78,10 +78,10 @@ def decoded(wrong: frozenset[int], k: int | AdaptiveK, harness: Harness, ahead: 
 def seconds(
     k: int | AdaptiveK, machines: Profile, link: Link, captions: Sequence[frozenset[int]], ahead: int = 0
 ) -> float:
-    """Return the seconds of all captions after the first prefill, because prefill takes as long at each k."""
+    """Return the seconds of all captions without the edge's prefill, which takes the same time at each k."""
     total = 0.0
     for number, wrong in enumerate(captions):
-        trace = decoded(wrong, k, Harness(machines, link, str(number)), ahead)
+        trace = decode_caption(wrong, k, Harness(machines, link, str(number)), ahead)
         total += trace.seconds - min(s for s, event in trace.events if isinstance(event, Opened))
     return total
 
@@ -89,86 +89,92 @@ def seconds(
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", [0, 16])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_adaptive_k_is_within_a_twentieth_of_the_best_fixed_k(name: str, ahead: int) -> None:
+def test_adaptive_k_takes_at_most_5_percent_more_time_than_the_best_fixed_k(name: str, ahead: int) -> None:
     machines, link = SETTINGS[name]
-    captions = wrongs(0.92)
+    captions = wrong_positions(0.92)
     fixed = {k: seconds(k, machines, link, captions, ahead) for k in range(1, 13)}
     assert seconds(AdaptiveK(ahead), machines, link, captions, ahead) <= 1.05 * min(fixed.values())
 
 
-def test_drafts_grow_with_the_round_trip_and_shrink_with_a_slow_drafter() -> None:
-    captions = wrongs(0.95)[:12]
+def test_drafts_grow_with_the_round_trip_and_shrink_with_a_slow_draft_model() -> None:
+    captions = wrong_positions(0.95)[:12]
     far, slow = AdaptiveK(), AdaptiveK()
     for number, wrong in enumerate(captions):
-        decoded(wrong, far, Harness(IN_PROCESS, Link("far", 1.0, 1e9, 1e9), str(number)))
-        decoded(wrong, slow, Harness(profiles.load_profile("published"), links.NO_LINK, str(number)))
+        decode_caption(wrong, far, Harness(IN_PROCESS, Link("far", 1.0, 1e9, 1e9), str(number)))
+        decode_caption(wrong, slow, Harness(profiles.load_profile("published"), links.NO_LINK, str(number)))
     assert far.fastest() > 10
     assert slow.fastest() == 1
 
 
 def test_a_faster_link_in_mid_run_shortens_drafts() -> None:
     run = AdaptiveK()
-    captions = wrongs(0.95)
+    captions = wrong_positions(0.95)
     for number, wrong in enumerate(captions[:4]):
-        decoded(wrong, run, Harness(profiles.load_profile("laptop-gpu"), Link("far", 1.0, 1e9, 1e9), str(number)))
+        decode_caption(
+            wrong, run, Harness(profiles.load_profile("laptop-gpu"), Link("far", 1.0, 1e9, 1e9), str(number))
+        )
     before = run.fastest(near=run.last_k)
     for number, wrong in enumerate(captions):
-        decoded(wrong, run, Harness(profiles.load_profile("laptop-gpu"), links.NO_LINK, str(number)))
+        decode_caption(wrong, run, Harness(profiles.load_profile("laptop-gpu"), links.NO_LINK, str(number)))
     assert run.fastest(near=run.last_k) < before / 2
 
 
 @given(st.floats(0.001, 0.1), st.floats(0.001, 0.5), st.floats(0.001, 0.2), st.integers(1, 12))
-def test_the_observed_costs_are_those_of_the_profile(step: float, one: float, more: float, k: int) -> None:
-    machines = Profile("drawn", Costs(0.1, ((1, step),)), Costs(0.1, ((1, one), (40, one + 39 * more))), queue=0.25)
+def test_the_observed_costs_are_those_of_the_profile(step: float, base: float, slope: float, k: int) -> None:
+    machines = Profile("drawn", Costs(0.1, ((1, step),)), Costs(0.1, ((1, base), (40, base + 39 * slope))), queue=0.25)
     run = AdaptiveK()
-    for wrong in wrongs(0.8)[:3]:
-        run.replay(decoded(wrong, k, Harness(machines, Link("still", 0.5, float("inf"), float("inf")))))
+    for wrong in wrong_positions(0.8)[:3]:
+        run.replay(decode_caption(wrong, k, Harness(machines, Link("still", 0.5, float("inf"), float("inf")))))
     assert run.step.mean == pytest.approx(step)
     lengths = {run.trip.x / run.trip.n} if run.trip.slope == 0 else {1.0, 20.0, 40.0}
     for fed in lengths:  # drafts of one length show no slope
-        assert run.trip.at(fed) == pytest.approx(0.75 + one + (fed - 1) * more)
+        assert run.trip.at(fed) == pytest.approx(0.75 + base + (fed - 1) * slope)
 
 
 def test_replaying_a_trace_gives_the_statistics_of_the_generation_itself() -> None:
-    coming, back = AdaptiveK(), AdaptiveK()
-    for number, wrong in enumerate(wrongs(0.9)[:5]):
+    original, replayed = AdaptiveK(), AdaptiveK()
+    for number, wrong in enumerate(wrong_positions(0.9)[:5]):
         harness = Harness(*SETTINGS["laptop over 4g"], str(number))
-        back.replay(decoded(wrong, coming, harness))
-    assert coming == back
+        replayed.replay(decode_caption(wrong, original, harness))
+    assert original == replayed
 
 
 def test_the_first_draft_fills_the_time_until_the_cloud_is_ready() -> None:
     machines = Profile("late", Costs(0.1, ((1, 0.01),)), Costs(0.215, ((1, 0.02),)))
-    captions = wrongs(0.7)
-    eager, lazy, soon = AdaptiveK(), AdaptiveK(eager=False), AdaptiveK()
+    captions = wrong_positions(0.7)
+    eager, lazy, fast_prefill = AdaptiveK(), AdaptiveK(has_eager_prefill=False), AdaptiveK()
     for wrong in captions:
-        firsts = [
+        first_lengths = [
             next(len(event.draft.tokens) for _, event in trace.events if isinstance(event, Drafted))
             for trace in (
-                decoded(wrong, eager, Harness(machines, links.NO_LINK)),
-                decoded(wrong, lazy, Harness(machines, links.NO_LINK)),
-                decoded(wrong, soon, Harness(replace(machines, cloud=Costs(0.1, ((1, 0.02),))), links.NO_LINK)),
+                decode_caption(wrong, eager, Harness(machines, links.NO_LINK)),
+                decode_caption(wrong, lazy, Harness(machines, links.NO_LINK)),
+                decode_caption(
+                    wrong, fast_prefill, Harness(replace(machines, cloud=Costs(0.1, ((1, 0.02),))), links.NO_LINK)
+                ),
             )
         ]
     assert eager.cloud_delay.mean == pytest.approx(0.115, abs=0.01)
-    assert firsts[0] in (10, 11, 12)
-    assert max(firsts[1:]) < 6
+    assert first_lengths[0] in (10, 11, 12)
+    assert max(first_lengths[1:]) < 6
 
 
-def caption(run: AdaptiveK, beside: float, step: float, k: int = 4, accepted: int = 4) -> DraftLengths:
-    """Add two rounds: a draft beside the cloud's prefill at `beside` seconds per step, then one at `step` seconds."""
+def add_two_rounds(
+    run: AdaptiveK, step_beside_prefill: float, step: float, k: int = 4, accepted: int = 4
+) -> DraftLengths:
+    """Add a generation of two rounds, whose first draft is beside the cloud's prefill. Return the generation."""
     draft, generation = Draft(tuple(range(k))), run.for_generation()
     generation.see(Opened("edge"), 0.0)
-    for drafted, waited in ((beside, 0.1), (step, None)):
-        generation.see(Drafted(draft), k * drafted)
+    for seconds_per_step, wait in ((step_beside_prefill, 0.1), (step, None)):
+        generation.see(Drafted(draft), k * seconds_per_step)
         generation.see(Escalated(draft, 1), 0.0)
-        if waited is not None:
-            generation.see(Opened("cloud"), waited)
+        if wait is not None:
+            generation.see(Opened("cloud"), wait)
         generation.see(Verified(draft, Verdict(accepted, 9)), 0.02)
     return generation
 
 
-def started(run: AdaptiveK) -> DraftLengths:
+def start_generation(run: AdaptiveK) -> DraftLengths:
     """Return a generation whose edge has prefilled its prompt."""
     generation = run.for_generation()
     generation.see(Opened("edge"), 0.0)
@@ -176,23 +182,24 @@ def started(run: AdaptiveK) -> DraftLengths:
 
 
 def test_drafting_beside_the_prefill_is_free_except_on_a_shared_processor() -> None:
-    apart, together, lazy = AdaptiveK(), AdaptiveK(), AdaptiveK(eager=False)
+    separate, shared, lazy = AdaptiveK(), AdaptiveK(), AdaptiveK(has_eager_prefill=False)
     for _ in range(10):
-        caption(apart, 0.01, 0.01, accepted=2)
-        caption(together, 0.02, 0.01, accepted=2)
-        caption(lazy, 0.01, 0.01, accepted=2)
-    assert together.step.mean == apart.step.mean == pytest.approx(0.01)
-    assert together.cloud_delay.mean == pytest.approx(0.18)
-    assert started(apart).fastest() > started(together).fastest() == started(lazy).fastest()
+        add_two_rounds(separate, 0.01, 0.01, accepted=2)
+        add_two_rounds(shared, 0.02, 0.01, accepted=2)
+        add_two_rounds(lazy, 0.01, 0.01, accepted=2)
+    assert shared.step.mean == separate.step.mean == pytest.approx(0.01)
+    assert shared.cloud_delay.mean == pytest.approx(0.18)
+    length = start_generation(lazy).fastest()
+    assert start_generation(separate).fastest() > start_generation(shared).fastest() == length
 
 
-def test_within_a_generation_the_length_changes_little() -> None:
+def test_a_search_within_a_generation_changes_the_length_little() -> None:
     run = AdaptiveK(last_k=12)
-    generation = caption(run, 0.01, 10.0, accepted=0)
+    generation = add_two_rounds(run, 0.01, 10.0, accepted=0)
     assert generation.fastest() == 12 - MAX_CHANGE
     assert run.fastest(near=2) == 1
     run.last_k = 16
-    assert started(run).fastest() == 1
+    assert start_generation(run).fastest() == 1
 
 
 def test_the_time_of_the_consumer_of_events_does_not_count() -> None:
@@ -206,17 +213,17 @@ def test_the_time_of_the_consumer_of_events_does_not_count() -> None:
 
 
 @pytest.mark.parametrize(("search", "searches"), [(0.0, 6), (0.0149, 6), (0.016, 3), (0.5, 1)])
-def test_the_search_for_a_length_takes_a_hundredth_of_the_time(
+def test_the_search_for_a_length_takes_at_most_1_percent_of_the_time(
     monkeypatch: pytest.MonkeyPatch, search: float, searches: int
 ) -> None:
     harness = Harness(IN_PROCESS, links.NO_LINK)
     run = AdaptiveK()
-    caption(run, 0.01, 0.01)
-    done = []
+    add_two_rounds(run, 0.01, 0.01)
+    spent = []
 
     def fastest(near: int | None = None) -> int:
         harness.spend(search)
-        done.append(search)
+        spent.append(search)
         return 4
 
     monkeypatch.setattr(run, "fastest", fastest)
@@ -231,14 +238,14 @@ def test_the_search_for_a_length_takes_a_hundredth_of_the_time(
 
     for _ in run.for_generation().observe(rounds(), harness.watch.seconds):
         pass
-    assert len(done) == searches
+    assert len(spent) == searches
 
 
 def test_interleaved_generations_share_the_statistics_and_nothing_else() -> None:
-    apart, together = AdaptiveK(), AdaptiveK()
+    one_by_one, interleaved = AdaptiveK(), AdaptiveK()
     for _ in range(2):
-        caption(apart, 0.01, 0.01)
-    first, second = together.for_generation(), together.for_generation()
+        add_two_rounds(one_by_one, 0.01, 0.01)
+    first, second = interleaved.for_generation(), interleaved.for_generation()
     draft = Draft((0, 1, 2, 3))
     for event, seconds in ((Opened("edge"), 0.0), (Drafted(draft), 0.04), (Escalated(draft, 1), 0.0)):
         first.see(event, seconds)
@@ -246,11 +253,11 @@ def test_interleaved_generations_share_the_statistics_and_nothing_else() -> None
     for generation in (first, second):
         generation.see(Opened("cloud"), 0.1)
         generation.see(Verified(draft, Verdict(4, 9)), 0.02)
-    assert together.cloud_delay == apart.cloud_delay
-    assert together.trip.mean == pytest.approx(apart.trip.mean)
+    assert interleaved.cloud_delay == one_by_one.cloud_delay
+    assert interleaved.trip.mean == pytest.approx(one_by_one.trip.mean)
 
 
-def test_thousands_of_local_rounds_leave_a_length() -> None:
+def test_a_length_exists_after_thousands_of_local_rounds() -> None:
     run = AdaptiveK()
     generation = run.for_generation()
     draft = Draft((1, 2, 3))
@@ -266,7 +273,7 @@ def test_thousands_of_local_rounds_leave_a_length() -> None:
     assert 1 <= run.fastest() <= MAX_K
 
 
-def test_rounds_after_a_fault_of_the_cloud_say_nothing_about_the_gate() -> None:
+def test_rounds_after_a_fault_of_the_cloud_do_not_count_for_the_gate_rate() -> None:
     run = AdaptiveK()
     draft = Draft((1, 2, 3))
     start: list[Event] = [Opened("edge"), Drafted(draft), Escalated(draft, 1), Verified(draft, Verdict(1, 4))]
@@ -280,7 +287,7 @@ def test_rounds_after_a_fault_of_the_cloud_say_nothing_about_the_gate() -> None:
     assert run.escalated.mean < 1.0
 
 
-def test_a_round_by_hand() -> None:
+def test_the_statistics_of_two_rounds_written_by_hand() -> None:
     first, second = Draft((1, 2, 3)), Draft((5, 6, 7, 8))
     run = AdaptiveK(draft_ahead=9)
     generation = run.for_generation()
@@ -291,21 +298,21 @@ def test_a_round_by_hand() -> None:
     generation.see(Verified(first, Verdict(3, 4)), 0.4)
     assert run.step.mean == pytest.approx((COST_DECAY * 0.3 + 0.6) / (COST_DECAY * 3 + 3))
     assert (run.trip.mean, run.trip.x) == (1.0, 5.0)  # 0.6 spent drafting ahead, and 0.4 waiting
-    assert [place.mean for place in run.accepted] == [1.0, 1.0, 1.0]
+    assert [position.mean for position in run.accepted] == [1.0, 1.0, 1.0]
     assert run.guessed.mean == 1.0
     generation.see(Drafted(second, 2), 0.2)  # two tokens were drafted ahead, two are new
-    assert run.drafted.mean == 3.0  # of the draft without tokens drafted ahead
+    assert run.drafted.mean == 3.0  # the draft without tokens drafted ahead
     generation.see(Escalated(second, 1), 0.0)
     generation.see(Verified(second, Verdict(1, 9)), 0.5)
-    assert [place.n for place in run.accepted] == [1 + CHANCE_DECAY, 1 + CHANCE_DECAY, CHANCE_DECAY]
-    assert [place.y for place in run.accepted] == [1 + CHANCE_DECAY, CHANCE_DECAY, CHANCE_DECAY]
+    assert [position.n for position in run.accepted] == [1 + CHANCE_DECAY, 1 + CHANCE_DECAY, CHANCE_DECAY]
+    assert [position.y for position in run.accepted] == [1 + CHANCE_DECAY, CHANCE_DECAY, CHANCE_DECAY]
 
 
-def test_the_workload_of_a_gate_with_local_rounds_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_workload_of_rounds_written_by_hand_with_a_local_one(monkeypatch: pytest.MonkeyPatch) -> None:
     workloads: list[Workload] = []
 
-    def fastest_k(machines: Profile, link: Link, work: Workload, *_: object) -> int:
-        workloads.append(work)
+    def fastest_k(machines: Profile, link: Link, workload: Workload, *_: object) -> int:
+        workloads.append(workload)
         return 1
 
     monkeypatch.setattr(adaptive_k, "fastest_k", fastest_k)
@@ -320,14 +327,16 @@ def test_the_workload_of_a_gate_with_local_rounds_by_hand(monkeypatch: pytest.Mo
     for event in events:
         generation.see(event, 0.5)
     generation.fastest()
-    (work,) = workloads
+    (workload,) = workloads
     old = CHANCE_DECAY  # the weight of the value before the last
-    assert work.k == 2  # of the drafts without tokens drafted ahead, 3 and 2
-    assert work.gate_rate == pytest.approx((old + 1) / (old**2 + old + 1))
-    assert work.sent == pytest.approx((4 * old + 1) / (old + 1))
-    assert work.guess == pytest.approx((old + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (old + 1 + PRIOR_WEIGHT))
-    assert (work.ahead, work.is_lossless) == (5, False)
-    assert work.accepted == run.acceptance()
+    assert workload.k == 2  # the mean of 3 and 2, the drafts without tokens drafted ahead
+    assert workload.gate_rate == pytest.approx((old + 1) / (old**2 + old + 1))
+    assert workload.sent_with_draft == pytest.approx((4 * old + 1) / (old + 1))
+    assert workload.bonus_guess_rate == pytest.approx(
+        (old + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (old + 1 + PRIOR_WEIGHT)
+    )
+    assert (workload.draft_ahead, workload.is_lossless) == (5, False)
+    assert workload.acceptance_by_position == run.acceptance()
 
 
 def test_acceptance_is_assumed_high_until_it_is_observed() -> None:
@@ -342,7 +351,9 @@ def test_acceptance_is_assumed_high_until_it_is_observed() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.floats(0, 2))), st.floats(0, 1), st.floats(0, 1))
-def test_a_line_is_fitted_and_never_falls(points: list[tuple[int, float]], base: float, slope: float) -> None:
+def test_the_fitted_line_is_exact_on_a_line_and_never_falls(
+    points: list[tuple[int, float]], base: float, slope: float
+) -> None:
     line, noise = DecayingMean(), DecayingMean()
     for x, y in points:
         line.add(base + slope * x, x)

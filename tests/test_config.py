@@ -283,7 +283,10 @@ def test_any_map_in_a_file_is_read_or_refused_by_name(
         ({"clock": "virtual"}, "--clock: virtual needs --profile: laptop-gpu, phone-npu, published, measure or a YAML"),
         ({"profile": "published"}, "--profile: 'published' is for the virtual clock; add --clock virtual"),
         ({"link": "5G"}, "--link: '5G' is not one of none, lan, wifi, 5g, 4g, sat, or a link like rtt=40ms,"),
-        ({"link": "4g,rtt=40ms,loss=2"}, "--link: 'rtt=40ms,loss=2' has loss=2, but loss is a number of % below 100"),
+        (
+            {"link": "4g,rtt=40ms,loss=2"},
+            "--link: 'rtt=40ms,loss=2' has loss=2, but loss must be a number of % below 100",
+        ),
         ({"clock": "virtual", "profile": "published", "cloud-url": "auto"}, "--cloud-url: is for the real clock"),
         ({"clock": "virtual", "profile": "published", "max-cpu-cores": "1"}, "--max-cpu-cores: is for the real clock"),
         ({"profile": "measure", "cloud-url": "auto"}, "--profile: measure times both sides in this process"),

@@ -1,4 +1,4 @@
-"""The oracle: against the published closed form, exactly against the virtual clock, and on the pocket pair."""
+"""The forecast: against the published closed form, exactly against the virtual clock, and on the pocket pair."""
 
 from __future__ import annotations
 
@@ -30,9 +30,17 @@ from edgecloud_sd.events import (
     Verdict,
     Verified,
 )
-from edgecloud_sd.forecast import model as oracle
 from edgecloud_sd.forecast.estimate import estimate_profile, estimate_workload
-from edgecloud_sd.forecast.model import Workload
+from edgecloud_sd.forecast.model import (
+    MAX_K,
+    Workload,
+    cloud_seconds_per_token,
+    forecast,
+    per_round,
+    prefill_seconds,
+    seconds_per_token,
+)
+from edgecloud_sd.forecast.sentence import forecast_sentence
 from edgecloud_sd.gate import Gate
 from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
@@ -62,21 +70,22 @@ ks = st.integers(1, 7)
 
 
 def geometric(k: int, acceptance: float, bonus: bool = True) -> Workload:
-    """Each token is accepted with the same chance: p_i = acceptance^i."""
-    return Workload(k, tuple(acceptance**i for i in range(1, k + 1)), bonus=bonus)
+    """Return a workload with p_i = acceptance^i, so that each token is accepted with the same probability."""
+    return Workload(k, tuple(acceptance**i for i in range(1, k + 1)), has_bonus=bonus)
 
 
 def exactly(value: float) -> object:
+    """Return an expectation of `value`, up to rounding."""
     return pytest.approx(value, rel=1e-9, abs=1e-12)
 
 
-def over(link: Link, value: float) -> object:
-    """Exact but for the bytes of messages, which the oracle takes to be as large as they are on average."""
+def exactly_over(link: Link, value: float) -> object:
+    """Return an expectation of `value` that is exact up to the size of messages, which the forecast approximates."""
     return exactly(value) if math.isinf(link.up) else pytest.approx(value, rel=2e-3)
 
 
-def tokens_per_round(work: Workload) -> float:
-    return oracle.per_round(QUICK, links.NO_LINK, work).tokens
+def tokens_per_round(workload: Workload) -> float:
+    return per_round(QUICK, links.NO_LINK, workload).tokens
 
 
 # --- the closed form ---
@@ -89,87 +98,89 @@ def test_expected_tokens_are_the_closed_form_of_leviathan(k: int, a: float) -> N
 
 
 @given(ks, chances, st.integers(1, 100).map(lambda n: n / 50), seconds)
-def test_without_a_link_and_a_gate_it_is_the_walltime_improvement_of_leviathan(
-    k: int, a: float, c: float, more: float
+def test_without_link_and_gate_the_speed_up_is_the_walltime_improvement_of_leviathan(
+    k: int, a: float, c: float, extra: float
 ) -> None:
-    step = 0.01 + more
+    step = 0.01 + extra
     machines = Profile("theorem 3.8", Costs(0, ((1, c * step),)), Costs(0, ((1, step),)))
     closed = (1 - a ** (k + 1)) / ((1 - a) * (k * c + 1)) if a < 1 else (k + 1) / (k * c + 1)
-    assert oracle.forecast(machines, links.NO_LINK, geometric(k, a)).over_cloud == exactly(closed)
+    assert forecast(machines, links.NO_LINK, geometric(k, a)).over_cloud == exactly(closed)
 
 
-def test_a_draft_that_is_not_escalated_is_committed_whole() -> None:
+def test_a_local_round_commits_its_whole_draft() -> None:
     assert tokens_per_round(Workload(4, (0.5, 0.25, 0.0, 0.0), 0.25)) == 0.25 * 1.75 + 0.75 * 4
 
 
-def test_without_the_bonus_a_draft_accepted_whole_earns_no_more() -> None:
+def test_without_the_bonus_a_draft_accepted_whole_earns_its_own_tokens_only() -> None:
     assert tokens_per_round(geometric(3, 1.0, bonus=False)) == 3
     assert tokens_per_round(geometric(1, 0.25, bonus=False)) == 1
 
 
 # --- the virtual clock ---
 
-Round = tuple[bool, int]  # whether it is escalated, and how many of its draft the cloud accepts then
+RoundPlan = tuple[bool, int]  # True if the round is escalated, and the number of accepted tokens in that case
 
 
-def clocked(machines: Profile, link: Link, k: int, pattern: Sequence[Round], chosen: gate.Gate) -> float:
-    """Virtual seconds a token over the second of two turns of `pattern`."""
+def virtual_seconds_per_token(
+    machines: Profile, link: Link, k: int, rounds: Sequence[RoundPlan], chosen: gate.Gate
+) -> float:
+    """Return the seconds per token of `rounds` on the virtual clock, in the second of two runs."""
     wrong, unsure, ends = set[int](), set[int](), list[int]()
-    at = 0
-    for escalated, accepted in [*pattern, *pattern]:
-        if escalated:
-            unsure.add(at)
-        if escalated and accepted < k:
-            wrong.add(at + accepted)
-        at += accepted + 1 if escalated else k
-        ends.append(at)
+    length = 0
+    for is_escalated, accepted in [*rounds, *rounds]:
+        if is_escalated:
+            unsure.add(length)
+        if is_escalated and accepted < k:
+            wrong.add(length + accepted)
+        length += accepted + 1 if is_escalated else k
+        ends.append(length)
     edge = Scripted(frozenset(wrong), frozenset(unsure))
-    stopping = Stopping(frozenset(), at + k + 1)  # cuts nothing in the two turns
+    stopping = Stopping(frozenset(), length + k + 1)  # ends after both runs
     strategy = Strategy("speculative", chosen, k=k)
-    reached, n = dict[int, float](), 0  # when so many tokens were there
+    seconds_at, committed = dict[int, float](), 0  # key: committed tokens
     for moment, event in play(PROMPT, edge, Scripted(), strategy, stopping, Harness(machines, link)).events:
         if isinstance(event, Committed):
-            n += len(event.tokens)
-            reached[n] = moment
-    half = ends[len(pattern) - 1]
-    return (reached[at] - reached[half]) / (at - half)
+            committed += len(event.tokens)
+            seconds_at[committed] = moment
+    half = ends[len(rounds) - 1]
+    return (seconds_at[length] - seconds_at[half]) / (length - half)
 
 
-def expected(k: int, pattern: Sequence[Round], gated: bool) -> Workload:
-    """What the pattern comes to."""
-    sent = [accepted for escalated, accepted in pattern if escalated]
-    shares = tuple(sum(accepted >= i for accepted in sent) / len(sent) for i in range(1, k + 1))
-    return Workload(k, shares, len(sent) / len(pattern), gated)
+def workload_of(k: int, rounds: Sequence[RoundPlan], has_score: bool) -> Workload:
+    """Return the acceptance and the gate rate of the rounds."""
+    lengths = [accepted for is_escalated, accepted in rounds if is_escalated]
+    acceptance = tuple(sum(accepted >= i for accepted in lengths) / len(lengths) for i in range(1, k + 1))
+    return Workload(k, acceptance, len(lengths) / len(rounds), int(has_score))
 
 
 @st.composite
-def patterns(draw: st.DrawFn, always: bool) -> tuple[int, list[Round]]:
+def round_plans(draw: st.DrawFn, always: bool) -> tuple[int, list[RoundPlan]]:
     k = draw(ks)
-    sent = st.just(True) if always else st.booleans()
-    rounds = draw(st.lists(st.tuples(sent, st.integers(0, k)), min_size=1, max_size=4))
-    assume(any(escalated for escalated, _ in rounds))
+    is_escalated = st.just(True) if always else st.booleans()
+    rounds = draw(st.lists(st.tuples(is_escalated, st.integers(0, k)), min_size=1, max_size=4))
+    assume(any(is_escalated for is_escalated, _ in rounds))
     return k, rounds
 
 
-@given(patterns(always=True), profiles(), any_link.map(steady), st.booleans())
-def test_escalating_always_is_forecast_to_the_last_digit(
-    pattern: tuple[int, list[Round]], machines: Profile, link: Link, gated: bool
+@given(round_plans(always=True), profiles(), any_link.map(steady), st.booleans())
+def test_the_forecast_of_gate_always_is_exact_on_the_virtual_clock(
+    plan: tuple[int, list[RoundPlan]], machines: Profile, link: Link, has_score: bool
 ) -> None:
-    k, rounds = pattern
-    took = clocked(machines, link, k, rounds, UNSURE if gated else gate.ALWAYS)
-    assert oracle.seconds_per_token(machines, link, expected(k, rounds, gated)) == over(link, took)
+    k, rounds = plan
+    measured = virtual_seconds_per_token(machines, link, k, rounds, UNSURE if has_score else gate.ALWAYS)
+    assert seconds_per_token(machines, link, workload_of(k, rounds, has_score)) == exactly_over(link, measured)
 
 
-# How many rounds were local before is assumed geometric; where the cloud's pass is linear in its tokens, its mean is
-# all that matters, and any pattern has the same mean at the same rate.
-@given(patterns(always=False), profiles(), seconds, any_link.map(steady))
-def test_escalating_at_a_known_rate_is_forecast_to_the_last_digit(
-    pattern: tuple[int, list[Round]], machines: Profile, each: float, link: Link
+# The forecast assumes that the number of local rounds before an escalation is geometric. If the cost of the cloud's
+# pass is linear in its tokens, only their mean matters, and it depends on the gate rate alone.
+@given(round_plans(always=False), profiles(), seconds, any_link.map(steady))
+def test_the_forecast_at_a_gate_rate_is_exact_on_the_virtual_clock(
+    plan: tuple[int, list[RoundPlan]], machines: Profile, slope: float, link: Link
 ) -> None:
-    k, rounds = pattern
-    linear = replace(machines, cloud=Costs(0.5, ((1, 0.25), (2, 0.25 + each))))
-    took = clocked(linear, link, k, rounds, UNSURE)
-    assert oracle.seconds_per_token(linear, link, expected(k, rounds, True)) == over(link, took)
+    k, rounds = plan
+    linear = replace(machines, cloud=Costs(0.5, ((1, 0.25), (2, 0.25 + slope))))
+    measured = virtual_seconds_per_token(linear, link, k, rounds, UNSURE)
+    assert seconds_per_token(linear, link, workload_of(k, rounds, True)) == exactly_over(link, measured)
 
 
 @pytest.mark.parametrize("name", links.LINKS)
@@ -183,136 +194,143 @@ def test_escalating_at_a_known_rate_is_forecast_to_the_last_digit(
         (3, [(False, 0), (True, 3), (False, 0), (True, 1)]),
     ],
 )
-def test_the_published_machines_are_forecast_to_the_last_digit(name: str, k: int, rounds: list[Round]) -> None:
+def test_the_forecast_of_the_published_machines_is_exact(name: str, k: int, rounds: list[RoundPlan]) -> None:
     link, machines = steady(links.find_link(name)), profile.load_profile("published")
-    took = clocked(machines, link, k, rounds, UNSURE)
-    assert oracle.seconds_per_token(machines, link, expected(k, rounds, True)) == over(link, took)
+    measured = virtual_seconds_per_token(machines, link, k, rounds, UNSURE)
+    assert seconds_per_token(machines, link, workload_of(k, rounds, True)) == exactly_over(link, measured)
 
 
 @given(profiles(edge_points=1), any_link.map(steady), st.sampled_from(["edge", "cloud", "speculative"]), st.booleans())
-def test_a_whole_caption_is_its_opening_and_its_tokens(machines: Profile, link: Link, mode: str, eager: bool) -> None:
+def test_a_generation_takes_its_prefill_and_its_tokens(machines: Profile, link: Link, mode: str, eager: bool) -> None:
     strategy = Strategy(mode)
     if mode == "speculative":
         strategy = Strategy(mode, k=2, prefill="eager" if eager else "lazy")
     trace = play(PROMPT, Scripted(), Scripted(), strategy, Stopping(frozenset(), 6), Harness(machines, link))
-    each = {
+    per_token = {
         "edge": machines.edge.step,
-        "cloud": oracle.cloud_seconds_per_token(machines, link),
-        "speculative": oracle.seconds_per_token(machines, link, geometric(2, 1.0)),  # two rounds of 2 + 1 tokens
+        "cloud": cloud_seconds_per_token(machines, link),
+        "speculative": seconds_per_token(machines, link, geometric(2, 1.0)),  # two rounds of 2 + 1 tokens
     }
     size = wire.REQUEST_HEAD + len(wire.encode_prompt(PROMPT))
-    opening = oracle.opening_seconds(machines, link, mode, replace(geometric(2, 1.0), open_bytes=size, eager=eager))
-    assert trace.seconds == over(link, opening + 6 * each[mode])
-    if work := estimate_workload([trace], strategy):
-        assert oracle.forecast(machines, link, work).caption == over(link, trace.seconds)
+    workload = replace(geometric(2, 1.0), prompt_bytes=size, has_eager_prefill=eager)
+    prefill = prefill_seconds(machines, link, mode, workload)
+    assert trace.seconds == exactly_over(link, prefill + 6 * per_token[mode])
+    if estimate := estimate_workload([trace], strategy):
+        assert forecast(machines, link, estimate).caption == exactly_over(link, trace.seconds)
 
 
-@pytest.mark.parametrize(("text", "n"), [("entropy=9", 1), ("margin=0.0001", 1), ("none", 0)])
-def test_what_a_draft_stop_reads_is_paid_for_each_token(text: str, n: int) -> None:
+@pytest.mark.parametrize(("text", "scores"), [("entropy=9", 1), ("margin=0.0001", 1), ("none", 0)])
+def test_each_draft_token_pays_for_the_score_of_the_draft_stop(text: str, scores: int) -> None:
     stop = gate.parse_draft_stop(text, gate.ALWAYS)
-    assert gate.statistics_per_token(gate.ALWAYS, stop) == n
-    assert (
-        gate.statistics_per_token(gate.entropy_gate(1.0), gate.parse_draft_stop("margin=0.1", gate.entropy_gate(1.0)))
-        == 2
-    )
-    assert (
-        gate.statistics_per_token(gate.entropy_gate(1.0), gate.parse_draft_stop("entropy", gate.entropy_gate(1.0))) == 1
-    )
+    assert gate.statistics_per_token(gate.ALWAYS, stop) == scores
+    entropy = gate.entropy_gate(1.0)
+    assert gate.statistics_per_token(entropy, gate.parse_draft_stop("margin=0.1", entropy)) == 2
+    assert gate.statistics_per_token(entropy, gate.parse_draft_stop("entropy", entropy)) == 1
     machines = Profile("machines", Costs(0.0, ((1, 0.01),)), Costs(0.0, ((1, 0.02),)), gate=0.004)
     stopping, strategy = Stopping(frozenset(), 30), Strategy("speculative", k=2, draft_stop=stop)
     trace = play(PROMPT, Scripted(), Scripted(), strategy, stopping, Harness(machines))
-    work = replace(geometric(2, 1.0), gated=n)
-    assert trace.seconds == pytest.approx(30 * oracle.seconds_per_token(machines, links.NO_LINK, work))
-    found = estimate_profile(
-        [trace, play(PROMPT, Scripted(), Scripted(), Strategy("cloud"), stopping, Harness(machines))]
-    )
-    assert found is not None
-    assert found.gate == pytest.approx(0.004 if n else 0.0)
+    workload = replace(geometric(2, 1.0), scores_per_token=scores)
+    assert trace.seconds == pytest.approx(30 * seconds_per_token(machines, links.NO_LINK, workload))
+    cloud = play(PROMPT, Scripted(), Scripted(), Strategy("cloud"), stopping, Harness(machines))
+    estimate = estimate_profile([trace, cloud])
+    assert estimate is not None
+    assert estimate.gate == pytest.approx(0.004 if scores else 0.0)
 
 
-def drafted_ahead(work: Workload, machines: Profile, link: Link, wrong: frozenset[int], n: int) -> Trace:
-    """A caption of `n` tokens, of which the edge gets those at the places in `wrong` wrong."""
+def drafted_ahead(workload: Workload, machines: Profile, link: Link, wrong: frozenset[int], n: int) -> Trace:
+    """Return the trace of a generation of `n` tokens. The edge is wrong at the positions in `wrong`."""
     stopping = Stopping(frozenset(), n)
-    # a gate that reads a score of every token, and escalates every draft, is lossy without being free of local rounds
-    chosen = gate.ALWAYS if work.is_lossless else Gate("scripted", -1.0, lambda row: 0.0)
-    strategy = Strategy("speculative", chosen, k=work.k, draft_ahead=work.ahead)
+    # a gate with a score makes the strategy lossy, although it escalates every draft
+    chosen = gate.ALWAYS if workload.is_lossless else Gate("scripted", -1.0, lambda row: 0.0)
+    strategy = Strategy("speculative", chosen, k=workload.k, draft_ahead=workload.draft_ahead)
     return play(PROMPT, Scripted(wrong), Scripted(), strategy, stopping, Harness(machines, link))
 
 
 @pytest.mark.slow
 @settings(max_examples=25)
 @given(ks, st.sampled_from([1, 2, 4, 9, 30]), st.booleans(), profiles(edge_points=1), seconds)
-@example(1, 9, False, Profile("what is left fills up", Costs(0.0, ((1, 0.01),)), Costs(0.0, ((1, 0.055),))), 0.0)
-def test_where_all_is_accepted_drafting_ahead_is_forecast_to_the_last_digit(
+@example(
+    1, 9, False, Profile("the surplus grows to its limit", Costs(0.0, ((1, 0.01),)), Costs(0.0, ((1, 0.055),))), 0.0
+)
+def test_the_forecast_of_draft_ahead_is_exact_if_every_token_is_accepted(
     k: int, ahead: int, is_lossless: bool, machines: Profile, rtt: float
 ) -> None:
-    link = Link("wide", rtt, math.inf, math.inf)  # where messages take as long as each other
-    step = machines.edge.step * 1.0000137  # or a verdict might come just as a token is made, which rounding decides
+    link = Link("wide", rtt, math.inf, math.inf)  # the size of a message does not matter
+    step = machines.edge.step * 1.0000137  # no verdict arrives just as a step ends, where rounding would decide
     machines = replace(machines, edge=Costs(0.0, ((1, step),)), queue=0.0)
-    work = Workload(k, (1.0,), sent=1.0, ahead=ahead, is_lossless=is_lossless, guess=1.0)
-    trace = drafted_ahead(work, machines, link, frozenset(), 700)
-    verdicts = [(at, event.verdict.accepted + 1) for at, event in trace.events if isinstance(event, Verified)]
-    written = list(itertools.accumulate(tokens for _, tokens in verdicts))
-    # what is left from round to round has grown as far as it does, and there is room yet for all that may be made
-    late = max(round for round, tokens in enumerate(written) if tokens < 600)
-    taken = (verdicts[late][0] - verdicts[late - 3][0]) / (written[late] - written[late - 3])
-    assert taken == exactly(oracle.seconds_per_token(machines, link, work))
+    workload = Workload(
+        k, (1.0,), sent_with_draft=1.0, draft_ahead=ahead, is_lossless=is_lossless, bonus_guess_rate=1.0
+    )
+    trace = drafted_ahead(workload, machines, link, frozenset(), 700)
+    verdicts = [(moment, event.verdict.accepted + 1) for moment, event in trace.events if isinstance(event, Verified)]
+    committed = list(itertools.accumulate(tokens for _, tokens in verdicts))
+    # the tokens left from round to round have stopped growing, and the end of the generation cuts no draft yet
+    late = max(i for i, tokens in enumerate(committed) if tokens < 600)
+    measured = (verdicts[late][0] - verdicts[late - 3][0]) / (committed[late] - committed[late - 3])
+    assert measured == exactly(seconds_per_token(machines, link, workload))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("k", "ahead", "is_lossless", "right", "forward"),
     [
-        (2, 4, False, 0.8, ((1, 0.085),)),  # as many as may be made are
-        (3, 8, False, 0.9, ((1, 0.055), (8, 0.06))),  # what one draft leaves begins the next but one
-        (1, 30, True, 0.9, ((1, 0.019), (30, 0.57))),  # drafts grow, and so does what is made beside their verdicts
+        (2, 4, False, 0.8, ((1, 0.085),)),  # each verification lasts long enough for all 4
+        (3, 8, False, 0.9, ((1, 0.055), (8, 0.06))),  # the surplus of a draft begins the next but one
+        (1, 30, True, 0.9, ((1, 0.019), (30, 0.57))),  # drafts grow, and with them the tokens drafted ahead
     ],
 )
-def test_where_the_edge_may_be_wrong_drafting_ahead_takes_what_is_forecast(
+def test_the_forecast_of_draft_ahead_is_close_if_some_tokens_are_rejected(
     k: int, ahead: int, is_lossless: bool, right: float, forward: tuple[tuple[int, float], ...]
 ) -> None:
     machines = Profile("machines", Costs(0.0, ((1, 0.01),)), Costs(0.0, forward))
     source = random.Random(3)
-    wrong = frozenset(place for place in range(5000) if source.random() > right)
+    wrong = frozenset(position for position in range(5000) if source.random() > right)
     rate = 1 - len(wrong) / 5000
-    work = Workload(k, tuple(rate**i for i in range(1, 41)), sent=1.0, ahead=ahead, is_lossless=is_lossless, guess=rate)
-    trace = drafted_ahead(work, machines, links.NO_LINK, wrong, 5000)
-    forecast = 5000 * oracle.seconds_per_token(machines, links.NO_LINK, work)
-    assert trace.seconds == pytest.approx(forecast, rel=0.025)  # where the wrong places lie moves it by 1 % or so
+    workload = Workload(
+        k,
+        tuple(rate**i for i in range(1, 41)),
+        sent_with_draft=1.0,
+        draft_ahead=ahead,
+        is_lossless=is_lossless,
+        bonus_guess_rate=rate,
+    )
+    trace = drafted_ahead(workload, machines, links.NO_LINK, wrong, 5000)
+    expected = 5000 * seconds_per_token(machines, links.NO_LINK, workload)
+    assert trace.seconds == pytest.approx(expected, rel=0.025)  # the random positions alone change it by about 1 %
 
 
 def in_every_mode(case: Case) -> Iterator[Case]:
-    """The case's scene, at last speculatively."""
+    """Yield the case in modes edge and cloud, and speculatively."""
     for mode in ("edge", "cloud"):
         yield replace(case, strategy=Strategy(mode))
     yield case if case.strategy.is_speculative else replace(case, strategy=speculative(3))
 
 
-@settings(max_examples=25)  # three captions each
+@settings(max_examples=25)  # three generations per example
 @given(cases(), profiles(edge_points=1), any_link)
-def test_the_costs_that_traces_show_are_those_that_they_were_played_under(
+def test_the_profile_estimated_from_traces_is_the_profile_of_their_clock(
     case: Case, machines: Profile, link: Link
 ) -> None:
-    traces = [each.play(Harness(machines, link)) for each in in_every_mode(case)]
-    found = estimate_profile(traces, "found")
-    assert found is not None
-    gated = any(span.part == "gate" for trace in traces for span in trace.spans)
-    assert found == Profile(
-        "found",
+    traces = [variant.play(Harness(machines, link)) for variant in in_every_mode(case)]
+    estimate = estimate_profile(traces, "estimate")
+    assert estimate is not None
+    has_score = any(span.part == "gate" for trace in traces for span in trace.spans)
+    assert estimate == Profile(
+        "estimate",
         Costs(exactly(machines.edge.prefill), ((1, exactly(machines.edge.step)),)),  # type: ignore[arg-type]
         Costs(
             exactly(machines.cloud.prefill),  # type: ignore[arg-type]
-            tuple((n, exactly(machines.cloud.seconds(n))) for n, _ in found.cloud.forward),  # type: ignore[misc]
+            tuple((n, exactly(machines.cloud.seconds(n))) for n, _ in estimate.cloud.forward),  # type: ignore[misc]
         ),
         features=exactly(machines.features),  # type: ignore[arg-type]
-        gate=exactly(machines.gate if gated else 0.0),  # type: ignore[arg-type]
+        gate=exactly(machines.gate if has_score else 0.0),  # type: ignore[arg-type]
         queue=exactly(machines.queue),  # type: ignore[arg-type]
     )
     fed = {event.sent + len(event.draft.tokens) for _, event in traces[-1].events if isinstance(event, Escalated)}
-    assert {n for n, _ in found.cloud.forward} == fed | {1}
+    assert {n for n, _ in estimate.cloud.forward} == fed | {1}
 
 
-def test_the_workload_that_traces_show_by_hand() -> None:
+def test_the_workload_of_a_trace_written_by_hand() -> None:
     first, second = Draft((1, 2, 3)), Draft((4, 5))
     events: list[Event] = [
         Drafted(first),
@@ -330,22 +348,23 @@ def test_the_workload_that_traces_show_by_hand() -> None:
         Finished("length"),
     ]
     trace = Trace(tuple((0.0, event) for event in events))
-    gated = Strategy("speculative", gate.entropy_gate(1.0), k=3)
-    found = estimate_workload([trace, trace], gated)
-    assert found == Workload(3, (1.0, 1.0, 0.0), 4 / 6, True, sent=2, tokens=8, is_lossless=False)
-    sent = replace(trace, spans=(Span("uplink", 0.0, 0.0, 900), Span("uplink", 0.0, 0.0, 20)))
-    assert estimate_workload([sent], Strategy("speculative", k=5)) == Workload(
-        5, (1.0, 1.0, 0.0), 2 / 3, sent=2, tokens=8, open_bytes=900
+    lossy = Strategy("speculative", gate.entropy_gate(1.0), k=3)
+    assert estimate_workload([trace, trace], lossy) == Workload(
+        3, (1.0, 1.0, 0.0), 4 / 6, 1, sent_with_draft=2, tokens_per_generation=8, is_lossless=False
+    )
+    with_messages = replace(trace, spans=(Span("uplink", 0.0, 0.0, 900), Span("uplink", 0.0, 0.0, 20)))
+    assert estimate_workload([with_messages], Strategy("speculative", k=5)) == Workload(
+        5, (1.0, 1.0, 0.0), 2 / 3, sent_with_draft=2, tokens_per_generation=8, prompt_bytes=900
     )
 
 
-def test_there_is_no_workload_where_nothing_was_verified() -> None:
+def test_traces_without_a_verification_give_no_workload() -> None:
     local = Trace(((0.0, Drafted(Draft((1,)))), (0.0, Committed((1,), "local"))))
     assert estimate_workload([local], Strategy("speculative", k=1)) is None
     assert estimate_workload([], Strategy("speculative", k=1)) is None
 
 
-def test_one_side_alone_shows_no_profile() -> None:
+def test_traces_of_one_side_alone_give_no_profile() -> None:
     machines = profile.load_profile("published")
     edge, cloud = (
         play(PROMPT, Scripted(), Scripted(), Strategy(mode), Stopping(frozenset(), 4), Harness(machines))
@@ -362,232 +381,244 @@ def verified(seconds: float, sent: int, n: int) -> Trace:
     return Trace(events, (*[Span("draft", 0.0, 0.0)] * n, Span("verify", 0.0, seconds)))
 
 
-# a step of the cloud takes 1.5 s
+# the cloud alone, with a step of 1.5 s
 ALONE = Trace(((0.0, Opened("cloud")), (1.5, Committed((1,), "cloud"))), (Span("cloud_decode", 0.0, 1.5),))
 
 
-def test_a_pass_over_more_tokens_is_taken_to_cost_no_less() -> None:
-    traces = [verified(took, 1, n) for took, n in ((2.0, 1), (4.0, 1), (1.0, 2), (5.0, 3))]
-    found = estimate_profile([ALONE, *traces])
-    assert found is not None
+def test_a_pass_over_more_tokens_is_estimated_to_cost_no_less() -> None:
+    traces = [verified(seconds, 1, n) for seconds, n in ((2.0, 1), (4.0, 1), (1.0, 2), (5.0, 3))]
+    estimate = estimate_profile([ALONE, *traces])
+    assert estimate is not None
     pooled = (2.0 + 4.0 + 1.0) / 3  # two passes over 2 tokens and one over 3
-    assert found.cloud.forward == ((1, 1.5), (2, pooled), (3, pooled), (4, 5.0))
+    assert estimate.cloud.forward == ((1, 1.5), (2, pooled), (3, pooled), (4, 5.0))
 
 
-def test_pooling_goes_back_as_far_as_it_must() -> None:
-    traces = [verified(took, 1, n) for took, n in ((2.0, 1), (1.75, 2), (0.25, 3))]
-    found = estimate_profile([ALONE, *traces])  # 1.5 s before them, a step
-    assert found is not None
-    assert found.cloud.forward == tuple((n, 5.5 / 4) for n in (1, 2, 3, 4))
+def test_pooling_continues_until_the_means_rise() -> None:
+    traces = [verified(seconds, 1, n) for seconds, n in ((2.0, 1), (1.75, 2), (0.25, 3))]
+    estimate = estimate_profile([ALONE, *traces])  # the step of 1.5 s is pooled too
+    assert estimate is not None
+    assert estimate.cloud.forward == tuple((n, 5.5 / 4) for n in (1, 2, 3, 4))
 
 
-def test_one_slow_pass_among_many_hardly_counts() -> None:
+def test_one_slow_pass_among_many_changes_a_pooled_mean_little() -> None:
     traces = [verified(2.0, 1, 3)] * 99 + [verified(8.0, 1, 1)]
-    found = estimate_profile([ALONE, *traces])
-    assert found is not None
-    assert found.cloud.seconds(4) == pytest.approx((99 * 2 + 8) / 100)
+    estimate = estimate_profile([ALONE, *traces])
+    assert estimate is not None
+    assert estimate.cloud.seconds(4) == pytest.approx((99 * 2 + 8) / 100)
 
 
-def test_without_a_caption_of_the_cloud_alone_nothing_shows_what_its_step_takes() -> None:
+def test_without_a_generation_of_the_cloud_alone_traces_give_no_profile() -> None:
     harness = Harness(profile.load_profile("published"))
     trace = play(PROMPT, Scripted(), Scripted(), Strategy("speculative"), Stopping(frozenset(), 18), harness)
     assert estimate_profile([trace]) is None
 
 
-# --- more is never worse ---
+# --- break-even ---
 
-works = st.builds(
+workloads = st.builds(
     Workload,
     ks,
     st.lists(chances, min_size=1, max_size=7).map(lambda drawn: tuple(sorted(drawn, reverse=True))),
     st.integers(3, 10).map(lambda n: n / 10),
-    st.booleans(),
+    st.integers(0, 1),
     st.booleans(),
 )
 
 
-@given(works, profiles(), any_link, seconds, chances)
-def test_a_shorter_round_trip_a_faster_drafter_and_more_acceptance_never_make_it_slower(
-    work: Workload, machines: Profile, link: Link, more: float, better: float
+@given(workloads, profiles(), any_link, seconds, chances)
+def test_a_shorter_round_trip_a_faster_draft_model_or_more_acceptance_never_slows_the_loop(
+    workload: Workload, machines: Profile, link: Link, extra: float, share: float
 ) -> None:
-    took = oracle.seconds_per_token(machines, link, work)
-    assert took <= oracle.seconds_per_token(machines, replace(link, rtt=link.rtt + more), work) + 1e-12
-    assert took <= oracle.seconds_per_token(slower(machines, more), link, work) + 1e-12
-    # where a pass of the edge over two tokens takes no more than two passes: else the pass after a draft accepted
-    # whole can be dearer than the token that it brings
-    sane = replace(machines, edge=Costs(0, ((1, machines.edge.step), (2, 2 * machines.edge.step))))
-    raised = replace(work, accepted=tuple(p + better * (1 - p) for p in work.accepted))
-    assert oracle.seconds_per_token(sane, link, raised) <= oracle.seconds_per_token(sane, link, work) + 1e-12
+    measured = seconds_per_token(machines, link, workload)
+    assert measured <= seconds_per_token(machines, replace(link, rtt=link.rtt + extra), workload) + 1e-12
+    assert measured <= seconds_per_token(with_slower_edge(machines, extra), link, workload) + 1e-12
+    # an edge pass over two tokens must take no more than two passes: else the pass after a draft accepted whole can
+    # cost more than its token is worth
+    linear = replace(machines, edge=Costs(0, ((1, machines.edge.step), (2, 2 * machines.edge.step))))
+    acceptance = tuple(p + share * (1 - p) for p in workload.acceptance_by_position)
+    raised = replace(workload, acceptance_by_position=acceptance)
+    assert seconds_per_token(linear, link, raised) <= seconds_per_token(linear, link, workload) + 1e-12
 
 
-def slower(machines: Profile, more: float) -> Profile:
-    """The edge with `more` seconds on each of its passes."""
-    forward = tuple((n, each + more) for n, each in machines.edge.forward)
+def with_slower_edge(machines: Profile, extra: float) -> Profile:
+    """Return the machines with `extra` seconds on each pass of the edge."""
+    forward = tuple((n, seconds + extra) for n, seconds in machines.edge.forward)
     return replace(machines, edge=replace(machines.edge, forward=forward))
 
 
-@given(works, profiles(), any_link)
-def test_at_its_limits_the_loop_breaks_even_with_the_cloud(work: Workload, machines: Profile, link: Link) -> None:
-    found = oracle.forecast(machines, link, work)
-    if found.largest_rtt is not None:
-        there = replace(link, rtt=found.largest_rtt)
-        assert oracle.seconds_per_token(machines, there, work) == exactly(found.cloud)
-    if found.slowest_drafter is not None:
-        with_it = slower(machines, found.slowest_drafter - found.edge)
-        assert oracle.seconds_per_token(with_it, link, work) == exactly(found.cloud)
-    # no limit: not even a round trip, or a drafter, of no seconds would do
-    if found.largest_rtt is None:
-        assert oracle.seconds_per_token(machines, replace(link, rtt=0.0), work) >= found.cloud - 1e-12
-    if found.slowest_drafter is None:
-        assert oracle.seconds_per_token(slower(machines, -found.edge), link, work) >= found.cloud - 1e-12
-    assert found.pays == (found.over_cloud > 1)
-    if found.pays:
-        assert found.largest_rtt is not None
-        assert found.slowest_drafter is not None
-        assert found.largest_rtt > link.rtt
-        assert found.slowest_drafter > found.edge
+@given(workloads, profiles(), any_link)
+def test_at_its_break_even_points_the_loop_is_as_fast_as_the_cloud(
+    workload: Workload, machines: Profile, link: Link
+) -> None:
+    result = forecast(machines, link, workload)
+    if result.largest_rtt is not None:
+        far = replace(link, rtt=result.largest_rtt)
+        assert seconds_per_token(machines, far, workload) == exactly(result.cloud)
+    if result.slowest_drafter is not None:
+        slow = with_slower_edge(machines, result.slowest_drafter - result.edge)
+        assert seconds_per_token(slow, link, workload) == exactly(result.cloud)
+    # without a break-even point, not even a round trip or a draft model that takes no time suffices
+    if result.largest_rtt is None:
+        assert seconds_per_token(machines, replace(link, rtt=0.0), workload) >= result.cloud - 1e-12
+    if result.slowest_drafter is None:
+        assert seconds_per_token(with_slower_edge(machines, -result.edge), link, workload) >= result.cloud - 1e-12
+    assert result.pays == (result.over_cloud > 1)
+    if result.pays:
+        assert result.largest_rtt is not None
+        assert result.slowest_drafter is not None
+        assert result.largest_rtt > link.rtt
+        assert result.slowest_drafter > result.edge
 
 
 @settings(max_examples=25)
-@given(works, profiles(), any_link)
-def test_a_forecast_compares_seconds_a_token(work: Workload, machines: Profile, link: Link) -> None:
-    found = oracle.forecast(machines, link, work)
-    assert (found.k, found.rtt, found.edge) == (work.k, link.rtt, machines.edge.step)
-    assert found.token == oracle.seconds_per_token(machines, link, work)
-    assert found.edge == machines.edge.step
-    assert found.cloud == oracle.cloud_seconds_per_token(machines, link)
-    assert found.over_edge == exactly(found.edge / found.token)
-    assert found.over_cloud == exactly(found.cloud / found.token)
-    speeds = [found.cloud / oracle.seconds_per_token(machines, link, work.at(k)) for k in range(1, oracle.MAX_K + 1)]
-    assert found.best_k == 1 + speeds.index(max(speeds))
-    assert found.best_over_cloud == max(speeds)
-    # nothing does better over the edge than every draft accepted, unless it is local
-    if work.gate_rate == 1:
-        assert found.over_edge <= found.ceiling_over_edge + 1e-9 or machines.edge.seconds(2) > 2 * machines.edge.step
+@given(workloads, profiles(), any_link)
+def test_a_forecast_compares_seconds_per_token(workload: Workload, machines: Profile, link: Link) -> None:
+    result = forecast(machines, link, workload)
+    assert (result.k, result.rtt, result.edge) == (workload.k, link.rtt, machines.edge.step)
+    assert result.token == seconds_per_token(machines, link, workload)
+    assert result.edge == machines.edge.step
+    assert result.cloud == cloud_seconds_per_token(machines, link)
+    assert result.over_edge == exactly(result.edge / result.token)
+    assert result.over_cloud == exactly(result.cloud / result.token)
+    speeds = [result.cloud / seconds_per_token(machines, link, workload.with_k(k)) for k in range(1, MAX_K + 1)]
+    assert result.best_k == 1 + speeds.index(max(speeds))
+    assert result.best_over_cloud == max(speeds)
+    # local tokens can be faster than drafts accepted whole, so the ceiling applies without them
+    if workload.gate_rate == 1:
+        assert result.over_edge <= result.ceiling_over_edge + 1e-9 or machines.edge.seconds(2) > 2 * machines.edge.step
 
 
-def test_of_equally_good_ks_the_shortest_is_best() -> None:
-    machines = Profile("even", Costs(0, ((1, 1.0),)), Costs(0, ((1, 2.0), (2, 3.0))))  # k + (k + 2) s for k + 1 tokens
-    assert oracle.forecast(machines, links.NO_LINK, geometric(3, 1.0)).best_k == 1
+def test_among_equally_fast_lengths_the_shortest_is_the_best_k() -> None:
+    machines = Profile("even", Costs(0, ((1, 1.0),)), Costs(0, ((1, 2.0), (2, 3.0))))  # 2 k + 2 s for k + 1 tokens
+    assert forecast(machines, links.NO_LINK, geometric(3, 1.0)).best_k == 1
 
 
-def test_the_longest_draft_that_is_looked_at_is_looked_at() -> None:
-    assert (
-        oracle.forecast(profile.load_profile("phone-npu"), links.find_link("sat"), geometric(3, 1.0)).best_k
-        == oracle.MAX_K
-        == 16
-    )
+def test_the_search_for_the_best_k_includes_the_longest_draft() -> None:
+    assert forecast(profile.load_profile("phone-npu"), links.find_link("sat"), geometric(3, 1.0)).best_k == MAX_K == 16
 
 
-def test_beside_the_cloud_the_drafter_takes_what_it_takes_there_and_no_link_is_crossed() -> None:
+def test_the_colocated_loop_has_the_draft_step_of_the_cloud_and_no_link() -> None:
     machines = replace(profile.load_profile("published"), draft_at_cloud=0.01)
-    found = oracle.forecast(machines, links.find_link("4g"), geometric(3, 0.5))
+    result = forecast(machines, links.find_link("4g"), geometric(3, 0.5))
     together = (3 * 0.01 + 0.0387) / 1.875
-    assert found.over_colocated == exactly(together / found.token)
-    assert (
-        oracle.forecast(replace(machines, draft_at_cloud=None), links.NO_LINK, geometric(3, 0.5)).over_colocated is None
-    )
+    assert result.over_colocated == exactly(together / result.token)
+    speed_up = f" and {result.over_colocated:.2f}x as fast as the same loop with both models at the cloud. "
+    assert speed_up in forecast_sentence(result)
+    assert forecast(replace(machines, draft_at_cloud=None), links.NO_LINK, geometric(3, 0.5)).over_colocated is None
 
 
-# --- what it says ---
+# --- the sentence ---
 
 
-def test_the_published_machines_cannot_pay() -> None:
-    found = oracle.forecast(profile.load_profile("published"), links.find_link("lan"), geometric(5, 0.7))
-    assert round(found.ceiling_over_edge, 2) == 1.18
-    assert round(found.ceiling_over_edge_without_bonus, 2) == 0.98
-    assert found.sentence.startswith("Does not pay: ")
-    assert "it cannot exceed 1.18x the edge alone (0.98x without the bonus token)" in found.sentence
-    assert f"{found.ceiling_over_cloud:.2f}x the cloud alone" in found.sentence
-    assert not found.pays
+def test_the_sentence_gives_the_ceilings_of_the_published_machines() -> None:
+    result = forecast(profile.load_profile("published"), links.find_link("lan"), geometric(5, 0.7))
+    assert round(result.ceiling_over_edge, 2) == 1.18
+    assert round(result.ceiling_over_edge_without_bonus, 2) == 0.98
+    sentence = forecast_sentence(result)
+    assert sentence.startswith("Does not pay: ")
+    assert "this k cannot exceed 1.18x the edge alone (0.98x without the bonus token)" in sentence
+    assert f"and {result.ceiling_over_cloud:.2f}x the cloud alone." in sentence
+    assert not result.pays
 
 
 @pytest.mark.parametrize(("a", "name"), [(0.0, "sat"), (0.7, "4g"), (1.0, "none")])
-def test_the_ceilings_are_those_of_a_draft_always_accepted_over_no_link(a: float, name: str) -> None:
-    found = oracle.forecast(profile.load_profile("published"), links.find_link(name), geometric(5, a))
-    took = 5 * 0.380 + 0.0387
-    assert found.ceiling_over_edge == exactly(0.380 / (took / 6))
-    assert found.ceiling_over_edge_without_bonus == exactly(0.380 / (took / 5))
-    assert found.ceiling_over_cloud == exactly(found.cloud / (took / 6))
+def test_the_ceilings_assume_that_every_draft_is_accepted_over_no_link(a: float, name: str) -> None:
+    result = forecast(profile.load_profile("published"), links.find_link(name), geometric(5, a))
+    seconds = 5 * 0.380 + 0.0387
+    assert result.ceiling_over_edge == exactly(0.380 / (seconds / 6))
+    assert result.ceiling_over_edge_without_bonus == exactly(0.380 / (seconds / 5))
+    assert result.ceiling_over_cloud == exactly(result.cloud / (seconds / 6))
 
 
-def test_the_ceilings_hold_what_the_gate_and_the_queue_take() -> None:
+def test_the_ceilings_include_the_time_of_the_gate_and_the_queue() -> None:
     machines = replace(profile.load_profile("published"), gate=0.01, queue=0.3)
-    found = oracle.forecast(machines, links.NO_LINK, replace(geometric(5, 0.7), gated=True))
-    assert found.ceiling_over_edge == exactly(0.380 / ((5 * 0.390 + 0.3 + 0.0387) / 6))
+    result = forecast(machines, links.NO_LINK, replace(geometric(5, 0.7), scores_per_token=1))
+    assert result.ceiling_over_edge == exactly(0.380 / ((5 * 0.390 + 0.3 + 0.0387) / 6))
 
 
 QUICK = Profile("quick", Costs(0, ((1, 0.002),)), Costs(0, ((1, 0.040),)))
 
 
-def test_a_case_that_pays_says_by_how_much_at_which_k_and_up_to_where() -> None:
-    seen = geometric(10, 0.8)
-    found = oracle.forecast(QUICK, links.find_link("5g"), seen.at(4))
-    assert found.largest_rtt is not None
-    assert found.slowest_drafter is not None
-    assert 4 < found.best_k <= found.seen_k == 10
-    for said in (
-        f"Pays: {found.over_cloud:.2f}x as fast as the cloud alone (at k=4 a token takes {1e3 * found.token:.3g} ms, ",
-        "the cloud alone 40 ms)",
-        f"k={found.best_k} ({found.best_over_cloud:.2f}x)",
-        f"{found.over_edge:.2f}x as fast as the edge alone",
-        f"a round trip of {1e3 * found.largest_rtt:.3g} ms (now 25 ms)",
-        f"a drafter of {1e3 * found.slowest_drafter:.3g} ms a step (now 2 ms)",
+def test_the_sentence_of_a_loop_that_pays_gives_speed_ups_best_k_and_break_even_points() -> None:
+    result = forecast(QUICK, links.find_link("5g"), geometric(10, 0.8).with_k(4))
+    sentence = forecast_sentence(result)
+    assert result.largest_rtt is not None
+    assert result.slowest_drafter is not None
+    assert 4 < result.best_k <= result.seen_k == 10
+    for part in (
+        f"Pays: at k=4 a token takes {1e3 * result.token:.3g} ms, and with the cloud alone 40 ms. ",
+        f"This is {result.over_cloud:.2f}x as fast as the cloud alone and ",
+        f" and {result.over_edge:.2f}x as fast as the edge alone.",
+        f"The best is k={result.best_k} ({result.best_over_cloud:.2f}x the cloud alone).",
+        f"It pays up to a round trip of {1e3 * result.largest_rtt:.3g} ms (now 25 ms) ",
+        f"or a draft model of {1e3 * result.slowest_drafter:.3g} ms per step (now 2 ms).",
     ):
-        assert said in found.sentence
+        assert part in sentence
 
 
-def test_a_best_k_beyond_the_drafts_that_were_seen_is_said_to_be_a_guess() -> None:
-    found = oracle.forecast(QUICK, links.find_link("5g"), geometric(4, 0.8))
-    assert found.best_k > found.seen_k == 4
-    assert f"k={found.best_k} ({found.best_over_cloud:.2f}x if acceptance goes on as seen)" in found.sentence
+def test_the_sentence_marks_a_best_k_that_is_extrapolated() -> None:
+    result = forecast(QUICK, links.find_link("5g"), geometric(4, 0.8))
+    assert result.best_k > result.seen_k == 4
+    best = f"k={result.best_k} ({result.best_over_cloud:.2f}x the cloud alone, with acceptance beyond k=4 extrapolated)"
+    assert f"The best is {best}." in forecast_sentence(result)
 
 
-def test_at_the_best_k_no_other_is_named() -> None:
-    best = oracle.forecast(QUICK, links.NO_LINK, geometric(4, 0.8)).best_k
-    assert ", no other k is better" in oracle.forecast(QUICK, links.NO_LINK, geometric(4, 0.8).at(best)).sentence
+def test_the_sentence_names_no_other_k_at_the_best_k() -> None:
+    best = forecast(QUICK, links.NO_LINK, geometric(4, 0.8)).best_k
+    result = forecast(QUICK, links.NO_LINK, geometric(4, 0.8).with_k(best))
+    assert " No other k is faster. " in forecast_sentence(result)
 
 
-def test_a_case_that_does_not_pay_says_what_it_needs() -> None:
-    far = oracle.forecast(QUICK, links.find_link("sat"), geometric(4, 0.8))
+def test_the_sentence_of_a_loop_that_does_not_pay_names_each_change_that_would_suffice() -> None:
+    far = forecast(QUICK, links.find_link("sat"), geometric(4, 0.8))
     assert far.largest_rtt is not None
     assert far.slowest_drafter is None
-    assert f"to pay it needs a round trip below {1e3 * far.largest_rtt:.3g} ms (now 600 ms)." in far.sentence
-    longer = oracle.forecast(QUICK, links.find_link("4g"), geometric(oracle.MAX_K, 0.9).at(1))
-    assert f"to pay it needs k={longer.best_k} ({longer.best_over_cloud:.2f}x) or a round trip" in longer.sentence
-    slow = oracle.forecast(replace(QUICK, edge=Costs(0, ((1, 0.5),))), links.NO_LINK, geometric(4, 0.8))
+    condition = f"To pay, it needs a round trip below {1e3 * far.largest_rtt:.3g} ms (now 600 ms)."
+    assert forecast_sentence(far).endswith(condition)
+    longer = forecast(QUICK, links.find_link("4g"), geometric(MAX_K, 0.9).with_k(1))
+    condition = (
+        f"To pay, it needs k={longer.best_k} ({longer.best_over_cloud:.2f}x the cloud alone) or a round trip below"
+    )
+    assert condition in forecast_sentence(longer)
+    slow = forecast(replace(QUICK, edge=Costs(0, ((1, 0.5),))), links.NO_LINK, geometric(4, 0.8))
     assert slow.slowest_drafter is not None
-    assert f"to pay it needs a drafter below {1e3 * slow.slowest_drafter:.3g} ms a step (now 500 ms)." in slow.sentence
+    condition = f"To pay, it needs a draft model below {1e3 * slow.slowest_drafter:.3g} ms per step (now 500 ms)."
+    assert forecast_sentence(slow).endswith(condition)
 
 
-def test_a_case_that_nothing_saves_says_so() -> None:
+def test_the_sentence_says_when_no_single_change_suffices() -> None:
     machines = replace(QUICK, edge=Costs(0, ((1, 0.5),)), queue=9.0)
-    sentence = oracle.forecast(machines, links.NO_LINK, geometric(4, 0.1)).sentence
-    assert sentence.endswith("to pay it would take more than a better link or drafter alone.")
+    sentence = forecast_sentence(forecast(machines, links.NO_LINK, geometric(4, 0.1)))
+    assert sentence.endswith("To pay, it needs more than another k, a faster link or a faster draft model alone.")
 
 
-def test_a_gate_that_rarely_asks_is_not_held_below_what_it_reaches() -> None:
-    work = Workload(3, (0.9, 0.8, 0.7), 0.1)
-    found = oracle.forecast(replace(profile.load_profile("phone-npu"), queue=0.5), links.NO_LINK, work)
-    assert found.over_edge <= found.ceiling_over_edge
-    assert found.over_cloud <= found.ceiling_over_cloud
+def test_the_ceilings_of_a_low_gate_rate_include_local_tokens() -> None:
+    workload = Workload(3, (0.9, 0.8, 0.7), 0.1)
+    result = forecast(replace(profile.load_profile("phone-npu"), queue=0.5), links.NO_LINK, workload)
+    assert result.over_edge <= result.ceiling_over_edge
+    assert result.over_cloud <= result.ceiling_over_cloud
 
 
-def test_what_pays_by_the_token_may_not_pay_by_the_caption() -> None:
-    work = replace(geometric(3, 0.8), tokens=27.0, eager=False)
-    found = oracle.forecast(profile.load_profile("laptop-gpu"), links.NO_LINK, work)
-    assert found.pays
-    assert found.caption == exactly(0.2 + 0.35 + 27 * found.token)
-    assert found.caption_cloud == exactly(0.35 + 27 * 0.0387)
-    assert found.caption_edge == exactly(0.2 + 27 * 0.018)
-    assert found.sentence.startswith("Pays once both sides are open, but not for captions this short: ")
-    assert "with its opening a caption of 27 tokens takes" in found.sentence
-    longer = oracle.forecast(profile.load_profile("laptop-gpu"), links.NO_LINK, replace(work, tokens=60.0))
-    assert longer.sentence.startswith("Pays: ")
+def test_a_loop_can_pay_per_token_but_not_per_generation() -> None:
+    workload = replace(geometric(3, 0.8), tokens_per_generation=27.0, has_eager_prefill=False)
+    result = forecast(profile.load_profile("laptop-gpu"), links.NO_LINK, workload)
+    assert result.caption is not None
+    assert result.caption_cloud is not None
+    assert result.pays
+    assert result.caption == exactly(0.2 + 0.35 + 27 * result.token)
+    assert result.caption_cloud == exactly(0.35 + 27 * 0.0387)
+    assert result.caption_edge == exactly(0.2 + 27 * 0.018)
+    sentence = forecast_sentence(result)
+    assert sentence.startswith("Pays after prefill, but not for captions this short: ")
+    times = f"{result.caption:.3g} s with its prefill, and with the cloud alone {result.caption_cloud:.3g} s"
+    assert f"A caption of 27 tokens takes {times}." in sentence
+    longer = replace(workload, tokens_per_generation=60.0)
+    longer_sentence = forecast_sentence(forecast(profile.load_profile("laptop-gpu"), links.NO_LINK, longer))
+    assert longer_sentence.startswith("Pays: ")
 
 
-def test_long_times_are_in_seconds() -> None:
-    sentence = oracle.forecast(replace(QUICK, queue=24.96), links.NO_LINK, geometric(1, 1.0)).sentence
+def test_the_sentence_gives_long_times_in_seconds() -> None:
+    sentence = forecast_sentence(forecast(replace(QUICK, queue=24.96), links.NO_LINK, geometric(1, 1.0)))
     assert "a token takes 12.5 s" in sentence
 
 
@@ -598,55 +629,63 @@ def test_long_times_are_in_seconds() -> None:
     ("arguments", "message"),
     [
         ((0, (0.5,)), "k must be at least 1, not 0"),
-        ((1, (0.5,), 0.0), "the gate rate must be above 0 and at most 1, not 0.0"),
-        ((1, (0.5,), 1.1), "the gate rate must be above 0 and at most 1, not 1.1"),
-        ((1, (0.5,), math.nan), "the gate rate must be above 0 and at most 1, not nan"),
-        ((1, ()), "acceptance by position must be chances, at least one"),
-        ((2, (0.5, 1.5)), "acceptance by position must be chances, at least one"),
-        ((2, (-0.1, 0.5)), "acceptance by position must be chances, at least one"),
-        ((2, (0.5, math.nan)), "acceptance by position must be chances, at least one"),
+        ((1, (0.5,), 0.0), "gate_rate must be above 0 and at most 1, not 0.0"),
+        ((1, (0.5,), 1.1), "gate_rate must be above 0 and at most 1, not 1.1"),
+        ((1, (0.5,), math.nan), "gate_rate must be above 0 and at most 1, not nan"),
+        ((1, ()), "acceptance_by_position must be at least one number from 0 to 1"),
+        ((2, (0.5, 1.5)), "acceptance_by_position must be at least one number from 0 to 1"),
+        ((2, (-0.1, 0.5)), "acceptance_by_position must be at least one number from 0 to 1"),
+        ((2, (0.5, math.nan)), "acceptance_by_position must be at least one number from 0 to 1"),
     ],
 )
-def test_a_workload_that_cannot_be_is_an_error(arguments: tuple[int, tuple[float, ...]], message: str) -> None:
+def test_an_impossible_workload_is_refused_with_the_field_and_value(
+    arguments: tuple[int, tuple[float, ...]], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Workload(*arguments)
 
 
 @pytest.mark.parametrize(
-    ("known", "beyond"),
+    ("observed", "extrapolated"),
     [
         ((0.5,), [0.25, 0.125]),
-        ((0.7, 0.25), [0.125, 0.0625]),  # as if each token were accepted with chance 0.5
+        ((0.7, 0.25), [0.125, 0.0625]),  # a probability of 0.5 per token
         ((0.8, 0.0), [0.0, 0.0]),
         ((1.0, 1.0), [1.0, 1.0]),
     ],
 )
-def test_beyond_the_known_positions_each_token_is_as_likely(known: tuple[float, ...], beyond: list[float]) -> None:
-    work = Workload(2, known)
-    assert [work.p(i) for i in range(1, len(known) + 3)] == pytest.approx([*known, *beyond])
+def test_acceptance_is_extrapolated_geometrically_beyond_the_last_position(
+    observed: tuple[float, ...], extrapolated: list[float]
+) -> None:
+    workload = Workload(2, observed)
+    positions = range(1, len(observed) + 3)
+    assert [workload.acceptance_at(i) for i in positions] == pytest.approx([*observed, *extrapolated])
 
 
 @given(ks, chances, st.integers(1, 16))
 def test_a_geometric_workload_stays_geometric_at_another_k(k: int, a: float, other: int) -> None:
-    assert [geometric(k, a).at(other).p(i) for i in range(1, other + 1)] == [
+    assert [geometric(k, a).with_k(other).acceptance_at(i) for i in range(1, other + 1)] == [
         pytest.approx(a**i) for i in range(1, other + 1)
     ]
 
 
 @settings(max_examples=25)
-@given(works, st.integers(1, 16), st.integers(1, 16))
-def test_the_gate_rate_at_another_k_is_as_if_each_token_escalated_on_its_own(work: Workload, k: int, k2: int) -> None:
-    assert work.at(work.k).gate_rate == pytest.approx(work.gate_rate)
-    assert work.at(k).at(k2).gate_rate == pytest.approx(work.at(k2).gate_rate)
-    assert 1 - work.at(k).gate_rate == pytest.approx((1 - work.at(1).gate_rate) ** k)
-    assert (work.at(k).k, work.at(k).accepted) == (k, work.accepted)
+@given(workloads, st.integers(1, 16), st.integers(1, 16))
+def test_the_gate_rate_at_another_k_assumes_that_tokens_escalate_independently(
+    workload: Workload, k: int, other: int
+) -> None:
+    changed = workload.with_k(k)
+    assert workload.with_k(workload.k).gate_rate == pytest.approx(workload.gate_rate)
+    assert changed.with_k(other).gate_rate == pytest.approx(workload.with_k(other).gate_rate)
+    assert 1 - changed.gate_rate == pytest.approx((1 - workload.with_k(1).gate_rate) ** k)
+    assert (changed.k, changed.acceptance_by_position) == (k, workload.acceptance_by_position)
 
 
 # --- the pocket pair ---
 
 
 class Turn:
-    """A clock of CPU seconds that goes on in its own turns only."""
+    """A clock of CPU seconds that runs during its own turns only."""
 
     def __init__(self) -> None:
         self._spent = 0.0
@@ -664,78 +703,80 @@ class Turn:
 
 
 def in_turns(pipeline: Pipeline, requests: Sequence[tuple[Request, Strategy]]) -> list[Trace]:
-    """Captions decoded side by side, an event each in turn, so that a slow moment of the machine falls on all.
+    """Return the traces of requests decoded in turns of one event, so that a slow moment of the machine affects all.
 
-    Without garbage collection: one takes as long as a caption does.
+    Garbage collection is off, because a collection takes as long as a generation.
     """
-    running = []
+    generations = []
     for request, strategy in requests:
         harness, turn = Harness(), Turn()
         harness.watch = Watch(turn)
-        limit = 8 if strategy.mode == "cloud" else 64  # a few steps show what one takes
+        limit = 8 if strategy.mode == "cloud" else 64  # a few steps show the time of one
         events = pipeline.events(request, strategy, limit, harness)
-        running.append((turn, harness.watch, events, list[tuple[float, Event]]()))
-    left = list(range(len(running)))
+        generations.append((turn, harness.watch, events, list[tuple[float, Event]]()))
+    left = list(range(len(generations)))
     gc.disable()
     try:
         while left:
             for i in tuple(left):
-                turn, _, events, seen = running[i]
+                turn, _, events, stamped = generations[i]
                 turn.begin()
                 event = next(events, None)
                 turn.end()
                 if event is None:
                     left.remove(i)
                 else:
-                    seen.append((turn(), event))
+                    stamped.append((turn(), event))
     finally:
         gc.enable()
-    return [Trace(tuple(seen), tuple(watch.spans)) for _, watch, _, seen in running]
+    return [Trace(tuple(stamped), tuple(watch.spans)) for _, watch, _, stamped in generations]
 
 
-def after_opening(trace: Trace) -> float:
-    """Seconds a token, once both sides are open."""
+def seconds_per_token_after_prefill(trace: Trace) -> float:
+    """Return the seconds per token of a trace after both prefills."""
     opened = max(moment for moment, event in trace.events if isinstance(event, Opened))
     return (trace.seconds - opened) / len(trace.tokens)
 
 
 def forecast_error(pipeline: Pipeline) -> float:
-    """The median over several k of how far half of the clips forecast the other half's seconds a token."""
+    """Return the relative error of the forecast from one half of the clips for the other half; median over k."""
     lengths = (1, 2, 4, 8)
     strategies = [Strategy("speculative", k=k) for k in lengths]
     halves = [Request(clips.make_clip("evaluation", index).samples) for index in (3, 10)]
     traces = in_turns(pipeline, list(itertools.product(halves, [*strategies, Strategy("cloud")])))
     split = [traces[: len(strategies) + 1], traces[len(strategies) + 1 :]]
     errors = []
-    for shown, other in (split, split[::-1]):
-        machines = estimate_profile(shown)
+    for training, test in (split, split[::-1]):
+        machines = estimate_profile(training)
         assert machines is not None
-        for k, trace in zip(lengths, other, strict=False):
-            work = estimate_workload(
-                [trace], Strategy("speculative", k=k)
-            )  # what was accepted is the clip's; what it took is forecast
-            assert work is not None
-            errors.append(abs(oracle.seconds_per_token(machines, links.NO_LINK, work) / after_opening(trace) - 1))
+        for k, trace in zip(lengths, test, strict=False):
+            # acceptance belongs to the clip, so only the times are forecast
+            workload = estimate_workload([trace], Strategy("speculative", k=k))
+            assert workload is not None
+            expected = seconds_per_token(machines, links.NO_LINK, workload)
+            errors.append(abs(expected / seconds_per_token_after_prefill(trace) - 1))
     return median(errors)
 
 
 @pytest.mark.slow
-def test_half_of_the_clips_forecast_the_other_half_of_the_pocket_pair(pipeline: Pipeline) -> None:
+def test_half_of_the_clips_forecast_the_other_half_on_the_pocket_pair(pipeline: Pipeline) -> None:
     errors = [forecast_error(pipeline)]
     while min(errors) >= 0.10 and len(errors) < 3:  # other work on the machine can spoil a measurement
         errors.append(forecast_error(pipeline))
     assert min(errors) < 0.10, errors
 
 
-@given(works, ks)
-def test_what_is_sent_goes_to_another_k_as_local_rounds_do(work: Workload, k: int) -> None:
-    def with_mean(each: Workload, share: float = 1.0) -> Workload:
-        return replace(each, sent=1 + share * each.k * (1 - each.gate_rate) / each.gate_rate)
+@given(workloads, ks)
+def test_the_committed_tokens_sent_scale_with_k_like_local_rounds(workload: Workload, k: int) -> None:
+    def with_mean(workload: Workload, share: float = 1.0) -> Workload:
+        local = workload.k * (1 - workload.gate_rate) / workload.gate_rate  # the mean of k m for a geometric m
+        return replace(workload, sent_with_draft=1 + share * local)
 
-    assert with_mean(work).at(k).sent == pytest.approx(with_mean(work.at(k)).sent)
-    assert with_mean(work, 0.5).at(k).sent == pytest.approx(with_mean(work.at(k), 0.5).sent)
+    for share in (1.0, 0.5):
+        expected = with_mean(workload.with_k(k), share).sent_with_draft
+        assert with_mean(workload, share).with_k(k).sent_with_draft == pytest.approx(expected)
     linear = replace(profile.load_profile("published"), cloud=Costs(0.35, ((1, 0.04), (5, 0.08))))
     link = links.find_link("4g")
-    assert oracle.seconds_per_token(linear, link, with_mean(work)) == exactly(
-        oracle.seconds_per_token(linear, link, replace(work, sent=None))
+    assert seconds_per_token(linear, link, with_mean(workload)) == exactly(
+        seconds_per_token(linear, link, replace(workload, sent_with_draft=None))
     )

@@ -1,4 +1,4 @@
-"""The forecast of each cell of a run: from its own link, and from costs that apply to it."""
+"""The forecast of each cell of a run, from its own link and from the costs that apply to it."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ CLOUD = Trace(
 )
 
 
-def caption(step: float, ahead: bool = False, spans: tuple[Span, ...] = ()) -> Trace:
-    """Return one round: a draft of two tokens, accepted whole, whose verdict takes 4 s."""
+def one_round(step: float, is_ahead: bool = False, spans: tuple[Span, ...] = ()) -> Trace:
+    """Return the trace of one round: a draft of two tokens, accepted whole, whose verdict takes 4 s."""
     sent = 1 + 2 * step
-    drafted_ahead = ((sent + 3, Ahead((3,), 1)),) if ahead else ()
+    drafted_ahead = ((sent + 3, Ahead((3,), 1)),) if is_ahead else ()
     steps = [Span("draft", 1.0, 1 + step), Span("draft", 1 + step, sent)]
-    steps += [Span("draft", sent, sent + 3)] if ahead else []
+    steps += [Span("draft", sent, sent + 3)] if is_ahead else []
     return Trace(
         (
             (0.0, Prepared(3)),
@@ -59,38 +59,38 @@ def caption(step: float, ahead: bool = False, spans: tuple[Span, ...] = ()) -> T
     )
 
 
-def cell(mode: str, *traces: Trace, ahead: int = 0) -> DecodedCell:
-    strategy = Strategy(mode, k=2, draft_ahead=ahead) if mode == "speculative" else Strategy(mode)
+def cell(mode: str, *traces: Trace, draft_ahead: int = 0) -> DecodedCell:
+    strategy = Strategy(mode, k=2, draft_ahead=draft_ahead) if mode == "speculative" else Strategy(mode)
     return DecodedCell(strategy, links.NO_LINK, traces)
 
 
-def test_the_round_trip_to_a_service_counts_its_hidden_time() -> None:
-    sent = Span("network", 4.0, 5.0, 10, hidden=2.0)
-    opening = Span("network", 0.5, 1.0, 100)
-    served = caption(0.5, ahead=True, spans=(opening, sent))
-    assert link_with_network(cell("speculative", served, ahead=4)).rtt == 3.0
-    assert link_with_network(cell("speculative", caption(0.5))) == links.NO_LINK
+def test_the_round_trip_to_a_service_includes_its_hidden_time() -> None:
+    verification = Span("network", 4.0, 5.0, 10, hidden=2.0)
+    prompt = Span("network", 0.5, 1.0, 100)
+    served = one_round(0.5, is_ahead=True, spans=(prompt, verification))
+    assert link_with_network(cell("speculative", served, draft_ahead=4)).rtt == 3.0
+    assert link_with_network(cell("speculative", one_round(0.5))) == links.NO_LINK
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_on_one_device_cells_that_draft_ahead_keep_their_own_costs(together: bool) -> None:
-    found = forecast_cells(
+@pytest.mark.parametrize("shares_device", [False, True])
+def test_on_one_device_cells_that_draft_ahead_keep_their_own_costs(shares_device: bool) -> None:
+    forecasts = forecast_cells(
         {
             "cloud": cell("cloud", CLOUD),
-            "waits": cell("speculative", caption(0.5)),
-            "ahead": cell("speculative", caption(2.0, ahead=True), ahead=1),
+            "waits": cell("speculative", one_round(0.5)),
+            "ahead": cell("speculative", one_round(2.0, is_ahead=True), draft_ahead=1),
         },
-        shares_device=together,
+        shares_device=shares_device,
     )
-    waits, ahead = found["waits"], found["ahead"]
+    waits, ahead = forecasts["waits"], forecasts["ahead"]
     assert isinstance(waits, Forecast)
     assert isinstance(ahead, Forecast)
     pooled = (2 * 0.5 + 2 * 2.0 + 3.0) / 5
-    assert waits.edge == pytest.approx(0.5 if together else pooled)
-    assert ahead.edge == pytest.approx((2 * 2.0 + 3.0) / 3 if together else pooled)
+    assert waits.edge == pytest.approx(0.5 if shares_device else pooled)
+    assert ahead.edge == pytest.approx((2 * 2.0 + 3.0) / 3 if shares_device else pooled)
 
 
-def test_without_a_caption_of_the_cloud_alone_there_is_no_forecast() -> None:
-    trace = caption(0.5, ahead=True)
-    answer = forecast_cells({"ahead": cell("speculative", trace, ahead=1)}, shares_device=True)["ahead"]
+def test_a_run_without_mode_cloud_gets_a_reason_instead_of_a_forecast() -> None:
+    trace = one_round(0.5, is_ahead=True)
+    answer = forecast_cells({"ahead": cell("speculative", trace, draft_ahead=1)}, shares_device=True)["ahead"]
     assert str(answer).startswith("no forecast: no step of the cloud alone was timed")

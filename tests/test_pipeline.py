@@ -62,7 +62,7 @@ def test_adaptive_k_knows_its_strategy_and_stays_for_the_run(pipeline: Pipeline,
         learning.trace(request_, strategy, profile=MACHINES)
         statistics = learning.adaptive_k(strategy, "chinese", profile=MACHINES)
         expected = (strategy.draft_ahead, strategy.is_lossless, strategy.prefill == "eager")
-        assert (statistics.draft_ahead, statistics.is_lossless, statistics.eager) == expected
+        assert (statistics.draft_ahead, statistics.is_lossless, statistics.has_eager_prefill) == expected
         assert statistics.step.n + statistics.step_beside_prefill.n > 0
 
 

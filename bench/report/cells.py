@@ -172,4 +172,4 @@ def forecast_from_traces(document: Document) -> dict[str, str]:
         answers = forecasts.forecast_cells({get_case_id(document): cell}, costs or None, on_one_device)
     except (ValueError, KeyError, TypeError) as error:  # this version may not know a trace or a link
         return {get_case_id(document): f"no forecast: {error}"}
-    return {case: forecasts.forecast_sentence(answer) for case, answer in answers.items()}
+    return {case: forecasts.answer_sentence(answer) for case, answer in answers.items()}

@@ -20,22 +20,25 @@ from edgecloud_sd.timing.link import NO_LINK
 from edgecloud_sd.timing.profile import Costs, Profile
 
 FIRST_K = 4  # before anything is observed
-# The factor on the weight of a sum with each new value: half of it is gone after 14 and after 34 values. A few values
-# show a cost, and costs may change; acceptance takes many values.
+# Each new value multiplies the weight of the values before it by this factor: the weight halves in 14 and in 34 values.
+# Costs need few values and may change. Acceptance needs many values.
 COST_DECAY, CHANCE_DECAY = 0.95, 0.98
-# The assumed chance that a token is accepted if those before it were, and the number of verdicts that outweigh it. The
-# chance is better than most, so that longer drafts are tried. The weight of old verdicts at a place fades while no
-# draft reaches it, so that long drafts are tried again.
+# The assumed rate at which a token is accepted if those before it were, and the number of verdicts that weigh as much.
+# The rate is higher than usual, so that longer drafts are tried. While no draft reaches a position, the weight of its
+# verdicts decays, so that long drafts are tried again.
 PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.95, 6.0
-SHARED_DEVICE_SLOWDOWN = 1.25  # a step this much slower beside the cloud's prefill shares a processor with it
-SEARCH_SHARE = 0.01  # of a generation's time, at most, for finding draft lengths
-MAX_CHANGE = 2  # tokens by which the length changes within a generation, at most
-MIN_GATE_RATE = 1e-3  # smallest share of escalated rounds that a workload assumes
+SHARED_DEVICE_SLOWDOWN = 1.25  # an edge step slowed by more beside the cloud's prefill shares its processor
+SEARCH_SHARE = 0.01  # share of a generation's time that the search for draft lengths may take
+MAX_CHANGE = 2  # tokens by which a search within a generation may change the length
+MIN_GATE_RATE = 1e-3  # the smallest gate rate that a forecast is computed for
 
 
 @dataclass
 class DecayingMean:
-    """The mean of values whose weight decays with each new value. Values `y` at `x` also give a rising line."""
+    """The mean of values whose weight decays with each new value, and a line through them.
+
+    The fields are the weighted sums of 1, x, y, x^2 and x y, for values `y` at `x`.
+    """
 
     decay: float = CHANCE_DECAY
     n: float = 0.0
@@ -76,12 +79,12 @@ def _cost() -> DecayingMean:
 class AdaptiveK:
     """The statistics of one strategy over a run. Threads may share it. `for_generation` starts one generation.
 
-    `draft_ahead`, `is_lossless` and `eager` are the strategy's (see `Workload`).
+    `draft_ahead`, `is_lossless` and `has_eager_prefill` are the strategy's (see `Workload`).
     """
 
     draft_ahead: int = 0
     is_lossless: bool = True
-    eager: bool = True
+    has_eager_prefill: bool = True
     step: DecayingMean = field(default_factory=_cost)  # seconds of an edge step, the gate's score included
     step_beside_prefill: DecayingMean = field(default_factory=_cost)  # the same while the cloud prefills
     trip: DecayingMean = field(default_factory=_cost)  # seconds from sending a draft to its verdict, by tokens fed
@@ -90,7 +93,7 @@ class AdaptiveK:
     drafted: DecayingMean = field(default_factory=DecayingMean)  # length of the drafts without tokens drafted ahead
     escalated: DecayingMean = field(default_factory=DecayingMean)  # 1 for a round that was escalated, 0 for any other
     guessed: DecayingMean = field(default_factory=DecayingMean)  # 1 for a right guess of a bonus, 0 for a wrong one
-    accepted: list[DecayingMean] = field(default_factory=list)  # by place in a draft: 1 if accepted, 0 if rejected
+    accepted: list[DecayingMean] = field(default_factory=list)  # per position in a draft: 1 if accepted, 0 if rejected
     rounds: int = 0
     last_k: int = field(default=FIRST_K, compare=False)
     lock: RLock = field(default_factory=RLock, compare=False, repr=False)
@@ -116,40 +119,40 @@ class AdaptiveK:
         return (self.step if self.step.n else self.step_beside_prefill).mean
 
     def acceptance(self) -> tuple[float, ...]:
-        """Return p_i: the product of the acceptance rates of the places that drafts reached (Kaplan and Meier 1958).
+        """Return p_i for i from 1 to `MAX_K`: the product of the rates up to position i (Kaplan and Meier 1958).
 
-        Each rate is drawn towards `PRIOR_ACCEPTANCE` with weight `PRIOR_WEIGHT`.
+        The rate of a position counts the verdicts that reached it, and `PRIOR_WEIGHT` more at `PRIOR_ACCEPTANCE`.
         """
-        unseen = [DecayingMean()] * (MAX_K - len(self.accepted))
+        not_reached = [DecayingMean()] * (MAX_K - len(self.accepted))
         rates = (
-            (place.y + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (place.n + PRIOR_WEIGHT)
-            for place in [*self.accepted, *unseen]
+            (position.y + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (position.n + PRIOR_WEIGHT)
+            for position in [*self.accepted, *not_reached]
         )
         return tuple(itertools.accumulate(rates, operator.mul))
 
     def fastest(self, near: int | None = None) -> int:
-        """Return the fastest k: any for the first draft of a generation, or one close to `near`.
+        """Return the fastest k among all (for the first draft of a generation), or among those close to `near`.
 
-        A close one is found quicker: a search among all takes as long as some steps. At least one draft must have been
-        verified. The first draft may be longer, because the edge drafts for free while the cloud still prefills. On a
-        shared processor it is not, because the edge then delays the cloud.
+        A search among all takes as long as some edge steps. At least one draft must have been verified before.
+        The first draft may be longer, because drafting costs no time while the cloud still prefills. This does not
+        apply on a shared processor, where the edge delays the cloud.
         """
         trips = [self.trip.at(n) for n in (1, 2)]
-        costs = Profile("seen", Costs(0.0, ((1, self.mean_step),)), Costs(0.0, tuple(enumerate(trips, 1))))
+        costs = Profile("observed", Costs(0.0, ((1, self.mean_step),)), Costs(0.0, tuple(enumerate(trips, 1))))
         workload = Workload(
             k=max(round(self.drafted.mean), 1),
-            accepted=self.acceptance(),
-            gate_rate=min(max(self.escalated.mean, MIN_GATE_RATE), 1.0),  # 1 after rounding
-            sent=self.sent.mean,
-            ahead=self.draft_ahead,
+            acceptance_by_position=self.acceptance(),
+            gate_rate=min(max(self.escalated.mean, MIN_GATE_RATE), 1.0),  # rounding may exceed 1
+            sent_with_draft=self.sent.mean,
+            draft_ahead=self.draft_ahead,
             is_lossless=self.is_lossless,
-            guess=(self.guessed.y + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (self.guessed.n + PRIOR_WEIGHT),
+            bonus_guess_rate=(self.guessed.y + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (self.guessed.n + PRIOR_WEIGHT),
         )
         if near is not None:
-            among = range(max(near - MAX_CHANGE, 1), min(near + MAX_CHANGE, MAX_K) + 1)
-            return fastest_k(costs, NO_LINK, workload, among)
+            candidates = range(max(near - MAX_CHANGE, 1), min(near + MAX_CHANGE, MAX_K) + 1)
+            return fastest_k(costs, NO_LINK, workload, candidates)
         is_shared = self.step_beside_prefill.mean > SHARED_DEVICE_SLOWDOWN * self.mean_step
-        return fastest_k(costs, NO_LINK, workload, free=0.0 if is_shared else self.cloud_delay.mean)
+        return fastest_k(costs, NO_LINK, workload, free_seconds=0.0 if is_shared else self.cloud_delay.mean)
 
 
 class DraftLengths:
@@ -158,11 +161,11 @@ class DraftLengths:
     def __init__(self, run: AdaptiveK) -> None:
         self.run = run
         self._k = run.last_k
-        self._first_length: int | None = None  # of the first draft until its round goes on; 0 before that draft
-        self._first_seconds = 0.0
-        self._round = 0  # its number in the run
+        self._first_length: int | None = None  # 0 before it; its value while the cloud may prefill; then None
+        self._first_seconds = 0.0  # to draft it
+        self._round = 0  # number of the current round in the run
         self._seconds = 0.0  # since the draft was sent
-        self._fed = 0  # tokens sent
+        self._fed = 0  # tokens sent with the draft, the draft included
         self._guess: int | None = None
         self._is_alone = False  # the cloud failed, and the edge finishes alone
 
@@ -173,8 +176,8 @@ class DraftLengths:
     def observe(self, events: Iterable[Event], clock: Clock) -> Iterator[Event]:
         """Yield the events as they come and learn from them. The consumer's own time does not count.
 
-        After the edge's prefill and after each verdict the next length is found. A search is skipped if it would take
-        more than `SEARCH_SHARE` of the time since the last.
+        The next length is searched for after the edge's prefill and after each verdict. A search is skipped while
+        the time since the last search is too short for its cost to be within `SEARCH_SHARE`.
         """
         before = clock()
         next_search = 0.0
@@ -184,7 +187,7 @@ class DraftLengths:
             before = clock()
             is_start = event == Opened("edge")
             if self.run.trip.n and (is_start or (isinstance(event, Verified) and before >= next_search)):
-                self._k = self.run.last_k = self.fastest()  # here the search takes no time of a draft
+                self._k = self.run.last_k = self.fastest()  # before the next draft starts
                 searched = clock()
                 next_search, before = before + (searched - before) / SEARCH_SHARE, searched
 
@@ -211,7 +214,7 @@ class DraftLengths:
                 self._round = self.run.rounds
             self._guess = None
         elif isinstance(event, Escalated):
-            # the round counts as 1 instead of 0; its weight has decayed with the rounds of other generations since
+            # this round was added as 0 and now counts as 1, with its weight after the rounds of other generations
             self.run.escalated.y += CHANCE_DECAY ** (self.run.rounds - self._round)
             self.run.sent.add(event.sent)
             self._fed = event.sent + len(event.draft.tokens)
@@ -230,18 +233,18 @@ class DraftLengths:
         run.trip.add(self._seconds, self._fed)
         reached = min(accepted + 1, len(event.draft.tokens))
         run.accepted += [DecayingMean() for _ in range(reached - len(run.accepted))]
-        for place, rate in enumerate(run.accepted):
-            rate.add(float(place < accepted), n=float(place < reached))
+        for position, rate in enumerate(run.accepted):
+            rate.add(float(position < accepted), n=float(position < reached))
         if self._guess is not None and accepted == len(event.draft.tokens):
             run.guessed.add(float(event.right(self._guess)))
 
     def _see_start(self, event: Event, seconds: float) -> None:
-        """Learn when the cloud is ready. A cloud that nobody waited for is assumed to be ready one step earlier."""
+        """Learn when the cloud is ready. If the edge did not wait for it, the cloud is assumed ready a step earlier."""
         if isinstance(event, Opened) and event.side == "edge":
             self._first_length, self._is_alone = 0, False
         elif isinstance(event, Drafted) and self._first_length == 0:
             self._first_length, self._first_seconds = len(event.draft.tokens), seconds
-        elif isinstance(event, Opened) and self._first_length and self.run.eager:
+        elif isinstance(event, Opened) and self._first_length and self.run.has_eager_prefill:
             step = self.run.mean_step
             waited = seconds if seconds > step / 2 else -step
             self.run.cloud_delay.add(max(self._first_seconds + waited, 0.0))
@@ -250,5 +253,5 @@ class DraftLengths:
 
     def _add_steps(self, seconds: float, new: int) -> None:
         if new:
-            is_beside_prefill = self._first_length and self.run.eager
+            is_beside_prefill = self._first_length and self.run.has_eager_prefill
             (self.run.step_beside_prefill if is_beside_prefill else self.run.step).add(seconds, n=new)

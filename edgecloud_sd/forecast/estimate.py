@@ -17,28 +17,30 @@ def estimate_workload(traces: Sequence[Trace], strategy: Strategy) -> Workload |
     """Return the workload of speculative traces, or None if nothing was verified.
 
     If the draft length varies (adaptive k, or a draft stop), the workload's k is the mean length of the drafts without
-    tokens drafted ahead. Traces that the edge finished alone are left out.
+    tokens drafted ahead. Traces that the edge finished alone after a fault of the cloud are left out.
     """
     traces = [trace for trace in traces if metrics.degraded_reason(trace) is None]
-    accepted = metrics.acceptance_by_position(traces)
-    total = sum((metrics.counts(trace) for trace in traces), metrics.Counts())
-    if not accepted or not total.cloud_call_rate:
+    acceptance = metrics.acceptance_by_position(traces)
+    counts = sum((metrics.counts(trace) for trace in traces), metrics.Counts())
+    if not acceptance or not counts.cloud_call_rate:
         return None
     k = None if strategy.draft_stop else strategy.k
     sent = [event.sent for trace in traces for _, event in trace.events if isinstance(event, Escalated)]
-    prompts = [next((span.size for span in trace.spans if span.part == "uplink" and span.size), 0) for trace in traces]
+    # the first uplink payload of a generation is its prompt, if the generation sent it
+    uplinks = [[span.size for span in trace.spans if span.part == "uplink" and span.size] for trace in traces]
+    prompts = [sizes[0] for sizes in uplinks if sizes]
     return Workload(
-        k or _mean_length(traces),
-        tuple(accepted),
-        total.cloud_call_rate,
-        strategy.scores_per_token,
-        sent=sum(sent) / len(sent),
-        tokens=total.tokens / len(traces),
-        open_bytes=round(sum(prompts) / max(sum(map(bool, prompts)), 1)),  # mean over the prompts that were sent
-        eager=strategy.prefill == "eager",
-        ahead=strategy.draft_ahead,
+        k=k or _mean_length(traces),
+        acceptance_by_position=tuple(acceptance),
+        gate_rate=counts.cloud_call_rate,
+        scores_per_token=strategy.scores_per_token,
+        sent_with_draft=sum(sent) / len(sent),
+        tokens_per_generation=counts.tokens / len(traces),
+        prompt_bytes=round(sum(prompts) / len(prompts)) if prompts else 0,
+        has_eager_prefill=strategy.prefill == "eager",
+        draft_ahead=strategy.draft_ahead,
         is_lossless=strategy.is_lossless,
-        guess=metrics.bonus_guess_rate(traces) or 0.0,
+        bonus_guess_rate=metrics.bonus_guess_rate(traces) or 0.0,
     )
 
 
@@ -51,17 +53,17 @@ def _mean_length(traces: Sequence[Trace]) -> int:
 
 @dataclass
 class _Sums:
-    """Seconds and calls, by name."""
+    """Seconds and calls of each part of a generation, or of each length of a forward pass."""
 
     seconds: dict[str | int, float] = field(default_factory=lambda: defaultdict(float))
     calls: dict[str | int, int] = field(default_factory=lambda: defaultdict(int))
 
-    def add(self, name: str | int, seconds: float) -> None:
-        self.seconds[name] += seconds
-        self.calls[name] += 1
+    def add(self, key: str | int, seconds: float) -> None:
+        self.seconds[key] += seconds
+        self.calls[key] += 1
 
-    def mean(self, name: str | int) -> float:
-        return self.seconds[name] / self.calls[name] if self.calls[name] else 0.0
+    def mean(self, key: str | int) -> float:
+        return self.seconds[key] / self.calls[key] if self.calls[key] else 0.0
 
 
 def estimate_profile(traces: Iterable[Trace], name: str = "observed") -> Profile | None:
@@ -71,7 +73,7 @@ def estimate_profile(traces: Iterable[Trace], name: str = "observed") -> Profile
     A pass over more tokens is assumed to cost no less than one over fewer. Means that fall are pooled, weighted by
     their calls, until they rise (isotonic regression).
     """
-    parts, passes = _Sums(), _Sums()  # by part of the breakdown; by tokens of the cloud's forward pass
+    parts, passes = _Sums(), _Sums()  # keys: parts of the breakdown; tokens of the cloud's forward pass
     for trace in traces:
         is_alone = not any(isinstance(event, Drafted) for _, event in trace.events)
         opened = next((seconds for seconds, event in trace.events if event == Opened("cloud")), None)

@@ -1,29 +1,47 @@
-"""Does it pay? The expected time a token of a synchronous draft-then-verify loop, from costs, link and acceptance.
+"""The cost model of speculative decoding: the expected seconds per token, from costs, link and acceptance.
 
-A round drafts k tokens, and a share g of the rounds is escalated. With p_i the chance that the i-th draft token is
-accepted (and so all before it), a verify call commits on average
+Symbols:
 
-    A + b,  A = sum_i p_i,  b = 1 (the bonus or the correction),
+- k: draft tokens per round
+- g: gate rate, the share of rounds that are escalated
+- p_i: probability that draft token i is accepted, and so all before it
+- b: tokens of the target per verification, which is 1: the correction or the bonus
+- e: seconds of an edge step, with the scores that gate and draft stop compute
+- L: seconds on the link per verification, rtt + 8 bytes_up / up + 8 bytes_down / down
+- q: seconds in the cloud's queue
+- V: seconds of the cloud's forward pass
 
-which for p_i = a^i is (1 - a^(k+1)) / (1 - a), equation 1 of Leviathan et al. 2023. A round then commits and takes
+Tokens per round. A verification accepts A = sum_i p_i draft tokens in the mean. If p_i = a^i, then A + 1 is
+(1 - a^(k+1)) / (1 - a) (Leviathan et al. 2023, equation 1). A local round commits its k draft tokens. The mean round
+commits
 
-    M = g (A + b) + (1 - g) k            tokens
-    T = D + g (L + q + V)                seconds
+    M = g (A + b) + (1 - g) k.
 
-where D = k (e + gate) is the draft, with one wider pass of the edge after a draft accepted whole; V the cloud's forward
-pass over what it has not seen, which after m local rounds are k m + 1 tokens and the draft (m is geometric, unless the
-mean of what was sent is known); q its queue; and L = rtt + 8 bytes_up / up + 8 bytes_down / down. T / M is the time a
-token. It generalises the walltime improvement of Leviathan et al. 2023 (theorem 3.8: e = c V, L = 0, g = 1) by the link
-and the gate. The loop breaks even with a baseline of s seconds a token where T = M s, which is linear in the RTT and in
-the drafter's step:
+Seconds per round. A round drafts for D seconds. An escalated round then waits W seconds for its verdict. The mean is
 
-    rtt* = rtt + (M s - T) / g        e* = e + (M s - T) / k
+    T = D + g W    with    W = L + q + V.
 
-An edge that drafts up to n tokens ahead while a verdict is on its way, W = L + q + V, makes m = min(n, ceil(W / e)) of
-them and sees the verdict after max(W, m e). Where the draft is accepted whole and its guess of the bonus is right, with
-chance c, the other m - 1 begin the next draft, of max(k, m - 1) tokens (where the output depends on how drafts are cut,
-of k; the rest begins the draft after it, and counts among the n). With x_j the chance of that in the j-th such round in
-a row, rounds of the j-th kind are as many as w_j = x_0 x_1 ... x_(j-1) has it, and M and T are the means of all kinds.
+D is k e, plus one difference. After a draft accepted whole, the edge feeds its last token and the bonus in one pass,
+which may cost more than a pass over one token. V is the cost of a pass over the tokens that the cloud has not seen.
+After m local rounds these are k m + 1 committed tokens and the draft. m is geometric: P(m) = g (1 - g)^m. If the mean
+number of committed tokens sent with a draft is known, V is the cost at that mean.
+
+Seconds per token are T / M. With e = c V, L = q = 0 and g = 1 this is the walltime improvement of Leviathan et al. 2023
+(theorem 3.8). The model adds the link, the queue and the gate.
+
+Break-even. A baseline takes s seconds per token. The loop is as fast if T = M s. T is linear in the RTT with slope g,
+and in the edge's step with slope k. So the loop breaks even at
+
+    rtt* = rtt + (M s - T) / g    and    e* = e + (M s - T) / k.
+
+Draft-ahead. While a verification is on its way, the edge drafts m = min(n, ceil(W / e)) tokens, if at most n are
+allowed. It reads the verdict after max(W, m e) seconds. If the draft is accepted whole and the first of the m tokens is
+the bonus, the other m - 1 begin the next draft. The next draft of a lossless strategy has max(k, m - 1) tokens. The
+output of a lossy strategy depends on where drafts end, so its next draft keeps k tokens. The surplus then begins the
+draft after it, and counts among the n.
+
+Let x_j be the probability of such a success in a round that follows j successes in a row. Rounds of kind j then have
+the weight w_j = x_0 x_1 ... x_(j-1), and M and T are the weighted means over all kinds.
 """
 
 from __future__ import annotations
@@ -34,338 +52,329 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from edgecloud_sd import wire
-from edgecloud_sd.timing import link as links
-from edgecloud_sd.timing.link import Link
+from edgecloud_sd.timing.link import NO_LINK, Link
 from edgecloud_sd.timing.profile import Costs, Profile
 
-MAX_K = 16  # longest draft that is looked at for the best one
-RARE = 1e-12  # chance at which the tail of the local rounds is left out
+MAX_K = 16  # the longest draft that a search for the fastest k tries
+NEGLIGIBLE = 1e-12  # the probability below which a sum over rounds ends
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is decoded and how the cloud takes it: all that a forecast needs beside costs and link."""
+    """The length, gate rate and acceptance of drafts. A profile and a link complete the input of a forecast.
+
+    Raise ValueError for a k below 1, a gate rate outside (0, 1], or acceptance that is no list of probabilities.
+    """
 
     k: int
-    accepted: tuple[float, ...]  # p_i from i = 1; beyond the last, n, each token is as likely: p_i = p_n^(i/n)
-    gate_rate: float = 1.0  # share of rounds escalated
-    gated: int = 0  # statistics that gate and draft stop read of each drafted token
-    bonus: bool = True  # whether a draft accepted whole earns the cloud's next token
-    sent: float | None = None  # committed tokens sent with an escalated draft, mean; None: as m geometric has it
-    tokens: float | None = None  # N of a caption, where whole captions are to be forecast
-    open_bytes: int = 0  # of the request that opens a prompt at the cloud, over a link
-    eager: bool = True  # whether the cloud is opened beside the edge
-    ahead: int = 0  # tokens drafted while a verdict is on its way, at most; 0: the edge waits
-    is_lossless: bool = True  # whether what was drafted ahead makes a draft longer than k
-    guess: float = 0.0  # chance that the first of them is the bonus of a draft that is accepted whole
+    acceptance_by_position: tuple[float, ...]  # p_i from i = 1; beyond the last position n: p_i = p_n^(i/n)
+    gate_rate: float = 1.0  # g
+    scores_per_token: int = 0  # scores that gate and draft stop compute for each draft token
+    has_bonus: bool = True  # False: a draft accepted whole earns no token of the target
+    sent_with_draft: float | None = None  # committed tokens sent with a draft, mean; None: derived from the gate rate
+    tokens_per_generation: float | None = None  # mean; None: no forecast of whole generations
+    prompt_bytes: int = 0  # bytes of the request that sends a prompt to the cloud
+    has_eager_prefill: bool = True  # the cloud prefills beside the edge, not at the first escalation
+    draft_ahead: int = 0  # n: tokens drafted during a verification, at most
+    is_lossless: bool = True  # False: no draft is longer than k
+    bonus_guess_rate: float = 0.0  # probability that the first token drafted ahead is the bonus, if there is a bonus
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"k must be at least 1, not {self.k}")
         if not 0 < self.gate_rate <= 1:
-            raise ValueError(f"the gate rate must be above 0 and at most 1, not {self.gate_rate}")
-        if not self.accepted or not all(0 <= p <= 1 for p in self.accepted):
-            raise ValueError(f"acceptance by position must be chances, at least one, not {self.accepted}")
+            raise ValueError(f"gate_rate must be above 0 and at most 1, not {self.gate_rate}")
+        if not self.acceptance_by_position or not all(0 <= p <= 1 for p in self.acceptance_by_position):
+            raise ValueError(
+                f"acceptance_by_position must be at least one number from 0 to 1, not {self.acceptance_by_position}"
+            )
 
-    def p(self, i: int) -> float:
-        """Chance that the i-th draft token, counted from 1, is accepted."""
-        known = self.accepted
-        return known[i - 1] if i <= len(known) else known[-1] ** (i / len(known))
+    def acceptance_at(self, position: int) -> float:
+        """Return p_i for draft token i = `position`, counted from 1."""
+        observed = self.acceptance_by_position
+        n = len(observed)
+        return observed[position - 1] if position <= n else observed[-1] ** (position / n)
 
-    def at(self, k: int) -> Workload:
-        """The same with drafts of `k`: if each drafted token exceeds the gate's threshold independently."""
+    def with_k(self, k: int) -> Workload:
+        """Return this workload with drafts of `k` tokens.
+
+        Each draft token is assumed to exceed the gate's threshold independently, so the gate rate becomes
+        1 - (1 - g)^(k'/k). The committed tokens sent with a draft keep their ratio to those of a geometric m.
+        """
         if k == self.k:
             return self
-        local = math.log1p(-self.gate_rate) if self.gate_rate < 1 else -math.inf
-        rate = -math.expm1(k / self.k * local)  # 1 - (1 - g)^(k / k'), however small g is
-        sent = self.sent
-        if sent is not None and self.gate_rate < 1:  # as far from what m geometric has as at this k
-            sent = 1 + (sent - 1) * (k * (1 - rate) / rate) / (self.k * (1 - self.gate_rate) / self.gate_rate)
-        made = object.__new__(Workload)  # `replace` takes most of the time of finding the fastest k, each round anew
-        vars(made).update(vars(self), k=k, gate_rate=rate, sent=sent)
-        return made
+        log_local_rate = math.log1p(-self.gate_rate) if self.gate_rate < 1 else -math.inf
+        gate_rate = -math.expm1(k / self.k * log_local_rate)  # precise for a small g
+        sent = self.sent_with_draft
+        if sent is not None and self.gate_rate < 1:
+            sent = 1 + (sent - 1) * (k * (1 - gate_rate) / gate_rate) / (self.k * (1 - self.gate_rate) / self.gate_rate)
+        # `replace` would take most of the time of `fastest_k`, which adaptive k calls while it decodes
+        workload = object.__new__(Workload)
+        vars(workload).update(vars(self), k=k, gate_rate=gate_rate, sent_with_draft=sent)
+        return workload
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a round is on average, once both sides are open: M and T of the module's formula."""
+    """The mean round after both prefills: the tokens M that it commits and the seconds T that it takes."""
 
     tokens: float
     seconds: float
 
 
-def per_round(profile: Profile, link: Link, work: Workload) -> Round:
-    """M and T of the module's formula: the mean of its kinds of rounds."""
-    if not work.ahead:
-        return _round(profile, work, _crossing(profile, link, work))
-    kinds = _kinds(profile, link, work)
+def per_round(profile: Profile, link: Link, workload: Workload) -> Round:
+    """Return M and T of the mean round."""
+    if not workload.draft_ahead:
+        return _round(profile, workload, _verification_seconds(profile, link, workload))
+    kinds = _weighted_rounds(profile, link, workload)
     total = sum(weight for weight, _ in kinds)
     return Round(
-        sum(weight * each.tokens for weight, each in kinds) / total,
-        sum(weight * each.seconds for weight, each in kinds) / total,
+        sum(weight * kind.tokens for weight, kind in kinds) / total,
+        sum(weight * kind.seconds for weight, kind in kinds) / total,
     )
 
 
-def seconds_per_token(profile: Profile, link: Link, work: Workload) -> float:
-    """T / M: s, once both sides are open."""
-    mean = per_round(profile, link, work)
+def seconds_per_token(profile: Profile, link: Link, workload: Workload) -> float:
+    """Return T / M: seconds per token after both prefills."""
+    mean = per_round(profile, link, workload)
     return mean.seconds / mean.tokens
 
 
-def _kinds(profile: Profile, link: Link, work: Workload) -> list[tuple[float, Round]]:
-    """(how many of a kind, the round), by what of the drafts is there when it begins: it grows until it stays as it is.
+def _weighted_rounds(profile: Profile, link: Link, workload: Workload) -> list[tuple[float, Round]]:
+    """Return (w_j, round of kind j), where the last kind stands for all that would follow.
 
-    After a round that is not escalated nothing is taken to be there.
+    A round begins with the draft tokens that earlier rounds left. Their number grows from kind to kind until it stays
+    the same. After a local round, no token is assumed to be left.
     """
-    step = _step(profile, work)
+    step = _step_seconds(profile, workload)
     kinds: list[tuple[float, Round]] = []
-    weight, there = 1.0, 0
+    weight, left = 1.0, 0
     while True:
-        kind = work.at(max(work.k, there)) if work.is_lossless else work
-        left = max(there - kind.k, 0)
-        crossing = _crossing(profile, link, kind)
-        made = min(work.ahead - left, math.ceil(crossing / step)) if step else work.ahead - left
-        each = _round(profile, kind, crossing, min(there, kind.k), made)
-        follows = max(left + made - 1, 0)
-        chance = kind.gate_rate * kind.p(kind.k) * work.guess if left + made else 0.0
-        if follows > there and weight > RARE:
-            kinds.append((weight, each))
-            weight, there = weight * chance, follows
-        elif chance < 1:
-            return [*kinds, (weight / (1 - chance), each)]
+        kind = workload.with_k(max(workload.k, left)) if workload.is_lossless else workload
+        surplus = max(left - kind.k, 0)
+        wait = _verification_seconds(profile, link, kind)
+        allowed = workload.draft_ahead - surplus
+        ahead = min(allowed, math.ceil(wait / step)) if step else allowed
+        round_of_kind = _round(profile, kind, wait, min(left, kind.k), ahead)
+        left_next = max(surplus + ahead - 1, 0)
+        success = kind.gate_rate * kind.acceptance_at(kind.k) * workload.bonus_guess_rate if surplus + ahead else 0.0
+        if left_next > left and weight > NEGLIGIBLE:
+            kinds.append((weight, round_of_kind))
+            weight, left = weight * success, left_next
+        elif success < 1:
+            return [*kinds, (weight / (1 - success), round_of_kind)]
         else:
-            return [(1.0, each)]
+            return [(1.0, round_of_kind)]
 
 
-def _round(profile: Profile, work: Workload, crossing: float, there: int = 0, made: int = 0) -> Round:
-    """One kind of round, `there` tokens of whose draft had been made before, with `made` more beside the verdict.
+def _round(profile: Profile, workload: Workload, wait: float, left: int = 0, ahead: int = 0) -> Round:
+    """Return the mean of a round that waits `wait` seconds for a verdict.
 
-    Without the bonus, only a draft that is not accepted whole earns the cloud's token.
+    Earlier rounds drafted `left` tokens of its draft, and the edge drafts `ahead` tokens beside its verification.
     """
-    accepted = sum(work.accepted[: work.k]) + sum(work.p(i) for i in range(len(work.accepted) + 1, work.k + 1))
-    own = 1.0 if work.bonus else 1 - work.p(work.k)
-    step = _step(profile, work)
-    draft = (work.k - there) * step
-    if work.bonus and not made:  # the last draft token and the bonus are fed together, if the first was not before
-        draft += work.gate_rate * work.p(work.k) * (profile.edge.seconds(2) - profile.edge.step)
+    k, g = workload.k, workload.gate_rate
+    accepted_whole = workload.acceptance_at(k)
+    observed = workload.acceptance_by_position
+    accepted = sum(observed[:k]) + sum(workload.acceptance_at(i) for i in range(len(observed) + 1, k + 1))
+    from_target = 1.0 if workload.has_bonus else 1 - accepted_whole
+    step = _step_seconds(profile, workload)
+    draft_seconds = (k - left) * step
+    if workload.has_bonus and not ahead:  # drafting ahead feeds the last draft token during the verification
+        draft_seconds += g * accepted_whole * (profile.edge.seconds(2) - profile.edge.step)
     return Round(
-        work.gate_rate * (accepted + own) + (1 - work.gate_rate) * work.k,
-        draft + work.gate_rate * max(crossing, made * step),
+        g * (accepted + from_target) + (1 - g) * k,
+        draft_seconds + g * max(wait, ahead * step),
     )
 
 
-def _crossing(profile: Profile, link: Link, work: Workload) -> float:
-    """W of the module's formula: s from sending a draft to its verdict."""
-    return _link_seconds(link, work) + profile.queue + _verify_seconds(profile.cloud, work)
+def _verification_seconds(profile: Profile, link: Link, workload: Workload) -> float:
+    """Return W: seconds from sending a draft to its verdict."""
+    pass_seconds = sum(chance * profile.cloud.seconds(tokens) for chance, tokens in _pass_lengths(workload))
+    return _link_seconds(link, workload) + profile.queue + pass_seconds
+
+
+def _link_seconds(link: Link, workload: Workload) -> float:
+    if link == NO_LINK:
+        return 0.0
+    up = sum(chance * link.up_seconds(wire.verify_size(tokens)) for chance, tokens in _pass_lengths(workload))
+    return up + link.down_seconds(wire.VERDICT_BYTES)
+
+
+def _pass_lengths(workload: Workload) -> Iterable[tuple[float, float]]:
+    """Yield (probability, tokens) of the cloud's forward pass: committed tokens not sent before, and the draft."""
+    if workload.sent_with_draft is not None:
+        yield 1.0, workload.sent_with_draft + workload.k
+        return
+    chance = workload.gate_rate
+    for local_rounds in itertools.count():
+        yield chance, workload.k * (local_rounds + 1) + 1
+        chance *= 1 - workload.gate_rate
+        if chance < NEGLIGIBLE:
+            return
+
+
+def _step_seconds(profile: Profile, workload: Workload) -> float:
+    """Return e."""
+    return profile.edge.step + workload.scores_per_token * profile.gate
 
 
 def cloud_seconds_per_token(profile: Profile, link: Link) -> float:
-    """s a token of cloud mode: one step, and its bytes; the latency of a stream is paid once, with the opening."""
+    """Return seconds per token of mode cloud: one step and the bytes of one streamed token.
+
+    A stream pays the latency of the link once, and `prefill_seconds` contains that.
+    """
     return profile.cloud.step + 8 * wire.LINE_BYTES / link.down
 
 
-def opening_seconds(profile: Profile, link: Link, mode: str, work: Workload) -> float:
-    """s from the request to the start of decoding: features, prefills, and what of opening the cloud is waited for.
+def prefill_seconds(profile: Profile, link: Link, mode: str, workload: Workload) -> float:
+    """Return the seconds of a generation that are no decoding: features, prefill, and the wait for the cloud's prefill.
 
-    What is opened beside the edge is waited for at the first escalation: after m local rounds, m geometric, the edge
-    has spent its prefill and m + 1 drafts.
+    With eager prefill the edge waits at its first escalation. After m local rounds, with m geometric, the edge has
+    spent its own prefill and m + 1 drafts by then.
     """
-    edge, cloud = profile.edge.prefill, link.up_seconds(work.open_bytes) + profile.queue + profile.cloud.prefill
+    edge = profile.edge.prefill
+    cloud = link.up_seconds(workload.prompt_bytes) + profile.queue + profile.cloud.prefill
     if mode == "edge":
         return profile.features + edge
     if mode == "cloud":
         return profile.features + cloud + link.down_seconds(0)
-    if not work.eager:
+    if not workload.has_eager_prefill:
         return profile.features + edge + cloud
-    chance, waited, left = work.gate_rate, 0.0, cloud - edge
-    while (left := left - work.k * _step(profile, work)) > 0 and chance > RARE:
-        waited += chance * left
-        chance *= 1 - work.gate_rate
-    return profile.features + edge + waited
+    chance, expected_wait, wait = workload.gate_rate, 0.0, cloud - edge
+    draft_seconds = workload.k * _step_seconds(profile, workload)
+    while (wait := wait - draft_seconds) > 0 and chance > NEGLIGIBLE:
+        expected_wait += chance * wait
+        chance *= 1 - workload.gate_rate
+    return profile.features + edge + expected_wait
 
 
-def _step(profile: Profile, work: Workload) -> float:
-    return profile.edge.step + work.gated * profile.gate
+def fastest_k(
+    profile: Profile,
+    link: Link,
+    workload: Workload,
+    candidates: Iterable[int] = range(1, MAX_K + 1),
+    free_seconds: float = 0.0,
+) -> int:
+    """Return the k with the least seconds per token, or the smallest of equals.
 
-
-def _fed(work: Workload) -> Iterable[tuple[float, float]]:
-    """(chance, tokens) that a verify call feeds to the cloud."""
-    if work.sent is not None:
-        yield 1.0, work.sent + work.k
-        return
-    chance = work.gate_rate
-    for m in itertools.count():
-        yield chance, work.k * (m + 1) + 1
-        chance *= 1 - work.gate_rate
-        if chance < RARE:
-            return
-
-
-def _verify_seconds(cloud: Costs, work: Workload) -> float:
-    return sum(chance * cloud.seconds(n) for chance, n in _fed(work))
-
-
-def _link_seconds(link: Link, work: Workload) -> float:
-    if link == links.NO_LINK:
-        return 0.0
-    up = sum(chance * link.up_seconds(wire.verify_size(n)) for chance, n in _fed(work))
-    return up + link.down_seconds(wire.VERDICT_BYTES)
+    With `free_seconds`, return the best length for one round whose first `free_seconds` of drafting cost no time,
+    because the cloud still prefills. Each token of that round is worth the seconds per token of the rounds after it.
+    """
+    rounds = {k: per_round(profile, link, workload.with_k(k)) for k in candidates}
+    per_token = {k: mean.seconds / mean.tokens for k, mean in rounds.items()}
+    best = min(per_token, key=lambda k: (per_token[k], k))
+    if not free_seconds:
+        return best
+    step = _step_seconds(profile, workload)
+    net_seconds = {
+        k: mean.seconds - min(free_seconds, k * step) - mean.tokens * per_token[best] for k, mean in rounds.items()
+    }
+    return min(net_seconds, key=lambda k: (net_seconds[k], k))
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What to expect of one way to decode. Seconds, and speed-ups in seconds a token (above 1: the loop is faster)."""
+    """The expected times of one strategy and of edge and cloud alone.
+
+    Times are seconds. Speed-ups are ratios of seconds per token after both prefills, above 1 if the loop is faster.
+    """
 
     k: int
     rtt: float
-    token: float  # s a token of the loop, once both sides are open
-    edge: float  # s a token of the edge alone
-    cloud: float  # s a token of the cloud alone, streamed
+    token: float  # s per token of the loop
+    edge: float  # s per token of the edge alone
+    cloud: float  # s per token of the cloud alone, streamed
     over_edge: float
     over_cloud: float
-    over_colocated: float | None  # the same loop without a link, its drafter beside the cloud; None where not timed
-    best_k: int  # of 1 to MAX_K
+    over_colocated: float | None  # over the same loop at the cloud, without a link; None: its draft step is not timed
+    best_k: int  # the fastest of 1 to MAX_K
     best_over_cloud: float  # at the best k
-    seen_k: int  # beyond which acceptance was not seen, but continued
-    largest_rtt: float | None  # s at which it breaks even with the cloud alone; None: at no RTT
-    slowest_drafter: float | None  # s a step at which it does; None: with no drafter, however fast
-    ceiling_over_edge: float  # every draft accepted, no link, this k and gate rate
+    seen_k: int  # the last position whose acceptance was observed; acceptance beyond it is extrapolated
+    largest_rtt: float | None  # s at which the loop breaks even with the cloud alone; None: at no RTT
+    slowest_drafter: float | None  # s per edge step at which it breaks even; None: at none
+    ceiling_over_edge: float  # every draft token accepted and no link, at this k and gate rate
     ceiling_over_edge_without_bonus: float
     ceiling_over_cloud: float
-    tokens: float | None  # of a caption; None where the workload does not say
-    caption: float | None  # s, openings included
-    caption_edge: float | None  # s of the edge alone
-    caption_cloud: float | None  # s of the cloud alone
+    tokens: float | None  # per generation, mean; None: unknown
+    caption: float | None  # s per generation, prefill included
+    caption_edge: float | None  # s per generation of the edge alone
+    caption_cloud: float | None  # s per generation of the cloud alone
 
     @property
     def pays(self) -> bool:
-        """Whether a token comes faster than from the cloud alone, which writes captions at least as good."""
+        """True if a token takes less time than with the cloud alone, whose captions are at least as good."""
         return self.over_cloud > 1
 
-    @property
-    def sentence(self) -> str:
-        """The answer, in one plain sentence."""
-        took = f"at k={self.k} a token takes {_ms(self.token)}, the cloud alone {_ms(self.cloud)}"
-        others = f"{self.over_edge:.2f}x as fast as the edge alone"
-        if self.over_colocated is not None and self.rtt:
-            others += f", {self.over_colocated:.2f}x as fast as the same loop all at the cloud"
-        guessed = " if acceptance goes on as seen" if self.best_k > self.seen_k else ""
-        best = f"k={self.best_k} ({self.best_over_cloud:.2f}x{guessed})"
-        rtt = None if self.largest_rtt is None else f"{_ms(self.largest_rtt)} (now {_ms(self.rtt)})"
-        drafter = None if self.slowest_drafter is None else f"{_ms(self.slowest_drafter)} a step (now {_ms(self.edge)})"
-        verdict = f"{self.over_cloud:.2f}x as fast as the cloud alone ({took}{self._caption})"
-        if self.pays:
-            better = "no other k is better" if self.best_k == self.k else f"at its best {best}"
-            return (
-                f"{self._head}: {verdict}, {better}; {others}; it pays up to a round trip of {rtt} or a drafter of "
-                f"{drafter}."
-            )
-        wants = [best] if self.best_over_cloud > 1 else []
-        wants += [f"a round trip below {rtt}"] if rtt else []
-        wants += [f"a drafter below {drafter}"] if drafter else []
-        change = f"needs {' or '.join(wants)}" if wants else "would take more than a better link or drafter alone"
-        return (
-            f"{self._head}: {verdict}, {others}; even with every draft accepted and no round trip it cannot exceed "
-            f"{self.ceiling_over_edge:.2f}x the edge alone ({self.ceiling_over_edge_without_bonus:.2f}x without the "
-            f"bonus token) and {self.ceiling_over_cloud:.2f}x the cloud alone at this k; to pay it {change}."
-        )
 
-    @property
-    def _head(self) -> str:
-        if not self.pays:
-            return "Does not pay"
-        slower = self.caption is not None and self.caption_cloud is not None and self.caption > self.caption_cloud
-        return "Pays once both sides are open, but not for captions this short" if slower else "Pays"
-
-    @property
-    def _caption(self) -> str:
-        if self.caption is None or self.caption_cloud is None:
-            return ""
-        took = f"{self.tokens:.0f} tokens takes {_ms(self.caption)}, the cloud's {_ms(self.caption_cloud)}"
-        return f"; with its opening a caption of {took}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
-
-
-def _drafting_at(profile: Profile, step: float) -> Profile:
-    """The same with a drafter of `step` s a token."""
-    return replace(profile, edge=Costs(profile.edge.prefill, ((1, step),)))
-
-
-def _reaches(target: float, rises: Callable[[float], float]) -> float:
-    """Where a function that rises to beyond `target` reaches it, by bisection; 0 where it begins above."""
-    low, high = 0.0, target
-    while rises(high) < target:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rises(middle) < target else (low, middle)
-    return low
-
-
-def fastest_k(
-    profile: Profile, link: Link, work: Workload, among: Iterable[int] = range(1, MAX_K + 1), free: float = 0.0
-) -> int:
-    """The k at which a token takes the least time; the smallest of equals.
-
-    `free`: s of drafting that this one round does not cost, as beside an opening. Then each of its tokens is worth what
-    one takes in the rounds after it.
-    """
-    rounds = {k: per_round(profile, link, work.at(k)) for k in among}
-    each = {k: one.seconds / one.tokens for k, one in rounds.items()}
-    best = min(each, key=lambda k: (each[k], k))
-    if not free:
-        return best
-    step = _step(profile, work)
-    left = {k: one.seconds - min(free, k * step) - one.tokens * each[best] for k, one in rounds.items()}
-    return min(left, key=lambda k: (left[k], k))
-
-
-def forecast(profile: Profile, link: Link, work: Workload) -> Forecast:
-    """Everything the oracle has to say of `work` on these machines over this link."""
-    cloud = cloud_seconds_per_token(profile, link)
-    edge = profile.edge.step
-    token = seconds_per_token(profile, link, work)
-    best_k = fastest_k(profile, link, work)
-    mean = per_round(profile, link, work)
-    slack = mean.tokens * cloud - mean.seconds  # s a round may take longer
-    rtt, drafter = link.rtt + slack / work.gate_rate, edge + slack / work.k
-    if work.ahead:  # no straight line
-        rtt = _reaches(cloud, lambda x: seconds_per_token(profile, replace(link, rtt=x), work))
-        drafter = _reaches(cloud, lambda x: seconds_per_token(_drafting_at(profile, x), link, work))
-    colocated = None
-    if profile.draft_at_cloud is not None:
-        beside = _drafting_at(profile, profile.draft_at_cloud)
-        colocated = seconds_per_token(beside, links.NO_LINK, work) / token
-    perfect = replace(work, accepted=(1.0,), ahead=0)
-    ceiling = seconds_per_token(profile, links.NO_LINK, perfect)
-
-    def caption(mode: str, each: float) -> float | None:
-        if work.tokens is None:
-            return None
-        return opening_seconds(profile, link, mode, work) + work.tokens * each
-
+def forecast(profile: Profile, link: Link, workload: Workload) -> Forecast:
+    """Return the forecast of a workload on the machines of a profile, over a link."""
+    token = seconds_per_token(profile, link, workload)
+    edge, cloud = profile.edge.step, cloud_seconds_per_token(profile, link)
+    best_k = fastest_k(profile, link, workload)
+    largest_rtt, slowest_drafter = _break_even(profile, link, workload)
+    all_accepted = replace(workload, acceptance_by_position=(1.0,), draft_ahead=0)
+    ceiling = seconds_per_token(profile, NO_LINK, all_accepted)
+    ceiling_without_bonus = seconds_per_token(profile, NO_LINK, replace(all_accepted, has_bonus=False))
+    seconds = {"speculative": token, "edge": edge, "cloud": cloud}
+    captions = {
+        mode: prefill_seconds(profile, link, mode, workload) + workload.tokens_per_generation * per_token
+        for mode, per_token in seconds.items()
+        if workload.tokens_per_generation is not None
+    }
     return Forecast(
-        k=work.k,
+        k=workload.k,
         rtt=link.rtt,
         token=token,
         edge=edge,
         cloud=cloud,
         over_edge=edge / token,
         over_cloud=cloud / token,
-        over_colocated=colocated,
+        over_colocated=_colocated_speed_up(profile, workload, token),
         best_k=best_k,
-        best_over_cloud=cloud / seconds_per_token(profile, link, work.at(best_k)),
-        seen_k=len(work.accepted),
-        largest_rtt=rtt if rtt > 0 else None,
-        slowest_drafter=drafter if drafter > 0 else None,
+        best_over_cloud=cloud / seconds_per_token(profile, link, workload.with_k(best_k)),
+        seen_k=len(workload.acceptance_by_position),
+        largest_rtt=largest_rtt if largest_rtt > 0 else None,
+        slowest_drafter=slowest_drafter if slowest_drafter > 0 else None,
         ceiling_over_edge=edge / ceiling,
-        ceiling_over_edge_without_bonus=edge / seconds_per_token(profile, links.NO_LINK, replace(perfect, bonus=False)),
+        ceiling_over_edge_without_bonus=edge / ceiling_without_bonus,
         ceiling_over_cloud=cloud / ceiling,
-        tokens=work.tokens,
-        caption=caption("speculative", token),
-        caption_edge=caption("edge", edge),
-        caption_cloud=caption("cloud", cloud),
+        tokens=workload.tokens_per_generation,
+        caption=captions.get("speculative"),
+        caption_edge=captions.get("edge"),
+        caption_cloud=captions.get("cloud"),
     )
+
+
+def _break_even(profile: Profile, link: Link, workload: Workload) -> tuple[float, float]:
+    """Return rtt* and e* against the cloud alone. A value of 0 or below cannot be reached."""
+    cloud = cloud_seconds_per_token(profile, link)
+    if workload.draft_ahead:  # T is not linear in the RTT and the step
+        return (
+            _solve_rising(lambda rtt: seconds_per_token(profile, replace(link, rtt=rtt), workload), cloud),
+            _solve_rising(lambda step: seconds_per_token(_with_edge_step(profile, step), link, workload), cloud),
+        )
+    mean = per_round(profile, link, workload)
+    slack = mean.tokens * cloud - mean.seconds  # M s - T
+    return link.rtt + slack / workload.gate_rate, profile.edge.step + slack / workload.k
+
+
+def _solve_rising(function: Callable[[float], float], target: float) -> float:
+    """Return x at which the rising function equals `target`, by bisection, or 0 if it exceeds `target` at 0."""
+    low, high = 0.0, target
+    while function(high) < target:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) < target else (low, middle)
+    return low
+
+
+def _with_edge_step(profile: Profile, step: float) -> Profile:
+    return replace(profile, edge=Costs(profile.edge.prefill, ((1, step),)))
+
+
+def _colocated_speed_up(profile: Profile, workload: Workload, token: float) -> float | None:
+    """Return the speed-up over the same loop with both models at the cloud, or None if its draft step is not timed."""
+    if profile.draft_at_cloud is None:
+        return None
+    return seconds_per_token(_with_edge_step(profile, profile.draft_at_cloud), NO_LINK, workload) / token

@@ -1,6 +1,6 @@
-"""Cost profiles: what each call takes on some pair of machines, for the virtual clock and the oracle.
+"""Cost profiles: the seconds of each call on a pair of machines, for the virtual clock and the forecast.
 
-A profile is a YAML file; those that ship lie in `profiles/`, each saying where its figures come from.
+A profile is a YAML file. The profiles of the package are in `profiles/`, and each names the source of its numbers.
 """
 
 from __future__ import annotations
@@ -18,51 +18,55 @@ PROFILE_NAMES = tuple(sorted(file.stem for file in PROFILE_FOLDER.glob("*.yaml")
 
 
 class ProfileError(ValueError):
-    """A profile that cannot be used: the message names the file and the field."""
+    """An error in a profile. The message names the file and the field."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """One side: seconds for its audio encoder and prefill, and for a forward pass over n tokens.
+    """The seconds of one side: `prefill`, audio encoder included, and `forward` for a pass over n tokens.
 
-    `forward` holds (n, seconds), n rising; between two points it is a straight line, before and beyond them one with
-    the slope from the first to the last (flat where there is one point alone: a pass bound by reading the weights).
+    `forward` lists points (n, seconds) with rising n. Costs between two points are interpolated linearly. Costs outside
+    the points follow the slope from the first point to the last. One point gives a constant cost, because a pass over
+    few tokens is bound by reading the weights.
     """
 
     prefill: float
     forward: tuple[tuple[int, float], ...]
 
     def seconds(self, n: float) -> float:
-        """One forward pass over `n` >= 1 tokens (or a mean of so many) after what is cached."""
-        (first, least), (last, most) = self.forward[0], self.forward[-1]
+        """Return the seconds of a forward pass over `n` >= 1 tokens with a KV cache. `n` may be a mean."""
         for (n0, s0), (n1, s1) in itertools.pairwise(self.forward):
             if n0 <= n <= n1:
                 return s0 + (s1 - s0) * (n - n0) / (n1 - n0)
-        slope = (most - least) / (last - first) if last > first else 0.0
-        return max(least + slope * (n - first), 0.0) if n < first else most + slope * (n - last)
+        (first, first_seconds), (last, last_seconds) = self.forward[0], self.forward[-1]
+        slope = (last_seconds - first_seconds) / (last - first) if last > first else 0.0
+        return max(first_seconds + slope * (n - first), 0.0) if n < first else last_seconds + slope * (n - last)
 
     @property
     def step(self) -> float:
-        """s for one token."""
+        """The seconds of a pass over one token."""
         return self.seconds(1)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds a call, on one pair of machines."""
+    """The seconds of each call on one pair of machines."""
 
     name: str
     edge: Costs
     cloud: Costs
-    features: float = 0.0  # s a request, on either side
-    gate: float = 0.0  # s a drafted token whose statistic the gate reads
-    queue: float = 0.0  # s that a request waits at the cloud
-    draft_at_cloud: float | None = None  # s a step of the edge's model, were it to run beside the cloud's
+    features: float = 0.0  # s per request, on either side
+    gate: float = 0.0  # s per score that gate or draft stop computes for a draft token
+    queue: float = 0.0  # s per request in the cloud's queue
+    draft_at_cloud: float | None = None  # s per step of the edge model if it ran at the cloud
     source: str = ""
 
 
 def load_profile(name: str) -> Profile:
-    """A profile that ships, by name, or a YAML file. ProfileError for one that is neither, or that cannot be used."""
+    """Return the profile of the package with this name, or the profile in a YAML file.
+
+    Raise ProfileError for an unknown name, and for a file with a missing, unknown or bad field.
+    """
     import yaml
 
     path = PROFILE_FOLDER / f"{name}.yaml" if name in PROFILE_NAMES else Path(name)
@@ -90,7 +94,7 @@ def load_profile(name: str) -> Profile:
 
 
 def profile_from_json(saved: Mapping[str, Any]) -> Profile:
-    """The profile that `dataclasses.asdict` and JSON made this of, as results files hold it."""
+    """Return the profile that was saved as `dataclasses.asdict` in JSON, as in results files."""
 
     def side(costs: Mapping[str, Any]) -> Costs:
         return Costs(costs["prefill"], tuple((n, s) for n, s in costs["forward"]))
@@ -99,7 +103,7 @@ def profile_from_json(saved: Mapping[str, Any]) -> Profile:
 
 
 def save_profile(profile: Profile, path: Path) -> None:
-    """Write a profile as the YAML file that `load_profile` reads. Its name will be the file's."""
+    """Write a profile as a YAML file for `load_profile`. The loaded profile has the name of the file."""
     import yaml
 
     def side(costs: Costs) -> dict[str, Any]:
@@ -118,14 +122,15 @@ def save_profile(profile: Profile, path: Path) -> None:
     write_whole(path, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
 
 
-def _fields(path: Path, where: str, value: object, needed: set[str], optional: set[str]) -> Mapping[str, Any]:
+def _fields(path: Path, where: str, value: object, required: set[str], optional: set[str]) -> Mapping[str, Any]:
+    """Return `value` if it is a dict with all required fields and no unknown ones, or raise ProfileError."""
     if not isinstance(value, dict):
-        raise ProfileError(f"{path}{where}: must map fields to values, not be a {type(value).__name__}")
-    if missing := sorted(needed - value.keys()):
-        raise ProfileError(f"{path}{where}: lacks {', '.join(missing)}")
-    if unknown := sorted(map(str, value.keys() - needed - optional)):
-        known = ", ".join(sorted(needed | optional))
-        raise ProfileError(f"{path}{where}: unknown field {', '.join(unknown)}; known are {known}")
+        raise ProfileError(f"{path}{where}: must be a map of fields to values, not a {type(value).__name__}")
+    if missing := sorted(required - value.keys()):
+        raise ProfileError(f"{path}{where}: missing field {', '.join(missing)}")
+    if unknown := sorted(map(str, value.keys() - required - optional)):
+        fields = ", ".join(sorted(required | optional))
+        raise ProfileError(f"{path}{where}: unknown field {', '.join(unknown)}; choose from {fields}")
     return value
 
 
@@ -139,11 +144,12 @@ def _costs(path: Path, side: str, value: object) -> Costs:
     fields = _fields(path, f", {side}", value, {"prefill", "forward"}, set())
     table = fields["forward"]
     if not isinstance(table, dict) or not all(type(n) is int and n >= 1 for n in table) or 1 not in table:
-        raise ProfileError(f"{path}, {side}, forward: must map numbers of tokens, 1 among them, to seconds: {table!r}")
+        raise ProfileError(f"{path}, {side}, forward: must map token counts, 1 included, to seconds, not {table!r}")
     forward = tuple(sorted((n, _seconds(path, f"{side}, forward, {n}", s)) for n, s in table.items()))
-    for (_, less), (n, more) in itertools.pairwise(forward):
-        if more < less:
-            raise ProfileError(f"{path}, {side}, forward, {n}: {more} s is less than fewer tokens take ({less} s)")
+    for (fewer, before), (n, seconds) in itertools.pairwise(forward):
+        if seconds < before:
+            error = f"{seconds} s is less than at {fewer} ({before} s); use times that do not fall"
+            raise ProfileError(f"{path}, {side}, forward, {n}: {error}")
     if forward[0][1] <= 0:
-        raise ProfileError(f"{path}, {side}, forward, 1: must be more than 0 s")
+        raise ProfileError(f"{path}, {side}, forward, 1: must be above 0 s")
     return Costs(_seconds(path, f"{side}, prefill", fields["prefill"]), forward)

@@ -1,0 +1,88 @@
+"""A forecast as text for users: if the loop pays, how fast it is, and where it breaks even."""
+
+from __future__ import annotations
+
+from edgecloud_sd.forecast.model import Forecast
+
+
+def forecast_sentence(forecast: Forecast) -> str:
+    """Return the forecast as a few short sentences on one line."""
+    sentences = (
+        f"{_headline(forecast)}: {_token_seconds(forecast)}.",
+        f"This is {_speed_ups(forecast)}.",
+        *_generation_seconds(forecast),
+        *(_limits(forecast) if forecast.pays else _conditions(forecast)),
+    )
+    return " ".join(sentences)
+
+
+def _headline(forecast: Forecast) -> str:
+    if not forecast.pays:
+        return "Does not pay"
+    if forecast.caption is None or forecast.caption_cloud is None or forecast.caption <= forecast.caption_cloud:
+        return "Pays"
+    return "Pays after prefill, but not for captions this short"
+
+
+def _token_seconds(forecast: Forecast) -> str:
+    return f"at k={forecast.k} a token takes {_time(forecast.token)}, and with the cloud alone {_time(forecast.cloud)}"
+
+
+def _speed_ups(forecast: Forecast) -> str:
+    baselines = [(forecast.over_cloud, "the cloud alone"), (forecast.over_edge, "the edge alone")]
+    if forecast.over_colocated is not None and forecast.rtt:
+        baselines.append((forecast.over_colocated, "the same loop with both models at the cloud"))
+    return _join([f"{speed_up:.2f}x as fast as {baseline}" for speed_up, baseline in baselines], "and")
+
+
+def _generation_seconds(forecast: Forecast) -> list[str]:
+    if forecast.caption is None or forecast.caption_cloud is None:
+        return []
+    times = f"{_time(forecast.caption)} with its prefill, and with the cloud alone {_time(forecast.caption_cloud)}"
+    return [f"A caption of {forecast.tokens:.0f} tokens takes {times}."]
+
+
+def _limits(forecast: Forecast) -> list[str]:
+    """Return the best k, and the break-even points of a loop that pays."""
+    best = "No other k is faster." if forecast.best_k == forecast.k else f"The best is {_best_k(forecast)}."
+    return [best, f"It pays up to {_join(_break_even_points(forecast, 'of'), 'or')}."]
+
+
+def _conditions(forecast: Forecast) -> list[str]:
+    """Return the ceiling of a loop that does not pay, and each change that alone would make it pay."""
+    ceiling = (
+        "Even if every draft token is accepted and the link takes no time, this k cannot exceed "
+        f"{forecast.ceiling_over_edge:.2f}x the edge alone ({forecast.ceiling_over_edge_without_bonus:.2f}x without "
+        f"the bonus token) and {forecast.ceiling_over_cloud:.2f}x the cloud alone."
+    )
+    changes = [_best_k(forecast)] if forecast.best_over_cloud > 1 else []
+    changes += _break_even_points(forecast, "below")
+    if not changes:
+        return [ceiling, "To pay, it needs more than another k, a faster link or a faster draft model alone."]
+    return [ceiling, f"To pay, it needs {_join(changes, 'or')}."]
+
+
+def _best_k(forecast: Forecast) -> str:
+    """Return the best k with its speed-up over the cloud alone, marked if it is extrapolated."""
+    caveat = f", with acceptance beyond k={forecast.seen_k} extrapolated" if forecast.best_k > forecast.seen_k else ""
+    return f"k={forecast.best_k} ({forecast.best_over_cloud:.2f}x the cloud alone{caveat})"
+
+
+def _break_even_points(forecast: Forecast, preposition: str) -> list[str]:
+    """Return the round trip and the step of the draft model at which the loop breaks even, each if it exists."""
+    points = []
+    if forecast.largest_rtt is not None:
+        points.append(f"a round trip {preposition} {_time(forecast.largest_rtt)} (now {_time(forecast.rtt)})")
+    if forecast.slowest_drafter is not None:
+        points.append(
+            f"a draft model {preposition} {_time(forecast.slowest_drafter)} per step (now {_time(forecast.edge)})"
+        )
+    return points
+
+
+def _join(parts: list[str], conjunction: str) -> str:
+    return f" {conjunction} ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
