@@ -161,10 +161,11 @@ class DraftLengths:
     def __init__(self, run: AdaptiveK) -> None:
         self.run = run
         self._k = run.last_k
-        self._first_length: int | None = None  # 0 before it; its value while the cloud may prefill; then None
-        self._first_seconds = 0.0  # to draft it
+        # length of the first draft: 0 before it, then its length while the cloud may prefill, then None
+        self._first_length: int | None = None
+        self._first_seconds = 0.0  # seconds of the first draft
         self._round = 0  # number of the current round in the run
-        self._seconds = 0.0  # since the draft was sent
+        self._seconds = 0.0  # seconds since the last event that was not Ahead
         self._fed = 0  # tokens sent with the draft, the draft included
         self._guess: int | None = None
         self._is_alone = False  # the cloud failed, and the edge finishes alone
@@ -176,8 +177,8 @@ class DraftLengths:
     def observe(self, events: Iterable[Event], clock: Clock) -> Iterator[Event]:
         """Yield the events as they come and learn from them. The consumer's own time does not count.
 
-        The next length is searched for after the edge's prefill and after each verdict. A search is skipped while
-        the time since the last search is too short for its cost to be within `SEARCH_SHARE`.
+        The next length is searched for after the edge's prefill and after each verdict. A search after a
+        verdict is skipped while the last search has taken more than `SEARCH_SHARE` of the time since it began.
         """
         before = clock()
         next_search = 0.0
