@@ -259,7 +259,13 @@ def test_the_forecast_of_draft_ahead_is_exact_if_every_token_is_accepted(
     step = machines.edge.step * 1.0000137  # no verdict arrives just as a step ends, where rounding would decide
     machines = replace(machines, edge=Costs(0.0, ((1, step),)), queue=0.0)
     workload = Workload(
-        k, (1.0,), sent_with_draft=1.0, draft_ahead=ahead, is_lossless=is_lossless, bonus_guess_rate=1.0
+        k,
+        (1.0,),
+        scores_per_token=int(not is_lossless),
+        sent_with_draft=1.0,
+        draft_ahead=ahead,
+        is_lossless=is_lossless,
+        bonus_guess_rate=1.0,
     )
     trace = drafted_ahead(workload, machines, link, frozenset(), 700)
     verdicts = [(moment, event.verdict.accepted + 1) for moment, event in trace.events if isinstance(event, Verified)]
@@ -468,6 +474,14 @@ def test_at_its_break_even_points_the_loop_is_as_fast_as_the_cloud(
         assert result.slowest_drafter is not None
         assert result.largest_rtt > link.rtt
         assert result.slowest_drafter > result.edge
+
+
+def test_the_break_even_round_trip_is_exact_on_a_link_with_jitter_and_loss() -> None:
+    link = links.parse_link("rtt=40ms,jitter=30ms,loss=5%")
+    result = forecast(QUICK, link, geometric(4, 0.8))
+    assert result.largest_rtt is not None
+    far = replace(link, rtt=result.largest_rtt)
+    assert seconds_per_token(QUICK, far, geometric(4, 0.8)) == exactly(result.cloud)
 
 
 @settings(max_examples=25)

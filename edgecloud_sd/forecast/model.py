@@ -5,9 +5,9 @@ Symbols:
 - k: draft tokens per round
 - g: gate rate, the share of rounds that are escalated
 - p_i: probability that draft token i is accepted, and so all before it
-- b: tokens of the target per verification, which is 1: the correction or the bonus
+- b: tokens of the target per verification, which is 1: the correction or the bonus (1 - p_k without the bonus)
 - e: seconds of an edge step, with the scores that gate and draft stop compute
-- L: seconds on the link per verification, rtt + 8 bytes_up / up + 8 bytes_down / down
+- L: seconds on the link per verification, rtt + 8 bytes_up / up + 8 bytes_down / down, plus the smaller terms of `Link`
 - q: seconds in the cloud's queue
 - V: seconds of the cloud's forward pass
 
@@ -26,13 +26,15 @@ which may cost more than a pass over one token. V is the cost of a pass over the
 After m local rounds these are k m + 1 committed tokens and the draft. m is geometric: P(m) = g (1 - g)^m. If the mean
 number of committed tokens sent with a draft is known, V is the cost at that mean.
 
-Seconds per token are T / M. With e = c V, L = q = 0 and g = 1 this is the walltime improvement of Leviathan et al. 2023
-(theorem 3.8). The model adds the link, the queue and the gate.
+Seconds per token are T / M. Let e = c V, D = k e, L = q = 0 and g = 1. Then V M / T is the walltime improvement of
+Leviathan et al. 2023 (theorem 3.8). The model adds the link, the queue and the gate.
 
 Break-even. A baseline takes s seconds per token. The loop is as fast if T = M s. T is linear in the RTT with slope g,
 and in the edge's step with slope k. So the loop breaks even at
 
     rtt* = rtt + (M s - T) / g    and    e* = e + (M s - T) / k.
+
+Jitter, loss and draft-ahead bend the line. Bisection then finds rtt*, and with draft-ahead e* as well.
 
 Draft-ahead. While a verification is on its way, the edge drafts m = min(n, ceil(W / e)) tokens, if at most n are
 allowed. It reads the verdict after max(W, m e) seconds. If the draft is accepted whole and the first of the m tokens is
@@ -40,8 +42,9 @@ the bonus, the other m - 1 begin the next draft. The next draft of a lossless st
 output of a lossy strategy depends on where drafts end, so its next draft keeps k tokens. The surplus then begins the
 draft after it, and counts among the n.
 
-Let x_j be the probability of such a success in a round that follows j successes in a row. Rounds of kind j then have
-the weight w_j = x_0 x_1 ... x_(j-1), and M and T are the weighted means over all kinds.
+Let x_j be the probability of such a success in a round that follows j successes in a row. It is g p_k for the draft
+length k of that round, times the rate of right guesses. Rounds of kind j then have the weight
+w_j = x_0 x_1 ... x_(j-1), and M and T are the weighted means over all kinds.
 """
 
 from __future__ import annotations
@@ -99,7 +102,7 @@ class Workload:
         """Return this workload with drafts of `k` tokens.
 
         Each draft token is assumed to exceed the gate's threshold independently, so the gate rate becomes
-        1 - (1 - g)^(k'/k). The committed tokens sent with a draft keep their ratio to those of a geometric m.
+        1 - (1 - g)^(new k / old k). The mean k m of the local tokens sent keeps its ratio to that of a geometric m.
         """
         if k == self.k:
             return self
@@ -348,14 +351,14 @@ def forecast(profile: Profile, link: Link, workload: Workload) -> Forecast:
 def _break_even(profile: Profile, link: Link, workload: Workload) -> tuple[float, float]:
     """Return rtt* and e* against the cloud alone. A value of 0 or below cannot be reached."""
     cloud = cloud_seconds_per_token(profile, link)
-    if workload.draft_ahead:  # T is not linear in the RTT and the step
-        return (
-            _solve_rising(lambda rtt: seconds_per_token(profile, replace(link, rtt=rtt), workload), cloud),
-            _solve_rising(lambda step: seconds_per_token(_with_edge_step(profile, step), link, workload), cloud),
-        )
     mean = per_round(profile, link, workload)
     slack = mean.tokens * cloud - mean.seconds  # M s - T
-    return link.rtt + slack / workload.gate_rate, profile.edge.step + slack / workload.k
+    rtt, step = link.rtt + slack / workload.gate_rate, profile.edge.step + slack / workload.k
+    if workload.draft_ahead or link.jitter or link.loss:  # T is not linear in the RTT, or its slope is not g
+        rtt = _solve_rising(lambda rtt: seconds_per_token(profile, replace(link, rtt=rtt), workload), cloud)
+    if workload.draft_ahead:  # T is not linear in the step
+        step = _solve_rising(lambda step: seconds_per_token(_with_edge_step(profile, step), link, workload), cloud)
+    return rtt, step
 
 
 def _solve_rising(function: Callable[[float], float], target: float) -> float:
