@@ -1,16 +1,22 @@
-"""What a user would otherwise call: transformers' own `generate`, greedy and assisted, beside this project's modes.
+"""Compare this project's modes with transformers' own `generate`, greedy and assisted, on the same clips.
 
-Every clip is captioned in every way before the next one is, by the same loaded models on the same threads, and begins
-with another way than the one before: what the machine does meanwhile hits all alike. Timed is decoding, from a prompt
-that is there (input tensors too) to the caption's last token: both audio encoders and prefills are inside, the features
-are outside, for all ways. The bound is what the speculative caption's forward passes take alone: the same ids on the
-same cache lengths, embedding, text model and head, one after the other, with nothing between them. What precedes the
-audio is the same in every prompt: ours has computed it for the first clip, as in use, and transformers does every time.
-Drafts are of constant length, or find it: ours by `--k auto`, theirs by their default schedule.
+Compared: each clip is captioned in every way of WAYS before the next clip is. All ways share the loaded models and the
+threads of one process. Each clip begins with another way, so that a disturbance of the machine does not favour one way.
 
-transformers' assisted generation gives its assistant the audio, but as of 5.23 tells it that its first pass is none
-(`is_first_iteration=not generation_config.is_assistant`), whereupon a Qwen2.5-Omni thinker drops the audio and drafts
-unheard. So it is compared twice: as it comes, and at its best, with an assistant that is made to hear.
+Equal tokens: every way decodes greedily or losslessly, so in float32 each must write the tokens of greedy `generate`.
+Half precision can break a near-tie differently, and the table then counts the captions that differ.
+
+Timed: decoding, from a finished prompt with its input tensors to the last token. Both audio encoders and both prefills
+are inside; the features are outside, for every way. Our modes reuse the computation of the prompt's part before the
+audio after the first clip, as in normal use; transformers repeats it for each clip. Drafts have the constant length k,
+or a length that is found at run time: by `--k auto` in our mode, by the default schedule in transformers.
+
+The bound: the forward passes of the lossless caption alone, replayed with the same ids on the same cache lengths, one
+after the other, with nothing between them.
+
+Audio for the assistant: `generate` gives the audio to its assistant. Transformers 5.23 also tells the assistant that
+its first pass is a later one (`is_first_iteration=not generation_config.is_assistant`). A Qwen2.5-Omni thinker
+therefore drops the audio and drafts without it. The way `assisted_audio` mends this; `assisted` leaves it.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from bench.cases import LANGUAGE_CODES
+from bench.cases import LANGUAGE_CODES, run_pair
 from bench.tables import grid
 from edgecloud_sd.config import Settings
 from edgecloud_sd.decoder import decode
@@ -43,38 +49,52 @@ if TYPE_CHECKING:
 
     from edgecloud_sd.models.hf import HFModel
 
-BASELINE_CLIPS = 6  # at most, but where the file is named
-BASELINE_K = 4  # where the run has no strict cell of its own
+BASELINE_CLIPS = 6  # most clips of a run that does not name the file
+BASELINE_K = 4  # for a run without a lossless cell of constant k
 
 WAYS = {
     "greedy": "transformers' generate, greedy",
     "assisted": "transformers' generate, assisted, default schedule",
     "assisted_k": "transformers' generate, assisted, constant k",
-    "hearing": "the same with audio for its assistant, default schedule",
+    "assisted_audio": "transformers' generate, assisted with audio, default schedule",
     "cloud": "our cloud mode",
-    "speculative": "our speculative mode, strict",
-    "auto": "the same, --k auto",
-    "bound": "the same at k, its forward passes alone",
+    "speculative": "our speculative mode, lossless",
+    "auto": "our speculative mode, lossless, --k auto",
+    "bound": "forward passes of our speculative mode alone",
 }
-BASE_WAYS = {
+BASE_WAYS = {  # way -> heading of the speed-ups over it
     "greedy": "over greedy",
     "assisted": "over assisted",
     "assisted_k": "over assisted, k",
-    "hearing": "over hearing",
+    "assisted_audio": "over assisted, audio",
     "cloud": "over cloud mode",
 }
-OWN_WAYS = {"over": ("speculative", "our speculative mode"), "auto_over": ("auto", "our speculative mode, --k auto")}
-BASELINE_METRICS = {
-    **{name: Metric("s", "lower", f"a token, prefill included: {meaning}") for name, meaning in WAYS.items()},
-    **{
-        f"{name}_{base}": Metric("ratio", "higher", f"a token's time, {WAYS[base]} / {meaning}")
-        for name, (_, meaning) in OWN_WAYS.items()
+OWN_WAYS = {"over": "speculative", "auto_over": "auto"}  # beginning of a metric's name -> way
+
+
+def _define_metrics() -> dict[str, Metric]:
+    times = {
+        way: Metric("s", "lower", f"seconds per token, prefill included: {meaning}") for way, meaning in WAYS.items()
+    }
+    speedups = {
+        f"{name}_{base}": Metric("ratio", "higher", f"time per token of {WAYS[base]} / of {WAYS[way]}")
+        for name, way in OWN_WAYS.items()
         for base in BASE_WAYS
-    },
-    "cloud_over_greedy": Metric("ratio", "higher", f"a token's time, {WAYS['greedy']} / our cloud mode"),
-    "share_of_bound": Metric("ratio", "higher", "the forward passes alone / our speculative mode; they may overlap"),
-    "differing": Metric("captions", "lower", "unlike greedy's; where float32 promises that none is, a failure"),
-}
+    }
+    return {
+        **times,
+        **speedups,
+        "cloud_over_greedy": Metric("ratio", "higher", f"time per token of {WAYS['greedy']} / of our cloud mode"),
+        "share_of_bound": Metric(
+            "ratio", "higher", "time of the forward passes alone / of our speculative mode, in which passes may overlap"
+        ),
+        "differing": Metric(
+            "captions", "lower", "captions that are not greedy's in at least one way; a failure in float32 and float64"
+        ),
+    }
+
+
+BASELINE_METRICS = _define_metrics()
 
 
 @dataclass(frozen=True)
@@ -87,55 +107,56 @@ class BaselineCase:
 
     @property
     def strategy(self) -> Strategy:
-        """The lossless strategy at this k."""
+        """The lossless strategy with drafts of length k."""
         return Strategy("speculative", k=self.k)
 
 
 def baseline_cases(settings: Settings) -> list[BaselineCase]:
-    """What a run asks for: nothing without speculative cells, on a virtual clock or with a cloud elsewhere.
+    """Return the one case of a run, or none without speculative cells, on a virtual clock or with a cloud elsewhere.
 
-    k is that of the run's first strict cell with a fixed one; one language, the first.
+    The draft length is that of the run's first lossless cell of constant k. The language is the run's first.
     """
     if "speculative" not in settings.mode or settings.clock == "virtual" or settings.cloud_url:
         return []
-    pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
     language = settings.language[0]
     k = next(
         (s.k for s in strategies(settings) if s.is_speculative and s.is_lossless and s.k and not s.draft_stop),
         BASELINE_K,
     )
-    return [BaselineCase(f"baselines-{pair.name}-k{k}-{LANGUAGE_CODES[language]}", k, language)]
+    return [BaselineCase(f"baselines-{run_pair(settings).name}-k{k}-{LANGUAGE_CODES[language]}", k, language)]
 
 
 def is_left_out(settings: Settings) -> bool:
-    """Whether a run of the whole suite leaves it out: also for pairs of which nine captions a clip take minutes."""
-    pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
-    return pair != pairs.PAIRS["pocket"] or not baseline_cases(settings)
+    """Return whether a run of the whole suite skips this benchmark.
+
+    It skips every pair but `pocket`, because a clip in every way takes minutes with a large pair.
+    """
+    return run_pair(settings) != pairs.PAIRS["pocket"] or not baseline_cases(settings)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass of one side: `ids` fed where `held` tokens follow the prompt in its cache."""
+    """A forward pass of one side: `ids` are fed when `cached` tokens after the prompt are in its cache."""
 
     side: str
-    held: int
+    cached: int
     ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class PreparedClip:
-    """A clip with all that is made of it beforehand. `tokens` and `passes` are the speculative caption's."""
+    """A clip with its prompt, the inputs of `generate`, and the tokens and passes of its speculative caption."""
 
     request: Request
     prompt: Prompt
-    inputs: dict[str, Tensor]  # of transformers' generate
+    inputs: dict[str, Tensor]
     tokens: tuple[int, ...]
     passes: tuple[Pass, ...]
 
 
 @dataclass(frozen=True)
 class TimedCaption:
-    """A caption in one way, and its seconds."""
+    """A caption and the seconds from its prompt to its last token."""
 
     tokens: tuple[int, ...]
     seconds: float
@@ -145,19 +166,18 @@ Way = Callable[[PreparedClip], TimedCaption]
 
 
 def prepare_clip(pipeline: Pipeline, request: Request, strategy: Strategy, max_new_tokens: int) -> PreparedClip:
-    """Off the clock."""
+    """Return a clip with everything that is computed before the timing starts."""
     import torch
 
     prompt = pipeline.prompt(request, strategy.mode)
     assert prompt.features is not None
     device, dtype = pipeline.cloud_model.thinker.device, pipeline.cloud_model.thinker.dtype
     ids = torch.tensor([prompt.ids], device=device)
-    heard = torch.ones(1, prompt.features.shape[1], dtype=torch.long, device=device)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "input_features": prompt.features[None].to(device, dtype),
-        "feature_attention_mask": heard,
+        "feature_attention_mask": torch.ones(1, prompt.features.shape[1], dtype=torch.long, device=device),
     }
     return PreparedClip(request, prompt, inputs, *record_passes(pipeline, prompt, strategy, max_new_tokens))
 
@@ -165,17 +185,18 @@ def prepare_clip(pipeline: Pipeline, request: Request, strategy: Strategy, max_n
 def record_passes(
     pipeline: Pipeline, prompt: Prompt, strategy: Strategy, max_new_tokens: int
 ) -> tuple[tuple[int, ...], tuple[Pass, ...]]:
-    """The tokens of a speculative caption, and the forward passes that it takes after the prompt, in their order."""
+    """Return the tokens of a speculative caption, and its forward passes after the prefills in their order."""
     passes: list[Pass] = []
-    edge, cloud = (_Recorder(side, model, passes) for side, model in models_of(pipeline).items())
-    stopping = Stopping(pipeline.cloud_model.eos, max_new_tokens)
+    edge = _RecordingModel("edge", pipeline.edge, passes)
+    cloud = _RecordingModel("cloud", pipeline.cloud_model, passes)
+    stopping = Stopping(cloud.eos, max_new_tokens)
     events = decode(prompt, strategy, stopping, edge, LocalVerifier(cloud, strategy.rule))
     return Trace(tuple((0.0, event) for event in events)).tokens, tuple(passes)
 
 
 @dataclass(frozen=True)
-class _Recorder:
-    """A model of which every pass is noted."""
+class _RecordingModel:
+    """A model whose sessions append each forward pass to `passes`."""
 
     side: str
     model: Model
@@ -186,12 +207,12 @@ class _Recorder:
         return self.model.eos
 
     def open(self, prompt: Prompt) -> Session:
-        return _Recorded(self, self.model.open(prompt))
+        return _RecordingSession(self, self.model.open(prompt))
 
 
 @dataclass(frozen=True)
-class _Recorded:
-    recorder: _Recorder
+class _RecordingSession:
+    recorder: _RecordingModel
     session: Session
 
     @property
@@ -206,64 +227,55 @@ class _Recorded:
         self.session.truncate(length)
 
 
-def models_of(pipeline: Pipeline) -> dict[str, HFModel]:
-    """Return both models by side."""
-    return {"edge": pipeline.edge, "cloud": pipeline.cloud_model}
+def build_ways(pipeline: Pipeline, strategy: Strategy, max_new_tokens: int) -> dict[str, Way]:
+    """Return a function for each way of WAYS. The generation configs of the loaded models are not changed."""
+    edge, cloud = pipeline.edge, pipeline.cloud_model
 
+    def use_mode(strategy: Strategy) -> Way:
+        return lambda clip: time_from_prompt(pipeline.trace(clip.request, strategy, max_new_tokens))
 
-def ways(pipeline: Pipeline, strategy: Strategy, max_new_tokens: int) -> dict[str, Way]:
-    """By the names of WAYS. The models' own settings stay as they are."""
-    models = models_of(pipeline)
+    def use_generate(assistant: Any = None) -> Way:
+        return lambda clip: time_generate(cloud, clip, max_new_tokens, assistant)
 
-    def ours(way: Strategy) -> Way:
-        return lambda clip: timed(pipeline.trace(clip.request, way, max_new_tokens))
-
-    def theirs(helper: Any = None) -> Way:
-        return lambda clip: generated(pipeline.cloud_model, clip, max_new_tokens, helper)
-
-    constant: dict[str, Any] = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
-    constant["num_assistant_tokens"] = strategy.k
-    edge = pipeline.edge.thinker
-    found = {
-        "greedy": theirs(),
-        "assisted": theirs(assistant(edge)),
-        "assisted_k": theirs(assistant(edge, **constant)),
-        "hearing": theirs(hearing(assistant(edge))),
-        "cloud": ours(Strategy("cloud")),
-        "speculative": ours(strategy),
-        "auto": ours(replace(strategy, k=None)),
-        "bound": lambda clip: TimedCaption(clip.tokens, replay_passes(models, clip.prompt, clip.passes)),
+    constant_k: dict[str, object] = {
+        "num_assistant_tokens": strategy.k,
+        "num_assistant_tokens_schedule": "constant",
+        "assistant_confidence_threshold": 0.0,
     }
-    return {name: found[name] for name in WAYS}
+    ways: dict[str, Way] = {
+        "greedy": use_generate(),
+        "assisted": use_generate(build_assistant(edge.thinker)),
+        "assisted_k": use_generate(build_assistant(edge.thinker, **constant_k)),
+        "assisted_audio": use_generate(keep_audio(build_assistant(edge.thinker))),
+        "cloud": use_mode(Strategy("cloud")),
+        "speculative": use_mode(strategy),
+        "auto": use_mode(replace(strategy, k=None)),
+        "bound": lambda clip: TimedCaption(
+            clip.tokens, replay_passes({"edge": edge, "cloud": cloud}, clip.prompt, clip.passes)
+        ),
+    }
+    return {way: ways[way] for way in WAYS}
 
 
-def timed(trace: Trace) -> TimedCaption:
-    """A caption of ours, from its prompt on."""
+def time_from_prompt(trace: Trace) -> TimedCaption:
+    """Return the caption of a trace without the seconds of its features."""
     return TimedCaption(trace.tokens, trace.seconds - (metrics.feature_seconds(trace) or 0.0))
 
 
-def settle(model: HFModel) -> Callable[[], None]:
-    """A function to wait by until a model's GPU, where it is on one, has done what it was told to."""
-    import torch
-
-    device = model.thinker.device
-    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-
-
-def generated(model: HFModel, clip: PreparedClip, max_new_tokens: int, helper: Any = None) -> TimedCaption:
-    """A caption by transformers, helped by an `assistant` where there is one."""
+def time_generate(model: HFModel, clip: PreparedClip, max_new_tokens: int, assistant: Any = None) -> TimedCaption:
+    """Return the caption of transformers' `generate`, assisted if an assistant is given."""
     import torch
 
     eos = sorted(model.eos)
-    helped = {"assistant_model": helper} if helper is not None else {}
+    options = {} if assistant is None else {"assistant_model": assistant}
     with torch.inference_mode():
         start = real()
         output = model.thinker.generate(
             **clip.inputs,
-            **helped,
+            **options,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            repetition_penalty=1.0,  # whatever the checkpoint says: ours has none
+            repetition_penalty=1.0,  # a checkpoint may set another penalty, and our modes have none
             eos_token_id=eos,
             pad_token_id=eos[0],
         )
@@ -271,119 +283,130 @@ def generated(model: HFModel, clip: PreparedClip, max_new_tokens: int, helper: A
         return TimedCaption(tokens, real() - start)
 
 
-def assistant(thinker: Any, **schedule: object) -> Any:
-    """A thinker, on the same weights, with `schedule` in a generation config of its own."""
-    made = copy.copy(thinker)
-    made.generation_config = copy.deepcopy(thinker.generation_config)
-    made.generation_config.update(**schedule)
-    return made
+def build_assistant(thinker: Any, **schedule: object) -> Any:
+    """Return a thinker on the same weights with its own generation config, changed by `schedule`."""
+    assistant = copy.copy(thinker)
+    assistant.generation_config = copy.deepcopy(thinker.generation_config)
+    assistant.generation_config.update(**schedule)
+    return assistant
 
 
-def hearing(assistant: Any) -> Any:
-    """An assistant, on the same weights, that is not told that its first pass is none."""
-    made = copy.copy(assistant)
+def keep_audio(assistant: Any) -> Any:
+    """Return an assistant on the same weights that encodes the audio in its first pass (see the module's text)."""
+    with_audio = copy.copy(assistant)
     prepare = assistant.prepare_inputs_for_generation
 
     @functools.wraps(prepare)  # transformers reads its signature
-    def heard(
-        *given: Any,
+    def prepare_with_audio(
+        *args: Any,
         past_key_values: Any = None,
         is_first_iteration: bool = False,
         input_features: Any = None,
-        **named: Any,
+        **options: Any,
     ) -> Any:
         return prepare(
-            *given,
+            *args,
             past_key_values=past_key_values,
             is_first_iteration=is_first_iteration or not past_key_values.get_seq_length(),
             input_features=None if input_features is None else input_features.to(assistant.dtype),
-            **named,
+            **options,
         )
 
-    made.prepare_inputs_for_generation = heard
-    return made
+    with_audio.prepare_inputs_for_generation = prepare_with_audio
+    return with_audio
 
 
 def replay_passes(models: Mapping[str, HFModel], prompt: Prompt, passes: Sequence[Pass]) -> float:
-    """s that both prefills and the passes take alone."""
+    """Return the seconds of both prefills and of the passes alone. `models` has both sides by name."""
     import torch
 
-    fed = [(each.side, each.held, torch.tensor(each.ids, device=models[each.side].thinker.device)) for each in passes]
-    settled = [settle(model) for model in models.values()]
+    inputs = [torch.tensor(step.ids, device=models[step.side].thinker.device) for step in passes]
     with torch.inference_mode():
         start = real()
         caches = {side: model.prefill(prompt) for side, model in models.items()}
-        prompts = {side: cache.length for side, cache in caches.items()}
-        for side, held, ids in fed:
-            caches[side].length = prompts[side] + held
-            models[side].logits(ids, caches[side])
-        for wait in settled:
-            wait()
+        prompt_lengths = {side: cache.length for side, cache in caches.items()}
+        for step, ids in zip(passes, inputs, strict=True):
+            caches[step.side].length = prompt_lengths[step.side] + step.cached
+            models[step.side].logits(ids, caches[step.side])
+        for model in models.values():
+            _wait_for_device(model)
         return real() - start
 
 
-def turns(number: int) -> list[str]:
-    """The ways in the order in which clip `number` takes them: each is the first in its turn."""
+def _wait_for_device(model: HFModel) -> None:
+    """Wait until a GPU has finished all queued work. Work on a CPU is already finished."""
+    import torch
+
+    if model.thinker.device.type == "cuda":
+        torch.cuda.synchronize(model.thinker.device)
+
+
+def order_ways(number: int) -> list[str]:
+    """Return the ways in the order for clip `number`: each way is the first in turn."""
     names = list(WAYS)
-    return [*names[number % len(names) :], *names[: number % len(names)]]
+    first = number % len(names)
+    return [*names[first:], *names[:first]]
 
 
-def differing(captions: Mapping[str, TimedCaption]) -> list[str]:
-    """The ways in which one clip's caption is another than transformers' greedy one."""
-    return [way for way, timed in captions.items() if timed.tokens != captions["greedy"].tokens]
+def list_differing_ways(captions: Mapping[str, TimedCaption]) -> list[str]:
+    """Return the ways whose caption of one clip is not that of transformers' greedy `generate`."""
+    return [way for way, caption in captions.items() if caption.tokens != captions["greedy"].tokens]
 
 
 def way_seconds_per_token(clips: Sequence[Mapping[str, TimedCaption]], way: str) -> float:
-    """Seconds a token, summed over the clips."""
+    """Return the seconds per token: summed seconds / summed tokens over the clips."""
     return sum(clip[way].seconds for clip in clips) / sum(len(clip[way].tokens) for clip in clips)
 
 
 def way_speedup(clips: Sequence[Mapping[str, TimedCaption]], base: str, way: str) -> Interval:
-    """Pace of `base` / pace of `way`, with its interval. ValueError for no clips."""
-    both = ([(len(clip[each].tokens), clip[each].seconds) for clip in clips] for each in (base, way))
-    found = intervals.length_matched_speedup(*both)
-    if found is None:
+    """Return the time per token of `base` / of `way`, with its interval. Raise ValueError for no clips."""
+    base_captions, captions = ([(len(clip[name].tokens), clip[name].seconds) for clip in clips] for name in (base, way))
+    speedup = intervals.length_matched_speedup(base_captions, captions)
+    if speedup is None:
         raise ValueError("no clips to compare on")
-    return found
+    return speedup
 
 
 def way_ratios(clips: Sequence[Mapping[str, TimedCaption]]) -> dict[str, Interval]:
-    """Those of FIGURES that have an interval, by name."""
+    """Return the metrics of BASELINE_METRICS that are ratios, by name, with their intervals."""
+    speedups = {f"{name}_{base}": way_speedup(clips, base, way) for name, way in OWN_WAYS.items() for base in BASE_WAYS}
     return {
-        **{
-            f"{name}_{base}": way_speedup(clips, base, way) for name, (way, _) in OWN_WAYS.items() for base in BASE_WAYS
-        },
+        **speedups,
         "cloud_over_greedy": way_speedup(clips, "greedy", "cloud"),
         "share_of_bound": way_speedup(clips, "bound", "speculative"),
     }
 
 
 def baseline_metrics(clips: Sequence[Mapping[str, TimedCaption]]) -> dict[str, float]:
-    """By the names of FIGURES. ValueError for no clips."""
-    found = {
+    """Return the value of each metric of BASELINE_METRICS. Raise ValueError for no clips."""
+    values = {
         **{name: interval.value for name, interval in way_ratios(clips).items()},
         **{way: way_seconds_per_token(clips, way) for way in WAYS},
-        "differing": float(sum(bool(differing(clip)) for clip in clips)),
+        "differing": float(_count_differing(clips)),
     }
-    return {name: found[name] for name in BASELINE_METRICS}
+    return {name: values[name] for name in BASELINE_METRICS}
+
+
+def _count_differing(clips: Sequence[Mapping[str, TimedCaption]]) -> int:
+    return sum(bool(list_differing_ways(clip)) for clip in clips)
 
 
 def render_baselines(runs: Mapping[str, Sequence[Mapping[str, TimedCaption]]]) -> str:
-    """A row a way with its ratios and their 95 % intervals, and what is no forward pass, for each run."""
-    return "\n\n".join("\n".join(_lines(name, clips)) for name, clips in runs.items())
+    """Return a table per run: one row per way, with its speed-ups and their 95 % intervals."""
+    return "\n\n".join("\n".join(_render_run(name, clips)) for name, clips in runs.items())
 
 
-def _lines(name: str, clips: Sequence[Mapping[str, TimedCaption]]) -> Iterator[str]:
+def _render_run(name: str, clips: Sequence[Mapping[str, TimedCaption]]) -> Iterator[str]:
     rows = [
         [
             meaning,
             format(1e3 * way_seconds_per_token(clips, way), ".2f"),
             *("-" if way == base else str(way_speedup(clips, base, way)) for base in BASE_WAYS),
-            way_speedup(clips, "bound", way).shown(".0%") if way == "speculative" else "-",  # of the same passes
+            way_speedup(clips, "bound", way).shown(".0%") if way == "speculative" else "-",  # its passes were recorded
         ]
         for way, meaning in WAYS.items()
     ]
-    headings = [f"{name}, {len(clips)} clips", "ms a token", *BASE_WAYS.values(), "share of the bound"]
+    headings = [f"{name}, {len(clips)} clips", "ms per token", *BASE_WAYS.values(), "share of bound"]
     yield grid(rows, headings)
-    if others := sum(bool(differing(clip)) for clip in clips):
-        yield f"- {others} captions are not the same in every way, as half precision allows"
+    if differing := _count_differing(clips):
+        yield f"- {differing} captions are not the same in every way, because half precision can break near-ties"

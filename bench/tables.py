@@ -1,4 +1,4 @@
-"""The tables that a run prints, the description of a case, and the names of the results files."""
+"""The tables that a run prints at its end, the description of a case, and the names of the results files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgecloud_sd.pipeline import Pipeline
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.profile import Profile
 
-# heading -> name in summary.METRICS, format, factor
+# heading -> name in summary.METRICS, format, factor from the metric's unit to the heading's
 SUMMARY_COLUMNS: dict[str, tuple[str, str, float]] = {
     "TTFT ms": ("ttft", ".1f", 1e3),
     "OTPS": ("otps", ".1f", 1),
@@ -85,87 +85,86 @@ def output_promise(strategy: Strategy, cloud_dtype: str) -> str | None:
     return "lossless" if strategy.mode == "cloud" or cloud_dtype in LOSSLESS_DTYPES else "near-lossless"
 
 
-def render_summaries(rows: Mapping[str, Summary]) -> str:
-    """Return one row per cell, then the reason for each dash."""
-    lines = []
-    for name, summary in rows.items():
-        line = [name, str(summary.clips)]
-        for figure, form, factor in SUMMARY_COLUMNS.values():
-            value = summary.figures[figure]
-            line.append("-" if value is None else format(value * factor, form))
-        lines.append(line)
-    return "\n".join([grid(lines, ["case", "clips", *SUMMARY_COLUMNS]), *_dashes(rows), *_cloud_notes(rows)])
+def render_summaries(summaries: Mapping[str, Summary]) -> str:
+    """Return a table with one row per case, and below it the reason for each dash."""
+    rows = []
+    for case, summary in summaries.items():
+        values = [(summary.figures[metric], form, factor) for metric, form, factor in SUMMARY_COLUMNS.values()]
+        cells = ["-" if value is None else format(value * factor, form) for value, form, factor in values]
+        rows.append([case, str(summary.clips), *cells])
+    table = grid(rows, ["case", "clips", *SUMMARY_COLUMNS])
+    return "\n".join([table, *_reasons(summaries), *_cloud_notes(summaries)])
 
 
-def render_breakdowns(rows: Mapping[str, Summary]) -> str:
-    """Return the latency breakdown of each cell in ms per caption, and its closure."""
-    used = [part for part in PARTS if any(summary.breakdown.parts[part] for summary in rows.values())]
-    beside = {"discarded draft": "discarded"}
-    if any(summary.breakdown.hidden for summary in rows.values()):
-        beside |= {"round trip exposed": "exposed", "hidden": "hidden"}
-    lines = [
-        [name]
-        + [format(1e3 * summary.breakdown.parts[part], ".1f") for part in used]
-        + [format(1e3 * getattr(summary.breakdown, field), ".1f") for field in beside.values()]
-        + [
-            "-" if summary.closure_median is None else f"{summary.closure_median:.2%}",
-            "-" if summary.closure_worst is None else f"{summary.closure_worst:.2%}",
-        ]
-        for name, summary in rows.items()
-    ]
-    headings = [part.replace("_", " ") for part in used]
-    return grid(lines, ["ms per caption", *headings, *beside, "sum / wall", "worst clip"])
+def render_breakdowns(summaries: Mapping[str, Summary]) -> str:
+    """Return the latency breakdown of each case in ms per caption, and its closure (sum of the parts / wall time)."""
+    breakdowns = [summary.breakdown for summary in summaries.values()]
+    parts = [part for part in PARTS if any(breakdown.parts[part] for breakdown in breakdowns)]
+    attributes = {"discarded draft": "discarded"}
+    if any(breakdown.hidden for breakdown in breakdowns):
+        attributes |= {"round trip exposed": "exposed", "hidden": "hidden"}
+    rows = []
+    for case, summary in summaries.items():
+        seconds = [summary.breakdown.parts[part] for part in parts]
+        seconds += [getattr(summary.breakdown, attribute) for attribute in attributes.values()]
+        closures = (summary.closure_median, summary.closure_worst)
+        rows.append(
+            [case]
+            + [format(1e3 * value, ".1f") for value in seconds]
+            + ["-" if closure is None else f"{closure:.2%}" for closure in closures]
+        )
+    headings = [part.replace("_", " ") for part in parts]
+    return grid(rows, ["ms per caption", *headings, *attributes, "sum / wall", "worst clip"])
 
 
-def render_speedups(cells: Mapping[str, Document]) -> str:
-    """Return the speed-ups of each speculative cell over modes edge and cloud, or an empty text without these modes."""
-    lines = []
-    for name, ours in cells.items():
-        if ours["experiment_config"]["strategy"]["mode"] != "speculative":
+def render_speedups(documents: Mapping[str, Document]) -> str:
+    """Return the speed-ups of each speculative case over modes edge and cloud, or an empty text without these modes."""
+    rows = []
+    for case, document in documents.items():
+        if document["experiment_config"]["strategy"]["mode"] != "speculative":
             continue
-        columns = []
+        cells = []
         for mode in ("edge", "cloud"):
-            base = comparison.find_baseline(ours, mode, cells.values())
-            for by in (comparison.caption_speedup, comparison.token_speedup):
-                columns.append(_text(by(base, ours) if base else None))
-        if set(columns) != {"-"}:
-            lines.append([name, *columns])
-    headings = ["speed-up", "over edge", "per token", "over cloud", "per token"]
-    return grid(lines, headings) if lines else ""
+            base = comparison.find_baseline(document, mode, documents.values())
+            for speedup in (comparison.caption_speedup, comparison.token_speedup):
+                cells.append(_text(speedup(base, document) if base else None))
+        if set(cells) != {"-"}:
+            rows.append([case, *cells])
+    return grid(rows, ["speed-up", "over edge", "per token", "over cloud", "per token"]) if rows else ""
 
 
 def _text(value: object | None) -> str:
     return "-" if value is None else str(value)
 
 
-def grid(lines: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
-    """Return a table for a terminal: the first column to the left, the others to the right."""
-    return tabulate(lines, headings, disable_numparse=True, colalign=["left"] + ["right"] * (len(headings) - 1))
+def grid(rows: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
+    """Return a table for a terminal. The first column is aligned left, the others right."""
+    return tabulate(rows, headings, disable_numparse=True, colalign=["left"] + ["right"] * (len(headings) - 1))
 
 
-def _cloud_notes(rows: Mapping[str, Summary]) -> list[str]:
-    """Return a line for each cell in which the link or the cloud was unusual."""
+def _cloud_notes(summaries: Mapping[str, Summary]) -> list[str]:
+    """Return a line for each case in which some captions were never sent, had cloud faults or were degraded."""
     notes = {
         "never_sent": "{:.0%} of the captions were never sent to the cloud",
         "cloud_faults": "{:.2f} attempts to reach the cloud failed per caption",
         "degraded": "{:.0%} of the captions were finished by the edge alone, because the cloud failed",
     }
     return [
-        f"- {name}: {text.format(value)}"
-        for name, summary in rows.items()
-        for figure, text in notes.items()
-        if (value := summary.figures[figure])
+        f"- {case}: {note.format(value)}"
+        for case, summary in summaries.items()
+        for metric, note in notes.items()
+        if (value := summary.figures[metric])
     ]
 
 
-def _dashes(rows: Mapping[str, Summary]) -> list[str]:
-    """Return a line with the metrics that are null for each reason."""
-    headings = {figure: heading for heading, (figure, _, _) in SUMMARY_COLUMNS.items()}
-    reasons: dict[str, list[str]] = {}
-    for summary in rows.values():
-        for figure, reason in summary.reasons.items():
-            if figure in headings and summary.figures[figure] is None:
-                names = reasons.setdefault(reason, [])
-                if headings[figure] not in names:
-                    names.append(headings[figure])
-    return [f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+def _reasons(summaries: Mapping[str, Summary]) -> list[str]:
+    """Return a line per reason for null metrics, with the headings of their columns."""
+    headings = {metric: heading for heading, (metric, _, _) in SUMMARY_COLUMNS.items()}
+    by_reason: dict[str, list[str]] = {}
+    for summary in summaries.values():
+        for metric, reason in summary.reasons.items():
+            if metric in headings and summary.figures[metric] is None:
+                columns = by_reason.setdefault(reason, [])
+                if headings[metric] not in columns:
+                    columns.append(headings[metric])
+    return [f"- {', '.join(columns)}: {reason}" for reason, columns in by_reason.items()]

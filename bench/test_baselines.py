@@ -1,11 +1,13 @@
-"""The captions that transformers' own `generate` writes, by ours and by its ways, clip by clip: what each way costs.
+"""Caption the same clips with transformers' own `generate` and with our modes, and record the cost of each way.
 
-`bench.baselines` says what is measured, and for which runs. Every way must write the same tokens.
+`bench.baselines` defines the ways, the timing, and the runs that have this benchmark. Every way must write the same
+tokens in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -16,25 +18,28 @@ from bench.baselines import (
     BaselineCase,
     PreparedClip,
     TimedCaption,
+    Way,
     baseline_cases,
     baseline_metrics,
-    differing,
+    build_ways,
+    list_differing_ways,
+    order_ways,
     prepare_clip,
-    turns,
     way_ratios,
-    ways,
 )
 from bench.cases import SETTINGS
 from bench.session import DataSet, Progress, errors_in_one_line, outcomes
 from edgecloud_sd.config import Settings
+from edgecloud_sd.data.dataset import Clip
 from edgecloud_sd.models.devices import LOSSLESS_DTYPES
 from edgecloud_sd.pipeline import Pipeline
 from edgecloud_sd.timing.clock import VirtualClock, garbage_collector_frozen
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    made = baseline_cases(metafunc.config.stash[SETTINGS])
-    metafunc.parametrize("baseline", made, ids=[each.id for each in made])
+    """Make the benchmark of this run, if it has one."""
+    cases = baseline_cases(metafunc.config.stash[SETTINGS])
+    metafunc.parametrize("baseline", cases, ids=[case.id for case in cases])
 
 
 def test_baselines(
@@ -47,44 +52,60 @@ def test_baselines(
     progress: Callable[[int, str], Progress],
     pytestconfig: pytest.Config,
 ) -> None:
-    chosen = data(baseline.language)
-    named = pytestconfig.args_source is pytest.Config.ArgsSource.ARGS
+    """Caption each clip in every way. The benchmark's own row is the speculative mode."""
+    data_set = data(baseline.language)
+    is_file_named = pytestconfig.args_source is pytest.Config.ArgsSource.ARGS
+    clips = data_set.clips if is_file_named else data_set.clips[:BASELINE_CLIPS]
     with errors_in_one_line():
         pipeline.prepare("speculative")
-        heard = chosen.clips if named else chosen.clips[:BASELINE_CLIPS]
-        clips = [
-            prepare_clip(pipeline, chosen.request(clip), baseline.strategy, settings.max_new_tokens) for clip in heard
+        prepared = [
+            prepare_clip(pipeline, data_set.request(clip), baseline.strategy, settings.max_new_tokens) for clip in clips
         ]
-    exact = pipeline.cloud.identity.dtype in LOSSLESS_DTYPES
-    found = ways(pipeline, baseline.strategy, settings.max_new_tokens)
+    is_lossless = pipeline.cloud.identity.dtype in LOSSLESS_DTYPES
+    ways = build_ways(pipeline, baseline.strategy, settings.max_new_tokens)
     bar = progress(len(clips), baseline.id)
-    done: list[dict[str, TimedCaption]] = []
+    captions: list[dict[str, TimedCaption]] = []
 
-    def one(clip: PreparedClip, number: int) -> dict[str, TimedCaption]:
-        captions = {way: found[way](clip) for way in turns(number)}
-        if exact and (others := differing(captions)):
-            name = chosen.clips[number].file_id
-            said = ", ".join(WAYS[way] for way in others)
-            pytest.fail(f"{name}: not the tokens of transformers' greedy generate: {said}", pytrace=False)
-        return captions
+    def caption(number: int) -> None:
+        captions.append(caption_in_every_way(ways, clips[number], prepared[number], number, is_lossless))
+        run_clock.advance(captions[-1]["speculative"].seconds)
 
-    def timed(clip: PreparedClip, number: int) -> None:
-        done.append(one(clip, number))
-        run_clock.advance(done[-1]["speculative"].seconds)
-
-    one(clips[0], 0)  # whatever is done once is done now
-    waiting = iter([(clip, number) for number, clip in enumerate(clips)])
-    benchmark.group = "beside transformers"
+    caption_in_every_way(ways, clips[0], prepared[0], 0, is_lossless)  # warm-up
+    numbers = iter(range(len(clips)))
+    benchmark.group = "compared with transformers"
     with garbage_collector_frozen():
         benchmark.pedantic(
-            timed, setup=lambda: (next(waiting), {}), teardown=lambda *_: bar.advance(), rounds=len(clips), iterations=1
+            caption,
+            setup=lambda: ((next(numbers),), {}),
+            teardown=lambda *_: bar.advance(),
+            rounds=len(clips),
+            iterations=1,
         )
-    benchmark.extra_info["baselines"] = {
-        "figures": baseline_metrics(done),
-        "intervals": {name: [each.low, each.high] for name, each in way_ratios(done).items()},
-        "clips": [clip.file_id for clip in heard],
-        "tokens": [len(each["speculative"].tokens) for each in done],
-        "seconds": {way: [each[way].seconds for each in done] for way in WAYS},
+    benchmark.extra_info["baselines"] = describe_baselines(baseline, clips, captions, settings)
+    outcomes(pytestconfig).baselines[baseline.id] = captions
+
+
+def caption_in_every_way(
+    ways: dict[str, Way], clip: Clip, prepared: PreparedClip, number: int, is_lossless: bool
+) -> dict[str, TimedCaption]:
+    """Return a clip's caption in every way. Fail with one line if a lossless run has a different caption."""
+    captions = {way: ways[way](prepared) for way in order_ways(number)}
+    if is_lossless and (differing := list_differing_ways(captions)):
+        names = ", ".join(WAYS[way] for way in differing)
+        pytest.fail(f"{clip.file_id}: not the tokens of transformers' greedy generate: {names}", pytrace=False)
+    return captions
+
+
+def describe_baselines(
+    baseline: BaselineCase, clips: Sequence[Clip], captions: Sequence[dict[str, TimedCaption]], settings: Settings
+) -> dict[str, Any]:
+    """Return the metrics, the seconds per clip and the conditions, as they are saved in `extra_info`."""
+    return {
+        "figures": baseline_metrics(captions),
+        "intervals": {name: [interval.low, interval.high] for name, interval in way_ratios(captions).items()},
+        "clips": [clip.file_id for clip in clips],
+        "tokens": [len(caption["speculative"].tokens) for caption in captions],
+        "seconds": {way: [caption[way].seconds for caption in captions] for way in WAYS},
         "ways": WAYS,
         "k": baseline.k,
         "rule": baseline.strategy.rule.label,
@@ -92,4 +113,3 @@ def test_baselines(
         "prompt_type": settings.prompt_type,
         "max_new_tokens": settings.max_new_tokens,
     }
-    outcomes(pytestconfig).baselines[baseline.id] = done
