@@ -1,4 +1,4 @@
-"""The grid and its ids."""
+"""The cases of a grid and their ids."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from edgecloud_sd.timing import profile
 
 
 def ids(**options: str) -> list[str]:
-    given = {name.replace("_", "-"): value for name, value in options.items()}
-    return [case.id for case in cases.cases(config.resolve(given))]
+    values = {name.replace("_", "-"): value for name, value in options.items()}
+    return [case.id for case in cases.cases(config.resolve(values))]
 
 
-def test_modes_without_a_threshold_appear_once() -> None:
+def test_modes_edge_and_cloud_appear_once_in_a_grid_of_thresholds() -> None:
     assert ids(mode="edge,cloud", entropy_threshold="1,2", k="3,5") == ["edge-pocket-zh", "cloud-pocket-zh"]
 
 
@@ -27,21 +27,21 @@ def test_a_grid_is_every_combination_in_order() -> None:
     ]
 
 
-def test_what_is_the_same_cell_is_made_once() -> None:
-    found = ids(mode="speculative", gate="always,entropy", entropy_threshold="0,-1", rule="greedy,rank", rank="1,20")
-    assert found == ["speculative-pocket-always-k3-greedy-zh", "speculative-pocket-always-k3-rank20-zh"]
+def test_equivalent_cells_are_one_case() -> None:
+    grid = ids(mode="speculative", gate="always,entropy", entropy_threshold="0,-1", rule="greedy,rank", rank="1,20")
+    assert grid == ["speculative-pocket-always-k3-greedy-zh", "speculative-pocket-always-k3-rank20-zh"]
 
 
-def test_a_synthetic_rule_stands_in_the_id_as_a_file_name_can_hold_it_and_is_lossy() -> None:
-    found = cases.cases(
+def test_the_id_of_a_synthetic_rule_fits_a_file_name_and_its_output_is_lossy() -> None:
+    grid = cases.cases(
         config.resolve({"mode": "speculative", "gate": "always", "rule": "synthetic(0.9/0.8),greedy,synthetic(1)"})
     )
-    assert [case.id for case in found] == [
+    assert [case.id for case in grid] == [
         "speculative-pocket-always-k3-synthetic0.9_0.8-zh",
         "speculative-pocket-always-k3-greedy-zh",
         "speculative-pocket-always-k3-synthetic1-zh",
     ]
-    assert [tables.output_promise(case.strategy, "float32") for case in found] == ["lossy", "lossless", "lossy"]
+    assert [tables.output_promise(case.strategy, "float32") for case in grid] == ["lossy", "lossless", "lossy"]
 
 
 def test_mode_lossless_verifies_every_draft_greedily_whatever_the_gate_and_the_rule_are() -> None:
@@ -56,12 +56,12 @@ def test_mode_lossless_verifies_every_draft_greedily_whatever_the_gate_and_the_r
     assert ids(mode="lossless,speculative", gate="always", rule="greedy") == ["speculative-pocket-always-k3-greedy-zh"]
 
 
-def test_own_models_stand_in_the_id_without_their_folders(tmp_path: Path) -> None:
-    found = ids(mode="cloud", edge_model="Qwen/Qwen2.5-Omni-3B", cloud_model=str(tmp_path / "mine"))
-    assert found == ["cloud-Qwen2.5-Omni-3B+mine-zh"]
+def test_own_models_are_in_the_id_without_their_folders(tmp_path: Path) -> None:
+    grid = ids(mode="cloud", edge_model="Qwen/Qwen2.5-Omni-3B", cloud_model=str(tmp_path / "mine"))
+    assert grid == ["cloud-Qwen2.5-Omni-3B+mine-zh"]
 
 
-def test_links_and_the_virtual_clock_stand_in_the_id_and_edge_mode_has_no_link() -> None:
+def test_links_and_the_virtual_clock_are_in_the_id_and_mode_edge_has_no_link() -> None:
     assert ids(mode="edge,cloud,speculative", clock="virtual", profile="phone-npu", link="none,4g", gate="always") == [
         "edge-pocket-virtual-phone-npu-zh",
         "cloud-pocket-virtual-phone-npu-zh",
@@ -71,7 +71,7 @@ def test_links_and_the_virtual_clock_stand_in_the_id_and_edge_mode_has_no_link()
     ]
 
 
-def test_an_own_profile_stands_in_the_id_without_its_folder(tmp_path: Path) -> None:
+def test_an_own_profile_is_in_the_id_without_its_folder(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     profile.save_profile(profile.load_profile("published"), file)
     assert ids(mode="edge", clock="virtual", profile=str(file)) == ["edge-pocket-virtual-mine-zh"]

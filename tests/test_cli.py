@@ -1,4 +1,4 @@
-"""`python -m edgecloud_sd caption`, `python -m edgecloud_sd.pocket`: what a person types and sees."""
+"""The commands `python -m edgecloud_sd caption` and `python -m edgecloud_sd.pocket`: their arguments and output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def wav(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_caption_is_streamed_and_summed_up(
+def test_the_caption_is_printed_and_its_counts_follow(
     wav: Path, pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["caption", str(wav), "--gate", "always", "--rule", "greedy", "--k", "4"])
@@ -37,7 +37,7 @@ def test_the_caption_is_streamed_and_summed_up(
     assert re.search(r"^\d+ tokens \(\d+ accepted, .*\), \d+ cloud calls in \d+ rounds, [\d.]+ s$", printed.err, re.M)
 
 
-def test_the_readmes_example_runs(
+def test_the_example_in_the_readme_runs(
     wav: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -50,7 +50,7 @@ def test_the_readmes_example_runs(
 
 def test_each_token_has_the_colour_of_its_origin(capsys: pytest.CaptureFixture[str]) -> None:
     events: list[Event] = [Committed((1, 2), "local"), Committed((3,), "correction"), Finished("eos")]
-    # token 2 is the first half of what token 3 completes
+    # token 2 is the first half of a character, and token 3 the second
     text = {(1,): "a", (1, 2): "a\ufffd", (1, 2, 3): "a。"}
     print_caption(iter(events), lambda ids: text[tuple(ids)], is_coloured=True)
     printed = capsys.readouterr()
@@ -59,7 +59,7 @@ def test_each_token_has_the_colour_of_its_origin(capsys: pytest.CaptureFixture[s
     assert "bonus" not in printed.err
 
 
-def test_text_that_never_becomes_a_character_is_shown_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_incomplete_character_is_printed_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     print_caption(iter([Committed((1,), "cloud"), Finished("length")]), lambda ids: "a\ufffd", is_coloured=False)
     assert capsys.readouterr().out == "a\ufffd\n"
 
@@ -75,7 +75,7 @@ def test_text_that_never_becomes_a_character_is_shown_at_the_end(capsys: pytest.
         (["clip.wav", "--edge-model", "nobody/nothing"], "checkpoint 'nobody/nothing' cannot be loaded"),
     ],
 )
-def test_bad_input_is_one_clear_line(
+def test_a_bad_option_ends_with_one_line(
     wav: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
     monkeypatch.chdir(wav.parent)
@@ -97,13 +97,13 @@ def test_evaluating_too_few_clips_is_refused(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
-def test_what_only_the_server_needs_is_not_needed_to_caption() -> None:
+def test_captioning_imports_no_library_of_the_server() -> None:
     server = ("fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic")
     code = f"import sys; sys.modules.update(dict.fromkeys({server})); import edgecloud_sd.__main__"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_caption_that_the_edge_had_to_finish_says_so() -> None:
+def test_the_summary_names_the_fault_after_which_the_edge_finished_alone() -> None:
     trace = Trace(((0.1, Degraded("the cloud failed once")), (0.2, Committed((1,), "local")), (0.2, Finished("eos"))))
     assert (
         summary_line(trace) == "1 tokens (1 local), 0.200 s, degraded, the edge finished alone: the cloud failed once"

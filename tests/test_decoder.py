@@ -26,38 +26,38 @@ def run(scene: Scene, strategy: Strategy) -> Trace:
     return stamp(decode(scene.prompt, strategy, scene.stopping, scene.edge, verifier))
 
 
-def greedy(model: ToyModel, prompt: Prompt, stopping: Stopping) -> tuple[int, ...]:
-    """Decode greedily without any cache, as the reference."""
+def decode_greedily(model: ToyModel, prompt: Prompt, stopping: Stopping) -> tuple[int, ...]:
+    """Return the greedy output of a model without a cache, as the reference."""
     output: list[int] = []
     while stopping.reason(output) is None:
         output.append(int(model.logits([*prompt.ids, *output]).argmax()))
     return tuple(output)
 
 
-def committed(trace: Trace) -> list[Committed]:
+def commits(trace: Trace) -> list[Committed]:
     return [event for _, event in trace.events if isinstance(event, Committed)]
 
 
 @given(scenes(), ks)
 def test_lossless_output_equals_cloud_greedy_output(scene: Scene, k: int) -> None:
-    assert run(scene, speculative(k)).tokens == greedy(scene.cloud, scene.prompt, scene.stopping)
+    assert run(scene, speculative(k)).tokens == decode_greedily(scene.cloud, scene.prompt, scene.stopping)
 
 
 @given(scenes())
 def test_cloud_mode_is_greedy(scene: Scene) -> None:
-    assert run(scene, Strategy("cloud")).tokens == greedy(scene.cloud, scene.prompt, scene.stopping)
+    assert run(scene, Strategy("cloud")).tokens == decode_greedily(scene.cloud, scene.prompt, scene.stopping)
 
 
 @given(scenes())
 def test_edge_mode_is_greedy_and_opens_no_cloud(scene: Scene) -> None:
     trace = stamp(decode(scene.prompt, Strategy("edge"), scene.stopping, scene.edge))
-    assert trace.tokens == greedy(scene.edge, scene.prompt, scene.stopping)
+    assert trace.tokens == decode_greedily(scene.edge, scene.prompt, scene.stopping)
     assert [event.side for _, event in trace.events if isinstance(event, Opened)] == ["edge"]
 
 
 @given(scenes(), ks)
 def test_gate_never_gives_the_output_of_mode_edge(scene: Scene, k: int) -> None:
-    assert run(scene, speculative(k, gate.NEVER)).tokens == greedy(scene.edge, scene.prompt, scene.stopping)
+    assert run(scene, speculative(k, gate.NEVER)).tokens == decode_greedily(scene.edge, scene.prompt, scene.stopping)
 
 
 @given(scenes(), ks)
@@ -69,7 +69,9 @@ def test_every_token_of_a_perfect_drafter_is_accepted(scene: Scene, k: int) -> N
 
 
 @given(scenes(), ks, gates, ranks)
-def test_tokens_are_conserved(scene: Scene, k: int, chosen: gate.Gate, rule: Rank) -> None:
+def test_every_draft_token_and_every_committed_token_has_one_origin(
+    scene: Scene, k: int, chosen: gate.Gate, rule: Rank
+) -> None:
     trace = run(scene, speculative(k, chosen, rule))
     counts = metrics.counts(trace)
     assert len(trace.tokens) == counts.local + counts.accepted + counts.correction + counts.bonus
@@ -105,7 +107,7 @@ def test_every_accepted_token_has_at_most_the_rank_of_the_rule(
     scene: Scene, k: int, chosen: gate.Gate, rule: Rank
 ) -> None:
     context = list(scene.prompt.ids)
-    for event in committed(run(scene, speculative(k, chosen, rule))):
+    for event in commits(run(scene, speculative(k, chosen, rule))):
         for token in event.tokens:
             rank = probs.rank(scene.cloud.logits(context), token)
             if event.origin == "accepted":
@@ -117,8 +119,8 @@ def test_every_accepted_token_has_at_most_the_rank_of_the_rule(
 
 @given(scenes(), ks, gates)
 def test_rank_1_is_the_greedy_rule(scene: Scene, k: int, chosen: gate.Gate) -> None:
-    greedy = acceptance.parse_rule("greedy")
-    assert run(scene, speculative(k, chosen, Rank(1))).tokens == run(scene, speculative(k, chosen, greedy)).tokens
+    rank_1, greedy = (speculative(k, chosen, rule) for rule in (Rank(1), acceptance.parse_rule("greedy")))
+    assert run(scene, rank_1).tokens == run(scene, greedy).tokens
 
 
 @given(scenes(), ks, ranks)
@@ -138,21 +140,21 @@ def test_the_entropy_gate_escalates_exactly_the_drafts_above_its_threshold(
     scene: Scene, k: int, threshold: float
 ) -> None:
     context = list(scene.prompt.ids)
-    drafted: list[float] = []
+    entropies: list[float] = []
     for _, event in run(scene, speculative(k, gate.entropy_gate(threshold))).events:
         if isinstance(event, Drafted):
-            drafts = [[*context, *event.draft.tokens[:i]] for i in range(len(event.draft.tokens))]
-            drafted = [probs.entropy(scene.edge.logits(before)) for before in drafts]
+            prefixes = [[*context, *event.draft.tokens[:i]] for i in range(len(event.draft.tokens))]
+            entropies = [probs.entropy(scene.edge.logits(prefix)) for prefix in prefixes]
         elif isinstance(event, Escalated):
-            assert max(drafted) > threshold
+            assert max(entropies) > threshold
         elif isinstance(event, Committed):
             if event.origin == "local":
-                assert max(drafted) <= threshold
+                assert max(entropies) <= threshold
             context.extend(event.tokens)
 
 
-class CountingModel:
-    """A model that records how many tokens each forward pass feeds."""
+class RecordingModel:
+    """A model that records the number of tokens of each forward pass."""
 
     def __init__(self, model: ToyModel) -> None:
         self._model = model
@@ -163,27 +165,29 @@ class CountingModel:
         session = self._model.open(prompt)
         extend = session.extend
 
-        def counted(tokens: list[int]) -> object:
+        def recorded(tokens: list[int]) -> object:
             self.passes.append(len(tokens))
             return extend(tokens)
 
-        session.extend = counted  # type: ignore[method-assign, assignment]
+        session.extend = recorded  # type: ignore[method-assign, assignment]
         return session
 
 
 @given(scenes(), ks, gates)
 def test_a_verification_is_one_forward_pass_and_feeds_no_token_twice(scene: Scene, k: int, chosen: gate.Gate) -> None:
-    cloud = CountingModel(scene.cloud)
+    cloud = RecordingModel(scene.cloud)
     verifier = LocalVerifier(cloud, GREEDY)  # type: ignore[arg-type]
     trace = stamp(decode(scene.prompt, speculative(k, chosen), scene.stopping, scene.edge, verifier))
     counts = metrics.counts(trace)
     assert len(cloud.passes) == counts.cloud_calls
-    # the held-back prompt token and every committed or drafted token at most once
+    # each pass feeds the last prompt token, committed tokens and draft tokens, and none of them twice
     assert sum(cloud.passes) <= 1 + len(trace.tokens) + counts.discarded
 
 
 @pytest.mark.parametrize("mode", ["cloud", "speculative"])
-def test_verification_is_closed_when_the_reader_stops_early(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verification_is_closed_when_the_events_are_closed_early(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     closed: list[str] = []
     monkeypatch.setattr(LocalVerification, "close", lambda self: closed.append(mode))
     model = ToyModel(random_table(5, 0), frozenset())
@@ -197,14 +201,14 @@ def test_verification_is_closed_when_the_reader_stops_early(mode: str, monkeypat
 
 
 @pytest.mark.parametrize("mode", ["edge", "cloud", "speculative"])
-def test_a_strategy_without_its_model_is_an_error(mode: str) -> None:
+def test_a_strategy_whose_model_is_missing_is_an_error(mode: str) -> None:
     with pytest.raises(ValueError, match="none was given"):
         list(decode(Prompt((1,)), Strategy(mode), Stopping(frozenset(), 3)))
 
 
-def test_a_cloud_that_stops_too_early_is_an_error() -> None:
-    class Silent:
-        def open(self, prompt: Prompt) -> Silent:
+def test_a_cloud_that_stops_before_eos_and_the_limit_is_an_error() -> None:
+    class StopsEarly:
+        def open(self, prompt: Prompt) -> StopsEarly:
             return self
 
         def wait(self) -> None:
@@ -218,4 +222,4 @@ def test_a_cloud_that_stops_too_early_is_an_error() -> None:
 
     events: list[Event] = []
     with pytest.raises(RuntimeError, match="stopped before EOS"):
-        events.extend(decode(Prompt((1,)), Strategy("cloud"), Stopping(frozenset(), 3), cloud=Silent()))  # type: ignore[arg-type]
+        events.extend(decode(Prompt((1,)), Strategy("cloud"), Stopping(frozenset(), 3), cloud=StopsEarly()))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Every Session against a stateless oracle under random extend, truncate and sync; and sync itself."""
+"""Every Session compared with a stateless oracle in random calls of extend, truncate and sync."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class ToyMachine(SessionMachine):
 
 
 class PocketMachine(SessionMachine):
-    """A side of the pair: its thinker's own forward, in one piece and without a cache, is the oracle."""
+    """One side of the pocket pair. Its oracle is one forward pass of the thinker over all tokens, without a cache."""
 
-    tolerance = 1e-3  # float32, and another order of summation
+    tolerance = 1e-3  # float32 sums in another order
     model: HFModel
     prompt: Prompt
 
@@ -48,7 +48,7 @@ class PocketMachine(SessionMachine):
 
     def token(self, number: int) -> int:
         token = number % self.vocabulary
-        # an audio placeholder among the answer's tokens would ask the oracle for more audio
+        # an audio placeholder among the output tokens would make the oracle expect more audio
         return token + 1 if token == self.model.thinker.config.audio_token_id else token
 
     def open(self) -> Session:
@@ -106,23 +106,25 @@ def test_sync_refuses_rows_that_do_not_exist(rows: int) -> None:
         sync(ToySession(TOY, 0), [1, 2, 3], rows)
 
 
-def test_two_interleaved_streams_of_one_model_do_not_touch(pipeline: Pipeline) -> None:
+def test_two_interleaved_sessions_of_one_model_are_independent(pipeline: Pipeline) -> None:
     model = pipeline.cloud_model
-    asked = [pipeline.prompt(Request(clips.make_clip("evaluation", i).samples, "chinese"), "cloud") for i in (0, 25)]
+    clip_prompts = [
+        pipeline.prompt(Request(clips.make_clip("evaluation", i).samples, "chinese"), "cloud") for i in (0, 25)
+    ]
     alone = []
-    for prompt in asked:
+    for prompt in clip_prompts:
         session = model.open(prompt)
         alone.append([session.extend([token]) for token in (prompt.last, 300, 301)])
-    both: list[HFSession] = [model.open(prompt) for prompt in asked]
+    both: list[HFSession] = [model.open(prompt) for prompt in clip_prompts]
     for step, token in enumerate((None, 300, 301)):
-        for stream, session in enumerate(both):
-            rows = session.extend([asked[stream].last if token is None else token])
-            torch.testing.assert_close(rows, alone[stream][step])
+        for prompt, session, expected in zip(clip_prompts, both, alone, strict=True):
+            rows = session.extend([prompt.last if token is None else token])
+            torch.testing.assert_close(rows, expected[step])
 
 
 def test_a_prompt_whose_placeholders_do_not_fit_its_audio_is_an_error(pipeline: Pipeline) -> None:
     prompt = pipeline.prompt(Request(clips.make_clip("evaluation", 0).samples), "edge")
     audio = pipeline.edge.tokenizer.convert_tokens_to_ids(prompts.AUDIO_TOKEN)
-    cut = Prompt(tuple(i for n, i in enumerate(prompt.ids) if i != audio or n % 2), prompt.features)
+    ids = tuple(token for place, token in enumerate(prompt.ids) if token != audio or place % 2)
     with pytest.raises(ValueError, match="audio placeholders for"):
-        pipeline.edge.open(cut)
+        pipeline.edge.open(Prompt(ids, prompt.features))

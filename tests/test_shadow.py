@@ -1,4 +1,4 @@
-"""Looking back: what the cloud would have said, against asking it token by token."""
+"""Shadow verification, compared with a verification of each token alone."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from tests.support.fakes import UNSURE, Scripted
 from tests.support.strategies import Case, Scene, cases, play, ranks, rates, scenes, speculative
 
 
-class Silent:
-    """A cloud that must not be asked."""
+class Unused:
+    """A cloud whose use is an error."""
 
     eos: frozenset[int] = frozenset()
 
     def open(self, prompt: Prompt) -> NoReturn:
-        raise AssertionError("the cloud was asked")
+        raise AssertionError("the cloud was used")
 
 
-def asked(case: Case, trace: Trace) -> Hindsight:
-    """The cloud without any cache, one token at a time."""
+def verify_each_token(case: Case, trace: Trace) -> Hindsight:
+    """Return the reference: the cloud decides on one token at a time, without a cache."""
     context = list(case.scene.prompt.ids)
     missed = 0
     drafts: list[tuple[float | None, bool, bool]] = []
@@ -53,46 +53,46 @@ def asked(case: Case, trace: Trace) -> Hindsight:
 
 
 @st.composite
-def lenient(draw: st.DrawFn) -> Case:
-    """A case in which many rounds of several tokens are local."""
+def mostly_local(draw: st.DrawFn) -> Case:
+    """Draw a case in which many rounds of several tokens are local."""
     scene = draw(scenes())
     chosen = draw(st.sampled_from([gate.NEVER, gate.entropy_gate(1.2), gate.entropy_gate(1.7)]))
     rule = draw(ranks)
     return Case(scene, speculative(draw(st.integers(2, 5)), chosen, rule), rule)
 
 
-@given(lenient() | cases())
-def test_looking_back_is_asking_token_by_token_and_not_at_all_where_no_token_was_local(case: Case) -> None:
+@given(mostly_local() | cases())
+def test_shadow_verification_equals_single_verifications_and_needs_no_cloud_without_local_tokens(case: Case) -> None:
     trace = case.play(Harness())
     counts = metrics.counts(trace)
-    cloud = LocalVerifier(case.scene.cloud if counts.local else Silent(), case.rule)
-    found = shadow.shadow_verify(trace, case.scene.prompt, cloud)
-    assert found == asked(case, trace)
-    assert [sent for _, sent, _ in found.drafts].count(True) == counts.cloud_calls
-    assert len(found.drafts) == counts.rounds
-    assert 0 <= found.missed <= counts.local
+    cloud = LocalVerifier(case.scene.cloud if counts.local else Unused(), case.rule)
+    hindsight = shadow.shadow_verify(trace, case.scene.prompt, cloud)
+    assert hindsight == verify_each_token(case, trace)
+    assert [sent for _, sent, _ in hindsight.drafts].count(True) == counts.cloud_calls
+    assert len(hindsight.drafts) == counts.rounds
+    assert 0 <= hindsight.missed <= counts.local
 
 
 @given(scenes(), st.integers(1, 5), rates)
-def test_tokens_that_were_not_asked_about_have_the_fate_that_asking_would_have_shown(
+def test_under_rule_synthetic_local_tokens_are_missed_corrections_as_their_draws_decide(
     scene: Scene, k: int, rate: float
 ) -> None:
     rule = acceptance.Synthetic((rate,))
     trace = play(scene.prompt, scene.edge, scene.cloud, speculative(k, gate.NEVER), scene.stopping, Harness())
-    found = shadow.shadow_verify(trace, scene.prompt, LocalVerifier(scene.cloud, rule))
+    hindsight = shadow.shadow_verify(trace, scene.prompt, LocalVerifier(scene.cloud, rule))
     places = range(1, len(trace.tokens) + 1)
-    assert found.missed == sum(acceptance.uniform(prompt_seed(scene.prompt), place) >= rate for place in places)
+    assert hindsight.missed == sum(acceptance.uniform(prompt_seed(scene.prompt), place) >= rate for place in places)
 
 
-def test_each_round_by_hand() -> None:
+def test_the_hindsight_of_each_round_by_hand() -> None:
     edge = Scripted(wrong=frozenset({1, 2, 3, 4, 6, 7}), unsure=frozenset({4, 7}))
     cloud = Scripted(wrong=frozenset({1, 6}))
     strategy = Strategy("speculative", UNSURE, k=2)
     trace = play(Prompt((5,)), edge, cloud, strategy, Stopping(frozenset(), 9), Harness())
-    # local 0 and 1, local 2 and 3 that the cloud would both replace, 4 rejected, local 5 and 6, 7 rejected, local 8
-    found = shadow.shadow_verify(trace, Prompt((5,)), LocalVerifier(cloud, Rank(1)))
+    # local 0 and 1; local 2 and 3, both to be replaced; 4 rejected; local 5 and 6; 7 rejected; local 8
+    hindsight = shadow.shadow_verify(trace, Prompt((5,)), LocalVerifier(cloud, Rank(1)))
     right, wrong, sent = (0.0, False, False), (0.0, False, True), (1.0, True, True)
-    assert found == Hindsight(2, (right, wrong, sent, right, sent, right))
+    assert hindsight == Hindsight(2, (right, wrong, sent, right, sent, right))
 
 
 def test_a_whole_draft_that_was_escalated_counts_as_accepted() -> None:
@@ -106,5 +106,5 @@ def test_a_whole_draft_that_was_escalated_counts_as_accepted() -> None:
             (0.0, Finished("eos")),
         )
     )
-    silent = LocalVerifier(Silent(), Rank(1))
-    assert shadow.shadow_verify(trace, Prompt((5,)), silent) == Hindsight(0, ((0.5, True, False),))
+    unused = LocalVerifier(Unused(), Rank(1))
+    assert shadow.shadow_verify(trace, Prompt((5,)), unused) == Hindsight(0, ((0.5, True, False),))

@@ -1,4 +1,4 @@
-"""Traces as JSON and back."""
+"""Traces written as JSON and read back."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ SAVED: dict[str, Any] = {
 }
 
 
-def test_a_trace_is_lists_of_events_and_spans() -> None:
+def test_a_trace_is_saved_as_lists_of_events_and_spans() -> None:
     assert traces.trace_to_json(TRACE) == SAVED
     assert traces.trace_from_json(SAVED) == TRACE
 
 
 @settings(max_examples=25)
 @given(cases(), profiles(), any_link)
-def test_a_trace_comes_back_from_json_as_it_was(case: Case, profile: Profile, link: Link) -> None:
+def test_a_trace_read_from_json_equals_the_original(case: Case, profile: Profile, link: Link) -> None:
     trace = case.play(Harness(profile, link))
     assert traces.trace_from_json(json.loads(json.dumps(traces.trace_to_json(trace)))) == trace
 
@@ -85,11 +85,11 @@ def test_a_trace_comes_back_from_json_as_it_was(case: Case, profile: Profile, li
         {"events": [], "spans": [["uplink", "now", 1.0, 0]]},
     ],
 )
-def test_anything_else_is_an_error(saved: Any) -> None:
+def test_a_damaged_trace_is_an_error(saved: Any) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         traces.trace_from_json(saved)
 
 
-def test_an_unknown_event_is_named() -> None:
+def test_an_unknown_event_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="unknown event 'guessed'"):
         traces.trace_from_json({"events": [[0.5, "guessed", 4]], "spans": []})

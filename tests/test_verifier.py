@@ -1,4 +1,4 @@
-"""Verification by itself: an absolute base makes a repeated call harmless, and a wrong one an error."""
+"""Verification alone: an absolute base makes a repeated call harmless, and a wrong base is an error."""
 
 from __future__ import annotations
 
@@ -30,65 +30,65 @@ def test_a_repeated_call_gives_the_same_verdict(scene: Scene, rule: Rule, draft:
     assert verification.verify(base, [first.token], later) == second
 
 
-def fates(scene: Scene, rule: Rule, draft: list[int], cuts: list[int]) -> dict[int, bool]:
-    """Whether each token of `draft` is kept, by its place in the caption, where rounds are as long as `cuts` say."""
+def record_accepted_places(scene: Scene, rule: Rule, draft: list[int], lengths: list[int]) -> dict[int, bool]:
+    """Return for each verified place of `draft` if its token is accepted, in rounds of these lengths."""
     verification = LocalVerifier(scene.cloud, rule).open(scene.prompt)
     caption: list[int] = []
-    told = 0
-    found: dict[int, bool] = {}
-    for k in cuts:
-        asked = draft[len(caption) : len(caption) + k]
+    base = 0
+    is_accepted: dict[int, bool] = {}
+    for k in lengths:
+        cut = draft[len(caption) : len(caption) + k]
         context = [scene.prompt.last, *caption]
-        verdict = verification.verify(told, context[told:], asked)
-        found |= {
-            len(caption) + place: place < verdict.accepted for place in range(min(verdict.accepted + 1, len(asked)))
+        verdict = verification.verify(base, context[base:], cut)
+        is_accepted |= {
+            len(caption) + place: place < verdict.accepted for place in range(min(verdict.accepted + 1, len(cut)))
         }
-        told = len(context) + verdict.accepted
-        caption += [*asked[: verdict.accepted], verdict.token]
-    return found
+        base = len(context) + verdict.accepted
+        caption += [*cut[: verdict.accepted], verdict.token]
+    return is_accepted
 
 
-cuts = st.lists(st.integers(1, 6), min_size=30, max_size=30)
-long = st.lists(st.integers(0, VOCABULARY - 1), min_size=30, max_size=30)
+draft_lengths = st.lists(st.integers(1, 6), min_size=30, max_size=30)
+long_drafts = st.lists(st.integers(0, VOCABULARY - 1), min_size=30, max_size=30)
 
 
-@given(scenes(), rates, long, cuts, cuts)
-def test_what_becomes_of_a_place_does_not_depend_on_how_drafts_are_cut(
+@given(scenes(), rates, long_drafts, draft_lengths, draft_lengths)
+def test_rule_synthetic_accepts_the_same_places_for_any_draft_lengths(
     scene: Scene, rate: float, draft: list[int], some: list[int], others: list[int]
 ) -> None:
-    one, other = (fates(scene, Synthetic((rate,)), draft, each) for each in (some, others))
-    drawn = {place: uniform(prompt_seed(scene.prompt), place + 1) < rate for place in one | other}
-    assert one | other == drawn
-    assert {**other, **one} == drawn
+    first, second = (record_accepted_places(scene, Synthetic((rate,)), draft, lengths) for lengths in (some, others))
+    expected = {place: uniform(prompt_seed(scene.prompt), place + 1) < rate for place in first | second}
+    assert first | second == expected
+    assert second | first == expected
 
 
 @pytest.mark.parametrize("rates", [(0.78,), (0.9, 0.5, 0.2), (0.05, 1.0)])
-def test_as_much_of_drafts_is_kept_as_the_rates_say_by_position(rates: tuple[float, ...]) -> None:
+def test_the_acceptance_rate_by_position_is_that_of_rule_synthetic(rates: tuple[float, ...]) -> None:
     model = ToyModel(random_table(VOCABULARY, 1), frozenset())
     rule = Synthetic(rates)
-    judged, kept = [0] * 6, [0] * 6
+    verified, accepted = [0] * 6, [0] * 6
     for clip in range(600):
         prompt = Prompt((clip, 2))
         verification = LocalVerifier(model, rule).open(prompt)
-        context, told = [prompt.last], 0
+        context, base = [prompt.last], 0
         for _ in range(4):
-            verdict = verification.verify(told, context[told:], [1] * 6)
-            told = len(context) + verdict.accepted
+            verdict = verification.verify(base, context[base:], [1] * 6)
+            base = len(context) + verdict.accepted
             context += [*[1] * verdict.accepted, verdict.token]
             for place in range(min(verdict.accepted + 1, 6)):
-                judged[place] += 1
-                kept[place] += place < verdict.accepted
+                verified[place] += 1
+                accepted[place] += place < verdict.accepted
     for place in range(6):
         p = rates[min(place, len(rates) - 1)]
-        assert abs(kept[place] - judged[place] * p) <= 5 * math.sqrt(judged[place] * p * (1 - p))
-    assert judged[0] == 2400
+        assert abs(accepted[place] - verified[place] * p) <= 5 * math.sqrt(verified[place] * p * (1 - p))
+    assert verified[0] == 2400
 
 
-def test_another_clip_and_another_question_have_other_fates() -> None:
+def test_the_seed_depends_on_the_ids_and_the_features_of_a_prompt() -> None:
     features = torch.rand(4, 20)
-    asked = [Prompt((1, 2)), Prompt((2, 1)), Prompt((1, 2), features), Prompt((1, 2), features + 0.01)]
-    assert len({prompt_seed(prompt) for prompt in asked}) == 4
-    assert prompt_seed(Prompt((1, 2), features.clone())) == prompt_seed(asked[2])
+    prompts = [Prompt((1, 2)), Prompt((2, 1)), Prompt((1, 2), features), Prompt((1, 2), features + 0.01)]
+    assert len({prompt_seed(prompt) for prompt in prompts}) == 4
+    assert prompt_seed(Prompt((1, 2), features.clone())) == prompt_seed(prompts[2])
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def verification() -> LocalVerification:
 
 
 @pytest.mark.parametrize("base", [-1, 1])
-def test_a_base_beyond_what_is_known_is_an_error(verification: LocalVerification, base: int) -> None:
+def test_a_base_beyond_the_committed_tokens_is_an_error(verification: LocalVerification, base: int) -> None:
     with pytest.raises(ValueError, match=f"counts on {base} committed tokens here, and 0 are known"):
         verification.verify(base, [2], [3])
 

@@ -1,4 +1,4 @@
-"""What every Session must do, as a state machine: subclass it, say how to open, and give the stateless oracle."""
+"""The contract of a Session as a state machine. A subclass defines `open` and the stateless `oracle`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgecloud_sd.session import Session, sync
 
 
 class SessionMachine(RuleBasedStateMachine):
-    """Random extend, truncate and sync against an oracle that recomputes everything from nothing."""
+    """Random calls of extend, truncate and sync, compared with an oracle that recomputes every row without a cache."""
 
     vocabulary: int
     tolerance: float
@@ -22,7 +22,7 @@ class SessionMachine(RuleBasedStateMachine):
         raise NotImplementedError
 
     def oracle(self, tokens: list[int]) -> Tensor:
-        """[len(tokens), vocab]: what a stateless model gives after the same prompt."""
+        """Return the logits [len(tokens), vocab] of a stateless model after the same prompt."""
         raise NotImplementedError
 
     def __init__(self) -> None:
@@ -51,16 +51,16 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(numbers=st.lists(st.integers(0, 10_000), min_size=1, max_size=5), share=st.floats(0, 1), data=st.data())
     def sync_to_another_context(self, numbers: list[int], share: float, data: st.DataObject) -> None:
-        kept = self.expected[: round(share * len(self.expected))][: self.longest]
-        self.expected = kept + [self.token(number) for number in numbers]
+        prefix = self.expected[: round(share * len(self.expected))][: self.longest]
+        self.expected = prefix + [self.token(number) for number in numbers]
         rows = data.draw(st.integers(1, len(self.expected)))
         self.check(sync(self.session, self.expected, rows), rows)
 
     @rule(beyond=st.integers(1, 3))
-    def truncating_to_more_than_is_held_is_an_error(self, beyond: int) -> None:
+    def truncating_beyond_the_tokens_is_an_error(self, beyond: int) -> None:
         with pytest.raises(ValueError, match="cannot truncate"):
             self.session.truncate(len(self.expected) + beyond)
 
     @invariant()
-    def tokens_are_exactly_what_was_fed(self) -> None:
+    def tokens_are_exactly_those_that_were_fed(self) -> None:
         assert list(self.session.tokens) == self.expected

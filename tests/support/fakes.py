@@ -19,7 +19,7 @@ from edgecloud_sd.verifier import Verifier
 
 @dataclass(frozen=True)
 class ModelCloud:
-    """Any model of this process as the cloud."""
+    """A cloud that runs any model in this process."""
 
     model: Model
     frontend: None = None
@@ -38,7 +38,7 @@ class ModelCloud:
 
 @dataclass(frozen=True)
 class VerifierCloud:
-    """A verifier as the cloud, whatever the rule."""
+    """A cloud that uses one verifier for every rule."""
 
     inner: Verifier
     frontend: None = None
@@ -57,9 +57,9 @@ class VerifierCloud:
 
 @dataclass(frozen=True)
 class Scripted:
-    """A model that says 0 at every place of the output, and 1 at the places in `wrong`, whatever the context.
+    """A model whose most likely token is 0, and 1 at the places of the output in `wrong`, in every context.
 
-    `UNSURE` escalates a draft with a place in `unsure`.
+    The gate `UNSURE` escalates a draft that has a place in `unsure`.
     """
 
     wrong: frozenset[int] = frozenset()

@@ -58,10 +58,13 @@ def scenes(draw: st.DrawFn) -> Scene:
     return Scene(ToyModel(edge, eos), ToyModel(cloud, eos), prompt, stopping)
 
 
+logit_rows = st.lists(st.floats(-20, 20), min_size=2, max_size=12).map(
+    lambda row: torch.tensor(row, dtype=torch.float64)
+)
 ks = st.integers(1, 9)
 ranks = st.integers(1, VOCABULARY).map(acceptance.Rank)
 rates = st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0])
-synthetics = st.lists(rates, min_size=1, max_size=3).map(lambda drawn: acceptance.Synthetic(tuple(drawn)))
+synthetics = st.lists(rates, min_size=1, max_size=3).map(lambda values: acceptance.Synthetic(tuple(values)))
 gates = st.one_of(
     st.sampled_from([gate.ALWAYS, gate.NEVER]),
     st.floats(0.01, 2.0, allow_nan=False).map(gate.entropy_gate),
@@ -71,7 +74,7 @@ prefills = st.sampled_from(PREFILL_TIMES)
 
 @st.composite
 def draft_stops(draw: st.DrawFn, chosen: gate.Gate) -> gate.DraftStop | None:
-    """Draw a draft stop, or none, under a gate."""
+    """Draw a draft stop for strategies of this gate, or None."""
     text = draw(st.sampled_from(["none", "none", "entropy", "entropy={}", "margin={}"]))
     return gate.parse_draft_stop(text.format(draw(st.floats(0.01, 1.0))), chosen)
 
@@ -83,7 +86,7 @@ def speculative(k: int, chosen: gate.Gate = gate.ALWAYS, rule: acceptance.Rule =
 
 @dataclass(frozen=True)
 class Case:
-    """One way to decode a scene. `rule` is that of shadow verification too, also if the strategy has none."""
+    """A scene and one way to decode it. `rule` is the rule of shadow verification, for every mode."""
 
     scene: Scene
     strategy: Strategy
@@ -114,12 +117,13 @@ def play(prompt: Prompt, edge: Model, cloud: Model, strategy: Strategy, stopping
     return stamp(events, harness.watch)
 
 
-seconds = st.integers(0, 1000).map(lambda n: n / 997)  # rarely a sum of powers of two, so rounding shows
+# these are rarely sums of powers of two, so a rounding error shows
+seconds = st.integers(0, 1000).map(lambda n: n / 997)
 
 
 @st.composite
 def costs(draw: st.DrawFn, points: int = 4) -> Costs:
-    """Draw the costs of up to `points` passes, never lower for more tokens."""
+    """Draw the costs of passes over up to `points` numbers of tokens. More tokens never cost less."""
     rises = draw(st.lists(st.tuples(st.integers(1, 4), seconds), max_size=points - 1))
     return Costs(draw(seconds), tuple(_sums([(1, 0.01 + draw(seconds)), *rises])))
 
@@ -135,7 +139,7 @@ def profiles(edge_points: int = 4) -> st.SearchStrategy[Profile]:
     )
 
 
-# a link of infinite bandwidth shows everything else to the last digit
+# a link of infinite bandwidth leaves only delays that are known to the last digit
 any_link = st.sampled_from([*links.LINKS.values(), Link("wide", rtt=0.05, up=math.inf, down=math.inf, jitter=0.01)])
 
 
