@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecloud_sd import acceptance, probs
-from edgecloud_sd.cloud.server import MAX_RULE
+from edgecloud_sd.cloud.server import MAX_RULE_LENGTH
 from edgecloud_sd.events import Verdict
 from tests.support.strategies import logit_rows
 
@@ -81,7 +81,7 @@ def test_no_rate_and_more_rates_than_fit_a_request_are_refused(count: int) -> No
     with pytest.raises(ValueError, match=f"synthetic takes 1 to 10 rates, not {count}"):
         acceptance.Synthetic((0.5,) * count)
     longest = acceptance.Synthetic((1.2345678901234567e-300,) * 10)
-    assert len(longest.text) <= MAX_RULE
+    assert len(longest.text) <= MAX_RULE_LENGTH
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The suite as a user runs it: options, grid, table, saved benchmark, results files."""
+"""The suite as a user runs it: options, grid, tables, saved benchmarks, results files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,10 +22,12 @@ from edgecloud_sd.pytest_plugin import join
 from edgecloud_sd.timing import profile
 from tests.support.suite import ROOT, run
 
+LOSSLESS = "speculative-pocket-always-k4-greedy-zh"
+
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
-    """Three Chinese clips, the second without its audio."""
+    """Write a manifest of three Chinese clips, of which the second has no audio file."""
     path = clips.evaluation_set(tmp_path / "clips") / clips.manifest_name("chinese")
     entries = json.loads(path.read_text(encoding="utf-8"))[:3]
     entries[1]["audio_path"] = "wav/absent.wav"
@@ -33,105 +36,104 @@ def manifest(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_grid_prints_one_table_writes_results_and_can_be_compared(
+def test_a_grid_prints_tables_writes_results_and_can_be_compared(
     pipeline: Pipeline, pytester: pytest.Pytester, manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cpuinfo.get_cpu_info", dict)  # which pytest-benchmark asks for seconds about the machine
-    done = run(
+    monkeypatch.setattr("cpuinfo.get_cpu_info", dict)  # pytest-benchmark calls it, and it takes seconds
+    result = run(
         pytester,
-        *("-k", "test_captioning"),  # a load takes a server
-        *("--dataset_path", str(manifest), "--on-bad-clip", "skip"),
+        *("-k", "test_captioning"),  # the load benchmark would start a server
+        *("--dataset_path", str(manifest), "--on-bad-clip", "skip", "--max-new-tokens", "12"),
         *("--mode", "edge,cloud,speculative", "--entropy-threshold", "1.5,0,inf", "--k", "4", "--rule", "greedy"),
-        *(
-            "--output_name",
-            "grid",
-            "--benchmark-json",
-            "saved.json",
-            "--benchmark-save",
-            "one",
-            "--max-new-tokens",
-            "12",
-        ),
+        *("--output_name", "grid", "--benchmark-json", "saved.json", "--benchmark-save", "one"),
     )
-    done.assert_outcomes(passed=5)
-    done.stdout.fnmatch_lines(
+    result.assert_outcomes(passed=5)
+    result.stdout.fnmatch_lines(
         [
             "*benchmark: 5 tests*",
             "*case*clips*" + "*".join(tables.SUMMARY_COLUMNS) + "*",
             "edge-pocket-zh*",
             "cloud-pocket-zh*",
             "speculative-pocket-H1.5-k4-greedy-zh*",
-            "speculative-pocket-always-k4-greedy-zh*",
+            f"{LOSSLESS}*",
             "*where the time goes*",
             "*does it pay?*",
-            "speculative-pocket-always-k4-greedy-zh*[[]*, *[]]*",
-            "speculative-pocket-always-k4-greedy-zh: * as fast as the cloud alone *",
+            f"{LOSSLESS}*[[]*, *[]]*",
+            f"{LOSSLESS}: * as fast as the cloud alone *",
             "wrote *grid-edge-pocket-zh.json",
         ]
     )
     saved = json.loads((pytester.path / "saved.json").read_text(encoding="utf-8"))["benchmarks"]
-    own = [each for each in saved if "results" in each["extra_info"]]
-    extra = {each["param"]: each["extra_info"]["results"] for each in own}
-    found = {case: results.read_results(pytester.path / "results" / f"grid-{case}.json") for case in extra}
-    assert [each["stats"]["rounds"] for each in own] == [2, 2, 2, 2, 2]
-    strict = "speculative-pocket-always-k4-greedy-zh"
-    assert found[strict]["experiment_config"]["output"] == "lossless"
-    assert extra[strict]["metrics"] == found[strict]["metrics"]
-    assert not list((pytester.path / "results").glob("*.unfinished"))
-    rows = {each["name"]: each for each in saved}
-    bleu = rows[f"test_captioning[{strict}]:bleu4"]
-    assert bleu["group"] == "bleu4 (0 to 1, higher is better)"
-    assert bleu["stats"]["mean"] == bleu["stats"]["ops"] == found[strict]["metrics"]["figures"]["bleu4"]
-    assert rows[f"test_captioning[{strict}]:ttft"]["stats"]["rounds"] == 2
-    assert f"test_captioning[{strict}]:gpu_percent" not in rows
-    assert found["speculative-pocket-never-k4-greedy-zh"]["experiment_config"]["entropy_threshold"] is None
-    assert found["speculative-pocket-H1.5-k4-greedy-zh"]["experiment_config"]["entropy_threshold"] == 1.5
-    assert found[strict]["metrics"]["figures"]["cloud_call_rate"] == 1.0
-    tokens = {case: [clip["token_ids"] for clip in each["detailed_results"]] for case, each in found.items()}
-    assert tokens[strict] == tokens["cloud-pocket-zh"] != tokens["edge-pocket-zh"]
-    assert all("absent.wav" in each["skipped_clips"][0]["reason"] for each in found.values())
+    check_saved_rows(saved, pytester.path / "results")
     command = str(Path(sys.executable).with_name("pytest-benchmark"))
     options = ["--storage", str(pytester.path / "saved"), "compare"]
     compared = subprocess.run([command, *options], cwd=ROOT, capture_output=True, text=True)
-    assert f"test_captioning[{strict}]:otps" in compared.stdout, compared.stderr
+    assert f"test_captioning[{LOSSLESS}]:otps" in compared.stdout, compared.stderr
+
+
+def check_saved_rows(saved: list[dict[str, Any]], folder: Path) -> None:
+    """Check that benchmarks, metric rows and results files of the grid agree."""
+    benchmarks = [row for row in saved if "results" in row["extra_info"]]
+    extra = {row["param"]: row["extra_info"]["results"] for row in benchmarks}
+    documents = {case: results.read_results(folder / f"grid-{case}.json") for case in extra}
+    assert [row["stats"]["rounds"] for row in benchmarks] == [2, 2, 2, 2, 2]
+    assert documents[LOSSLESS]["experiment_config"]["output"] == "lossless"
+    assert extra[LOSSLESS]["metrics"] == documents[LOSSLESS]["metrics"]
+    assert not list(folder.glob("*.unfinished"))
+    rows = {row["name"]: row for row in saved}
+    bleu = rows[f"test_captioning[{LOSSLESS}]:bleu4"]
+    assert bleu["group"] == "bleu4 (0 to 1, higher is better)"
+    assert bleu["stats"]["mean"] == bleu["stats"]["ops"] == documents[LOSSLESS]["metrics"]["figures"]["bleu4"]
+    assert rows[f"test_captioning[{LOSSLESS}]:ttft"]["stats"]["rounds"] == 2
+    assert f"test_captioning[{LOSSLESS}]:gpu_percent" not in rows
+    thresholds = {
+        case: document["experiment_config"]["strategy"]["entropy_threshold"] for case, document in documents.items()
+    }
+    assert thresholds["speculative-pocket-never-k4-greedy-zh"] is None
+    assert thresholds["speculative-pocket-H1.5-k4-greedy-zh"] == 1.5
+    assert documents[LOSSLESS]["metrics"]["figures"]["cloud_call_rate"] == 1.0
+    tokens = {
+        case: [clip["token_ids"] for clip in document["detailed_results"]] for case, document in documents.items()
+    }
+    assert tokens[LOSSLESS] == tokens["cloud-pocket-zh"] != tokens["edge-pocket-zh"]
+    assert all("absent.wav" in document["skipped_clips"][0]["reason"] for document in documents.values())
 
 
 @pytest.mark.slow
-def test_each_side_is_loaded_once_for_all_cells_and_loads(
+def test_each_side_is_loaded_once_for_all_benchmarks(
     pipeline: Pipeline, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cpuinfo.get_cpu_info", dict)
-    loaded: list[str] = []
-
+    checkpoints: list[str] = []
     load_model = load.load_model
 
-    def counted(checkpoint: str, *how: str) -> hf.HFModel:
-        loaded.append(checkpoint)
-        return load_model(checkpoint, *how)
+    def record_checkpoint(checkpoint: str, *options: str) -> hf.HFModel:
+        checkpoints.append(checkpoint)
+        return load_model(checkpoint, *options)
 
-    monkeypatch.setattr(load, "load_model", counted)
-    done = run(pytester, "--max-samples", "1", "--max-new-tokens", "4", "--k", "1,2")
-    # cells, edges at once on a server, which loads its own, and what transformers does with the same two
-    done.assert_outcomes(passed=4 + 3 + 1)
-    assert sorted(loaded) == sorted([pipeline.pair.edge, pipeline.pair.cloud])
+    monkeypatch.setattr(load, "load_model", record_checkpoint)
+    result = run(pytester, "--max-samples", "1", "--max-new-tokens", "4", "--k", "1,2")
+    # four cells; three loads, whose server loads its own model; one comparison with transformers
+    result.assert_outcomes(passed=4 + 3 + 1)
+    assert sorted(checkpoints) == sorted([pipeline.pair.edge, pipeline.pair.cloud])
 
 
 def test_a_bad_clip_fails_the_case_and_writes_nothing(pytester: pytest.Pytester, manifest: Path) -> None:
     options = ("--mode", "edge", "--dataset-path", str(manifest))
-    done = run(pytester, *options)
-    done.assert_outcomes(failed=1)
-    done.stdout.fnmatch_lines(["*absent.wav: no such audio file*", "*--on-bad-clip skip*"])
+    result = run(pytester, *options)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*absent.wav: no such audio file*", "*--on-bad-clip skip*"])
     assert not (pytester.path / "results").exists()
 
 
-def test_a_checkpoint_that_cannot_be_used_is_one_line() -> None:
-    with pytest.raises(pytest.fail.Exception) as failed, errors_in_one_line():
+def test_a_checkpoint_that_cannot_be_loaded_fails_with_one_line() -> None:
+    with pytest.raises(pytest.fail.Exception) as error, errors_in_one_line():
         Pipeline(pairs.find_pair("pocket", edge_model="absent")).prepare("edge")
-    assert str(failed.value).startswith("no checkpoint 'absent': give a folder that exists")
-    assert not failed.value.pytrace
+    assert str(error.value).startswith("no checkpoint 'absent': give a folder that exists")
+    assert not error.value.pytrace
 
 
-def test_one_cell_has_the_published_file_name_and_a_grid_one_file_a_cell() -> None:
+def test_a_run_of_one_cell_has_the_published_file_name_and_a_grid_has_a_file_per_cell() -> None:
     for modes, names in {
         "edge": ["mine.json"],
         "edge,cloud": ["mine-edge-pocket-zh.json", "mine-cloud-pocket-zh.json"],
@@ -148,29 +150,31 @@ def test_one_cell_has_the_published_file_name_and_a_grid_one_file_a_cell() -> No
         (["--config", "absent.yaml"], "absent.yaml: cannot be read"),
     ],
 )
-def test_a_bad_option_stops_before_anything_runs(pytester: pytest.Pytester, options: list[str], message: str) -> None:
-    done = run(pytester, *options)
-    assert done.ret == pytest.ExitCode.USAGE_ERROR
-    done.stderr.fnmatch_lines([f"*{message}*"])
+def test_a_bad_option_is_refused_before_anything_runs(
+    pytester: pytest.Pytester, options: list[str], message: str
+) -> None:
+    result = run(pytester, *options)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*{message}*"])
 
 
-def test_a_file_of_options_makes_the_grid_and_the_command_line_overrides_it(pytester: pytest.Pytester) -> None:
+def test_the_command_line_overrides_a_file_of_options(pytester: pytest.Pytester) -> None:
     (pytester.path / "mine.yaml").write_text("mode: [speculative]\nk: [2, 3]\nrule: greedy\n", encoding="utf-8")
-    done = run(pytester, "--config", "mine.yaml", "--rule", "rank(2)", "--collect-only", "-q")
-    names = [line.split("[")[1].rstrip("]") for line in done.outlines if "test_captioning[" in line]
+    result = run(pytester, "--config", "mine.yaml", "--rule", "rank(2)", "--collect-only", "-q")
+    names = [line.split("[")[1].rstrip("]") for line in result.outlines if "test_captioning[" in line]
     assert names == ["speculative-pocket-H1.5-k2-rank2-zh", "speculative-pocket-H1.5-k3-rank2-zh"]
 
 
-def test_the_help_shows_every_option_in_its_group(pytester: pytest.Pytester) -> None:
+def test_the_help_lists_every_option_in_its_group(pytester: pytest.Pytester) -> None:
     text = " ".join(" ".join(run(pytester, "--help").outlines).split())
-    starts = [text.index(f"edgecloud_sd: {group}:") for group in config.GROUPS]
-    assert starts == sorted(starts)
+    group_places = [text.index(f"edgecloud_sd: {group}:") for group in config.GROUPS]
+    assert group_places == sorted(group_places)
     for option in config.OPTIONS:
         place = text.index(f" {option.help_text}")
-        assert text.rfind(f"--{option.name}", 0, place) > starts[config.GROUPS.index(option.group)]
+        assert text.rfind(f"--{option.name}", 0, place) > group_places[config.GROUPS.index(option.group)]
 
 
-def test_an_option_may_name_a_path_outside_the_checkout(
+def test_an_option_may_name_a_path_outside_the_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outside = tmp_path / "manifest.json"
@@ -179,29 +183,31 @@ def test_an_option_may_name_a_path_outside_the_checkout(
     storage.mkdir()
     monkeypatch.chdir(ROOT)
     options = ["--dataset_path", str(outside), "--benchmark-storage", str(storage), "--mode", "cloud"]
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as stopped:
         pytest.main(["--benchmark-only", "--collect-only", "-q", "-s", "-p", "no:cacheprovider", *options])
-    assert ended.value.code == pytest.ExitCode.OK
+    assert stopped.value.code == pytest.ExitCode.OK
     assert capsys.readouterr().out.splitlines()[0] == "bench/test_captioning.py::test_captioning[cloud-pocket-zh]"
 
 
-def test_options_are_joined_with_their_values() -> None:
+def test_each_option_is_joined_with_its_value() -> None:
     args = ["--k", "3", "-v", "--config=a.yaml", "--mode", "edge", "bench", "--k", "--mode"]
     joined = ["--k=3", "-v", "--config=a.yaml", "--mode=edge", "bench", "--k", "--mode"]
     assert join(args, {"--k", "--mode", "--config"}) == joined
 
 
-def test_the_readme_shows_the_table_that_is_printed() -> None:
+def test_the_table_in_the_readme_has_the_printed_headings() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    headings = [line for line in readme.splitlines() if line.startswith("case ")]
-    assert [[each.strip() for each in line.split("  ") if each.strip()] for line in headings] == [
+    tables_shown = [line for line in readme.splitlines() if line.startswith("case ")]
+    assert [[heading.strip() for heading in line.split("  ") if heading.strip()] for line in tables_shown] == [
         ["case", "clips", *tables.SUMMARY_COLUMNS]
     ]
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_is_understood(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+def test_every_command_of_the_published_guide_is_understood(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (ROOT / "bench" / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
     commands = re.findall(r"^\| [^|]+ \| `(pytest --benchmark-only [^`]*)` \|$", readme, re.M)
     assert len(commands) >= 16
     monkeypatch.syspath_prepend(ROOT)
@@ -215,29 +221,29 @@ def test_every_command_of_the_readme_is_understood(pytester: pytest.Pytester, mo
 @pytest.mark.slow
 def test_two_runs_on_the_virtual_clock_write_the_same_bytes(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
     for folder in ("a", "b"):
-        done = run(
+        result = run(
             pytester,
             *("--clock", "virtual", "--profile", "published", "--mode", "speculative", "--link", "4g"),
             *("--max-samples", "2", "--max-new-tokens", "8", "--results-dir", folder, "--shadow", "no"),
         )
-        done.assert_outcomes(passed=1)
+        result.assert_outcomes(passed=1)
     first, second = [(pytester.path / folder / "captioning.json").read_bytes() for folder in ("a", "b")]
     assert first == second
-    found = json.loads(first)
-    assert found["experiment_config"]["case"] == "speculative-pocket-H1.5-k3-rank20-4g-virtual-published-zh"
-    assert found["metrics"]["figures"]["cpu_percent"] is None
-    assert found["metrics"]["reasons"]["cpu_percent"] == "the clock was virtual"
-    assert found["metrics"]["latency_breakdown"]["edge_prefill"] == 7.5
-    assert found["metrics"]["figures"]["wire_up_per_token"] > 0
-    assert found["metrics"]["breakdown_closure"]["median"] is None
-    assert found["metrics"]["reasons"]["missed_corrections"] == (
+    document = json.loads(first)
+    assert document["experiment_config"]["case"] == "speculative-pocket-H1.5-k3-rank20-4g-virtual-published-zh"
+    assert document["metrics"]["figures"]["cpu_percent"] is None
+    assert document["metrics"]["reasons"]["cpu_percent"] == "the clock was virtual"
+    assert document["metrics"]["latency_breakdown"]["edge_prefill"] == 7.5
+    assert document["metrics"]["figures"]["wire_up_per_token"] > 0
+    assert document["metrics"]["breakdown_closure"]["median"] is None
+    assert document["metrics"]["reasons"]["missed_corrections"] == (
         "shadow verification did not run: it needs mode speculative, --shadow yes, a rule other than synthetic, and a "
         "cloud that answers"
     )
 
 
 @pytest.mark.slow
-def test_a_run_under_this_machines_profile_can_be_resumed(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
+def test_a_run_with_a_measured_profile_can_be_resumed(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
     options = ("--clock", "virtual", "--profile", "measure", "--mode", "edge", "--max-samples", "1")
     run(pytester, *options, "--max-new-tokens", "8").assert_outcomes(passed=1)
     measured = profile.load_profile(str(pytester.path / "results" / "captioning-profile.yaml"))
@@ -250,36 +256,36 @@ def test_a_run_under_this_machines_profile_can_be_resumed(pipeline: Pipeline, py
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_where_it_was(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
+def test_a_resumed_run_decodes_only_the_missing_clips(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
     file = pytester.path / "results" / "captioning.json"
     options = ("--mode", "edge", "--max-samples", "2", "--max-new-tokens", "8")
     run(pytester, *options).assert_outcomes(passed=1)
     complete = results.read_results(file)
     run(pytester, *options, "--resume").assert_outcomes(passed=1)
-    assert results.read_results(file) == complete  # on the real clock, so nothing was decoded again
-    # as it is left by a run that was stopped while it wrote its second clip
+    assert results.read_results(file) == complete  # on the real clock equal times prove that nothing was decoded again
+    # a run that was stopped while it wrote its second clip leaves such a file
     header = {"experiment": complete["experiment_config"], "environment": complete["environment"]}
-    lines = [json.dumps(each) for each in (header, *complete["detailed_results"])]
+    lines = [json.dumps(record) for record in (header, *complete["detailed_results"])]
     file.with_name("captioning.json.unfinished").write_text("\n".join(lines)[:-50], encoding="utf-8")
     file.unlink()
     run(pytester, *options, "--resume").assert_outcomes(passed=1)
     first, second = results.read_results(file)["detailed_results"]
     assert first == complete["detailed_results"][0]
     assert second["trace"] != complete["detailed_results"][1]["trace"]
-    assert [each.name for each in file.parent.iterdir()] == [file.name]
-    # another experiment is not mixed with it
+    assert [entry.name for entry in file.parent.iterdir()] == [file.name]
+    # a different experiment is refused
     before = file.read_bytes()
-    done = run(pytester, *options[:-1], "3", "--resume")
-    done.assert_outcomes(failed=1)
-    done.stdout.fnmatch_lines(["*captioning.json: holds another experiment (max_new_tokens was 8 and is 3)*"])
+    result = run(pytester, *options[:-1], "3", "--resume")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*captioning.json: is of another experiment (max_new_tokens was 8 and is 3)*"])
     assert file.read_bytes() == before
 
 
 @pytest.mark.slow
-def test_captions_kept_by_chance_have_no_quality(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
+def test_captions_under_rule_synthetic_have_no_quality(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
     options = ("--mode", "speculative", "--gate", "always", "--rule", "synthetic(0.5)", "--max-samples", "1")
-    done = run(pytester, *options, "--max-new-tokens", "8", "--output-name", "a", "-k", "captioning")
-    done.assert_outcomes(passed=1, deselected=done.parseoutcomes()["deselected"])
+    result = run(pytester, *options, "--max-new-tokens", "8", "--output-name", "a", "-k", "captioning")
+    result.assert_outcomes(passed=1, deselected=result.parseoutcomes()["deselected"])
     metrics = results.read_results(pytester.path / "results" / "a.json")["metrics"]
     assert metrics["figures"]["bleu4"] is None
     assert metrics["reasons"]["bleu4"] == "rule synthetic(0.5) accepts tokens by chance, so captions mean nothing"
