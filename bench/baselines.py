@@ -32,7 +32,7 @@ from bench.tables import grid
 from edgecloud_sd.config import Settings
 from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import Prompt, Trace
-from edgecloud_sd.grid import strategies
+from edgecloud_sd.grid import has_speculative, strategies
 from edgecloud_sd.measure import intervals, metrics
 from edgecloud_sd.measure.intervals import Interval
 from edgecloud_sd.measure.summary import Metric
@@ -116,7 +116,7 @@ def baseline_cases(settings: Settings) -> list[BaselineCase]:
 
     The draft length is that of the run's first lossless cell of constant k. The language is the run's first.
     """
-    if "speculative" not in settings.mode or settings.clock == "virtual" or settings.cloud_url:
+    if not has_speculative(settings) or settings.clock == "virtual" or settings.cloud_url:
         return []
     language = settings.language[0]
     k = next(

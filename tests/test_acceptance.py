@@ -88,11 +88,7 @@ def test_no_rate_and_more_rates_than_fit_a_request_are_refused(count: int) -> No
     ("text", "uniforms", "expected"),
     [
         ("synthetic(0.5)", (0.4, 0.49), Verdict(2, 2)),  # the bonus is the cloud's most likely token
-        (
-            "synthetic(0.5)",
-            (0.4, 0.5),
-            Verdict(1, 2),
-        ),  # 1 is rejected, so 2 corrects it
+        ("synthetic(0.5)", (0.4, 0.5), Verdict(1, 2)),  # 1 is rejected, so 2 corrects it
         ("synthetic(0.5)", (0.9, 0.0), Verdict(0, 0)),
         ("synthetic(1/0.5/0)", (0.99, 0.4), Verdict(2, 2)),
         ("synthetic(0.5/1)", (0.4, 0.99), Verdict(2, 2)),

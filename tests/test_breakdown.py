@@ -130,23 +130,21 @@ def test_every_part_of_a_cloud_caption_by_hand() -> None:
 
 
 def test_discarded_seconds_are_those_of_discarded_draft_tokens() -> None:
-    assert (
-        latency_breakdown(BOTH).discarded == 0.75 * 2 / 3
-    )  # two of the first draft's three tokens, none of the second's
+    assert latency_breakdown(BOTH).discarded == 0.75 * 2 / 3  # two of the three tokens of the first draft
 
 
 def test_closure_and_unnamed_are_shares_of_the_wall_time() -> None:
-    kept = LatencyBreakdown(dict.fromkeys(PARTS, 0.0) | {"draft": 6.0, "verify": 3.0, "other": 0.5}, 0.0)
-    assert kept.seconds == 9.5
-    assert kept.closure(10) == 0.95
-    assert kept.unnamed(10) == pytest.approx(0.1)
+    breakdown = LatencyBreakdown(dict.fromkeys(PARTS, 0.0) | {"draft": 6.0, "verify": 3.0, "other": 0.5}, 0.0)
+    assert breakdown.seconds == 9.5
+    assert breakdown.closure(10) == 0.95
+    assert breakdown.unnamed(10) == pytest.approx(0.1)
 
 
 def test_the_mean_is_taken_part_by_part() -> None:
     both, cloud = latency_breakdown(BOTH), latency_breakdown(CLOUD)
-    average = mean_breakdown(iter([both, cloud]))
-    assert average.parts == {name: (both.parts[name] + cloud.parts[name]) / 2 for name in PARTS}
-    assert average.discarded == both.discarded / 2
+    mean = mean_breakdown(iter([both, cloud]))
+    assert mean.parts == {name: (both.parts[name] + cloud.parts[name]) / 2 for name in PARTS}
+    assert mean.discarded == both.discarded / 2
 
 
 def test_a_verification_that_failed_at_the_end_is_no_round_trip() -> None:
@@ -164,27 +162,27 @@ def test_the_mean_of_no_breakdown_is_an_error() -> None:
         mean_breakdown([])
 
 
-def check(trace: Trace) -> None:
-    kept, discarded = latency_breakdown(trace), metrics.counts(trace).discarded
-    assert list(kept.parts) == list(PARTS)
-    assert kept.seconds == pytest.approx(trace.seconds, rel=1e-9, abs=1e-9)
-    assert min(kept.parts.values()) >= -1e-9
-    assert -1e-9 <= kept.discarded <= kept.parts["draft"] + 1e-9
-    assert (kept.discarded > 1e-9) == (discarded > 0)
+def check_breakdown(trace: Trace) -> None:
+    breakdown, discarded = latency_breakdown(trace), metrics.counts(trace).discarded
+    assert list(breakdown.parts) == list(PARTS)
+    assert breakdown.seconds == pytest.approx(trace.seconds, rel=1e-9, abs=1e-9)
+    assert min(breakdown.parts.values()) >= -1e-9
+    assert -1e-9 <= breakdown.discarded <= breakdown.parts["draft"] + 1e-9
+    assert (breakdown.discarded > 1e-9) == (discarded > 0)
 
 
 @given(cases(), profiles(), any_link)
 def test_no_second_is_lost_or_counted_twice_under_any_profile_and_link(
     case: Case, profile: Profile, link: Link
 ) -> None:
-    check(case.play(Harness(profile, link)))
+    check_breakdown(case.play(Harness(profile, link)))
 
 
 @given(cases())
-def test_no_second_is_lost_or_counted_twice_if_every_look_at_the_clock_takes_one(case: Case) -> None:
+def test_no_second_is_lost_or_counted_twice_if_each_reading_of_the_clock_takes_one(case: Case) -> None:
     harness = Harness()
     harness.watch = Watch(itertools.count().__next__)
-    check(case.play(harness))
+    check_breakdown(case.play(harness))
 
 
 SAMPLED = [
@@ -194,38 +192,45 @@ SAMPLED = [
 ]
 
 
+ATTEMPTS = 3  # a busy machine can interrupt a process, but rarely in each of several attempts
+
+
 @pytest.fixture(scope="module")
-def timed(pipeline: Pipeline) -> list[tuple[Trace, float]]:
-    """Captions of the pocket pair, each with the wall seconds of another clock around it."""
-    found = []
-    for index, language, strategy in [SAMPLED[2], *SAMPLED]:
+def attempts(pipeline: Pipeline) -> list[list[tuple[Trace, float]]]:
+    """Caption each sample several times. Return each trace with the wall seconds of another clock around it."""
+
+    def time_caption(index: int, language: str, strategy: Strategy) -> tuple[Trace, float]:
         request = Request(clips.make_clip("evaluation", index).samples, language)
         start = time.monotonic()
         trace = pipeline.trace(request, strategy, 64)
-        found.append((trace, time.monotonic() - start))
-    return found[1:]  # the first call allocates
+        return trace, time.monotonic() - start
+
+    time_caption(*SAMPLED[-1])  # the first caption allocates memory
+    return [[time_caption(*sample) for _ in range(ATTEMPTS)] for sample in SAMPLED]
 
 
-def test_the_breakdown_closes_on_the_pocket_pair(timed: list[tuple[Trace, float]]) -> None:
-    assert median(latency_breakdown(trace).closure(wall) for trace, wall in timed) == pytest.approx(1, abs=0.02)
-    assert median(latency_breakdown(trace).unnamed(wall) for trace, wall in timed) < 0.05
+def test_the_breakdown_closes_on_the_pocket_pair(attempts: list[list[tuple[Trace, float]]]) -> None:
+    breakdowns = [[(latency_breakdown(trace), wall) for trace, wall in sample] for sample in attempts]
+    gaps = [min(abs(1 - breakdown.closure(wall)) for breakdown, wall in sample) for sample in breakdowns]
+    assert median(gaps) <= 0.02
+    assert median(min(breakdown.unnamed(wall) for breakdown, wall in sample) for sample in breakdowns) < 0.05
 
 
-def least(call: Callable[[], object], repeats: int = 5) -> float:
-    """CPU seconds of the quickest of some calls: what a busy machine adds is not the call's."""
-    spent = []
+def least_cpu_seconds(call: Callable[[], object], repeats: int = 5) -> float:
+    """Return the CPU seconds of the quickest call, because interruptions can only add to them."""
+    seconds = []
     for _ in range(repeats):
         start = time.process_time()
         call()
-        spent.append(time.process_time() - start)
-    return min(spent)
+        seconds.append(time.process_time() - start)
+    return min(seconds)
 
 
-def test_recording_time_costs_less_than_a_hundredth_of_a_caption(timed: list[tuple[Trace, float]]) -> None:
+def test_recording_takes_less_than_a_hundredth_of_a_caption(attempts: list[list[tuple[Trace, float]]]) -> None:
     n = 5000
     events: list[Event] = [Finished("eos")] * n
     watch = Watch()
-    each_event = least(lambda: stamp(events)) / n
-    each_span = least(lambda: [watch.timed("gate", int) for _ in events]) / n
-    for trace, wall in timed:
-        assert len(trace.events) * each_event + len(trace.spans) * each_span < 0.01 * wall
+    per_event = least_cpu_seconds(lambda: stamp(events)) / n
+    per_span = least_cpu_seconds(lambda: [watch.timed("gate", int) for _ in events]) / n
+    for trace, wall in (min(sample, key=lambda attempt: attempt[1]) for sample in attempts):
+        assert len(trace.events) * per_event + len(trace.spans) * per_span < 0.01 * wall

@@ -1,4 +1,4 @@
-"""Options: how defaults, files and the command line combine, and how a bad setting is named."""
+"""Options: the precedence of defaults, files and the command line, and the errors for bad values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edgecloud_sd import config
 from edgecloud_sd.config import OPTIONS, ConfigError, resolve
 
-NAMED = {option.name: option for option in OPTIONS}
+BY_NAME = {option.name: option for option in OPTIONS}
 COUNTS = ("k", "rank", "max-samples", "max-new-tokens")
 REQUIRED = [option.name for option in OPTIONS if not option.optional]
 
@@ -24,22 +24,22 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "mine.yaml"
 
 
-def test_without_file_or_command_line_the_defaults_hold() -> None:
-    chosen = resolve({})
-    assert chosen.mode == ("edge", "cloud", "speculative", "lossless")
-    assert (chosen.k, chosen.rank, chosen.entropy_threshold) == ((3,), (20,), (1.5,))
-    assert (chosen.edge_model, chosen.max_samples) == (None, None)
+def test_without_a_file_and_options_the_defaults_apply() -> None:
+    resolved = resolve({})
+    assert resolved.mode == ("edge", "cloud", "speculative", "lossless")
+    assert (resolved.k, resolved.rank, resolved.entropy_threshold) == ((3,), (20,), (1.5,))
+    assert (resolved.edge_model, resolved.max_samples) == (None, None)
 
 
-def test_a_file_goes_over_the_defaults_and_the_command_line_over_both(file: Path) -> None:
+def test_a_file_overrides_the_defaults_and_the_command_line_overrides_both(file: Path) -> None:
     file.write_text("k: 5\nrank: 7\n")
-    chosen = resolve({"rank": "9"}, file)
-    assert (chosen.k, chosen.rank, chosen.max_new_tokens) == ((5,), (9,), 64)
+    resolved = resolve({"rank": "9"}, file)
+    assert (resolved.k, resolved.rank, resolved.max_new_tokens) == ((5,), (9,), 64)
 
 
-def test_what_the_command_line_leaves_out_does_not_count(file: Path) -> None:
+def test_an_option_that_is_not_given_does_not_override_the_file(file: Path) -> None:
     file.write_text("k: 5")
-    assert resolve(dict.fromkeys(NAMED), file).k == (5,)
+    assert resolve(dict.fromkeys(BY_NAME), file).k == (5,)
 
 
 def test_an_empty_file_changes_nothing(file: Path) -> None:
@@ -47,29 +47,29 @@ def test_an_empty_file_changes_nothing(file: Path) -> None:
     assert resolve({}, file) == resolve({})
 
 
-def test_a_file_may_say_what_the_command_line_would(file: Path) -> None:
+def test_a_file_may_write_values_as_the_command_line_does(file: Path) -> None:
     file.write_text("k: '3,5'\nlanguage: chinese, english\nmax-samples: '2'")
     assert resolve({}, file) == resolve({"k": "3,5", "language": "chinese,english", "max-samples": "2"})
 
 
 @pytest.mark.parametrize("name", ["entropy-threshold", "entropy_threshold"])
-def test_a_file_may_spell_with_hyphens_or_underscores(file: Path, name: str) -> None:
+def test_names_in_a_file_may_have_hyphens_or_underscores(file: Path, name: str) -> None:
     file.write_text(f"{name}: [0.5, .inf]")
     assert resolve({}, file).entropy_threshold == (0.5, math.inf)
 
 
 def test_lists_become_tuples_without_repeats_in_the_order_given(file: Path) -> None:
     file.write_text("k: [5, 3, 5]\nlanguage: [english, chinese, english]")
-    chosen = resolve({"entropy-threshold": "2, 1.0,1,2.0"}, file)
-    assert chosen.k == (5, 3)
-    assert chosen.language == ("english", "chinese")
-    assert chosen.entropy_threshold == (2.0, 1.0)
+    resolved = resolve({"entropy-threshold": "2, 1.0,1,2.0"}, file)
+    assert resolved.k == (5, 3)
+    assert resolved.language == ("english", "chinese")
+    assert resolved.entropy_threshold == (2.0, 1.0)
 
 
-def test_an_optional_setting_can_be_taken_back(file: Path) -> None:
+def test_an_empty_value_unsets_an_optional_setting(file: Path) -> None:
     file.write_text("max-samples: 5\nedge-model: a/b")
-    chosen = resolve({"max-samples": "", "edge-model": ""}, file)
-    assert (chosen.max_samples, chosen.edge_model) == (None, None)
+    resolved = resolve({"max-samples": "", "edge-model": ""}, file)
+    assert (resolved.max_samples, resolved.edge_model) == (None, None)
 
 
 def test_settings_cannot_be_changed() -> None:
@@ -77,9 +77,9 @@ def test_settings_cannot_be_changed() -> None:
         resolve({}).k = (1,)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_every_option_has_a_group_a_help_and_a_default_that_parses(name: str) -> None:
-    option = NAMED[name]
+    option = BY_NAME[name]
     assert option.group in config.GROUPS
     assert option.help.strip()
     text = "" if option.default is None else option.default_text
@@ -88,14 +88,14 @@ def test_every_option_has_a_group_a_help_and_a_default_that_parses(name: str) ->
 
 def test_the_default_file_is_a_copy_of_the_defaults() -> None:
     file = Path(__file__).parents[1] / "bench" / "configs" / "default.yaml"
-    copied = config.read_file(file)
-    assert {name: NAMED[name].parse(value) for name, value in copied.items()} == {
+    defaults = config.read_file(file)
+    assert {name: BY_NAME[name].parse(value) for name, value in defaults.items()} == {
         option.name: option.default for option in config.OPTIONS
     }
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "may_be"),
+    ("name", "text", "expectation"),
     [
         ("mode", "fast", "edge, cloud, speculative"),
         ("mode", "edge,fast", "edge, cloud, speculative"),
@@ -129,19 +129,21 @@ def test_the_default_file_is_a_copy_of_the_defaults() -> None:
         ("output-name", ".hidden", "a plain file name"),
     ],
 )
-def test_a_bad_value_is_named_with_its_option_and_what_it_may_be(file: Path, name: str, text: str, may_be: str) -> None:
+def test_a_bad_value_is_refused_with_its_option_and_the_possible_values(
+    file: Path, name: str, text: str, expectation: str
+) -> None:
     with pytest.raises(ConfigError) as from_command_line:
         resolve({name: text})
     bad = text.split(",")[-1]
     assert str(from_command_line.value).startswith(f"--{name}: {bad!r} is not ")
-    assert may_be in str(from_command_line.value)
-    file.write_text(yaml.safe_dump({name: text.split(",") if NAMED[name].many else text}))
+    assert expectation in str(from_command_line.value)
+    file.write_text(yaml.safe_dump({name: text.split(",") if BY_NAME[name].many else text}))
     with pytest.raises(ConfigError) as from_file:
         resolve({}, file)
     assert str(from_file.value) == f"{file}: {from_command_line.value}"
 
 
-def test_a_bad_value_in_a_file_is_found_even_where_the_command_line_goes_over_it(file: Path) -> None:
+def test_a_bad_value_in_a_file_is_refused_even_if_the_command_line_overrides_it(file: Path) -> None:
     file.write_text("k: none")
     with pytest.raises(ConfigError, match=r"mine\.yaml: --k: 'none'"):
         resolve({"k": "3"}, file)
@@ -151,7 +153,7 @@ def test_a_bad_value_in_a_file_is_found_even_where_the_command_line_goes_over_it
 def test_a_required_option_needs_a_value(name: str) -> None:
     for text in ("", " "):
         with pytest.raises(ConfigError) as error:
-            NAMED[name].parse(text)
+            BY_NAME[name].parse(text)
         assert str(error.value) == f"--{name}: needs a value"
 
 
@@ -169,7 +171,7 @@ def test_a_required_option_needs_a_value(name: str) -> None:
         ("k: &a [*a]", "--k: takes one value, not [[...]]"),
     ],
 )
-def test_a_value_of_the_wrong_shape_is_named(file: Path, content: str, complaint: str) -> None:
+def test_a_value_of_the_wrong_type_is_refused(file: Path, content: str, complaint: str) -> None:
     file.write_text(content)
     with pytest.raises(ConfigError) as error:
         resolve({}, file)
@@ -177,12 +179,12 @@ def test_a_value_of_the_wrong_shape_is_named(file: Path, content: str, complaint
 
 
 @pytest.mark.parametrize("name", ["threshold", "K", "mode ", "1"])
-def test_an_unknown_option_is_named_with_those_that_are_known(file: Path, name: str) -> None:
+def test_an_unknown_option_is_refused_with_the_known_ones(file: Path, name: str) -> None:
     file.write_text(yaml.safe_dump({"k": 3, name: 3}))
     with pytest.raises(ConfigError) as error:
         resolve({}, file)
     assert str(error.value).startswith(f"{file}: unknown option {name}; known are ")
-    assert all(known in str(error.value) for known in NAMED)
+    assert all(option in str(error.value) for option in BY_NAME)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_an_unknown_option_is_named_with_those_that_are_known(file: Path, name: 
         (b"3", "must map options to values, not be a int"),
     ],
 )
-def test_a_file_that_is_no_map_in_yaml_is_named(file: Path, content: bytes, complaint: str) -> None:
+def test_a_file_that_is_not_a_mapping_in_yaml_is_refused(file: Path, content: bytes, complaint: str) -> None:
     file.write_bytes(content)
     with pytest.raises(ConfigError) as error:
         resolve({}, file)
@@ -208,7 +210,7 @@ def test_a_file_that_is_no_map_in_yaml_is_named(file: Path, content: bytes, comp
 
 
 @pytest.mark.parametrize("name", ["nothing.yaml", "."])
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolve({}, tmp_path / name)
     assert str(error.value).startswith(f"{tmp_path / name}: cannot be read (")
@@ -216,33 +218,33 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
 
 @settings(max_examples=30)
 @given(name=st.sampled_from(COUNTS), number=st.integers(1, 10**30), padding=st.sampled_from(["", " ", "\t"]))
-def test_any_count_comes_back(name: str, number: int, padding: str) -> None:
-    value = NAMED[name].parse(f"{padding}{number}{padding}")
-    assert value == ((number,) if NAMED[name].many else number)
+def test_any_positive_whole_number_is_a_count(name: str, number: int, padding: str) -> None:
+    value = BY_NAME[name].parse(f"{padding}{number}{padding}")
+    assert value == ((number,) if BY_NAME[name].many else number)
 
 
 @settings(max_examples=30)
 @given(name=st.sampled_from(COUNTS), number=st.integers(max_value=0) | st.floats() | st.text(min_size=1))
-def test_anything_else_is_no_count(name: str, number: float | str) -> None:
+def test_anything_else_is_refused_as_a_count(name: str, number: float | str) -> None:
     text = str(number)
     assume(text.strip())
     assume(not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")))
     with pytest.raises(ConfigError) as error:
-        NAMED[name].parse(text)
+        BY_NAME[name].parse(text)
     assert f"--{name}: " in str(error.value)
 
 
 @settings(max_examples=30)
 @given(st.lists(st.floats(allow_nan=False), min_size=1))
-def test_any_thresholds_come_back_once_each(thresholds: list[float]) -> None:
-    assert NAMED["entropy-threshold"].parse(",".join(map(str, thresholds))) == tuple(dict.fromkeys(thresholds))
+def test_thresholds_are_parsed_without_repeats(thresholds: list[float]) -> None:
+    assert BY_NAME["entropy-threshold"].parse(",".join(map(str, thresholds))) == tuple(dict.fromkeys(thresholds))
 
 
-near = st.text(alphabet="acdegklnoprstuvwy(0123) ,-")
+almost_valid = st.text(alphabet="acdegklnoprstuvwy(0123) ,-")
 
 
 @pytest.mark.parametrize(
-    ("name", "good"),
+    ("name", "valid"),
     [
         ("mode", "edge|cloud|speculative"),
         ("gate", "entropy|always|never"),
@@ -250,31 +252,31 @@ near = st.text(alphabet="acdegklnoprstuvwy(0123) ,-")
     ],
 )
 @settings(max_examples=40)
-@given(text=st.text() | near)
-def test_garbage_raises_config_error_and_nothing_else(name: str, good: str, text: str) -> None:
-    assume(not all(re.fullmatch(good, part.strip()) for part in text.split(",")))
+@given(text=st.text() | almost_valid)
+def test_random_text_raises_only_config_error(name: str, valid: str, text: str) -> None:
+    assume(not all(re.fullmatch(valid, part.strip()) for part in text.split(",")))
     with pytest.raises(ConfigError) as error:
-        NAMED[name].parse(text)
+        BY_NAME[name].parse(text)
     assert str(error.value).startswith(f"--{name}: ")
 
 
 @settings(max_examples=30)
 @given(
     st.dictionaries(
-        st.sampled_from([*NAMED, "other"]), st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+        st.sampled_from([*BY_NAME, "other"]), st.none() | st.booleans() | st.integers() | st.floats() | st.text()
     )
 )
-def test_any_map_in_a_file_is_read_or_refused_by_name(
+def test_any_mapping_in_a_file_is_read_or_refused_with_the_file_name(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, object]
 ) -> None:
     file = tmp_path_factory.getbasetemp() / "any.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
     try:
-        read = config.read_file(file)
+        contents = config.read_file(file)
     except ConfigError as error:
         assert str(error).startswith(f"{file}: ")  # noqa: PT017
     else:
-        assert set(read) == set(values)
+        assert set(contents) == set(values)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_any_map_in_a_file_is_read_or_refused_by_name(
         ({"clock": "virtual", "profile": "absent"}, "--profile: no profile 'absent': give a YAML file that exists, or"),
     ],
 )
-def test_what_the_clocks_need_is_said(options: dict[str, str], message: str) -> None:
+def test_an_option_that_does_not_fit_the_clock_is_refused(options: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolve(options)
     assert message in str(error.value)
@@ -322,22 +324,22 @@ def test_a_profile_may_be_measured_on_either_clock() -> None:
         ({"open": "early"}, "--open: 'early' is not one of eager, lazy"),
     ],
 )
-def test_what_a_cloud_elsewhere_needs_is_said(options: dict[str, str], message: str) -> None:
+def test_an_option_that_does_not_fit_the_place_of_the_cloud_is_refused(options: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolve(options)
     assert message in str(error.value)
 
 
-def test_an_edge_alone_may_be_held_without_a_server() -> None:
+def test_mode_edge_may_be_limited_without_a_server() -> None:
     assert resolve({"mode": "edge", "max-cpu-cores": "2", "max-memory-gb": "16"}).max_memory_gb == 16
 
 
-def test_an_automatic_cloud_is_on_the_gpu_in_half_precision_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, expected in ((True, ("cuda", "float16")), (False, ("cpu", "float32"))):
-        monkeypatch.setattr("torch.cuda.is_available", lambda found=found: found)
+def test_an_automatic_cloud_is_on_the_gpu_in_half_precision_if_a_gpu_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_gpu, expected in ((True, ("cuda", "float16")), (False, ("cpu", "float32"))):
+        monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
         settings = resolve({"cloud-device": "auto", "cloud-dtype": "auto"})
         assert (settings.cloud_device, settings.cloud_dtype) == expected
 
 
-def test_custom_links_are_told_apart_in_a_list() -> None:
+def test_a_list_of_links_may_contain_custom_links() -> None:
     assert resolve({"link": "lan,rtt=40ms,up=5mbit,rtt=60ms"}).link == ("lan", "rtt=40ms,up=5mbit", "rtt=60ms")

@@ -1,4 +1,4 @@
-"""The stage: the same events whatever the clock, and under a profile every moment by hand."""
+"""The harness: the same events on every clock, and each moment under a profile by hand."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ PROFILE = Profile(
     queue=0.25,
 )
 LINK = Link("scripted", rtt=0.5, up=math.inf, down=math.inf)
-# Rounds of two: the first sure and so local, the second rejected at its second token, the third accepted whole with a
-# bonus, the fourth cut to one token by the limit.
+# Rounds of two tokens: the first is local, the second is rejected at its second token, the third is accepted whole and
+# gets a bonus, and the length limit cuts the fourth to one token.
 EDGE = Scripted(wrong=frozenset({3}), unsure=frozenset({3, 4}))
 CLOUD = Scripted()
 ALL = Stopping(frozenset(), 8)
@@ -74,8 +74,8 @@ def test_every_moment_of_a_speculative_caption_by_hand() -> None:
         (3.25, Drafted(local)),  # two steps of 0.5, two statistics of 0.0625
         (3.25, Committed((0, 0), "local")),
         (4.375, Drafted(rejected)),
-        (4.375, Escalated(rejected, 3)),  # the last prompt token and two local ones
-        (5.625, Opened("cloud")),  # since 0.125: up 0.25, queue 0.25, prefill 5
+        (4.375, Escalated(rejected, 3)),  # feeds the last prompt token and two local ones
+        (5.625, Opened("cloud")),  # starts at 0.125: up 0.25, queue 0.25, prefill 5
         (8.375, Verified(rejected, Verdict(1, 0))),  # up 0.25, queue, a pass over 5, down 0.25
         (8.375, Committed((0,), "accepted")),
         (8.375, Committed((0,), "correction")),
@@ -90,12 +90,12 @@ def test_every_moment_of_a_speculative_caption_by_hand() -> None:
     )
 
 
-def test_a_lazy_cloud_is_opened_by_the_first_escalated_draft() -> None:
+def test_lazy_prefill_starts_at_the_first_escalated_draft() -> None:
     lazy = caption(Strategy("speculative", UNSURE, k=2, prefill="lazy"), Harness(PROFILE, LINK))
     eager = speculative(Harness(PROFILE, LINK))
-    late = 4.375 + 0.25 + 0.25 + 5.0 - 5.625
+    delay = 4.375 + 0.25 + 0.25 + 5.0 - 5.625
     for (soon, event), (seconds, same) in zip(eager.events, lazy.events, strict=True):
-        assert (seconds, same) == (soon + late * (soon > 4.375), event)
+        assert (seconds, same) == (soon + delay * (soon > 4.375), event)
     assert latency_breakdown(lazy).parts["cloud_prefill"] == 5.0
     assert metrics.wire_bytes(lazy) == metrics.wire_bytes(eager)
 
@@ -115,8 +115,8 @@ def test_every_span_of_a_speculative_caption_by_hand() -> None:
     down = [wire.ANSWER_HEAD + len(wire.dumps(answer)) for answer in answers]
     spans = speculative(Harness(PROFILE, LINK)).spans
     assert [span for span in spans if span.part in ("uplink", "cloud_queue", "downlink")] == [
-        Span("uplink", 0.0, 0.0),  # there is a link
-        Span("uplink", 4.375, 4.375, opening),  # crossed while the edge was at work
+        Span("uplink", 0.0, 0.0),  # marks that a link is emulated
+        Span("uplink", 4.375, 4.375, opening),  # crossed while the edge was busy
         Span("cloud_queue", 4.375, 4.375),
         Span("uplink", 5.625, 5.875, up[0]),
         Span("cloud_queue", 5.875, 6.125),
@@ -128,12 +128,12 @@ def test_every_span_of_a_speculative_caption_by_hand() -> None:
     gates = [span for span in spans if span.part == "gate"]
     assert gates[:2] == [Span("gate", 2.625, 2.6875), Span("gate", 3.1875, 3.25)]
     assert len(gates) == 7
-    assert any(span.part == "rollback" for span in spans)  # in the cloud, of the rejected token
+    assert any(span.part == "rollback" for span in spans)  # the cloud rolls back the rejected token
 
 
 def test_the_breakdown_of_a_speculative_caption_by_hand() -> None:
-    kept = latency_breakdown(speculative(Harness(PROFILE, LINK)))
-    assert kept.parts == {
+    breakdown = latency_breakdown(speculative(Harness(PROFILE, LINK)))
+    assert breakdown.parts == {
         "features": 0.125,
         "edge_prefill": 2.0,
         "cloud_prefill": 1.25,
@@ -149,10 +149,10 @@ def test_the_breakdown_of_a_speculative_caption_by_hand() -> None:
         "rollback": 0.0,
         "other": 0.0,
     }
-    assert kept.discarded == 0.5  # one of two tokens that took a second
+    assert breakdown.discarded == 0.5  # half of a draft that took a second
 
 
-def ahead(harness: Harness, chosen: gate.Gate = gate.ALWAYS) -> Trace:
+def draft_ahead(harness: Harness, chosen: gate.Gate = gate.ALWAYS) -> Trace:
     """Decode nine tokens with drafts of two, up to four tokens ahead. The edge is wrong at the eighth token."""
     strategy = Strategy("speculative", chosen, k=2, draft_ahead=4)
     edge = Scripted(wrong=frozenset({7}), unsure=frozenset(range(9)))
@@ -161,19 +161,19 @@ def ahead(harness: Harness, chosen: gate.Gate = gate.ALWAYS) -> Trace:
 
 def test_every_moment_of_a_caption_drafted_ahead_by_hand() -> None:
     first, second, third, last = Draft((0, 0)), Draft((0, 0, 0)), Draft((1, 0)), Draft((0,))
-    assert ahead(Harness(PROFILE, LINK)).events == (
+    assert draft_ahead(Harness(PROFILE, LINK)).events == (
         (0.125, Prepared(2)),
         (2.125, Opened("edge")),
         (3.125, Drafted(first)),
         (3.125, Escalated(first, 1)),
         (5.625, Opened("cloud")),
-        (7.625, Ahead((0, 0, 0, 0), 4)),  # four steps of 0.5, of the 2.25 that the verdict takes
+        (7.625, Ahead((0, 0, 0, 0), 4)),  # four steps of 0.5 fit into the 2.25 of the verification
         (7.875, Verified(first, Verdict(2, 0))),  # up 0.25, queue 0.25, a pass over 3, down 0.25
         (7.875, Committed((0, 0), "accepted")),
         (7.875, Committed((0,), "bonus")),
-        (7.875, Drafted(second, 3)),  # all that was made ahead but the guess of the bonus, and no step
+        (7.875, Drafted(second, 3)),  # three of the four tokens ahead, because the first was the bonus; no step
         (7.875, Escalated(second, 1)),
-        (9.375, Ahead((0, 1, 0), 3)),  # no more fit
+        (9.375, Ahead((0, 1, 0), 3)),  # three steps fit into the verification
         (10.375, Verified(second, Verdict(3, 0))),  # a pass over 4
         (10.375, Committed((0, 0, 0), "accepted")),
         (10.375, Committed((0,), "bonus")),
@@ -182,7 +182,7 @@ def test_every_moment_of_a_caption_drafted_ahead_by_hand() -> None:
         (10.375, Ahead((), 0)),
         (12.625, Verified(third, Verdict(0, 0))),
         (12.625, Committed((0,), "correction")),
-        (13.125, Drafted(last)),  # made anew
+        (13.125, Drafted(last)),  # drafted again
         (13.125, Escalated(last, 1)),
         (13.125, Ahead((), 0)),
         (15.125, Verified(last, Verdict(1, 0))),
@@ -191,44 +191,44 @@ def test_every_moment_of_a_caption_drafted_ahead_by_hand() -> None:
     )
 
 
-def test_drafting_ahead_where_the_output_depends_on_how_drafts_are_cut_makes_none_longer() -> None:
-    trace = ahead(Harness(PROFILE, LINK), UNSURE)  # every token is unsure, so every draft is verified
+def test_a_lossy_draft_is_not_longer_after_drafting_ahead() -> None:
+    trace = draft_ahead(Harness(PROFILE, LINK), UNSURE)  # every token is unsure, so every draft is verified
     drafted = [event for _, event in trace.events if isinstance(event, Drafted)]
     assert [(len(event.draft.tokens), event.ahead) for event in drafted] == [(2, 0), (2, 2), (2, 2), (1, 0)]
 
 
 def test_the_breakdown_of_a_caption_drafted_ahead_by_hand() -> None:
-    trace = ahead(Harness(PROFILE, LINK))
-    kept = latency_breakdown(trace)
-    assert (kept.exposed, kept.hidden) == (0.25 + 1.0 + 2.25 + 2.0, 2.0 + 1.5)
-    assert kept.parts["draft"] == 1.0 + 2.0 + 1.5 + 0.5
-    assert kept.parts["verify"] == 0.75 + 1.5 + 1.25  # the first was hidden, and 1.0 of the second
-    assert kept.parts["uplink"] == kept.parts["cloud_queue"] == 2 * 0.25
-    assert kept.parts["downlink"] == 4 * 0.25
-    assert kept.seconds == trace.seconds
-    assert kept.discarded == 1.0  # of the two that the third draft had of what was made ahead
+    trace = draft_ahead(Harness(PROFILE, LINK))
+    breakdown = latency_breakdown(trace)
+    assert (breakdown.exposed, breakdown.hidden) == (0.25 + 1.0 + 2.25 + 2.0, 2.0 + 1.5)
+    assert breakdown.parts["draft"] == 1.0 + 2.0 + 1.5 + 0.5
+    assert breakdown.parts["verify"] == 0.75 + 1.5 + 1.25  # 1.5 and 1.0 s of the first two are hidden
+    assert breakdown.parts["uplink"] == breakdown.parts["cloud_queue"] == 2 * 0.25
+    assert breakdown.parts["downlink"] == 4 * 0.25
+    assert breakdown.seconds == trace.seconds
+    assert breakdown.discarded == 1.0  # the two tokens of the third draft
     assert metrics.bonus_guess_rate([trace]) == 1.0
     verify = [span.seconds for span in trace.spans if span.part == "verify" and span.seconds]
     assert verify == [1.5, 1.75, 1.5, 1.25]
 
 
-def test_a_verdict_that_is_there_first_is_taken_up_after_the_step_that_has_begun() -> None:
+def test_a_verdict_that_arrives_during_a_step_is_read_after_the_step() -> None:
     quick = replace(PROFILE, cloud=Costs(0.0, ((1, 0.25),)), queue=0.0)
-    trace = ahead(Harness(quick))
-    made = [(seconds, event.made) for seconds, event in trace.events if isinstance(event, Ahead)]
+    trace = draft_ahead(Harness(quick))
+    ahead = [(seconds, event.made) for seconds, event in trace.events if isinstance(event, Ahead)]
     verified = [seconds for seconds, event in trace.events if isinstance(event, Verified)]
-    assert made[0] == (verified[0], 1)
+    assert ahead[0] == (verified[0], 1)
     assert latency_breakdown(trace).exposed == sum(
-        after - before for (before, n), after in zip(made, verified, strict=True) if n == 0
+        after - before for (before, n), after in zip(ahead, verified, strict=True) if n == 0
     )
 
 
-def test_bytes_take_the_time_that_the_bandwidth_gives_them() -> None:
+def test_a_message_takes_its_size_over_the_bandwidth() -> None:
     fast, slow = (speculative(Harness(PROFILE, replace(LINK, up=up, down=2 * up))) for up in (math.inf, 8000))
-    for sure, span in zip(fast.spans, slow.spans, strict=True):
+    for fast_span, span in zip(fast.spans, slow.spans, strict=True):
         if span.part in ("uplink", "downlink") and span.end > 4.375 + 8 * span.size / 8000:
             rate = {"uplink": 8000, "downlink": 16000}[span.part]
-            assert span.end - span.start == pytest.approx(sure.end - sure.start + 8 * span.size / rate)
+            assert span.end - span.start == pytest.approx(fast_span.end - fast_span.start + 8 * span.size / rate)
     assert slow.seconds > fast.seconds
 
 
@@ -237,7 +237,7 @@ def test_every_moment_of_a_cloud_caption_by_hand() -> None:
     assert trace.events == (
         (0.125, Prepared(2)),
         (5.625, Opened("cloud")),
-        (6.875, Committed((0,), "cloud")),  # a step of 1, down 0.25: the latency, once
+        (6.875, Committed((0,), "cloud")),  # a step of 1, down 0.25; only the first token pays the latency
         (7.875, Committed((0,), "cloud")),
         (8.875, Committed((0,), "cloud")),
         (8.875, Finished("length")),
@@ -254,13 +254,15 @@ def test_every_moment_of_an_edge_caption_by_hand() -> None:
     assert metrics.wire_bytes(trace) is None
 
 
-def test_without_a_link_nothing_crosses_but_the_queue_is_waited_for() -> None:
-    kept = latency_breakdown(speculative(Harness(PROFILE)))
-    assert (kept.parts["uplink"], kept.parts["downlink"], kept.parts["cloud_queue"]) == (0, 0, 0.5)
-    assert kept.seconds == 12.5625 - 0.25 - 2 * 2 * 0.25  # the way there of the opening, and both ways of two calls
+def test_without_a_link_the_queue_still_takes_time() -> None:
+    breakdown = latency_breakdown(speculative(Harness(PROFILE)))
+    assert (breakdown.parts["uplink"], breakdown.parts["downlink"], breakdown.parts["cloud_queue"]) == (0, 0, 0.5)
+    assert (
+        breakdown.seconds == 12.5625 - 0.25 - 2 * 2 * 0.25
+    )  # one way of the prefill, and both ways of two verifications
 
 
-def test_a_gate_that_reads_nothing_costs_nothing() -> None:
+def test_a_gate_without_a_statistic_takes_no_time() -> None:
     trace = caption(Strategy("speculative", k=2), Harness(PROFILE, LINK))
     assert latency_breakdown(trace).parts["gate"] == 0
 
@@ -269,24 +271,24 @@ def test_on_the_real_clock_a_link_takes_its_time() -> None:
     link = Link("short", rtt=0.01, up=math.inf, down=math.inf)
     trace = speculative(Harness(link=link))
     assert trace.tokens == speculative(Harness(PROFILE, LINK)).tokens
-    crossed = [span for span in trace.spans if span.part in ("uplink", "downlink") and span.start > 0]
-    assert len(crossed) == 5
-    assert all(span.end - span.start >= 0.005 for span in crossed[1:])
+    messages = [span for span in trace.spans if span.part in ("uplink", "downlink") and span.start > 0]
+    assert len(messages) == 5
+    assert all(span.end - span.start >= 0.005 for span in messages[1:])
 
 
 @settings(max_examples=25)  # four captions each
 @given(cases(), profiles(), any_link, st.text(max_size=3))
-def test_the_clock_changes_no_event_and_a_virtual_one_no_moment(
+def test_events_are_the_same_on_every_clock_and_a_virtual_trace_repeats(
     case: Case, profile: Profile, link: Link, seed: str
 ) -> None:
     scene = case.scene
     verifier = LocalVerifier(scene.cloud, case.strategy.rule)
-    bare = stamp(decode(scene.prompt, case.strategy, scene.stopping, scene.edge, verifier))
+    without_harness = stamp(decode(scene.prompt, case.strategy, scene.stopping, scene.edge, verifier))
     real, virtual = case.play(Harness()), case.play(Harness(profile, link, seed))
     for trace in (real, virtual):
-        assert trace.tokens == bare.tokens
-        if not case.strategy.draft_ahead:  # what is drafted ahead depends on when the verdict comes
-            assert [event for _, event in trace.events[1:]] == [event for _, event in bare.events]
+        assert trace.tokens == without_harness.tokens
+        if not case.strategy.draft_ahead:  # the number of tokens drafted ahead depends on the clock
+            assert [event for _, event in trace.events[1:]] == [event for _, event in without_harness.events]
     assert case.play(Harness(profile, link, seed)) == virtual
     moments = [seconds for seconds, _ in virtual.events]
     assert moments == sorted(moments)
@@ -301,8 +303,8 @@ def test_another_seed_draws_another_jitter(mode: str) -> None:
     assert traces[0].tokens == traces[1].tokens
 
 
-def test_jitter_is_drawn_anew_for_every_message() -> None:
+def test_each_message_has_its_own_jitter() -> None:
     spans = speculative(Harness(PROFILE, replace(LINK, jitter=0.125))).spans
     trips = [span.end - span.start for span in spans if span.part in ("uplink", "downlink") and span.end > span.start]
-    assert len({round(trip, 9) for trip in trips}) == 4  # the opening's is hidden
+    assert len({round(trip, 9) for trip in trips}) == 4  # the prefill of the cloud is hidden
     assert all(0.125 <= trip <= 0.375 for trip in trips)
