@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -295,19 +296,18 @@ def keep_audio(assistant: Any) -> Any:
     """Return an assistant on the same weights that encodes the audio in its first pass (see the module's text)."""
     with_audio = copy.copy(assistant)
     prepare = assistant.prepare_inputs_for_generation
+    cache_name = "cache" if "cache" in inspect.signature(prepare).parameters else "past_key_values"  # before 5.24
 
     @functools.wraps(prepare)  # transformers reads its signature
     def prepare_with_audio(
         *args: Any,
-        past_key_values: Any = None,
         is_first_iteration: bool = False,
         input_features: Any = None,
         **options: Any,
     ) -> Any:
         return prepare(
             *args,
-            past_key_values=past_key_values,
-            is_first_iteration=is_first_iteration or not past_key_values.get_seq_length(),
+            is_first_iteration=is_first_iteration or not options[cache_name].get_seq_length(),
             input_features=None if input_features is None else input_features.to(assistant.dtype),
             **options,
         )

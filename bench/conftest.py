@@ -96,7 +96,7 @@ def data(settings: Settings) -> Callable[[str], DataSet]:
 def profile(
     settings: Settings, pipeline: Pipeline, data: Callable[[str], DataSet], pytestconfig: pytest.Config
 ) -> Profile | None:
-    """Return the profile of the virtual clock, or None on the real one. `measure` first writes those of this machine."""
+    """Return the profile of the virtual clock, or None on the real one. `measure` times this machine first."""
     if settings.profile != MEASURE:
         return profiles.load_profile(settings.profile) if settings.profile else None
     file = Path(settings.results_dir) / f"{settings.output_name}-profile.yaml"

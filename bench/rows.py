@@ -24,7 +24,7 @@ def metric_rows(benchmark: dict[str, Any]) -> list[dict[str, Any]]:
 
     `total` has no metric row, because it is the benchmark's own row.
     """
-    for kind, known_metrics in (("load", load.LOAD_METRICS), ("peers", baselines.BASELINE_METRICS)):
+    for kind, known_metrics in (("load", load.LOAD_METRICS), ("baselines", baselines.BASELINE_METRICS)):
         measured = benchmark["extra_info"].get(kind)
         if measured is not None:
             return [_row(benchmark, name, known_metrics[name], value) for name, value in measured["figures"].items()]

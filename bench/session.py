@@ -39,7 +39,7 @@ class Outcomes:
     loads: dict[str, tuple[load.LoadCase, dict[str, float]]] = field(default_factory=dict)
     baselines: dict[str, list[dict[str, baselines.TimedCaption]]] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
-    profile: Profile | None = None  # of the virtual clock
+    profile: Profile | None = None  # the costs of the virtual clock
 
     def sections(self, settings: Settings) -> Iterator[tuple[str, list[str]]]:
         """Yield the title and the lines of each section of the terminal summary."""

@@ -45,7 +45,7 @@ class Draft:
 class Verdict:
     """The target's answer to a draft: the number of accepted tokens, and its own token for the place after them.
 
-    That token is a correction after a rejected token, and the bonus after a draft that was accepted whole.
+    The target's token is a correction after a rejected token, and the bonus after a draft that was accepted whole.
     """
 
     accepted: int

@@ -228,10 +228,10 @@ def test_the_table_has_a_row_per_way() -> None:
 @pytest.mark.parametrize(
     ("options", "ids"),
     [
-        ({}, ["baselines-pocket-k4-zh"]),
-        ({"language": "english,chinese"}, ["baselines-pocket-k4-en"]),
+        ({}, ["baselines-pocket-k3-zh"]),
+        ({"language": "english,chinese"}, ["baselines-pocket-k3-en"]),
         ({"gate": "entropy,always", "rule": "greedy", "k": "7,2"}, ["baselines-pocket-k7-zh"]),
-        ({"gate": "always", "k": "7"}, ["baselines-pocket-k4-zh"]),  # rule rank is not lossless
+        ({"mode": "speculative", "gate": "always", "k": "7"}, ["baselines-pocket-k4-zh"]),  # rule rank is not lossless
         ({"gate": "always", "rule": "greedy", "k": "auto"}, ["baselines-pocket-k4-zh"]),
         ({"mode": "edge,cloud"}, []),
         ({"clock": "virtual", "profile": "published"}, []),
@@ -246,7 +246,7 @@ def test_a_run_has_one_case_with_its_first_lossless_k_and_language(options: dict
 
 def test_a_run_of_the_whole_suite_leaves_out_a_large_pair() -> None:
     settings = config.resolve({"pair": "qwen2.5-omni"})
-    assert [case.id for case in baselines.baseline_cases(settings)] == ["baselines-qwen2.5-omni-k4-zh"]
+    assert [case.id for case in baselines.baseline_cases(settings)] == ["baselines-qwen2.5-omni-k3-zh"]
     assert baselines.is_left_out(settings)
 
 
@@ -272,7 +272,7 @@ def test_the_benchmark_prints_its_table_and_fails_for_a_way_with_other_tokens(
     options = ("-k", "test_baselines", "--max-samples", "2", "--benchmark-json", "saved.json")
     result = run(pytester, *options)
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["* baselines *", "baselines-pocket-k4-zh, 2 clips*"])
+    result.stdout.fnmatch_lines(["* baselines *", "baselines-pocket-k3-zh, 2 clips*"])
     monkeypatch.setattr("bench.baselines.build_ways", build_wrong_ways)
     result = run(pytester, *options)
     result.assert_outcomes(failed=1)

@@ -69,7 +69,9 @@ def test_an_incomplete_character_is_printed_at_the_end(capsys: pytest.CaptureFix
     [
         (["absent.wav"], "absent.wav: no such audio file"),
         (["clip.wav", "--k", "none"], "--k: 'none' is not auto or a whole number of at least 1"),
-        (["clip.wav", "--mode", "hybrid"], "--mode: 'hybrid' is not one of edge, cloud, speculative"),
+        (["clip.wav", "--mode", "hybrid"], "--mode: 'hybrid' is not one of edge, cloud, speculative, lossless"),
+        (["clip.wav", "--mode", "edge,cloud"], "--mode: give one value for a caption, not 2"),
+        (["clip.wav", "--k", "2,4"], "--k: give one value for a caption, not 2"),
         (["clip.wav", "--edge-device", "abacus"], "device 'abacus' cannot be used here"),
         (["clip.wav", "--edge-model", "absent-folder"], "no checkpoint 'absent-folder': give a folder"),
         (["clip.wav", "--edge-model", "nobody/nothing"], "checkpoint 'nobody/nothing' cannot be loaded"),
@@ -105,6 +107,4 @@ def test_captioning_imports_no_library_of_the_server() -> None:
 
 def test_the_summary_names_the_fault_after_which_the_edge_finished_alone() -> None:
     trace = Trace(((0.1, Degraded("the cloud failed once")), (0.2, Committed((1,), "local")), (0.2, Finished("eos"))))
-    assert (
-        summary_line(trace) == "1 tokens (1 local), 0.200 s, degraded, the edge finished alone: the cloud failed once"
-    )
+    assert summary_line(trace) == "1 token (1 local), 0.200 s, degraded, the edge finished alone: the cloud failed once"

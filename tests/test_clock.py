@@ -112,7 +112,7 @@ def test_a_continued_attempt_counts_once_and_an_unsent_payload_does_not_count() 
     lost()
     watch.record("uplink", 3.0, 3.0, 50)
     clock.advance(4.0)
-    lost(again=True)  # what the second came to as well
+    lost(again=True)  # a repeated fault is recorded too
     assert [(span.part, span.start, span.end, span.size) for span in watch.spans] == [
         ("faults", 0.0, 1.0, 0),
         ("uplink", 1.0, 1.0, 900),

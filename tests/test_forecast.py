@@ -35,9 +35,9 @@ from edgecloud_sd.forecast.model import (
     MAX_K,
     Workload,
     cloud_seconds_per_token,
+    expected_prefill_seconds,
     forecast,
     per_round,
-    prefill_seconds,
     seconds_per_token,
 )
 from edgecloud_sd.forecast.sentence import forecast_sentence
@@ -213,7 +213,7 @@ def test_a_generation_takes_its_prefill_and_its_tokens(machines: Profile, link: 
     }
     size = wire.REQUEST_HEAD + len(wire.encode_prompt(PROMPT))
     workload = replace(geometric(2, 1.0), prompt_bytes=size, has_eager_prefill=eager)
-    prefill = prefill_seconds(machines, link, mode, workload)
+    prefill = expected_prefill_seconds(machines, link, mode, workload)
     assert trace.seconds == exactly_over(link, prefill + 6 * per_token[mode])
     if estimate := estimate_workload([trace], strategy):
         assert forecast(machines, link, estimate).caption == exactly_over(link, trace.seconds)

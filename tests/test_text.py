@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,16 +36,19 @@ def embeddings(thinker: Any, n: int, seed: int) -> Tensor:
 @torch.inference_mode()
 def run_transformers(thinker: Any, steps: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Return the hidden states of each step by transformers."""
+    text_model = thinker.model.language_model
+    parameters = inspect.signature(text_model.forward).parameters
+    cache_name = "cache" if "cache" in parameters else "past_key_values"  # the name before 5.24
     cache = DynamicCache(config=thinker.config.text_config)
     states = []
     for seed, (cached, n) in enumerate(steps):
         if cached < cache.get_seq_length():
             cache.crop(cached - cache.get_seq_length())
-        output = thinker.model.language_model(
+        output = text_model(
             inputs_embeds=embeddings(thinker, n, seed)[None],
             position_ids=torch.arange(cached, cached + n).expand(3, 1, n),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name: cache},
         )
         states.append(output.last_hidden_state[0])
     return states

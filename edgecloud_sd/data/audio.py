@@ -17,8 +17,8 @@ def as_samples(audio: ArrayLike, sampling_rate: int = SAMPLE_RATE) -> NDArray[np
     """Return mono float32 samples in about [-1, 1] at 16 kHz.
 
     `audio` is [samples] or [samples, channels]; channels are averaged. Integer PCM is scaled by the range of its type:
-    int16 by 32768, int32 by 2^31, and uint8 around 128. Raise ValueError for any other type or shape, for samples that
-    are not finite, for float samples far beyond [-1, 1], for an empty array and for a bad sampling rate.
+    int16 by 32768, int32 by 2^31, and uint8 around 128. Raise ValueError for any other type or shape, an empty
+    array, samples that are not finite, float samples far beyond [-1, 1], and a bad sampling rate.
     """
     if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, int | np.integer) or sampling_rate < 1:
         raise ValueError(f"sampling_rate must be a whole number of Hz above 0, not {sampling_rate!r}")

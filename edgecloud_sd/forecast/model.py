@@ -224,12 +224,12 @@ def _step_seconds(profile: Profile, workload: Workload) -> float:
 def cloud_seconds_per_token(profile: Profile, link: Link) -> float:
     """Return seconds per token of mode cloud: one step and the bytes of one streamed token.
 
-    A stream pays the latency of the link once, and `prefill_seconds` contains that.
+    A stream pays the latency of the link once, and `expected_prefill_seconds` contains that.
     """
     return profile.cloud.step + 8 * wire.LINE_BYTES / link.down
 
 
-def prefill_seconds(profile: Profile, link: Link, mode: str, workload: Workload) -> float:
+def expected_prefill_seconds(profile: Profile, link: Link, mode: str, workload: Workload) -> float:
     """Return the seconds of a generation that are no decoding: features, prefill, and the wait for the cloud's prefill.
 
     With eager prefill the edge waits at its first escalation. After m local rounds, with m geometric, the edge has
@@ -320,7 +320,7 @@ def forecast(profile: Profile, link: Link, workload: Workload) -> Forecast:
     ceiling_without_bonus = seconds_per_token(profile, NO_LINK, replace(all_accepted, has_bonus=False))
     seconds = {"speculative": token, "edge": edge, "cloud": cloud}
     captions = {
-        mode: prefill_seconds(profile, link, mode, workload) + workload.tokens_per_generation * per_token
+        mode: expected_prefill_seconds(profile, link, mode, workload) + workload.tokens_per_generation * per_token
         for mode, per_token in seconds.items()
         if workload.tokens_per_generation is not None
     }
