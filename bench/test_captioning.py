@@ -71,7 +71,8 @@ class Captioning:
         """Return the trace of one clip with the use of this process, or what an earlier run saved of them."""
         if clip.file_id in self.saved.records:
             measured = results.measurement_from_json(self.saved.records[clip.file_id])
-            self._adaptive_k().replay(measured[0])
+            if statistics := self._adaptive_k():
+                statistics.replay(measured[0])
             return measured
         if self.profile:
             trace = self.decode(clip, request)
@@ -100,7 +101,7 @@ class Captioning:
             return shadow_verify(trace, self.pipeline.prompt(request, strategy.mode), cloud)
         return None
 
-    def _adaptive_k(self) -> AdaptiveK:
+    def _adaptive_k(self) -> AdaptiveK | None:
         return self.pipeline.adaptive_k(self.case.strategy, self.case.language, self.case.link, self.profile)
 
     def _text(self, tokens: Sequence[int]) -> str:

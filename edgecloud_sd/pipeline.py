@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from edgecloud_sd.models.frontend import Frontend
     from edgecloud_sd.models.hf import HFModel
 
-MAX_NEW_TOKENS = 64  # the default limit of a caption's length
-
 
 @dataclass(frozen=True)
 class Request:
@@ -100,7 +98,7 @@ def generation_events(
 ) -> Iterator[Event]:
     """Yield the events of one generation, from its features to its last token.
 
-    Mode cloud needs no `edge`, and mode edge needs no `cloud`. A strategy without a k needs `adaptive_k`.
+    Mode cloud needs no `edge`, and mode edge needs no `cloud`. `adaptive_k` is for a strategy without a k.
     """
     harness = harness or Harness()
     prompt = harness.prepared(build_prompt)
@@ -173,7 +171,7 @@ class Pipeline:
     def from_settings(cls, settings: Settings, cloud: Cloud) -> Pipeline:
         """Return the pipeline that the settings of a run ask for, with a cloud of `connect.connect`."""
         return cls(
-            pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights),
+            settings.run_pair,
             cloud,
             edge_device=settings.edge_device,
             edge_dtype=settings.edge_dtype,

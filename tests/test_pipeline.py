@@ -61,16 +61,20 @@ def test_adaptive_k_knows_its_strategy_and_stays_for_the_run(pipeline: Pipeline,
     for strategy in (lossy, replace(ALWAYS, k=None)):
         learning.trace(request_, strategy, profile=MACHINES)
         statistics = learning.adaptive_k(strategy, "chinese", profile=MACHINES)
+        assert statistics
         expected = (strategy.draft_ahead, strategy.is_lossless, strategy.prefill == "eager")
         assert (statistics.draft_ahead, statistics.is_lossless, statistics.has_eager_prefill) == expected
         assert statistics.step.n + statistics.step_beside_prefill.n > 0
+    assert learning.adaptive_k(ALWAYS, "chinese", profile=MACHINES) is None
 
 
 def test_a_replayed_trace_teaches_the_same_as_the_generation(pipeline: Pipeline, request_: Request) -> None:
     strategy = replace(ALWAYS, k=None)
     first, second = fresh(pipeline), fresh(pipeline)
     trace = first.trace(request_, strategy, link=FAR, profile=MACHINES, seed="one")
-    second.adaptive_k(strategy, "chinese", FAR, MACHINES).replay(trace)
+    statistics = second.adaptive_k(strategy, "chinese", FAR, MACHINES)
+    assert statistics
+    statistics.replay(trace)
     one, two = (each.trace(request_, strategy, link=FAR, profile=MACHINES, seed="two") for each in (first, second))
     assert one == two
     assert draft_lengths(one) != draft_lengths(trace)
