@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from bench.cases import LANGUAGE_CODES, run_pair
+from bench.cases import LANGUAGE_CODES
 from bench.tables import grid
 from edgecloud_sd.config import Settings
 from edgecloud_sd.decoder import decode
@@ -124,7 +124,7 @@ def baseline_cases(settings: Settings) -> list[BaselineCase]:
         (s.k for s in strategies(settings) if s.is_speculative and s.is_lossless and s.k and not s.draft_stop),
         BASELINE_K,
     )
-    return [BaselineCase(f"baselines-{run_pair(settings).name}-k{k}-{LANGUAGE_CODES[language]}", k, language)]
+    return [BaselineCase(f"baselines-{settings.run_pair.name}-k{k}-{LANGUAGE_CODES[language]}", k, language)]
 
 
 def is_left_out(settings: Settings) -> bool:
@@ -132,7 +132,7 @@ def is_left_out(settings: Settings) -> bool:
 
     It skips every pair but `pocket`, because a clip in every way takes minutes with a large pair.
     """
-    return run_pair(settings) != pairs.PAIRS["pocket"] or not baseline_cases(settings)
+    return settings.run_pair != pairs.PAIRS["pocket"] or not baseline_cases(settings)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from edgecloud_sd import gate
 from edgecloud_sd.forecast.estimate import estimate_profile
-from edgecloud_sd.pipeline import MAX_NEW_TOKENS, Pipeline, Request
+from edgecloud_sd.pipeline import Pipeline, Request
+from edgecloud_sd.stopping import MAX_NEW_TOKENS
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import garbage_collector_frozen
 from edgecloud_sd.timing.profile import Profile

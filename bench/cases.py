@@ -8,7 +8,6 @@ import pytest
 
 from edgecloud_sd.config import Settings
 from edgecloud_sd.grid import cells
-from edgecloud_sd.models import pairs
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.link import NO_LINK, Link
 
@@ -37,7 +36,7 @@ def cases(settings: Settings) -> list[Case]:
 
 def case_id(settings: Settings, strategy: Strategy, link: Link, language: str) -> str:
     """Return `<mode>-<pair>-<details>-<place>-<limits>-<link>-<clock>-<language>`, without the parts that are usual."""
-    parts = [strategy.mode, run_pair(settings).name, *strategy.details]
+    parts = [strategy.mode, settings.run_pair.name, *strategy.details]
     if strategy.mode != "edge" and settings.cloud_url:
         parts.append("served")
     if settings.max_cpu_cores:
@@ -49,8 +48,3 @@ def case_id(settings: Settings, strategy: Strategy, link: Link, language: str) -
     if settings.clock == "virtual":
         parts += ["virtual", settings.profile_name]
     return "-".join([*parts, LANGUAGE_CODES[language]])
-
-
-def run_pair(settings: Settings) -> pairs.Pair:
-    """Return the pair of a run."""
-    return pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)

@@ -94,7 +94,7 @@ def list_load_cases(settings: Settings) -> list[LoadCase]:
     `--cloud-url` only the pocket pair gets one: this process has the cloud's model in memory already, and a second copy
     of a large one may not fit.
     """
-    pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
+    pair = settings.run_pair
     has_server = bool(settings.cloud_url) or pair == pairs.PAIRS["pocket"]
     if not has_speculative(settings) or settings.clock == "virtual" or not has_server:
         return []
@@ -272,7 +272,7 @@ class _CallRecorder:
 
 def sum_seconds(spans: Sequence[Span], part: str) -> float:
     """Return the seconds of all spans of one part."""
-    return sum(span.end - span.start for span in spans if span.part == part)
+    return sum(span.seconds for span in spans if span.part == part)
 
 
 def compute_load_metrics(replays: Sequence[Replay]) -> dict[str, float]:

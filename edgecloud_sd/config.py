@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from edgecloud_sd import acceptance, gate
+from edgecloud_sd.cloud.retry import PATIENCE, REQUEST_TIMEOUT
 from edgecloud_sd.cloud.url import parse_url
 from edgecloud_sd.data.dataset import CAPTION_TYPES, ON_BAD_CLIP
 from edgecloud_sd.data.prompts import LANGUAGES, PROMPT_TYPES
 from edgecloud_sd.models import devices, pairs
 from edgecloud_sd.models.devices import AUTO, DTYPES_OR_AUTO
 from edgecloud_sd.prefill import PREFILL_TIMES
+from edgecloud_sd.stopping import MAX_NEW_TOKENS
 from edgecloud_sd.strategy import ADAPTIVE_K, MODES, Strategy
 from edgecloud_sd.timing import link, profile
 
 CLOCKS = ("real", "virtual")
 YES_NO = ("yes", "no")
 MEASURE = "measure"  # the profile of this machine
-ON_CLOUD_FAULT = ("wait", "edge", "error")
 RUN_MODES = (*MODES, "lossless")
 GROUPS = ("decoding", "models", "cloud", "limits", "clock and link", "data", "results")
 
@@ -256,7 +257,7 @@ class Settings:
         choices=PREFILL_TIMES,
         many=True,
     )
-    max_new_tokens: int = _option("decoding", 64, "tokens of a caption, at most", _read_count)
+    max_new_tokens: int = _option("decoding", MAX_NEW_TOKENS, "tokens of a caption, at most", _read_count)
     pair: str = _option("models", "pocket", "the two checkpoints", choices=tuple(pairs.PAIRS))
     edge_model: str | None = _option(
         "models", None, "edge checkpoint instead of the pair's: a folder or a name on the hub", optional=True
@@ -296,7 +297,7 @@ class Settings:
     )
     cloud_timeout: float = _option(
         "cloud",
-        30.0,
+        REQUEST_TIMEOUT,
         "seconds that one request to a server may take",
         partial(_read_positive, unit="a number of seconds"),
     )
@@ -305,7 +306,7 @@ class Settings:
         "wait",
         "after a failed request: try again for a minute (wait), try for 2 s and let the edge finish the caption, "
         "marked degraded (edge), or end the run (error)",
-        choices=ON_CLOUD_FAULT,
+        choices=tuple(PATIENCE),
     )
     max_cpu_cores: int | None = _option(
         "limits",
@@ -373,6 +374,11 @@ class Settings:
     )
     output_name: str = _option("results", "captioning", "name of the results file, without .json", _read_file_name)
     results_dir: str = _option("results", "results", "folder of the results files")
+
+    @property
+    def run_pair(self) -> pairs.Pair:
+        """The two checkpoints of the run: those of `--pair`, or those that replace them."""
+        return pairs.find_pair(self.pair, self.edge_model, self.cloud_model, self.weights)
 
     @property
     def profile_name(self) -> str:

@@ -13,7 +13,6 @@ from edgecloud_sd.cloud.local import Cloud, LocalCloud
 from edgecloud_sd.cloud.process import run_server
 from edgecloud_sd.cloud.retry import PATIENCE
 from edgecloud_sd.data.dataset import MAX_CLIP_SECONDS
-from edgecloud_sd.models import pairs
 from edgecloud_sd.models.devices import AUTO
 from edgecloud_sd.verifier import CloudFault
 
@@ -29,7 +28,7 @@ def connect(settings: Settings) -> Iterator[Cloud]:
 
     Raise ValueError, OSError or CloudFault if there is no such server. A local cloud loads when it is first needed.
     """
-    pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
+    pair = settings.run_pair
     if settings.cloud_url is None or settings.mode == ("edge",):
         yield LocalCloud(pair.cloud, settings.cloud_device, settings.cloud_dtype, pair.weights)
         return

@@ -23,7 +23,7 @@ from edgecloud_sd.events import Event, Prepared, Prompt, Trace
 from edgecloud_sd.forecast.adaptive_k import AdaptiveK
 from edgecloud_sd.models import devices, frontend, pairs
 from edgecloud_sd.session import Model
-from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.stopping import MAX_NEW_TOKENS, Stopping
 from edgecloud_sd.strategy import LOSSLESS, Strategy
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
@@ -107,7 +107,7 @@ def generation_events(
     if cloud and strategy.mode != "edge":
         verifier = cloud.verifier(strategy.rule, harness)
         verifier = harness.deferred(verifier, strategy.prefill) if strategy.is_speculative else verifier
-    lengths = adaptive_k.for_generation() if adaptive_k and strategy.k is None else None
+    lengths = adaptive_k.for_generation() if adaptive_k else None
     runtime = Runtime(
         choose_k=lengths.choose_k if lengths else None,
         background=harness.background_verification if strategy.draft_ahead else None,
@@ -315,8 +315,13 @@ class Pipeline:
 
     def adaptive_k(
         self, strategy: Strategy, language: str, link: Link = NO_LINK, profile: Profile | None = None
-    ) -> AdaptiveK:
-        """Return the statistics of adaptive k for requests that are alike. They belong to this pipeline's run."""
+    ) -> AdaptiveK | None:
+        """Return the statistics of adaptive k for requests that are alike, or None for a strategy with a k.
+
+        They belong to this pipeline's run.
+        """
+        if strategy.k is not None:
+            return None
         with self._lock:
             key = (strategy, language, link, profile)
             return self._adaptive.setdefault(key, AdaptiveK.for_strategy(strategy))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_NEW_TOKENS = 64  # the default limit of a caption's length
+
 
 @dataclass(frozen=True)
 class Stopping:

@@ -186,7 +186,7 @@ def test_padding_rows_are_zero_and_their_ids_are_never_emitted(folder: Path) -> 
 
 def test_the_pair_name_ends_in_dummy_for_dummy_weights() -> None:
     settings = resolve({"pair": "qwen2.5-omni", "weights": DUMMY})
-    pair = pairs.find_pair(settings.pair, settings.edge_model, settings.cloud_model, settings.weights)
+    pair = settings.run_pair
     assert pair.name == "qwen2.5-omni-dummy"
     assert pairs.find_pair("qwen2.5-omni") == PUBLISHED
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 from edgecloud_sd import wire
 from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.identity import Identity
-from edgecloud_sd.cloud.retry import PATIENCE, AttemptFailed, Refused, Retries
+from edgecloud_sd.cloud.retry import PATIENCE, REQUEST_TIMEOUT, AttemptFailed, Refused, Retries
 from edgecloud_sd.cloud.transport import Transport, parse_server_timing
 from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.models.frontend import Traits
@@ -44,7 +44,7 @@ class Connection:
         self,
         url: str,
         key: str | None = None,
-        timeout: float = 30.0,
+        timeout: float = REQUEST_TIMEOUT,
         patience: float = PATIENCE["wait"],
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:

@@ -11,6 +11,7 @@ from edgecloud_sd.verifier import CloudFault
 
 _T = TypeVar("_T")
 PATIENCE = {"wait": 60.0, "edge": 2.0, "error": 0.0}  # s for which a call is tried again, by --on-cloud-fault
+REQUEST_TIMEOUT = 30.0  # s for one request, or between two lines of a stream
 FIRST_DELAY, LONGEST_DELAY = 0.05, 5.0  # s before the next attempt: doubled each time, minus a random part
 
 
