@@ -84,7 +84,7 @@ class Harness:
     def deferred(self, verifier: Verifier, prefill: str) -> Verifier:
         """Return a verifier that prefills eagerly, in the background, or lazily."""
         if self._counts_messages:  # without this span a caption that sends nothing would look like one without a link
-            self.watch.record("uplink", 0.0, 0.0)
+            self.watch.spans.insert(0, Span("uplink", 0.0, 0.0))  # at the front, because spans are sorted by their ends
         return LazyPrefill(verifier) if prefill == "lazy" else EagerPrefill(verifier, self.background)
 
     def background_verification(self, call: Callable[[], Verdict]) -> Pending[Verdict]:
@@ -136,8 +136,7 @@ class Harness:
 
     def _with_cost(self, call: Callable[[], _T], seconds: float) -> _T:
         result = call()
-        if self.profile:
-            self.spend(seconds)
+        self.spend(seconds)
         return result
 
     def _timed_score(self, score: Score | None) -> Score | None:
