@@ -67,7 +67,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add("--engine-option", action="append", default=[], metavar="NAME=VALUE", help=text)
     add("--device", default="cpu", help=f"torch device, or auto for a GPU if there is one {DEFAULT}")
     text = f"number format; auto is float16 on a GPU and float32 on a CPU {DEFAULT}"
-    add("--dtype", choices=devices.DTYPES_OR_AUTO, default="float32", help=text)
+    add("--dtype", metavar=f"{{{','.join(devices.DTYPES_OR_AUTO)}}}", default="float32", help=text)
     add("--weights", choices=pairs.WEIGHTS, default=pairs.REAL, help=f"dummy weights are random {DEFAULT}")
     add("--threads", type=int, help="CPU threads of torch (default: one for a model under 50 M parameters)")
 
@@ -107,6 +107,10 @@ def serve(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')}: must be a number above 0, not {value}")
+    try:
+        requested_dtype = devices.parse_cloud_dtype(options.dtype)
+    except ValueError as error:
+        raise ValueError(f"--dtype: {options.dtype!r} {error}") from None
     limits = ServiceLimits(options.max_sessions, options.idle_timeout, options.max_audio_seconds, options.max_tokens)
     engine_options = parse_engine_options(options.engine_option)
     if engine_options and options.engine != "vllm":
@@ -115,7 +119,7 @@ def serve(options: argparse.Namespace) -> None:
     with open_socket(options.host, options.port, allow_remote=bool(keys) or options.insecure) as listening:
         if options.until_stdin_closes:
             threading.Thread(target=stop_when_stdin_closes, daemon=True).start()
-        device, dtype = devices.resolve_device(options.device, options.dtype)
+        device, dtype = devices.resolve_device(options.device, requested_dtype)
         engine = engines.load_engine(options.engine, options.model, device, dtype, engine_options, options.weights)
         if isinstance(engine, LocalCloud):
             use_threads(choose_threads(options.threads, [engine.local_parameters]))
