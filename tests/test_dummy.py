@@ -192,7 +192,7 @@ def test_the_pair_name_ends_in_dummy_for_dummy_weights() -> None:
 
 
 def test_vllm_refuses_dummy_weights(folder: Path) -> None:
-    with pytest.raises(ValueError, match="--weights: dummy is for --engine transformers"):
+    with pytest.raises(ValueError, match="--weights: dummy works only with --engine transformers"):
         engine.load_engine("vllm", str(folder), "cpu", "float32", {}, DUMMY)
 
 
@@ -312,7 +312,7 @@ def test_a_pair_with_different_vocabulary_sizes_is_refused_at_load(tmp_path: Pat
 @pytest.mark.parametrize(("edge", "cloud"), [(DUMMY, pairs.REAL), (pairs.REAL, DUMMY)])
 def test_an_edge_and_a_server_must_both_have_dummy_weights_or_neither(edge: str, cloud: str) -> None:
     served = LocalCloud(PAIRS["pocket"].cloud, weights=cloud)
-    connection: Any = SimpleNamespace(remote=served.identity)
+    connection: Any = SimpleNamespace(identity=served.identity)
     pipeline = Pipeline(pairs.find_pair("pocket", weights=edge), cloud=connection)
-    with pytest.raises(ValueError, match="not both of dummy weights: --weights"):
+    with pytest.raises(ValueError, match="do not both have dummy weights: --weights"):
         pipeline.prepare("speculative")

@@ -113,8 +113,8 @@ def test_each_side_is_loaded_once_for_all_benchmarks(
 
     monkeypatch.setattr(load, "load_model", record_checkpoint)
     result = run(pytester, "--max-samples", "1", "--max-new-tokens", "4", "--k", "1,2")
-    # four cells; three loads, whose server loads its own model; one comparison with transformers
-    result.assert_outcomes(passed=4 + 3 + 1)
+    # edge, cloud, two k of two strategies; three loads, whose server loads its own model; one run of the baselines
+    result.assert_outcomes(passed=2 + 4 + 3 + 1)
     assert sorted(checkpoints) == sorted([pipeline.pair.edge, pipeline.pair.cloud])
 
 
