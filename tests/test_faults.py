@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY, Rule
 from edgecloud_sd.cloud.client import Connection
-from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import Committed, Degraded, Event, Finished, Prompt, Trace, Verdict
 from edgecloud_sd.measure import metrics
@@ -26,6 +25,7 @@ from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault, LocalVerifier, Verification, Verifier
+from tests.support.fakes import FakeCloud
 from tests.support.proxy import SLOW, STREAMED, Fault, Proxy
 from tests.support.serving import ToyEngine, served
 from tests.support.strategies import VOCABULARY, Scene, gates, ks, prefills, ranks, scenes, synthetics
@@ -128,23 +128,14 @@ class RecordingVerification:
 
 
 @dataclass(frozen=True)
-class RecordingCloud:
+class RecordingCloud(FakeCloud):
     """A connection that records the faults that it gives up for."""
 
     connection: Connection
     cloud_faults: list[CloudFault]
-    frontend: None = None
-    local_parameters: int = 0
-
-    @property
-    def identity(self) -> Identity:
-        return self.connection.identity
 
     def verifier(self, rule: Rule, harness: Harness) -> Verifier:
         return RecordingVerifier(self.connection.verifier(rule, harness), self.cloud_faults)
-
-    def close(self) -> None:
-        self.connection.close()
 
 
 def caption(plan: Plan, connection: Connection, cloud_faults: list[CloudFault] | None = None) -> Trace:

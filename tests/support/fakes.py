@@ -17,42 +17,38 @@ from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import Verifier
 
 
-@dataclass(frozen=True)
-class ModelCloud:
-    """A cloud that runs any model in this process."""
+class FakeCloud:
+    """The parts of a cloud that a generation does not use."""
 
-    model: Model
     frontend: None = None
     local_parameters: int = 0
 
     @property
     def identity(self) -> Identity:
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True)
+class ModelCloud(FakeCloud):
+    """A cloud that runs any model in this process."""
+
+    model: Model
 
     def verifier(self, rule: Rule, harness: Harness) -> Verifier:
         return local_verifier(self.model, rule, harness)
 
-    def close(self) -> None:
-        """Do nothing."""
-
 
 @dataclass(frozen=True)
-class VerifierCloud:
+class VerifierCloud(FakeCloud):
     """A cloud that uses one verifier for every rule."""
 
     inner: Verifier
-    frontend: None = None
-    local_parameters: int = 0
-
-    @property
-    def identity(self) -> Identity:
-        raise NotImplementedError
 
     def verifier(self, rule: Rule, harness: Harness) -> Verifier:
         return harness.timed_verifier(self.inner)
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 @dataclass(frozen=True)
