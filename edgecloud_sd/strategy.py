@@ -25,9 +25,9 @@ class Strategy:
     mode: str = "speculative"
     gate: Gate = ALWAYS
     rule: Rule = GREEDY
-    k: int | None = 3  # draft tokens per round, at most; None finds it while decoding
+    k: int | None = 3  # draft tokens per round, at most (see `draft_ahead`); None is adaptive k
     draft_stop: DraftStop | None = None
-    draft_ahead: int = 0  # tokens drafted during a verification, at most
+    draft_ahead: int = 0  # tokens drafted during a verification, at most; a lossless draft may keep more than k of them
     prefill: str = "eager"  # when the cloud prefills: beside the edge, or at the first escalation
 
     def __post_init__(self) -> None:
@@ -102,7 +102,8 @@ class Strategy:
         try:
             if values["mode"] != "speculative":
                 return cls(values["mode"])
-            gate = parse_gate(values["gate"], values["entropy_threshold"] or 0.0)
+            threshold = values["entropy_threshold"]  # null for other gates
+            gate = parse_gate(values["gate"], threshold if values["gate"] == "entropy" else 0.0)
             return cls(
                 values["mode"],
                 gate,

@@ -83,6 +83,13 @@ def test_json_of_anything_else_is_refused(saved: dict[str, Any]) -> None:
         Strategy.from_json(saved)
 
 
+@pytest.mark.parametrize("threshold", [None, "", [], float("nan")])
+def test_an_entropy_gate_without_its_threshold_is_never_read_as_lossless(threshold: object) -> None:
+    saved = Strategy("speculative", gate.entropy_gate(1.5)).to_json()
+    with pytest.raises(ValueError, match=r"not a saved strategy|threshold"):
+        Strategy.from_json(saved | {"entropy_threshold": threshold})
+
+
 def test_the_grid_has_one_cell_for_a_gate_that_never_escalates() -> None:
     settings = config.resolve(
         {
