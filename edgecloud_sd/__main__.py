@@ -26,7 +26,7 @@ LEGEND = {
     "bonus": "from the cloud, after an accepted draft",
     "cloud": "from the cloud alone",
 }
-# The options of the suite that apply to one file. The first value of a list counts.
+# The options of the suite that apply to one file. A list of values is refused.
 CAPTION_OPTIONS = (
     "gate", "entropy-threshold", "k", "draft-stop", "draft-ahead", "rule", "rank", "pair", "edge-model", "cloud-model",
     "weights", "edge-device", "edge-dtype", "cloud-device", "cloud-dtype", "cloud-url", "cloud-key-file",

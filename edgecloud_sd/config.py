@@ -216,7 +216,8 @@ class Settings:
     k: tuple[int | None, ...] = _option(
         "decoding",
         Strategy.k,
-        f"draft tokens per round, at most; {ADAPTIVE_K} finds the fastest length from the times and verdicts so far",
+        "draft tokens per round, at most (more if drafted ahead, under a lossless strategy); "
+        f"{ADAPTIVE_K} finds the fastest length from the times and verdicts so far",
         _read_k,
         many=True,
     )

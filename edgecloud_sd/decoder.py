@@ -41,8 +41,9 @@ _T = TypeVar("_T")
 class Runtime:
     """The parts of a run that are no part of the strategy.
 
-    `choose_k` gives the length of the next draft if the strategy has none. `background` starts a verification that the
-    edge drafts ahead of; None makes the edge wait. `finish_alone` lets the edge finish after a fault of the cloud.
+    `choose_k` gives the length of the next draft if the strategy has none. `background` starts a verification
+    beside which the edge drafts ahead; None makes the edge wait. `finish_alone` lets the edge finish after a fault of
+    the cloud.
     """
 
     choose_k: Callable[[], int] | None = None
@@ -120,7 +121,7 @@ def _next_draft(
 ) -> Drafted:
     """Draft up to k tokens after the context.
 
-    Tokens drafted ahead lengthen a lossless draft beyond k, because its output does not depend on the draft length.
+    Tokens drafted ahead may make the draft of a lossless strategy longer than k: the output does not depend on k.
     """
     reused = drafter.follow(context)
     k = strategy.k if strategy.k is not None else _require(runtime.choose_k, "choose_k")()

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class Request:
     """One clip to caption: mono float32 samples at 16 kHz, and the wording of the prompt.
 
-    `Request.of` makes one of a file or of any array. Raise ValueError for an unknown language or prompt type.
+    `Request.of` makes a request from a file or an array. Raise ValueError for an unknown language or prompt type.
     """
 
     samples: NDArray[np.float32]
@@ -180,7 +180,7 @@ class Pipeline:
         )
 
     def with_cloud(self, cloud: Cloud) -> Pipeline:
-        """Return a pipeline with another cloud that shares this one's edge, without finishing alone."""
+        """Return a pipeline with this one's edge and another cloud. Its edge does not finish alone after a fault."""
         other = Pipeline(self.pair, cloud, threads=self._threads)
         other.edge = self.edge
         return other

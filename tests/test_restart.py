@@ -67,7 +67,7 @@ def service() -> Iterator[Service]:
 
 
 @contextmanager
-def remote_captioner(service: Service, policy: str) -> Iterator[Pipeline]:
+def remote_pipeline(service: Service, policy: str) -> Iterator[Pipeline]:
     with closing(Connection(service.url, None, 10.0, PATIENCE[policy])) as connection:
         yield Pipeline(cloud=connection, finish_alone=policy == "edge")
 
@@ -96,7 +96,7 @@ def test_a_restart_of_the_cloud_during_a_caption_changes_no_token(
     pipeline: Pipeline, service: Service, strategy: Strategy
 ) -> None:
     expected = pipeline.trace(REQUEST, strategy, LENGTH).tokens
-    with remote_captioner(service, "wait") as remote:
+    with remote_pipeline(service, "wait") as remote:
         plain = remote.trace(REQUEST, strategy, LENGTH)
         assert plain.tokens == expected
         interrupted = caption(remote, strategy, service.restart, after=2)
@@ -110,7 +110,7 @@ def test_a_restart_of_the_cloud_during_a_caption_changes_no_token(
 
 def test_the_edge_finishes_the_caption_of_a_cloud_that_stays_away(pipeline: Pipeline, service: Service) -> None:
     expected = pipeline.trace(REQUEST, LOSSLESS_K2, LENGTH).tokens
-    with remote_captioner(service, "edge") as remote:
+    with remote_pipeline(service, "edge") as remote:
         trace = caption(remote, LOSSLESS_K2, service.kill, after=2)
     events = [event for _, event in trace.events]
     (mark,) = [place for place, event in enumerate(events) if isinstance(event, Degraded)]

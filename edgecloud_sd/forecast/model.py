@@ -1,15 +1,15 @@
 """The cost model of speculative decoding: the expected seconds per token, from costs, link and acceptance.
 
-Symbols:
+The derivation uses these symbols.
 
-- k: draft tokens per round
-- g: gate rate, the share of rounds that are escalated
-- p_i: probability that draft token i is accepted, and so all before it
-- b: tokens of the target per verification, which is 1: the correction or the bonus (1 - p_k without the bonus)
-- e: seconds of an edge step, with the scores that gate and draft stop compute
-- L: seconds on the link per verification, rtt + 8 bytes_up / up + 8 bytes_down / down, plus the smaller terms of `Link`
-- q: seconds in the cloud's queue
-- V: seconds of the cloud's forward pass
+- k: draft tokens per round.
+- g: gate rate, the share of rounds that are escalated.
+- p_i: probability that draft token i is accepted, and so all before it.
+- b: tokens of the target per verification, which is 1: the correction or the bonus (1 - p_k without the bonus).
+- e: seconds of an edge step, with the scores that gate and draft stop compute.
+- L: seconds on the link per verification: rtt + 8 bytes_up / up + 8 bytes_down / down + the smaller terms of `Link`.
+- q: seconds in the cloud's queue.
+- V: seconds of the cloud's forward pass.
 
 Tokens per round. A verification accepts A = sum_i p_i draft tokens in the mean. If p_i = a^i, then A + 1 is
 (1 - a^(k+1)) / (1 - a) (Leviathan et al. 2023, equation 1). A local round commits its k draft tokens. The mean round

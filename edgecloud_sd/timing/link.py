@@ -20,12 +20,12 @@ class Link:
     """A kept-alive TCP connection, so that no handshake is counted.
 
     `rtt` and `jitter` are seconds, `up` and `down` bits per second. `loss` is the share of packets lost in each
-    direction. The one-way time of a message is the sum of four parts:
+    direction. The one-way time of a message is the sum of four parts.
 
-    - latency: rtt / 2, plus or minus at most `jitter`
-    - transmission: 8 bytes / bandwidth
-    - acknowledgements: the sender waits for them if a message has many packets
-    - retransmission of lost packets
+    - Latency: rtt / 2, plus or minus at most `jitter`.
+    - Transmission: 8 bytes / bandwidth.
+    - Acknowledgements: the sender waits for them if a message has many packets.
+    - Retransmission of lost packets.
 
     The model leaves out packet headers (3.5 % of large messages), other traffic, and details of congestion control:
     CUBIC may mistake jitter for a queue and leave slow start early, and BBR does not restart after a pause.
