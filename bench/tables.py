@@ -148,6 +148,7 @@ def _cloud_notes(summaries: Mapping[str, Summary]) -> list[str]:
         "never_sent": "{:.0%} of the captions were never sent to the cloud",
         "cloud_faults": "{:.2f} attempts to reach the cloud failed per caption",
         "degraded": "{:.0%} of the captions were finished by the edge alone, because the cloud failed",
+        "breaker_open": "{:.0f} captions did not try the cloud, because it had failed repeatedly before",
     }
     return [
         f"- {case}: {note.format(value)}"

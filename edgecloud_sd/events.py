@@ -136,6 +136,10 @@ class Finished:
 Event = Prepared | Opened | Drafted | Escalated | Ahead | Verified | Committed | Degraded | Finished
 
 
+# Parts of spans that mark a moment: a failure opened the breaker of the cloud, or a caption met it open
+BREAKER_MARKS = BREAKER_OPENED, BREAKER_OPEN = "breaker_opened", "breaker_open"
+
+
 @dataclass(frozen=True)
 class Span:
     """Time that belongs to one part of the latency breakdown, recorded where the work is done.

@@ -123,6 +123,11 @@ def prompt_checksum(body: bytes, rule: str) -> int:
     return zlib.crc32(body, zlib.crc32(rule.encode()))
 
 
+def request_checksum(query: bytes, body: bytes) -> int:
+    """Return the CRC-32 of a request's query and body. A refusal repeats it, so the client sees what arrived."""
+    return zlib.crc32(body, zlib.crc32(query))
+
+
 def encode_prompt(prompt: Prompt) -> bytes:
     """Return a safetensors body: `ids` int32 [n] and, if there is audio, `features` float16 [mel bins, frames]."""
     from safetensors.numpy import save

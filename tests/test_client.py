@@ -21,6 +21,7 @@ from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault, LocalVerifier
+from tests.support.asgi import SpyModel
 from tests.support.canned import (
     CHUNKED_HEAD,
     KEY,
@@ -232,6 +233,46 @@ def test_a_request_beyond_the_servers_limit_is_refused_at_once(narrow_url: str) 
             list(verification.generate(SIX_TOKENS))
         assert endpoints(proxy) == ["generate"]
         verification.close()
+
+
+PERMANENT: dict[str, Callable[[RemoteVerification], object]] = {
+    "too many new tokens": lambda verification: list(verification.generate(replace(SIX_TOKENS, max_new_tokens=10_000))),
+    "an id beyond the vocabulary": lambda verification: verification.verify(0, [3], [VOCABULARY]),
+    "a draft beyond a list's limit": lambda verification: verification.verify(0, [3], [1] * (wire.MAX_IDS + 1)),
+}
+
+
+@pytest.mark.parametrize("name", PERMANENT)
+def test_a_refusal_of_an_undamaged_message_is_final(proxy: Proxy, name: str) -> None:
+    with connected(proxy.url) as connection:
+        verification = open_verification(connection)
+        proxy.plan(())
+        with pytest.raises(Refused, match=r"the cloud refuses the request: 422 \S+"):
+            PERMANENT[name](verification)
+        assert len(proxy.requests) == 1
+        verification.close()
+
+
+def test_logits_that_are_not_finite_end_a_call_at_once() -> None:
+    def fail(call: str) -> None:
+        raise FloatingPointError("the model gave logits that are not finite")
+
+    engine = ToyEngine(SpyModel(MODEL))
+    with served(engine, keys=[KEY]) as url, Proxy(url) as proxy, connected(proxy.url) as connection:
+        verification = open_verification(connection)
+        proxy.plan(())
+        engine.model.before_call = fail  # type: ignore[attr-defined]
+        with pytest.raises(Refused, match="501 the model gave logits that are not finite"):
+            verification.verify(0, [3], [1])
+        assert len(proxy.requests) == 1
+
+
+def test_an_identity_of_another_version_is_refused_at_once() -> None:
+    other = b'{"fingerprint":"12ab","name":"toy","dtype":"float32"}'
+    with CannedServer(lambda number: http_answer(200, other)) as server, connected(server.url) as connection:
+        with pytest.raises(Refused, match="is not an edgecloud_sd cloud of this version"):
+            _ = connection.identity
+        assert len(server.heads) == 1
 
 
 def test_an_edge_that_may_finish_alone_does_so_after_a_refusal(narrow_url: str) -> None:

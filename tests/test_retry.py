@@ -77,3 +77,11 @@ def test_a_failure_is_reported_after_its_delay_even_when_the_sleep_is_interrupte
     with pytest.raises(KeyboardInterrupt):
         retries.wait(AttemptFailed("no answer"))
     assert order == ["sleep", "no answer"]
+
+
+@pytest.mark.parametrize(("asked", "slept"), [(20.0, 20.0), (90.0, 60.0), (None, 0.05)])
+def test_retry_after_lengthens_a_delay_as_far_as_patience_lasts(asked: float | None, slept: float) -> None:
+    delays: list[float] = []
+    Retries(60.0, delays.append).wait(AttemptFailed("the cloud answered 503", retry_after=asked))
+    assert slept / 2 <= delays[0] <= slept
+    assert asked is None or delays == [pytest.approx(slept, abs=0.5)]

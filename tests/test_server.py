@@ -221,7 +221,8 @@ def test_a_rule_that_the_engine_does_not_have_is_refused_with_those_it_has() -> 
                 "best": "unknown acceptance rule 'best': choose one of greedy, rank, rank(r), synthetic(p)",
             }.items():
                 response = await Edge(app).request("POST", open_path(body, rule), body, OCTETS)
-                assert (response.status, response.json) == (422, {"detail": reason})
+                received = wire.request_checksum(open_path(body, rule).partition("?")[2].encode(), body)
+                assert (response.status, response.json) == (422, {"detail": reason, "received": received})
 
     run_scene(scene())
 
@@ -491,7 +492,7 @@ def test_requests_that_wait_for_a_closing_session_are_refused() -> None:
         (MemoryError("/secret/path"), 503, "the model is out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory. /secret/path"), 503, "the model is out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 503, "the model is out of memory"),
-        (FloatingPointError("the model gave logits that are not finite"), 422, "logits that are not finite"),
+        (FloatingPointError("the model gave logits that are not finite"), 501, "logits that are not finite"),
     ],
 )
 @pytest.mark.parametrize("call", ["open", "verify", "generate"])

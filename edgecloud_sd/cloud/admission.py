@@ -27,7 +27,8 @@ class Admission:
     """Middleware that admits requests and puts the client into the scope as `client_name`.
 
     The client's name is a digest of its key, or its address if the server has no keys. The middleware also logs an
-    error of the application; the client learns nothing about it.
+    error of the application; the client learns nothing about it. The scope also gets the checksum of the
+    request, as `received`.
     """
 
     app: ASGIApp
@@ -103,6 +104,7 @@ class Admission:
         except TimeoutError:
             detail = f"the body did not arrive within {BODY_SECONDS:g} s: try again"
             return await _refusal(408, detail)(scope, receive, send)
+        scope["received"] = wire.request_checksum(scope["query_string"], bytes(body))
         messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:

@@ -19,9 +19,10 @@ from typing import TypeVar
 
 from edgecloud_sd import wire
 from edgecloud_sd.acceptance import Rule
+from edgecloud_sd.cloud.breaker import Breaker
 from edgecloud_sd.cloud.identity import Identity
-from edgecloud_sd.cloud.retry import PATIENCE, REQUEST_TIMEOUT, AttemptFailed, Refused, Retries
-from edgecloud_sd.cloud.transport import Transport, parse_server_timing
+from edgecloud_sd.cloud.retry import PATIENCE, PROBE_PATIENCE, REQUEST_TIMEOUT, AttemptFailed, Refused, Retries
+from edgecloud_sd.cloud.transport import MODEL_PATH, Transport, parse_server_timing
 from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.models.frontend import Traits
 from edgecloud_sd.stopping import Stopping
@@ -30,6 +31,7 @@ from edgecloud_sd.verifier import CloudFault, Verifier
 
 _T = TypeVar("_T")
 CLOSE_TIMEOUT = 1.0  # s for the request that closes a session
+IDENTITY_FIELDS = {"fingerprint", *Identity.__dataclass_fields__}
 SESSION = re.compile(r"[\w-]{1,64}", re.ASCII)  # the names that are safe in a path
 
 
@@ -37,7 +39,7 @@ class Connection:
     """A connection to the server at `url`, for any number of threads. Raise ValueError for a malformed URL.
 
     `timeout` is the seconds for one request, or between two lines of a stream. `patience` is the seconds for which a
-    failed request is tried again.
+    failed request is tried again. All calls share one `breaker`.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Connection:
     ) -> None:
         self.url = url
         self.transport = Transport(url, key, timeout)
+        self.breaker = Breaker()
         self._patience = patience
         self._sleep = sleep
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="close-session")
@@ -60,7 +63,8 @@ class Connection:
 
         Raise CloudFault for a server that does not answer, and Refused for one that wants another key.
         """
-        return self.new_retries().run(self._fetch_identity)
+        with self.breaker.guard() as is_probe:
+            return self.new_retries(is_probe=is_probe).run(self._fetch_identity)
 
     @property
     def frontend(self) -> None:
@@ -78,9 +82,12 @@ class Connection:
         harness.count_messages()
         return harness.timed_verifier(RemoteVerifier(self, rule, harness))
 
-    def new_retries(self, on_failure: Callable[[AttemptFailed], None] = lambda failure: None) -> Retries:
-        """Return the attempts at a new call, with this connection's patience."""
-        return Retries(self._patience, self._sleep, on_failure)
+    def new_retries(
+        self, on_failure: Callable[[AttemptFailed], None] = lambda failure: None, is_probe: bool = False
+    ) -> Retries:
+        """Return the attempts at a new call, with this connection's patience, or with less of it for a probe."""
+        patience = min(self._patience, PROBE_PATIENCE) if is_probe else self._patience
+        return Retries(patience, self._sleep, on_failure)
 
     def close_session(self, session: str) -> None:
         """Tell the server in the background and only once. The server itself closes a session that is not used."""
@@ -98,17 +105,13 @@ class Connection:
         self.transport.close()
 
     def _fetch_identity(self) -> Identity:
-        other_service = f"{self.url} is not an edgecloud_sd cloud of this version"
-        try:
-            answer = self.transport.call("GET", "/v1/model").content
-        except AttemptFailed as failure:
-            if failure.session_is_lost:  # status 404: the server has no such path
-                raise Refused(other_service) from None
-            raise
+        answer = self.transport.call("GET", MODEL_PATH).content
         try:
             return _parse_identity(answer)
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise AttemptFailed(other_service) from None
+            other_service = f"{self.url} is not an edgecloud_sd cloud of this version"
+            failure = Refused if _is_of_another_version(answer) else AttemptFailed
+            raise failure(other_service) from None
 
 
 def _parse_identity(answer: bytes) -> Identity:
@@ -120,6 +123,14 @@ def _parse_identity(answer: bytes) -> Identity:
     if identity.fingerprint != message["fingerprint"]:
         raise ValueError("the fingerprint does not match the other fields")
     return identity
+
+
+def _is_of_another_version(answer: bytes) -> bool:
+    """Return whether an identity lacks a field of this version. Damage changes values and leaves no whole JSON."""
+    with suppress(ValueError, RecursionError):
+        message = json.loads(answer)
+        return isinstance(message, dict) and "fingerprint" in message and not message.keys() >= IDENTITY_FIELDS
+    return False
 
 
 @dataclass(frozen=True)
@@ -170,19 +181,21 @@ class RemoteVerification:
         """
         generated = list(output)
         self._agreed = 0  # the server's cache will contain its own tokens
-        retries, note_loss = self._new_retries()
-        while stopping.reason(generated) is None:
-            try:
-                self._ensure_open(note_loss)
-                with closing(self._stream(stopping, generated)) as tokens:
-                    for token in tokens:
-                        generated.append(token)
-                        yield token
-                        retries, note_loss = self._new_retries()
-            except AttemptFailed as failure:
-                if stopping.reason(generated) is not None:
-                    return
-                retries.wait(failure)
+        with self._connection.breaker.guard(self._mark) as is_probe:
+            retries, note_loss = self._new_retries(is_probe)
+            while stopping.reason(generated) is None:
+                try:
+                    self._ensure_open(note_loss)
+                    with closing(self._stream(stopping, generated)) as tokens:
+                        for token in tokens:
+                            generated.append(token)
+                            self._connection.breaker.note_answer()
+                            yield token
+                            retries, note_loss = self._new_retries()
+                except AttemptFailed as failure:
+                    if stopping.reason(generated) is not None:
+                        return
+                    retries.wait(failure)
 
     def close(self) -> None:
         """Close the session in the background. A call that another thread is trying again raises CloudFault."""
@@ -193,15 +206,21 @@ class RemoteVerification:
 
     def _call(self, call: Callable[[], _T]) -> _T:
         """Return the result of `call` on an open session, tried again after a failure."""
-        retries, note_loss = self._new_retries()
+        with self._connection.breaker.guard(self._mark) as is_probe:
+            retries, note_loss = self._new_retries(is_probe)
 
-        def attempt() -> _T:
-            self._ensure_open(note_loss)
-            return call()
+            def attempt() -> _T:
+                self._ensure_open(note_loss)
+                return call()
 
-        return retries.run(attempt)
+            return retries.run(attempt)
 
-    def _new_retries(self) -> tuple[Retries, Callable[..., None]]:
+    def _mark(self, part: str) -> None:
+        """Record a moment of the breaker as a span without length."""
+        now = self._harness.watch.seconds()
+        self._harness.watch.record(part, now, now)
+
+    def _new_retries(self, is_probe: bool = False) -> tuple[Retries, Callable[..., None]]:
         """Return the attempts at a new call, and the function that notes the time that failed ones have cost."""
         note_loss = self._harness.watch.record_failures("faults")
 
@@ -212,7 +231,7 @@ class RemoteVerification:
                 self._agreed = 0
             note_loss(failure.was_sent)
 
-        return self._connection.new_retries(on_failure), note_loss
+        return self._connection.new_retries(on_failure, is_probe), note_loss
 
     def _ensure_open(self, note_loss: Callable[..., None]) -> None:
         """Open the prompt unless it has a session. The time of a second opening counts as lost."""

@@ -10,6 +10,7 @@ from typing import TypeVar
 from edgecloud_sd.verifier import CloudFault
 
 _T = TypeVar("_T")
+PROBE_PATIENCE = 2.0  # s for a call that finds out if a cloud is back, at most
 PATIENCE = {"wait": 60.0, "edge": 2.0, "error": 0.0}  # s for which a call is tried again, by --on-cloud-fault
 REQUEST_TIMEOUT = 30.0  # s for one request, or between two lines of a stream
 FIRST_DELAY, LONGEST_DELAY = 0.05, 5.0  # s before the next attempt: doubled each time, minus a random part
@@ -19,16 +20,26 @@ class Refused(CloudFault, ValueError):
     """An answer that no other attempt can change. The message gives the reason."""
 
 
+class PatienceEnded(CloudFault):
+    """A call that was tried as long as patience lasted. Nothing answered it."""
+
+
 class AttemptFailed(Exception):
     """The failure of one attempt at a call. Another attempt may succeed."""
 
     def __init__(
-        self, reason: str, session_is_lost: bool = False, context_differs: bool = False, was_sent: bool = True
+        self,
+        reason: str,
+        session_is_lost: bool = False,
+        context_differs: bool = False,
+        was_sent: bool = True,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(reason)
         self.session_is_lost = session_is_lost
         self.context_differs = context_differs  # the two sides count on different contexts
         self.was_sent = was_sent  # part of the request may have reached the server
+        self.retry_after = retry_after  # s that the server asks for, or None
 
     @property
     def can_retry_at_once(self) -> bool:
@@ -56,7 +67,7 @@ class Retries:
         self._failures = 0
 
     def run(self, attempt: Callable[[], _T]) -> _T:
-        """Return the result of the first `attempt` that succeeds. Raise CloudFault when patience is over."""
+        """Return the result of the first `attempt` that succeeds. Raise PatienceEnded after the last."""
         while True:
             try:
                 return attempt()
@@ -64,7 +75,7 @@ class Retries:
                 self.wait(failure)
 
     def wait(self, failure: AttemptFailed) -> None:
-        """Sleep before the next attempt. Raise CloudFault when patience is over."""
+        """Sleep before the next attempt. Raise PatienceEnded when patience is over."""
         try:
             self._delay(failure)
         finally:
@@ -76,10 +87,10 @@ class Retries:
         left = self._patience - max(time.monotonic() - self._start, self._slept)
         if left <= 0:
             attempts = "once" if self._failures == 1 else f"{self._failures} times"
-            raise CloudFault(f"the cloud failed {attempts}, the last time with: {failure}") from failure
+            raise PatienceEnded(f"the cloud failed {attempts}, the last time with: {failure}") from failure
         if failure.can_retry_at_once and self._failures <= 2:
             return
-        seconds = min(retry_delay(self._failures), left)
+        seconds = min(max(retry_delay(self._failures), failure.retry_after or 0.0), left)
         self._slept += seconds
         self._sleep(seconds)
 

@@ -7,7 +7,7 @@ late or misdirected request therefore changes nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field, StrictInt
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Receive, Scope, Send
 
 from edgecloud_sd import acceptance, wire
@@ -27,6 +28,7 @@ from edgecloud_sd.cloud.service import (
     ContextMismatch,
     InvalidRequest,
     ModelOutOfMemory,
+    NotFinite,
     SessionKey,
     TooLarge,
 )
@@ -40,9 +42,11 @@ ERROR_STATUSES: dict[type[ServiceError], int] = {
     TooLarge: 413,
     InvalidRequest: 422,
     NoRoom: 429,
+    NotFinite: 501,
     ModelOutOfMemory: 503,
 }
-COMMON_STATUSES = (400, 401, 408, 413, 422, 429, 500, 503)  # error statuses that every call can return
+MESSAGE_STATUSES = (400, 413, 415, 422)  # the message is at fault, or was damaged on its way
+COMMON_STATUSES = (400, 401, 408, 413, 422, 429, 500, 501, 503)  # error statuses that every call can return
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(max_length=wire.MAX_IDS, fail_fast=True)]
@@ -87,6 +91,7 @@ class Problem(BaseModel):
     """The reason for an error status."""
 
     detail: str
+    received: Annotated[int | None, Field(description="CRC-32 of the query, continued over the body")] = None
 
 
 class ModelInfo(BaseModel):
@@ -260,7 +265,7 @@ def timing_header(completed: Completed[Any]) -> dict[str, str]:
 async def refuse_request(request: Request, error: ServiceError) -> JSONResponse:
     """Return the response to a request that the service refuses."""
     status = ERROR_STATUSES[type(error)]
-    return JSONResponse({"detail": str(error)}, status, {"Retry-After": "1"} if status in (429, 503) else None)
+    return _problem(request, status, str(error), {"Retry-After": "1"} if status in (429, 503) else None)
 
 
 async def refuse_invalid_message(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -269,7 +274,18 @@ async def refuse_invalid_message(request: Request, error: RequestValidationError
     It does not repeat their values, which may be large or not expressible in JSON.
     """
     problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()[:3]]
-    return JSONResponse({"detail": "; ".join(problems)}, 422)
+    return _problem(request, 422, "; ".join(problems))
+
+
+async def refuse_http(request: Request, error: StarletteHTTPException) -> JSONResponse:
+    """Return the response to a request that no route takes."""
+    return _problem(request, error.status_code, str(error.detail), error.headers)
+
+
+def _problem(request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Return an error. A refused message gets its checksum back, so that the client sees if it arrived undamaged."""
+    received = {"received": request.scope["received"]} if status in MESSAGE_STATUSES else {}
+    return JSONResponse({"detail": detail, **received}, status, headers)
 
 
 class CloudAPI(FastAPI):
@@ -321,5 +337,6 @@ def create_app(engine: Engine, limits: ServiceLimits | None = None, keys: Sequen
     )
     app.exception_handler(ServiceError)(refuse_request)
     app.exception_handler(RequestValidationError)(refuse_invalid_message)
+    app.exception_handler(StarletteHTTPException)(refuse_http)
     app.include_router(router)
     return app

@@ -51,6 +51,10 @@ class ContextMismatch(ServiceError):
     """A request that relies on other committed tokens than those of the session, or that arrived damaged."""
 
 
+class NotFinite(ServiceError):
+    """A call whose logits are not finite. Another attempt gives the same."""
+
+
 class ModelOutOfMemory(ServiceError):
     """A call that the model had no memory for."""
 
@@ -258,7 +262,7 @@ class CloudService:
         except Exception as error:
             await self._close(session, session.owner, "failed")
             if isinstance(error, FloatingPointError):
-                raise InvalidRequest(str(error)) from None
+                raise NotFinite(str(error)) from None
             if is_out_of_memory(error):
                 _logger.warning("%s: the model is out of memory", call)
                 raise ModelOutOfMemory("the model is out of memory: try again") from None

@@ -1,26 +1,28 @@
 """HTTP requests to a cloud server: single attempts, bounded in time and in bytes by the client alone.
 
-An attempt that fails raises AttemptFailed if another one may succeed, and Refused if none can. `cloud.retry` decides
-about the next attempt.
+An attempt that fails raises AttemptFailed if another one may succeed, and Refused if none can. `cloud.failures` decides
+which, and `cloud.retry` when the next one is due.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import ssl
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpcore2
 
 from edgecloud_sd import wire
+from edgecloud_sd.cloud.failures import Failure, classify_failure
 from edgecloud_sd.cloud.retry import AttemptFailed, Refused
 from edgecloud_sd.cloud.url import parse_url
 
+MODEL_PATH = "/v1/model"  # the path of the first request to a server
 KEEP_ALIVE = 60.0  # s for which the pool keeps an unused connection; the server keeps its end longer
 CONNECT_TIMEOUT = 5.0  # s, and at most the time left to the request
 LARGEST_ANSWER = 2**16  # bytes of an answer, or of one line of a stream: real ones have a few hundred
@@ -95,15 +97,29 @@ class Transport:
         url = httpcore2.URL(scheme=base.scheme, host=base.host, port=base.port, target=base.path + path)
         headers = [*self._headers, (b"Content-Type", content.encode())] if content else self._headers
         timeouts = {"timeout": dict.fromkeys(("connect", "read", "write"), deadline)}
+        sent = wire.request_checksum(path.partition("?")[2].encode(), body or b"")
+        classify = partial(classify_failure, sent=sent, is_first_contact=path == MODEL_PATH)
         try:
             with self._pool.stream(method, url, headers=headers, content=body, extensions=timeouts) as response:
                 if response.status not in (200, 201, 204):
-                    raise _status_error(response)
+                    problem = _read_problem_body(response)
+                    raise _as_exception(classify(response.status, problem, headers=_read_headers(response)))
                 yield response
         except HTTP_ERRORS as error:
             was_sent = not isinstance(error, httpcore2.ConnectError | httpcore2.ConnectTimeout)
-            reason = f"{type(error).__name__} {_printable(str(error))}".strip()
-            raise AttemptFailed(reason, was_sent=was_sent) from None
+            raise _as_exception(classify(error=error), was_sent) from None
+
+
+def _as_exception(failure: Failure, was_sent: bool = True) -> AttemptFailed | Refused:
+    if failure.kind == "permanent":
+        return Refused(failure.reason)
+    return AttemptFailed(
+        failure.reason,
+        session_is_lost=failure.kind == "reopen",
+        context_differs=failure.kind == "resend",
+        was_sent=was_sent,
+        retry_after=failure.retry_after,
+    )
 
 
 def parse_server_timing(header: str, total: float) -> tuple[float, float]:
@@ -122,24 +138,17 @@ def parse_server_timing(header: str, total: float) -> tuple[float, float]:
     return min(entries.get("queue", 0.0), total - model), model
 
 
-def _status_error(response: httpcore2.Response) -> AttemptFailed | Refused:
-    """Return the exception for an answer whose status is not a success."""
-    status = response.status
+def _read_problem_body(response: httpcore2.Response) -> bytes:
+    """Return the body of an error, or nothing if it is longer than that of any real error."""
     try:
-        detail = str(json.loads(_read_body(response))["detail"])
-    except (AttemptFailed, ValueError, KeyError, TypeError, RecursionError):
-        detail = ""
-    reason = f"{status} {_printable(detail)}".strip()
-    if status in (401, 403):
-        return Refused(f"the cloud refuses the key: {reason} (see --cloud-key-file)")
-    if status == 413:
-        return Refused(f"the cloud refuses the request: {reason}")
-    return AttemptFailed(f"the cloud answered {reason}", session_is_lost=status == 404, context_differs=status == 409)
+        return _read_body(response)
+    except AttemptFailed:
+        return b""
 
 
-def _printable(text: str) -> str:
-    """Return the first 200 characters, with blanks for the control characters that a terminal would obey."""
-    return "".join(character if character.isprintable() else " " for character in text[:200])
+def _read_headers(response: httpcore2.Response) -> dict[str, str]:
+    """Return the headers by their names in lower case."""
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
 
 
 def _read_body(response: httpcore2.Response) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from edgecloud_sd.events import Ahead, Committed, Drafted, Escalated, Opened, Trace, Verified
+from edgecloud_sd.events import BREAKER_MARKS, Ahead, Committed, Drafted, Escalated, Opened, Trace, Verified
 
 PARTS = {
     "features": "The log-mel spectrogram and the prompt.",
@@ -57,7 +57,8 @@ def latency_breakdown(trace: Trace) -> LatencyBreakdown:
     """Return the breakdown of one request."""
     parts = dict.fromkeys(PARTS, 0.0)
     for span in trace.spans:
-        parts[span.part] += span.end - span.start
+        if span.part not in BREAKER_MARKS:
+            parts[span.part] += span.end - span.start
     parts["other"] += trace.seconds - sum(parts.values())
     return LatencyBreakdown(parts, discarded_seconds(trace), *round_trips(trace))
 

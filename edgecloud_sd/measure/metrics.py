@@ -13,7 +13,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgecloud_sd.events import Ahead, Committed, Degraded, Drafted, Escalated, Opened, Prepared, Trace, Verified
+from edgecloud_sd.events import (
+    BREAKER_OPEN,
+    BREAKER_OPENED,
+    Ahead,
+    Committed,
+    Degraded,
+    Drafted,
+    Escalated,
+    Opened,
+    Prepared,
+    Trace,
+    Verified,
+)
 
 DecodeText = Callable[[Sequence[int]], str]  # token ids to text
 
@@ -263,6 +275,16 @@ def wire_bytes(trace: Trace) -> tuple[int, int] | None:
 def failed_attempts(trace: Trace) -> int:
     """Return the number of failed attempts on the cloud."""
     return sum(span.part == "faults" for span in trace.spans)
+
+
+def breaker_openings(trace: Trace) -> int:
+    """Return how often a failure of this caption opened the breaker of the cloud."""
+    return sum(span.part == BREAKER_OPENED for span in trace.spans)
+
+
+def met_open_breaker(trace: Trace) -> bool:
+    """Return whether the breaker of the cloud was open for this caption, so that the cloud was not tried."""
+    return any(span.part == BREAKER_OPEN for span in trace.spans)
 
 
 def degraded_reason(trace: Trace) -> str | None:

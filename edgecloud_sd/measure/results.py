@@ -26,7 +26,7 @@ from edgecloud_sd.host.utilization import Utilization
 from edgecloud_sd.measure import metrics, quality, traces
 from edgecloud_sd.measure.summary import ClipResult, Summary, max_or_none, mean_or_none, min_or_none
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
 CHECKOUT = Path(__file__).parents[2]  # the folder of the package's repository, if there is one
 

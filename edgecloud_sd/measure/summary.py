@@ -125,6 +125,12 @@ METRICS = {
     "degraded": Metric(
         "0 to 1", "lower", "Captions that the edge finished alone after the cloud had failed / captions"
     ),
+    "breaker_openings": Metric(
+        "openings",
+        "lower",
+        "Failures that opened the breaker, so that the cloud was not tried for a while; sum over clips",
+    ),
+    "breaker_open": Metric("captions", "lower", "Captions for which the breaker was open; sum over clips"),
     "useless_escalations": Metric("0 to 1", "lower", "Escalated drafts without a correction / escalated drafts"),
     "missed_corrections": Metric(
         "0 to 1", "lower", "Local tokens that the cloud would have replaced / local tokens (see --shadow)"
@@ -147,6 +153,12 @@ COUNT_RATES = (
 ROUND_METRICS = frozenset(
     ("discarded_draft", "round_trip_exposed", "acceptance_rate", "mean_acceptance_length", "correction_rate",
      "cloud_call_rate", "cloud_calls_per_token", "waste", "useless_escalations")
+)  # fmt: skip
+
+# Metrics of a cloud behind a link
+LINK_METRICS = (
+    "wire_up_per_token", "wire_down_per_token", "never_sent", "cloud_faults", "degraded", "breaker_openings",
+    "breaker_open",
 )  # fmt: skip
 
 NO_ROUNDS = "this mode has no rounds"
@@ -180,6 +192,8 @@ NULL_REASONS = {
     "never_sent": NO_MESSAGES,
     "cloud_faults": NO_MESSAGES,
     "degraded": NO_MESSAGES,
+    "breaker_openings": NO_MESSAGES,
+    "breaker_open": NO_MESSAGES,
     "useless_escalations": NOT_VERIFIED,
     "missed_corrections": "no token was local",
     "gate_auroc": "the gate did not score both a rejected and an accepted draft",
@@ -332,13 +346,15 @@ def _link_figures(results: Sequence[ClipResult], tokens: int) -> Figures:
     traces = [result.trace for result in results]
     sizes = [size for trace in traces if (size := metrics.wire_bytes(trace))]
     if not sizes:
-        return dict.fromkeys(("wire_up_per_token", "wire_down_per_token", "never_sent", "cloud_faults", "degraded"))
+        return dict.fromkeys(LINK_METRICS)
     return {
         "wire_up_per_token": sum(up for up, _ in sizes) / tokens,
         "wire_down_per_token": sum(down for _, down in sizes) / tokens,
         "never_sent": fmean(up == 0 for up, _ in sizes),
         "cloud_faults": fmean(map(metrics.failed_attempts, traces)),
         "degraded": fmean(metrics.degraded_reason(trace) is not None for trace in traces),
+        "breaker_openings": sum(map(metrics.breaker_openings, traces)),
+        "breaker_open": sum(map(metrics.met_open_breaker, traces)),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgecloud_sd.events import (
+    BREAKER_MARKS,
     Ahead,
     Committed,
     Degraded,
@@ -47,7 +48,7 @@ def trace_from_json(saved: dict[str, Any]) -> Trace:
         trace = Trace(tuple(events), tuple(Span(*span) for span in saved["spans"]))
         times = [seconds for seconds, _ in events] + [time for span in trace.spans for time in (span.start, span.end)]
         sides = {event.side for _, event in events if isinstance(event, Opened)}
-        has_known_names = {span.part for span in trace.spans} <= PARTS.keys() and sides <= {"edge", "cloud"}
+        has_known_names = {span.part for span in trace.spans} <= {*PARTS, *BREAKER_MARKS} and sides <= {"edge", "cloud"}
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"not a saved trace: {error!r}") from error
     is_equal = trace_to_json(trace) == {"events": saved["events"], "spans": saved["spans"]}

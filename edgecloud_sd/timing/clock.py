@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
-from edgecloud_sd.events import Event, Finished, Span, Trace
+from edgecloud_sd.events import BREAKER_OPEN, Event, Finished, Span, Trace
 
 Clock = Callable[[], float]  # returns seconds
 real: Clock = time.perf_counter
@@ -59,24 +59,29 @@ class Watch:
     def timed_remainder(self, part: str, call: Callable[..., _T], *arguments: object) -> _T:
         """Return `call(*arguments)`. Record the time that no span inside claims as spans of `part`.
 
-        If the call raises, that time is recorded as spans of `faults`.
+        If the call raises, that time is recorded as spans of `faults`, unless the call has recorded its failure itself.
         """
         spans = self._recorded()
         first, start = len(spans), self.seconds()
-        claimed = "faults"
         try:
             result = call(*arguments)
-            claimed = part
-        finally:
-            inside = spans[first:]
-            del spans[first:]
-            for span in inside:
-                if span.start > start:
-                    self.record(claimed, start, span.start)
-                spans.append(span)
-                start = span.end
-            self.record(claimed, start)
+        except BaseException:
+            if not any(span.part in ("faults", BREAKER_OPEN) for span in spans[first:]):
+                self._record_remainder("faults", spans, first, start)
+            raise
+        self._record_remainder(part, spans, first, start)
         return result
+
+    def _record_remainder(self, part: str, spans: list[Span], first: int, start: float) -> None:
+        """Record the time since `start` that no span from `first` on claims as spans of `part`."""
+        inside = spans[first:]
+        del spans[first:]
+        for span in inside:
+            if span.start > start:
+                self.record(part, start, span.start)
+            spans.append(span)
+            start = span.end
+        self.record(part, start)
 
     @contextmanager
     def in_background(self, spans: list[Span]) -> Iterator[None]:
