@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -23,35 +24,39 @@ MB = 1_000_000
 
 
 class FakeNvml:
-    """A GPU that returns `readings` of (per cent, bytes), repeats the last one, and fails after `until` of them."""
+    """A GPU that returns `readings` of (per cent, bytes), repeats the last one, and fails after `until` of them.
+
+    It does not support the figures in `without`.
+    """
 
     class NVMLError(Exception):
         pass
 
-    def __init__(self, *readings: tuple[int, int], until: int | None = None) -> None:
-        self._readings = itertools.islice(itertools.chain(readings, itertools.repeat(readings[-1])), until)
+    def __init__(self, *readings: tuple[int, int], until: int | None = None, without: Sequence[str] = ()) -> None:
+        self._left = {"gpu": until, "used": until} | dict.fromkeys(without, 0)
+        self._error = "Not Supported" if without else "GPU is lost"
+        self._readings = readings
         self.percent: list[int] = []
         self.used: list[int] = []
         self.threads: set[threading.Thread] = set()
         self.enough = threading.Event()
 
     def nvmlDeviceGetUtilizationRates(self, device: object) -> SimpleNamespace:  # noqa: N802
-        assert device == "gpu 0"
-        self.threads.add(threading.current_thread())
-        try:
-            percent, self._next_used = next(self._readings)
-        except StopIteration:
-            self.enough.set()
-            raise self.NVMLError("GPU is lost") from None
-        self.percent.append(percent)
-        return SimpleNamespace(gpu=percent)
+        return self._answer(device, "gpu", 0, self.percent)
 
     def nvmlDeviceGetMemoryInfo(self, device: object) -> SimpleNamespace:  # noqa: N802
+        return self._answer(device, "used", 1, self.used)
+
+    def _answer(self, device: object, name: str, column: int, given: list[int]) -> SimpleNamespace:
         assert device == "gpu 0"
-        self.used.append(self._next_used)
+        self.threads.add(threading.current_thread())
+        if len(given) == self._left[name]:
+            self.enough.set()
+            raise self.NVMLError(self._error)
+        given.append(self._readings[min(len(given), len(self._readings) - 1)][column])
         if len(self.used) == 5:
             self.enough.set()
-        return SimpleNamespace(used=self._next_used)
+        return SimpleNamespace(**{name: given[-1]})
 
 
 class FakeProcess:
@@ -313,8 +318,8 @@ def test_a_gpu_that_stops_answering_keeps_its_readings_and_memory_is_read_on(
     monkeypatch.setattr(sampler, "_process", process)
     assert process.enough.wait(10)
     sampler.stop()
-    assert (sampler.gpu_percent, sampler.gpu_memory) == ([10, 30], [1 * MB, 2 * MB])
-    assert sampler.reason == "the GPU stopped answering (GPU is lost)"
+    assert (sampler.gpu_percent.readings, sampler.gpu_memory.readings) == ([10, 30], [1 * MB, 2 * MB])
+    assert sampler.gpu_percent.reason == "the GPU stopped reporting its utilisation (GPU is lost)"
 
 
 def test_a_gpu_that_never_answers_has_no_figures_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,8 +327,27 @@ def test_a_gpu_that_never_answers_has_no_figures_and_a_reason(monkeypatch: pytes
     with Meter() as meter:
         pass
     assert (meter.used.gpu_percent, meter.used.gpu_memory_mb) == (None, None)
-    assert meter.used.reasons["gpu_percent"] == "the GPU stopped answering (GPU is lost)"
-    assert meter.used.reasons["gpu_memory_mb"] == "the GPU stopped answering (GPU is lost)"
+    assert meter.used.reasons["gpu_percent"] == "the GPU does not report its utilisation (GPU is lost)"
+    assert meter.used.reasons["gpu_memory_mb"] == "the GPU does not report its memory (GPU is lost)"
+
+
+@pytest.mark.usefixtures("ends_only")
+@pytest.mark.parametrize(
+    ("missing", "subject", "figures"),
+    [
+        ("used", {"gpu_memory_mb": "memory"}, (30, None)),  # a GPU that shares the memory of its CPU, such as a GB10
+        ("gpu", {"gpu_percent": "utilisation"}, (None, 4)),  # a GPU that is divided into instances
+    ],
+)
+def test_a_figure_that_a_gpu_does_not_report_leaves_the_other(
+    missing: str, subject: dict[str, str], figures: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpu(monkeypatch, FakeNvml((30, 4 * MB), without=[missing]))
+    with Meter() as meter:
+        pass
+    assert (meter.used.gpu_percent, meter.used.gpu_memory_mb) == figures
+    reasons = {name: reason for name, reason in meter.used.reasons.items() if name.startswith("gpu")}
+    assert reasons == {name: f"the GPU does not report its {text} (Not Supported)" for name, text in subject.items()}
 
 
 @pytest.fixture
@@ -377,6 +401,19 @@ def test_a_gpu_is_identified_by_the_uuid_of_torch_and_not_by_its_index(
     install_torch(monkeypatch, {"cuda": "8932f937", "cuda:0": "8932f937", "cuda:1": "04a7c0de"})
     assert utilization.find_gpu.__wrapped__("cuda") == (driver, "UUID GPU-8932f937", "")
     assert utilization.find_gpu.__wrapped__("cuda:1") == (driver, "UUID GPU-04a7c0de", "")
+
+
+def test_a_part_of_a_gpu_is_identified_by_its_own_uuid(
+    monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace
+) -> None:
+    def find(uuid: str) -> str:
+        if uuid.startswith("GPU-"):
+            raise FakeNvml.NVMLError("Not Found")
+        return uuid
+
+    monkeypatch.setattr(driver, "nvmlDeviceGetHandleByUUID", find)
+    install_torch(monkeypatch, {"cuda": "8932f937"})
+    assert utilization.find_gpu.__wrapped__("cuda") == (driver, "MIG-8932f937", "")
 
 
 def test_a_gpu_that_torch_cannot_see_is_not_read(monkeypatch: pytest.MonkeyPatch, driver: SimpleNamespace) -> None:

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-PROC_SELF = Path("/proc/self")
+from edgecloud_sd.host.cores import PROC_SELF, read_cpu_quota
+
 CORES_OPTION, MEMORY_OPTION = "--max-cpu-cores", "--max-memory-gb"
 NEEDS_LINUX = "needs Linux: leave it out on this system"
 LEAVE_OUT = "leave it out on this machine"
@@ -48,6 +48,7 @@ class LimitsInForce:
     cores: tuple[int, ...] | None  # ids of the cores that its threads may use; None if the system does not report them
     torch_threads: int | None  # intra-op threads of the calling thread; None if torch is not imported
     memory_bytes: int | None  # largest private writable memory; None if there is no limit
+    cpu_quota: float | None = None  # cores of CPU time that the cgroups allow; None without a quota
 
 
 @contextmanager
@@ -75,13 +76,9 @@ def read_limits() -> LimitsInForce:
     return LimitsInForce(
         cores=tuple(sorted(set().union(*read_thread_cores().values()))) or None,
         torch_threads=torch.get_num_threads() if torch else None,
+        cpu_quota=read_cpu_quota(),
         memory_bytes=_read_memory_limit(),
     )
-
-
-def usable_cores() -> int:
-    """Return how many cores the calling thread may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_thread_cores() -> dict[int, set[int]]:
@@ -120,6 +117,9 @@ def _limited_cores(count: int) -> Iterator[None]:
     if count > len(usable):
         cores = f"{len(usable)} cores that this process may use ({_join(usable)})"
         raise LimitError(f"{CORES_OPTION}: {count} is more than the {cores}: choose fewer")
+    quota = read_cpu_quota()
+    if quota is not None and count > math.ceil(quota):
+        raise LimitError(f"{CORES_OPTION}: {count} is more than the quota of this container, {quota:g}: choose fewer")
     chosen = set(sorted(usable)[:count])
     import torch
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+import statistics
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import psutil
 
-from edgecloud_sd.host.limits import PROC_SELF
+from edgecloud_sd.host.cores import PROC_SELF
 
 # Seconds between two readings. One reading costs up to 0.3 ms of CPU time with its wake-up, which is 0.6 % of a core.
 SAMPLING_PERIOD = 0.05
@@ -86,8 +88,8 @@ class Meter:
         rss, percent, memory = self._sampler.rss, self._sampler.gpu_percent, self._sampler.gpu_memory
         missing = {
             "rss_peak_mb": self._mark.reason,
-            "gpu_percent": self._sampler.reason,
-            "gpu_memory_mb": self._sampler.reason,
+            "gpu_percent": percent.reason,
+            "gpu_memory_mb": memory.reason,
         }
         self.used = Utilization(
             wall=wall,
@@ -95,8 +97,8 @@ class Meter:
             rss_mean_mb=mean_over_time(rss) / 1e6,
             # the kernel updates its mark in batches, so that it can lag a reading by some pages per core
             rss_peak_mb=None if mark is None else max(mark, *(size for _, size in rss)) / 1e6,
-            gpu_percent=sum(percent) / len(percent) if percent else None,
-            gpu_memory_mb=max(memory) / 1e6 if memory else None,
+            gpu_percent=statistics.fmean(percent.readings) if percent.readings else None,
+            gpu_memory_mb=max(memory.readings) / 1e6 if memory.readings else None,
             reasons={figure: reason for figure, reason in missing.items() if reason},
         )
 
@@ -116,7 +118,10 @@ def find_gpu(device: str) -> tuple[Any, Any, str]:
 
         # NVML numbers every GPU, and CUDA those of CUDA_VISIBLE_DEVICES in its own order: only the UUID is common
         uuid = torch.cuda.get_device_properties(device).uuid
-        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"), ""
+        try:
+            return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"), ""
+        except pynvml.NVMLError:  # a part of a GPU (multi-instance GPU) has the other prefix
+            return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}"), ""
     except (pynvml.NVMLError, AssertionError, RuntimeError) as error:  # torch without CUDA raises the last two
         return pynvml, None, f"no NVIDIA GPU can be read ({error})"
 
@@ -155,20 +160,44 @@ class HighWaterMark:
         return int(match[1]) * 1024
 
 
+class GpuFigure:
+    """The readings of one figure of a GPU. Some GPUs report one figure and not another.
+
+    `reason` is not empty if the figure was not read, or not to the end.
+    """
+
+    def __init__(self, subject: str, ask: Callable[[], float], errors: Any, reason: str) -> None:
+        self.readings: list[float] = []
+        self.reason = reason
+        self._subject = subject
+        self._ask = ask
+        self._errors = errors
+
+    def read(self) -> None:
+        """Add a reading, unless the GPU did not answer an earlier one."""
+        if self.reason:
+            return
+        try:
+            self.readings.append(self._ask())
+        except self._errors as error:
+            verb = "stopped reporting" if self.readings else "does not report"
+            self.reason = f"the GPU {verb} its {self._subject} ({error})"
+
+
 class Sampler:
     """A thread that reads resident memory, and a GPU if there is one, until it is stopped.
 
     It also reads memory at the start and at the end. It does not read the GPU at the start, because that reading is a
-    mean over earlier time. `reason` is not empty if the GPU was not read, or not to the end.
+    mean over earlier time.
     """
 
     def __init__(self, nvml: Any, handle: Any, reason: str = "") -> None:
-        self.reason = reason
         self.rss: list[tuple[int, int]] = []  # (ns, bytes)
-        self.gpu_percent: list[float] = []
-        self.gpu_memory: list[int] = []  # bytes
-        self._nvml = nvml
-        self._handle = handle
+        errors = nvml.NVMLError if nvml else ()
+        self.gpu_percent = GpuFigure(
+            "utilisation", lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu, errors, reason
+        )
+        self.gpu_memory = GpuFigure("memory", lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used, errors, reason)
         self._process = psutil.Process()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -184,16 +213,8 @@ class Sampler:
         self.rss.append((time.perf_counter_ns(), self._process.memory_info().rss))
 
     def _read_gpu(self) -> None:
-        if self.reason:
-            return
-        try:
-            percent = self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
-            memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used
-        except self._nvml.NVMLError as error:
-            self.reason = f"the GPU stopped answering ({error})"
-            return
-        self.gpu_percent.append(percent)
-        self.gpu_memory.append(memory)
+        self.gpu_percent.read()
+        self.gpu_memory.read()
 
     def stop(self) -> None:
         """End the thread and read once more. Call this once."""

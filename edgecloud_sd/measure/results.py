@@ -7,7 +7,6 @@ Every file is checked against it before it is written.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 
 from edgecloud_sd.data.dataset import SkippedClip
 from edgecloud_sd.events import Prepared, Trace
+from edgecloud_sd.host.cores import usable_cores
 from edgecloud_sd.host.files import write_whole
 from edgecloud_sd.host.limits import LimitsInForce
 from edgecloud_sd.host.utilization import Utilization
@@ -188,7 +188,7 @@ def environment() -> dict[str, Any]:
         "system": platform.system(),
         "machine": platform.machine(),
         "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
         "edgecloud_sd": metadata.version("edgecloud_sd"),

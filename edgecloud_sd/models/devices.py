@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-from edgecloud_sd.host import limits
+from edgecloud_sd.host.cores import usable_cores
 
 AUTO = "auto"
 DTYPES = ("float32", "float16", "bfloat16", "float64")  # torch's names
@@ -52,12 +52,12 @@ def resolve_device(device: str, dtype: str) -> tuple[str, str]:
 def choose_threads(threads: int | None, parameters: Sequence[int]) -> int:
     """Return the CPU threads of torch for models of this process, given the number of parameters of each.
 
-    None means one thread if every model is small, and torch's own choice otherwise.
+    None means one thread if every model is small. Otherwise it is torch's own choice, at most one per usable core.
     """
     if threads is not None:
         return threads
     small = all(count < SMALL_MODEL_PARAMETERS for count in parameters)
-    return 1 if small else _torch_threads()
+    return 1 if small else min(_torch_threads(), usable_cores())
 
 
 def use_threads(threads: int) -> None:
@@ -65,7 +65,7 @@ def use_threads(threads: int) -> None:
     import torch
 
     _torch_threads()  # read before the first change
-    threads = min(threads, limits.usable_cores())
+    threads = min(threads, usable_cores())
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
 
