@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
-from edgecloud_sd.measure import intervals, metrics
+import numpy as np
+from numpy.typing import NDArray
+
+from edgecloud_sd.measure import intervals, metrics, quality
 from edgecloud_sd.measure.intervals import Interval
 
 Document = dict[str, Any]  # the results of a cell, as edgecloud_sd/measure/results.schema.json; traces may be absent
@@ -29,6 +33,12 @@ def caption_speedup(base: Document, ours: Document) -> Interval | None:
     return intervals.speedup([b["total_time"] for b, _ in pairs], [o["total_time"] for _, o in pairs])
 
 
+def typical_caption_speedup(base: Document, ours: Document) -> Interval | None:
+    """Return the geometric mean over the common clips of the ratio of seconds per caption, base / ours."""
+    pairs = pair_clips(base, ours)
+    return intervals.typical_speedup([b["total_time"] for b, _ in pairs], [o["total_time"] for _, o in pairs])
+
+
 def token_speedup(base: Document, ours: Document) -> Interval | None:
     """Return the ratio of seconds per token after the first chunk, over the common clips that have such tokens."""
     pairs = [(b["after_first_chunk"], o["after_first_chunk"]) for b, o in pair_clips(base, ours)]
@@ -36,14 +46,33 @@ def token_speedup(base: Document, ours: Document) -> Interval | None:
     return intervals.length_matched_speedup([b for b, _ in both], [o for _, o in both])
 
 
-def score_difference(base: Document, ours: Document, quality: str) -> Interval | None:
+def score_difference(base: Document, ours: Document, metric: str) -> Interval | None:
     """Return the mean of ours - base over the common clips that have such a score."""
-    pairs = [(b["scores"].get(quality), o["scores"].get(quality)) for b, o in pair_clips(base, ours)]
+    pairs = [(b["scores"].get(metric), o["scores"].get(metric)) for b, o in pair_clips(base, ours)]
     both = [(b, o) for b, o in pairs if b is not None and o is not None]
     return intervals.difference([b for b, _ in both], [o for _, o in both])
 
 
-def quality_gap_closed(ours: Document, edge: Document | None, cloud: Document | None, quality: str) -> float | None:
+def clip_bleu_counts(document: Document, clips: Sequence[ClipRecord]) -> NDArray[np.float64]:
+    """Return `quality.bleu_counts` of clips of a cell."""
+    captions, references = [clip["generated_text"] for clip in clips], [clip["reference_captions"] for clip in clips]
+    return quality.bleu_counts(captions, references, document["experiment_config"]["language"])
+
+
+def bleu_difference(base: Document, ours: Document, n: int = 4) -> tuple[Interval | None, float | None]:
+    """Return corpus BLEU-n of ours - base over the common clips, and the p of `intervals.permutation_p`.
+
+    Both are None without common clips.
+    """
+    pairs = pair_clips(base, ours)
+    base_counts = clip_bleu_counts(base, [clip for clip, _ in pairs])
+    our_counts = clip_bleu_counts(ours, [clip for _, clip in pairs])
+    score = partial(quality.bleu_of_counts, n=n)
+    difference = intervals.corpus_difference(base_counts, our_counts, score)
+    return difference, intervals.permutation_p(base_counts, our_counts, score)
+
+
+def quality_gap_closed(ours: Document, edge: Document | None, cloud: Document | None, metric: str) -> float | None:
     """Return `metrics.gap_closed` of the mean score over the common clips of all three cells.
 
     The noise is half the width of the interval of the difference between edge and cloud. Return None if a cell is
@@ -53,7 +82,7 @@ def quality_gap_closed(ours: Document, edge: Document | None, cloud: Document | 
         return None
     cells = [clips_by_id(document) for document in (ours, edge, cloud)]
     common = [file_id for file_id in cells[0] if all(file_id in clips for clips in cells)]
-    scores = [[clips[file_id]["scores"].get(quality) for file_id in common] for clips in cells]
+    scores = [[clips[file_id]["scores"].get(metric) for file_id in common] for clips in cells]
     if not common or any(score is None for cell_scores in scores for score in cell_scores):
         return None
     gap = intervals.difference(scores[1], scores[2])

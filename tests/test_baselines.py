@@ -202,7 +202,7 @@ def test_ratios_are_those_of_summed_seconds_per_summed_token() -> None:
     }
     assert {name: values[name] for name in expected} == pytest.approx(expected)
     assert list(values) == list(baselines.BASELINE_METRICS)
-    assert baselines.way_ratios([captions()])["over_greedy"] == Interval(4.0, None, None)
+    assert baselines.way_ratios([captions()])["over_greedy"] == Interval(4.0, None, None, "1 clip: too few")
 
 
 def test_metrics_of_no_clips_are_an_error() -> None:
@@ -211,10 +211,10 @@ def test_metrics_of_no_clips_are_an_error() -> None:
 
 
 def test_the_table_has_a_row_per_way() -> None:
-    table = baselines.render_baselines({"baselines-pocket-k4-zh": [captions(), captions(2.0)]})
+    table = baselines.render_baselines({"baselines-pocket-k4-zh": [captions(), captions(2.0)] * 3})
     lines = table.splitlines()
     assert [line.split("  ")[0] for line in lines[2 : 2 + len(WAYS)]] == list(WAYS.values())
-    assert "baselines-pocket-k4-zh, 2 clips" in lines[0]
+    assert "baselines-pocket-k4-zh, 6 clips" in lines[0]
     (speculative,) = [line.split("  ") for line in lines if line.startswith(WAYS["speculative"] + "  ")]
     assert [cell.strip() for cell in speculative if cell.strip()][1:] == [
         "150.00",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgecloud_sd.measure import intervals
+from edgecloud_sd.measure import intervals, quality
 from edgecloud_sd.measure.intervals import Interval
 
-paired_seconds = st.lists(st.tuples(st.floats(0.1, 9), st.floats(0.1, 9)), min_size=2, max_size=8)
+paired_seconds = st.lists(st.tuples(st.floats(0.1, 9), st.floats(0.1, 9)), min_size=5, max_size=9)
 
 
 def columns(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -35,54 +37,86 @@ def test_a_speed_up_is_the_ratio_of_sums_and_lies_in_its_interval(pairs: list[tu
     assert intervals.speedup(baseline, baseline) == Interval(1, 1, 1)  # the pairs agree, so there is no spread
 
 
-@given(paired_seconds, st.sampled_from([0.25, 2.0, 8.0]))
-def test_scaling_one_side_scales_the_speed_up_and_its_interval(pairs: list[tuple[float, float]], factor: float) -> None:
+@given(paired_seconds, st.sampled_from([0.25, 3.0, 8.0]))
+def test_scaling_one_side_scales_the_speed_ups_and_their_intervals(
+    pairs: list[tuple[float, float]], factor: float
+) -> None:
     baseline, ours = columns(pairs)
-    interval = intervals.speedup(baseline, ours)
-    assert interval is not None
-    assert interval.low is not None
-    assert interval.high is not None
-    expected = Interval(factor * interval.value, factor * interval.low, factor * interval.high)
-    assert intervals.speedup([factor * seconds for seconds in baseline], ours) == expected
+    for compare in (intervals.speedup, intervals.typical_speedup):
+        interval, scaled = compare(baseline, ours), compare([factor * seconds for seconds in baseline], ours)
+        assert interval is not None
+        assert scaled is not None
+        assert (scaled.value, scaled.low, scaled.high) == pytest.approx(
+            (factor * interval.value, factor * (interval.low or 0), factor * (interval.high or 0)), rel=1e-4
+        )
 
 
-def test_one_clip_has_a_speed_up_without_bounds() -> None:
-    interval = intervals.speedup([1.3], [1.0])
-    assert interval == Interval(1.3, None, None)
-    assert str(interval) == "1.30 [one clip]"
+def test_the_typical_speed_up_is_the_geometric_mean_of_the_clips() -> None:
+    check_interval(intervals.typical_speedup([1, 4, 1, 4, 1, 1000], [1, 1, 1, 1, 1, 1000]), 2 ** (4 / 6))
+
+
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [
+        (intervals.speedup([1.3], [1.0]), "1.30 [1 clip: too few]"),
+        (intervals.speedup([1.3] * 4, [1.0] * 4), "1.30 [4 clips: too few]"),
+        (intervals.difference([0.0] * 20, [0.5] * 4 + [0.0] * 16), "0.10 [4 of 20 clips differ: too few]"),
+        (intervals.difference([0.5] * 20, [0.5] * 20), "0.00 [0 of 20 clips differ: too few]"),
+    ],
+)
+def test_too_few_clips_that_differ_have_no_bounds_and_a_reason(interval: Interval | None, text: str) -> None:
+    assert str(interval) == text
 
 
 @given(paired_seconds)
 def test_a_difference_is_the_mean_over_pairs_and_lies_in_its_interval(pairs: list[tuple[float, float]]) -> None:
     baseline, ours = columns(pairs)
-    check_interval(intervals.difference(baseline, ours), (sum(ours) - sum(baseline)) / len(pairs))
-    assert intervals.difference(ours, ours) == Interval(0, 0, 0)
+    if sum(a != b for a, b in pairs) >= intervals.MIN_DIFFERING:
+        check_interval(intervals.difference(baseline, ours), (sum(ours) - sum(baseline)) / len(pairs))
 
 
 def test_the_length_matched_speed_up_divides_each_sides_seconds_by_its_own_tokens() -> None:
-    baseline, ours = [(10, 4.0), (30, 4.0)], [(5, 1.0), (20, 1.5)]
+    baseline, ours = [(10, 4.0), (30, 4.0)] * 3, [(5, 1.0), (20, 1.5)] * 3
     check_interval(intervals.length_matched_speedup(baseline, ours), (8 / 40) / (2.5 / 25))
     assert intervals.length_matched_speedup(baseline, baseline) == Interval(1, 1, 1)
 
 
-def test_the_bootstrap_draws_clips_with_replacement_and_takes_percentiles() -> None:
-    # resamples of two clips have the means 0, 0.5 and 1 with probabilities 1/4, 1/2 and 1/4
-    interval = intervals.bootstrap(lambda at: (at == 0).mean(-1), 2)
-    assert interval == Interval(0.5, 0, 1)
-    large = intervals.bootstrap(lambda at: (at < 50).mean(-1), 100)
-    assert large is not None
-    assert large.low is not None
-    assert large.high is not None
-    assert large.value == 0.5
-    assert large.high - large.low == pytest.approx(2 * 1.96 * 0.05, rel=0.1)  # as for a binomial distribution
+def test_the_standard_error_of_the_bootstrap_is_that_of_the_delta_method() -> None:
+    # for normal values, an interval over many clips is value +- 1.96 standard errors
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    interval = intervals.difference(np.zeros(400), values)
+    check_interval(interval, values.mean())
+    assert interval is not None
+    assert interval.high is not None
+    assert interval.high - interval.value == pytest.approx(1.96 * values.std() / 20, rel=0.1)
 
 
-def test_resamples_with_an_undefined_statistic_are_left_out() -> None:
-    def ratio(at: NDArray[np.intp]) -> NDArray[np.float64]:
-        chosen: NDArray[np.float64] = np.array([0.0, 2.0])[at].sum(-1)
-        return 2 / chosen
+CAPTIONS = [f"a calm voice number {i} speaks" for i in range(12)]
+OTHERS = [f"a loud voice number {i} speaks" if i % 2 else caption for i, caption in enumerate(CAPTIONS)]
+REFERENCES = [[caption] for caption in CAPTIONS]
+bleu4 = partial(quality.bleu_of_counts, n=4)
 
-    assert intervals.bootstrap(ratio, 2) == Interval(1, 0.5, 1)
+
+def counts(captions: list[str]) -> NDArray[np.float64]:
+    return quality.bleu_counts(captions, REFERENCES, "english")
+
+
+def test_a_corpus_difference_is_the_difference_of_the_corpus_scores() -> None:
+    scores = [quality.score(captions, REFERENCES, "english").corpus["bleu4"] or 0.0 for captions in (CAPTIONS, OTHERS)]
+    interval = intervals.corpus_difference(counts(CAPTIONS), counts(OTHERS), bleu4)
+    check_interval(interval, scores[1] - scores[0])
+    silent = counts(["word"] * 12)
+    assert (
+        str(intervals.corpus_difference(silent, counts(["other"] * 12), bleu4))
+        == "0.00 [0 of 12 clips differ: too few]"
+    )
+    assert str(intervals.corpus_difference(silent, counts(["other one"] * 12), bleu4)) == "0.00 [both scores are 0]"
+
+
+def test_the_permutation_test_tells_a_difference_from_none() -> None:
+    assert intervals.permutation_p(counts(CAPTIONS), counts(OTHERS), bleu4) == pytest.approx(2 * 2**-6, abs=0.02)
+    assert intervals.permutation_p(counts(CAPTIONS), counts(CAPTIONS), bleu4) == 1
+    assert intervals.permutation_p(counts(CAPTIONS)[:0], counts(CAPTIONS)[:0], bleu4) is None
 
 
 @pytest.mark.parametrize("compare", [intervals.speedup, intervals.length_matched_speedup, intervals.difference])

@@ -95,7 +95,7 @@ def cell(
     is_speculative = mode == "speculative"
     seconds = {"edge": 1.0, "cloud": 4.0, "speculative": 2.0}[mode]
     if clips is None:
-        clips = [clip(f"clip{i}", TEXTS[mode], seconds * (i + 1), scores={"bleu4": SCORES[mode]}) for i in range(3)]
+        clips = [clip(f"clip{i}", TEXTS[mode], seconds * (i + 1), scores={"bleu4": SCORES[mode]}) for i in range(5)]
     known_figures = {
         "total": sum(record["total_time"] for record in clips) / len(clips),
         "ttft": 0.25,
@@ -272,7 +272,7 @@ def test_pictures_have_a_description_and_all_ids_are_unique(small_report: tuple[
 def test_the_summary_has_every_measured_metric_and_reasons_for_the_others(small_report: tuple[str, str]) -> None:
     markdown = small_report[1]
     assert "| cell | output | TTFT ms | OTPS tokens/s | total ms | BLEU-4 | cloud calls | CPU % |" in markdown
-    assert "| H1 k2 greedy | lossy | 250.0 | 10.0 | 4000.0 | 0.800 | 0.400 | 100 |" in markdown
+    assert "| H1 k2 greedy | lossy | 250.0 | 10.0 | 6000.0 | 0.800 | 0.400 | 100 |" in markdown
     assert "- **METEOR**: no Java" in markdown
     assert f'title="{METRICS["ttft"].meaning} (lower is better)"' in small_report[0]
 
@@ -418,7 +418,7 @@ def test_a_file_compared_with_itself_is_exactly_as_fast_and_as_good(tmp_path: Pa
     page, markdown = compare(tmp_path, a=grid(), b=grid())
     one = r"1.00 \[1.00, 1.00\]"
     for label in ("edge", "cloud", "H1 k2 greedy"):
-        assert f"| {label} | 3 | {one} | {one} | +0.000 \\[+0.000, +0.000\\] | all the same |" in markdown
+        assert f"| {label} | 5 | {one} | {one} | +0.000 \\[0 of 5 clips differ: too few\\] | all the same |" in markdown
     assert "the captions of A and B are the same in every cell and clip" in page
     compared = markdown[: markdown.index("## Is B faster")]
     assert not re.search("differ|only$", compared, re.I | re.M)
@@ -429,15 +429,15 @@ def test_clips_are_paired_by_id_and_not_by_position(tmp_path: Path) -> None:
     clips = [clip(f"clip{i}", f"他{i}", 1.0 + i, scores={"bleu4": i / 10}) for i in range(5)]
     _, markdown = compare(tmp_path, a=[cell("edge", clips)], b=[cell("edge", clips[::-1])])
     one = r"1.00 \[1.00, 1.00\]"
-    assert f"| edge | 5 | {one} | {one} | +0.000 \\[+0.000, +0.000\\] | all the same |" in markdown
+    assert f"| edge | 5 | {one} | {one} | +0.000 \\[0 of 5 clips differ: too few\\] | all the same |" in markdown
 
 
 def test_changes_are_measured_over_the_clips_in_both_files(tmp_path: Path) -> None:
     a = [clip(name, "他很悲伤。", 2.0, scores={"bleu4": 0.5}) for name in ("both1", "both2", "gone")]
     b = [clip(name, "他很高兴。", 1.0, scores={"bleu4": 0.25}) for name in ("new", "both2", "both1")]
     page, markdown = compare(tmp_path, a=[cell("edge", a)], b=[cell("edge", b)])
-    twice = r"2.00 \[2.00, 2.00\]"
-    assert f"| edge | 2 | {twice} | {twice} | -0.250 \\[-0.250, -0.250\\] | 2 of 2 differ |" in markdown
+    few = r"\[2 clips: too few\]"
+    assert f"| edge | 2 | 2.00 {few} | 2.00 {few} | -0.250 {few} | 2 of 2 differ |" in markdown
     assert "- **in A only, 1**: gone (in edge-pocket-chinese)" in markdown
     assert "- **in B only, 1**: new (in edge-pocket-chinese)" in markdown
     assert "2000.0 → 1000.0 (-50.0%)" in page
@@ -621,7 +621,7 @@ def test_exactly_the_points_off_the_front_are_dominated_by_a_point_on_it(points:
 def test_the_gap_closed_needs_a_gap_above_its_noise() -> None:
     edge, cloud, ours = (
         cell(mode, [clip(str(i), "", 1.0, scores={"bleu4": score}) for i, score in enumerate(scores)])
-        for mode, scores in {"edge": (0.0, 1.0), "cloud": (1.0, 0.0), "speculative": (0.5, 0.5)}.items()
+        for mode, scores in {"edge": (0.0, 1.0) * 3, "cloud": (1.0, 0.0) * 3, "speculative": (0.5,) * 6}.items()
     )
     assert comparison.quality_gap_closed(ours, edge, cloud, "bleu4") is None  # the difference is -1 to 1 by clip
     for record in cloud["detailed_results"]:

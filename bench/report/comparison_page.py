@@ -213,7 +213,7 @@ def show_changes(pairs: Sequence[CellPair], quality: str) -> list[Block]:
     blocks: list[Block] = [table]
     if any(clip_counts):
         description = (
-            "Speed-up of B over A: above 1, B is faster. 95% intervals are paired bootstraps over clips. "
+            "Speed-up of B over A: above 1, B is faster. 95% intervals are over clips. "
             f"{interval_limits(min(filter(None, clip_counts)))}"
         )
         blocks = [Picture(pictures.draw_speedups(ranges), description, table)]

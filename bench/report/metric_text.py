@@ -52,7 +52,6 @@ DISPLAY_UNITS = {
 }
 SHARE_UNIT = ("", 1, ".3f")  # for every other unit
 AMOUNT_UNITS = ("s", "tokens/s", "MB", "bytes")  # a change is given in percent
-RELIABLE_CLIP_COUNT = 20  # the bootstrap covers too little with fewer clips
 
 
 def metric_name(metric: str) -> str:
@@ -90,11 +89,14 @@ def format_interval(interval: Interval | None) -> str:
 
 
 def interval_limits(clip_count: int) -> str:
-    """Return a sentence on the variation that a bootstrap over clips does not cover."""
-    text = "The intervals cover the variation from clip to clip, but no variation of the machine between runs."
-    if clip_count >= RELIABLE_CLIP_COUNT:
-        return text
-    return f"{text} With {clip_count} clip{'s' * (clip_count > 1)} they are too narrow."
+    """Return a sentence on the variation that intervals over so many clips do not cover.
+
+    The share is the rule of three (Hanley and Lippman-Hand 1983): clips that are more rare may be missing from the run.
+    """
+    return (
+        "The intervals cover the variation from clip to clip. They do not cover the variation of the machine between "
+        f"runs, nor kinds of clips that are fewer than 1 in {max(1, clip_count // 3)}."
+    )
 
 
 def explain_missing(metrics: Sequence[str], documents: Iterable[Document]) -> list[tuple[str, str]]:

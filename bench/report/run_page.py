@@ -249,7 +249,7 @@ def show_speedups(cells: Sequence[ReportCell], quality: str) -> list[Block]:
     ]
     description = (
         "Speed-up over the edge alone and over the cloud alone, by seconds per caption over the same clips, with 95% "
-        f"intervals (paired bootstrap over clips). {interval_limits(min(filter(None, clip_counts)))}"
+        f"intervals over clips. {interval_limits(min(filter(None, clip_counts)))}"
     )
     table = Table(columns, rows, fold_title="The numbers")
     blocks: list[Block] = [Picture(pictures.draw_speedups(ranges), description, table)]

@@ -7,12 +7,13 @@ digits kept whole. English is split into lower-cased words and punctuation. The 
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgecloud_sd.measure import bertscore, meteor
 
@@ -83,9 +84,7 @@ def score(
     CIDEr lies between 0 and 10, and every other metric between 0 and 1. Corpus BLEU and METEOR come from summed counts.
     The other corpus scores are means over clips.
     """
-    candidates = [" ".join(tokenize(text, language)) for text in captions]
-    targets = [[" ".join(tokenize(text, language)) for text in texts] for texts in references]
-    _check_references(len(candidates), targets)
+    candidates, targets = tokenized(captions, references, language)
     matches = [float(is_in_language(text, language)) for text in captions]
     groups: Mapping[tuple[str, ...], Callable[[], Iterable[Scores]]] = {
         BLEU: lambda: _bleu(candidates, targets),
@@ -117,6 +116,16 @@ def score(
     )
 
 
+def tokenized(
+    captions: Sequence[str], references: Sequence[Sequence[str]], language: str
+) -> tuple[list[str], list[list[str]]]:
+    """Return captions and references with a space between tokens. Raise ValueError as `score` does."""
+    candidates = [" ".join(tokenize(text, language)) for text in captions]
+    targets = [[" ".join(tokenize(text, language)) for text in texts] for texts in references]
+    _check_references(len(candidates), targets)
+    return candidates, targets
+
+
 def _check_references(captions: int, references: Sequence[Sequence[str]]) -> None:
     if len(references) != captions:
         raise ValueError(f"{captions} captions have {len(references)} lists of references: give one list per caption")
@@ -131,32 +140,46 @@ def _check_references(captions: int, references: Sequence[Sequence[str]]) -> Non
 def _bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Iterable[Scores]:
     """Yield BLEU-1 to BLEU-4 (Papineni et al. 2002) without smoothing.
 
-    The brevity penalty takes the reference that is closest in length, and the shorter one of two that are equally
-    close. A clip's BLEU-n has n-grams no longer than its caption, like `effective_order` of sacrebleu. Corpus BLEU-n
-    has all orders up to n, so a corpus in which every caption is shorter than n tokens has 0.
+    A clip's BLEU-n has n-grams no longer than its caption, like `effective_order` of sacrebleu. Corpus BLEU-n has all
+    orders up to n, so a corpus in which every caption is shorter than n tokens has 0.
+    """
+    counts = _bleu_counts(candidates, references)
+    orders = [max(1, min(len(BLEU), len(text.split()))) for text in candidates]
+    for n in range(1, len(BLEU) + 1):
+        clip_scores = [float(bleu_of_counts(clip, min(n, order))) for clip, order in zip(counts, orders, strict=True)]
+        yield float(bleu_of_counts(counts.sum(0), n)), clip_scores
 
-    pycocoevalcap counts the n-grams. Its scores are not used: it adds 1e-15 to the matches and 1e-9 to the n-grams, so
-    that a caption of three tokens has a BLEU-4.
+
+def bleu_counts(captions: Sequence[str], references: Sequence[Sequence[str]], language: str) -> NDArray[np.float64]:
+    """Return the counts of each clip [clips, 10] from which `bleu_of_counts` computes BLEU."""
+    candidates, targets = tokenized(captions, references, language)
+    return _bleu_counts(candidates, targets)
+
+
+def _bleu_counts(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+    """Return matches and totals of the four orders, the caption's length and the reference's length, for each clip.
+
+    The reference's length is that of the reference closest in length, or of the shorter one of two that are equally
+    close. pycocoevalcap counts the n-grams. Its scores are not used: it adds 1e-15 to the matches and 1e-9 to the
+    n-grams, so that a caption of three tokens has a BLEU-4.
     """
     from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 
     clips = [
         cook_test(text, cook_refs(texts), eff="closest") for text, texts in zip(candidates, references, strict=True)
     ]
-    for n in range(1, len(BLEU) + 1):
-        yield _bleu_of_counts(clips, n), [_bleu_of_counts([clip], max(1, min(n, clip["testlen"]))) for clip in clips]
+    rows = [[*clip["correct"], *clip["guess"], clip["testlen"], clip["reflen"]] for clip in clips]
+    return np.array(rows, dtype=float).reshape(-1, 2 * len(BLEU) + 2)
 
 
-def _bleu_of_counts(clips: Sequence[Mapping[str, Any]], n: int) -> float:
-    """Return the brevity penalty times the geometric mean of the n-gram precisions, from summed counts."""
-    matches = [sum(clip["correct"][i] for clip in clips) for i in range(n)]
-    totals = [sum(clip["guess"][i] for clip in clips) for i in range(n)]
-    if not all(matches):
-        return 0.0
-    length, reference_length = (sum(clip[key] for clip in clips) for key in ("testlen", "reflen"))
-    brevity_penalty = min(1.0, math.exp(1 - reference_length / length))
-    precision: float = math.prod(match / total for match, total in zip(matches, totals, strict=True)) ** (1 / n)
-    return brevity_penalty * precision
+def bleu_of_counts(counts: NDArray[np.float64], n: int) -> NDArray[np.float64]:
+    """Return BLEU-n of summed or mean counts [..., 10]: brevity penalty times geometric mean of the precisions."""
+    matches, totals = counts[..., :n], counts[..., len(BLEU) : len(BLEU) + n]
+    length, reference_length = counts[..., -2], counts[..., -1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        brevity_penalty = np.exp(np.minimum(0.0, 1 - reference_length / length))
+        score = brevity_penalty * np.prod(matches / totals, axis=-1) ** (1 / n)
+    return np.where((matches > 0).all(-1), score, 0.0)
 
 
 def _meteor(candidates: Sequence[str], references: Sequence[Sequence[str]], language: str) -> Scores:
