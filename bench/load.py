@@ -25,7 +25,7 @@ from bench import tables
 from bench.cases import LANGUAGE_CODES
 from edgecloud_sd.config import Settings
 from edgecloud_sd.events import Committed, Escalated, Prompt, Span, Trace, Verdict, Verified
-from edgecloud_sd.grid import has_speculative
+from edgecloud_sd.grid import strategies
 from edgecloud_sd.measure.metrics import degraded_reason
 from edgecloud_sd.measure.summary import Metric
 from edgecloud_sd.models import pairs
@@ -90,13 +90,14 @@ class LoadCase:
 def list_load_cases(settings: Settings) -> list[LoadCase]:
     """Return the load cases of a run, in its first language.
 
-    A run without speculative cells has none, and neither has one on a virtual clock. The load needs a server. Without
-    `--cloud-url` only the pocket pair gets one: this process has the cloud's model in memory already, and a second copy
-    of a large one may not fit.
+    A run without speculative cells that escalate has none, and neither has one on a virtual clock. The load needs a
+    server. Without `--cloud-url` only the pocket pair gets one: this process has the cloud's model in memory already,
+    and a second copy of a large one may not fit.
     """
     pair = settings.run_pair
     has_server = bool(settings.cloud_url) or pair == pairs.PAIRS["pocket"]
-    if not has_speculative(settings) or settings.clock == "virtual" or not has_server:
+    is_escalating = any(strategy.is_speculative and strategy.asks_cloud for strategy in strategies(settings))
+    if not is_escalating or settings.clock == "virtual" or not has_server:
         return []
     elsewhere = [] if settings.cloud_url in (None, AUTO) else ["elsewhere"]
     language = settings.language[0]

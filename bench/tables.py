@@ -12,6 +12,7 @@ from tabulate import tabulate
 from bench import comparison
 from bench.cases import Case, cases
 from bench.comparison import Document
+from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.config import Settings
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.summary import Summary
@@ -52,7 +53,7 @@ def describe_case(case: Case, pipeline: Pipeline, settings: Settings, profile: P
     The settings of the grid appear once, as the case's own strategy, link and language. Paths and host names are left
     out, because they say nothing about the experiment.
     """
-    cloud = pipeline.cloud.identity if case.strategy.mode != "edge" else None
+    cloud = cloud_identity(case.strategy, pipeline)
     shared = {name: value for name, value in asdict(settings).items() if not isinstance(value, tuple)}
     for name in ("results_dir", "cloud_key_file"):
         del shared[name]
@@ -71,6 +72,15 @@ def describe_case(case: Case, pipeline: Pipeline, settings: Settings, profile: P
         "profile_costs": asdict(profile) if profile else None,
         "output": output_promise(case.strategy, cloud.dtype if cloud else ""),
     }
+
+
+def cloud_identity(strategy: Strategy, pipeline: Pipeline) -> Identity | None:
+    """Return the identity of the cloud that a strategy asks, or None if there is none.
+
+    A dead cloud has none. Raise its CloudFault unless the edge may finish alone.
+    """
+    mode, _ = pipeline.prepare_for(strategy)
+    return pipeline.cloud.identity if mode != "edge" else None
 
 
 def output_promise(strategy: Strategy, cloud_dtype: str) -> str | None:

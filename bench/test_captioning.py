@@ -52,7 +52,7 @@ class Captioning:
         strategy: Strategy | None = None,
         on_finished: Callable[[], None] = lambda: None,
     ) -> Trace:
-        """Return the trace of one clip. Fail with one line if the cloud fails."""
+        """Return the trace of one clip. Fail with one line if the cloud fails, or if the clip does not fit."""
         try:
             return self.pipeline.trace(
                 request,
@@ -63,7 +63,7 @@ class Captioning:
                 seed=clip.file_id,
                 on_finished=on_finished,
             )
-        except CloudFault as fault:
+        except (CloudFault, ValueError) as fault:
             kept = f"{len(self.captions)} finished captions are kept: --resume goes on from there"
             raise pytest.fail.Exception(f"{clip.file_id}: {fault}\n({kept})", pytrace=False) from None
 
@@ -92,14 +92,21 @@ class Captioning:
 
     def _shadow(self, trace: Trace, request: Request) -> Hindsight | None:
         """Return the cloud's verdict on local tokens, or None if it is not asked, says nothing of a gate, or fails."""
-        strategy = self.case.strategy
-        is_drawn = isinstance(strategy.rule, Synthetic)
-        if self.settings.shadow != "yes" or not strategy.is_speculative or is_drawn:
-            return None
-        with suppress(CloudFault):
-            cloud = self.pipeline.cloud.verifier(strategy.rule, Harness())
-            return shadow_verify(trace, self.pipeline.prompt(request, strategy.mode), cloud)
+        if self.load_shadow():
+            with suppress(CloudFault):
+                cloud = self.pipeline.cloud.verifier(self.case.strategy.rule, Harness())
+                return shadow_verify(trace, self.pipeline.prompt(request, self.case.strategy.mode), cloud)
         return None
+
+    def load_shadow(self) -> bool:
+        """Load the cloud for shadow verification. Return False if the case has none, or the cloud fails."""
+        strategy = self.case.strategy
+        if self.settings.shadow != "yes" or not strategy.is_speculative or isinstance(strategy.rule, Synthetic):
+            return False
+        with suppress(CloudFault):
+            self.pipeline.prepare(strategy.mode)
+            return True
+        return False
 
     def _adaptive_k(self) -> AdaptiveK | None:
         return self.pipeline.adaptive_k(self.case.strategy, self.case.language, self.case.link, self.profile)
@@ -126,11 +133,12 @@ def test_captioning(
     clips = data(case.language)
     with errors_in_one_line():
         process_limits.enter_context(limits.apply_limits(limits.Limits(settings.max_cpu_cores, settings.max_memory_gb)))
-        front = pipeline.prepare(case.strategy.mode)
         job = Captioning(case, pipeline, settings, profile, saved_clips(case))
+        job.load_shadow()  # before anything is timed
+        front = pipeline.prepare(pipeline.prepare_for(case.strategy)[0])
+        cloud = tables.cloud_identity(case.strategy, pipeline)
     bar = progress(len(clips.clips), case.id)
-    dtype = pipeline.cloud.identity.dtype if case.strategy.mode != "edge" else ""
-    is_lossless = tables.output_promise(case.strategy, dtype) == "lossless"
+    is_lossless = tables.output_promise(case.strategy, cloud.dtype if cloud else "") == "lossless"
     requests = [(clip, clips.request(clip)) for clip in clips.clips]  # all samples are in memory before timing starts
     warm_up(job, *requests[0], is_lossless)
 

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = caption_parser().parse_args(arguments)
     given = {name: getattr(options, name.replace("-", "_")) for name in CAPTION_OPTIONS}
     try:
-        settings = config.resolve(given | {"mode": options.mode or "speculative"})
+        settings = config.resolve(given | {"mode": options.mode or "speculative", "shadow": "no"})
         refuse_lists(settings)
         strategy, link = cells(settings)[0]
         request = Request.of(
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         limited = limits.Limits(settings.max_cpu_cores, settings.max_memory_gb)
         with connect(settings) as cloud, limits.apply_limits(limited):
             pipeline = Pipeline.from_settings(settings, cloud)
-            pipeline.prepare(strategy.mode)
+            pipeline.prepare_for(strategy)
             events = pipeline.events(request, strategy, settings.max_new_tokens, Harness(link=link))
             trace = print_caption(events, lambda tokens: pipeline.text(tokens, strategy.mode), is_coloured)
     except (ValueError, OSError, CloudFault) as error:

@@ -7,29 +7,30 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgecloud_sd import wire
 from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.keys import read_keys
 from edgecloud_sd.cloud.local import Cloud, LocalCloud
 from edgecloud_sd.cloud.process import run_server
 from edgecloud_sd.cloud.retry import PATIENCE
 from edgecloud_sd.data.dataset import MAX_CLIP_SECONDS
+from edgecloud_sd.grid import asks_cloud, strategies
 from edgecloud_sd.models.devices import AUTO
 from edgecloud_sd.verifier import CloudFault
 
 if TYPE_CHECKING:
     from edgecloud_sd.config import Settings
 
-MAX_LENGTH = 32_768  # tokens of a prompt and its caption: the maximum length of the published models
-
 
 @contextmanager
 def connect(settings: Settings) -> Iterator[Cloud]:
     """Yield the cloud that a run asks for, and close it at the end.
 
-    Raise ValueError, OSError or CloudFault if there is no such server. A local cloud loads when it is first needed.
+    Raise ValueError, OSError or CloudFault if there is no such server, unless the edge may finish every caption of the
+    run alone. A local cloud loads when it is first needed.
     """
     pair = settings.run_pair
-    if settings.cloud_url is None or settings.mode == ("edge",):
+    if settings.cloud_url is None or not asks_cloud(settings):
         yield LocalCloud(pair.cloud, settings.cloud_device, settings.cloud_dtype, pair.weights)
         return
     with ExitStack() as stack:
@@ -38,7 +39,7 @@ def connect(settings: Settings) -> Iterator[Cloud]:
             key = read_keys(Path(settings.cloud_key_file))[0]
         if url == AUTO:
             # the server serves this run alone, so it takes whatever the data set may hold
-            more = ["--max-audio-seconds", str(MAX_CLIP_SECONDS), "--max-tokens", str(MAX_LENGTH)]
+            more = ["--max-audio-seconds", str(MAX_CLIP_SECONDS), "--max-tokens", str(wire.MAX_IDS)]
             more += ["--threads", str(settings.threads)] if settings.threads else []
             more += ["--weights", pair.weights]
             server = stack.enter_context(run_server(pair.cloud, settings.cloud_device, settings.cloud_dtype, more))
@@ -48,5 +49,9 @@ def connect(settings: Settings) -> Iterator[Cloud]:
         try:
             _ = connection.identity
         except CloudFault as fault:
-            raise CloudFault(f"--cloud-url: {url}: {fault}") from None
+            may_fail = settings.on_cloud_fault == "edge"
+            if any(
+                strategy.asks_cloud and not (may_fail and strategy.is_speculative) for strategy in strategies(settings)
+            ):
+                raise CloudFault(f"--cloud-url: {url}: {fault}") from None
         yield connection

@@ -68,7 +68,7 @@ def decode(
     if strategy.mode == "edge":
         alone = Strategy("speculative", NEVER, k=1)  # one local token per round
         return _speculate(prompt, alone, stopping, _require(edge, "edge"), None, runtime)
-    verifier = _require(cloud, "cloud") if strategy.gate.can_escalate else None
+    verifier = _require(cloud, "cloud") if strategy.asks_cloud else None
     return _speculate(prompt, strategy, stopping, _require(edge, "edge"), verifier, runtime)
 
 

@@ -43,6 +43,12 @@ def strategies(settings: Settings) -> list[Strategy]:
     return list(dict.fromkeys(found))
 
 
+def asks_cloud(settings: Settings) -> bool:
+    """Return True if a strategy of the grid asks the cloud, or shadow verification does afterwards."""
+    has_shadow = settings.shadow == "yes" and has_speculative(settings)
+    return has_shadow or any(strategy.asks_cloud for strategy in strategies(settings))
+
+
 def has_speculative(settings: Settings) -> bool:
     """Return True if a strategy of the grid drafts."""
     return any(strategy.is_speculative for strategy in strategies(settings))

@@ -23,12 +23,13 @@ from edgecloud_sd.events import Event, Prepared, Prompt, Trace
 from edgecloud_sd.forecast.adaptive_k import AdaptiveK
 from edgecloud_sd.models import devices, frontend, pairs
 from edgecloud_sd.session import Model
-from edgecloud_sd.stopping import MAX_NEW_TOKENS, Stopping
+from edgecloud_sd.stopping import MAX_NEW_TOKENS, LengthLimit, Stopping, check_length
 from edgecloud_sd.strategy import LOSSLESS, Strategy
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import NO_LINK, Link
 from edgecloud_sd.timing.profile import Profile
+from edgecloud_sd.verifier import CloudFault, FailedVerifier, Verifier
 
 if TYPE_CHECKING:
     from edgecloud_sd.config import Settings
@@ -95,17 +96,24 @@ def generation_events(
     *,
     adaptive_k: AdaptiveK | None = None,
     finish_alone: bool = False,
+    fault: CloudFault | None = None,
 ) -> Iterator[Event]:
     """Yield the events of one generation, from its features to its last token.
 
-    Mode cloud needs no `edge`, and mode edge needs no `cloud`. `adaptive_k` is for a strategy without a k.
+    Mode cloud needs no `edge`, and a strategy that never asks the cloud needs none. `adaptive_k` is for a strategy
+    without a k. `fault` is a failure of the cloud before this generation, which may `finish_alone`.
     """
     harness = harness or Harness()
     prompt = harness.prepared(build_prompt)
     yield Prepared(len(prompt.ids))
-    verifier = None
-    if cloud and strategy.mode != "edge":
-        verifier = cloud.verifier(strategy.rule, harness)
+    verifier: Verifier | None = None
+    if cloud and strategy.asks_cloud:
+        try:
+            verifier = FailedVerifier(fault) if fault else cloud.verifier(strategy.rule, harness)
+        except CloudFault as error:
+            if not (finish_alone and strategy.is_speculative):
+                raise
+            verifier = FailedVerifier(error)
         verifier = harness.deferred(verifier, strategy.prefill) if strategy.is_speculative else verifier
     lengths = adaptive_k.for_generation() if adaptive_k else None
     runtime = Runtime(
@@ -211,6 +219,20 @@ class Pipeline:
         devices.use_threads(threads)
         return front
 
+    def prepare_for(self, strategy: Strategy) -> tuple[str, CloudFault | None]:
+        """Load the sides that a strategy needs. Return the mode they are loaded for, and the fault of a dead cloud.
+
+        Raise that fault instead unless the edge may finish alone. The edge is then all that is loaded.
+        """
+        try:
+            self.prepare(strategy.load_mode)
+        except CloudFault as fault:
+            if not (self.finish_alone and strategy.is_speculative):
+                raise
+            self.prepare("edge")
+            return "edge", fault
+        return strategy.load_mode, None
+
     def _load_sides(self, mode: str) -> tuple[Frontend, int]:
         front: Frontend = self.edge if mode != "cloud" else (self.cloud.frontend or self._frontend())
         parameters = [] if mode == "cloud" else [self.edge.thinker.num_parameters()]
@@ -275,17 +297,34 @@ class Pipeline:
     ) -> Iterator[Event]:
         """Yield the events of one request as they come."""
         harness = harness or Harness()
-        front = self.prepare(strategy.mode)
+        mode, fault = self.prepare_for(strategy)
+
+        def build_prompt() -> Prompt:
+            prompt = self.prompt(request, mode)
+            self.check_fits(prompt, mode, max_new_tokens)
+            return prompt
+
         return generation_events(
-            lambda: self.prompt(request, strategy.mode),
+            build_prompt,
             strategy,
-            Stopping(front.eos, max_new_tokens),
-            None if strategy.mode == "cloud" else self.edge,
+            Stopping(self.prepare(mode).eos, max_new_tokens),
+            None if mode == "cloud" else self.edge,
             self.cloud,
             harness,
             adaptive_k=self.adaptive_k(strategy, request.language, harness.link, harness.profile),
             finish_alone=self.finish_alone,
+            fault=fault,
         )
+
+    def check_fits(self, prompt: Prompt, mode: str, max_new_tokens: int) -> None:
+        """Raise ValueError unless a prompt and its output fit on each side that a mode loads."""
+        limits: list[LengthLimit] = []
+        if mode != "cloud":
+            limits.append(LengthLimit(self.edge.max_length, f"the maximum length of the edge's model {self.edge.name}"))
+        if mode != "edge":
+            limits += self.cloud.identity.length_limits
+            self.cloud.identity.check_audio(prompt)
+        check_length(len(prompt.ids), max_new_tokens, limits)
 
     def trace(
         self,
@@ -310,7 +349,10 @@ class Pipeline:
 
     def text(self, tokens: Sequence[int], mode: str = "speculative") -> str:
         """Return the text of token ids, without special tokens."""
-        text: str = self.prepare(mode).tokenizer.decode(list(tokens), skip_special_tokens=True)
+        front = (
+            self.prepare(mode) if mode == "cloud" else self.edge
+        )  # the text of a dead cloud's caption needs no cloud
+        text: str = front.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
     def adaptive_k(

@@ -1,8 +1,8 @@
-"""The end of a generation. Only this module truncates tokens before they are committed."""
+"""The end of a generation, and what fits before it. Only this module truncates tokens before they are committed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,3 +37,28 @@ class Stopping:
         if output and output[-1] in self.eos:
             return "eos"
         return "length" if len(output) >= self.max_new_tokens else None
+
+
+@dataclass(frozen=True)
+class LengthLimit:
+    """The most tokens that a prompt and its output may have together, on one side."""
+
+    tokens: int
+    name: str  # as a message names it: "the maximum length of ..."
+    remedy: str = ""  # a way to raise it, if there is one
+
+
+def check_length(prompt_tokens: int, new_tokens: int, limits: Iterable[LengthLimit]) -> None:
+    """Raise ValueError unless a prompt and that many tokens after it fit within every limit.
+
+    Every mode and both sides count alike: no pass feeds a token beyond the limit of the output (`Stopping.room`).
+    """
+    lowest = min(limits, key=lambda limit: limit.tokens, default=None)
+    if lowest is None or prompt_tokens + new_tokens <= lowest.tokens:
+        return
+    room = lowest.tokens - prompt_tokens
+    advice = f"ask for at most {room} new tokens (--max-new-tokens)" if room > 0 else "give a shorter prompt or clip"
+    raise ValueError(
+        f"a prompt of {prompt_tokens} tokens and {new_tokens} new tokens exceed {lowest.name}, {lowest.tokens} tokens: "
+        + ", or ".join(filter(None, (advice, lowest.remedy)))
+    )

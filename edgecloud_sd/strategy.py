@@ -54,6 +54,16 @@ class Strategy:
         return self.mode == "speculative"
 
     @property
+    def asks_cloud(self) -> bool:
+        """True unless the edge decodes alone: in mode edge, and under a gate that never escalates."""
+        return self.mode == "cloud" or (self.is_speculative and self.gate.can_escalate)
+
+    @property
+    def load_mode(self) -> str:
+        """The mode whose sides this strategy needs: edge if it never asks the cloud."""
+        return self.mode if self.asks_cloud else "edge"
+
+    @property
     def is_lossless(self) -> bool:
         """True if the output is promised to equal the cloud's own, token for token (in float32 and float64).
 

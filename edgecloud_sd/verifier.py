@@ -100,6 +100,32 @@ class LocalVerification:
         self._session.truncate(0)
 
 
+@dataclass(frozen=True)
+class FailedVerifier:
+    """A cloud that failed before its first call. Each use of it raises that fault."""
+
+    fault: CloudFault
+
+    def open(self, prompt: Prompt) -> FailedVerifier:
+        """Return this object, which is a verification too."""
+        return self
+
+    def wait(self) -> None:
+        """Raise the fault."""
+        raise self.fault
+
+    def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
+        """Raise the fault."""
+        raise self.fault
+
+    def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
+        """Raise the fault."""
+        raise self.fault
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def prompt_seed(prompt: Prompt) -> bytes:
     """Return 16 bytes that identify the prompt. They are equal on both sides of a link."""
     digest = hashlib.blake2b(np.asarray(prompt.ids, dtype="<i4").tobytes(), digest_size=16)

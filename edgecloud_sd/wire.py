@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 OCTETS, JSON, LINES = "application/octet-stream", "application/json", "application/x-ndjson"  # media types
-MAX_IDS = 8192  # in one list of a message
+MAX_IDS = 32_768  # in one list of a message: the maximum length of the published models
 MAX_MESSAGE = 2 * 12 * MAX_IDS + 1024  # bytes of JSON: two such lists, with spaces
 MAX_HEADER = 1024  # bytes of the safetensors header of a prompt
 

@@ -226,7 +226,7 @@ def test_a_request_beyond_the_servers_limit_is_refused_at_once(narrow_url: str) 
         verification = open_verification(connection)
         proxy.plan(())
         with pytest.raises(Refused, match="413"):
-            verification.verify(0, [3, 1, 1], [1, 1, 1])
+            verification.verify(0, [3, 1, 1], [1] * 4)
         assert endpoints(proxy) == ["verify"]
         proxy.plan(())
         with pytest.raises(Refused, match="413"):
@@ -236,7 +236,7 @@ def test_a_request_beyond_the_servers_limit_is_refused_at_once(narrow_url: str) 
 
 
 PERMANENT: dict[str, Callable[[RemoteVerification], object]] = {
-    "too many new tokens": lambda verification: list(verification.generate(replace(SIX_TOKENS, max_new_tokens=10_000))),
+    "too many new tokens": lambda verification: list(verification.generate(replace(SIX_TOKENS, max_new_tokens=40_000))),
     "an id beyond the vocabulary": lambda verification: verification.verify(0, [3], [VOCABULARY]),
     "a draft beyond a list's limit": lambda verification: verification.verify(0, [3], [1] * (wire.MAX_IDS + 1)),
 }

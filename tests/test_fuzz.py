@@ -140,7 +140,7 @@ class Attacker:
             return WireRequest("DELETE", f"/v1/sessions/{name}", key=key)
         odd_ids = (7, -1, 2**31 - 1) if self.random.random() < 0.3 else ()
         context = [pick((0, 1, 2, 3, *odd_ids)) for _ in range(pick((0, 1, 1, 3, 30)))]
-        draft = [pick((0, 1, 2, 3)) for _ in range(pick((0, 1, 4, 9000)))]
+        draft = [pick((0, 1, 2, 3)) for _ in range(pick((0, 1, 4, 33_000)))]
         call = pick(("verify", "generate"))
         message: dict[str, Any]
         if call == "verify":

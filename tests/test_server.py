@@ -186,14 +186,22 @@ MEL = np.zeros((8, 8), np.float16)  # 8 frames make 2 positions of the encoder
         (encode(ids=IDS, features=MEL + np.float16("nan")), 422, "not finite"),
         (encode(ids=IDS, features=MEL + np.float16("inf")), 422, "not finite"),
         (encode(ids=IDS, features=MEL[:7]), 422, "8 mel bins, not 7"),
-        (encode(ids=IDS, features=np.zeros((8, 201), np.float16)), 413, "2.01 s of audio, at most 2 s are allowed"),
+        (
+            encode(ids=IDS, features=np.zeros((8, 201), np.float16)),
+            413,
+            "2.01 s of audio exceed the limit --max-audio-seconds of the cloud's server, 2 s",
+        ),
         (encode(ids=IDS, features=MEL[:, :2]), 422, "too few"),
         (encode(ids=IDS, features=np.zeros((8, 12), np.float16)), 422, "audio placeholders for 12 frames, not 3"),
         (encode(ids=IDS), 422, "audio placeholders for 0 frames, not 0"),
         (encode(ids=IDS[[0, 1, 3, 2]], features=MEL), 422, "ids: the last token must be text"),
         (encode(ids=np.array([1, -1], np.int32)), 422, "ids: -1 is not a token id of this model: use 0 to 6"),
         (encode(ids=np.array([1, 7], np.int32)), 422, "ids: 7 is not a token id of this model: use 0 to 6"),
-        (encode(ids=np.zeros(51, np.int32)), 413, "51 tokens of prompt and output, at most 50 fit"),
+        (
+            encode(ids=np.zeros(51, np.int32)),
+            413,
+            "a prompt of 51 tokens and 1 new tokens exceed the maximum length of the cloud's model toy, 50",
+        ),
         (b"x" * 100_000, 413, "larger than"),
     ],
 )
@@ -286,12 +294,12 @@ def test_a_prompt_with_audio_is_opened_only_with_the_right_query_and_media_type(
         b'{"base":0,"tokens":[7],"draft":[],"check":0}',
         b'{"base":0,"tokens":[],"draft":[7],"check":0}',
         b'{"base":0,"tokens":[],"draft":[' + b"1" * 4299 + b'],"check":0}',
-        b'{"base":0,"tokens":[' + b"0," * 8192 + b'0],"draft":[],"check":0}',
+        b'{"base":0,"tokens":[' + b"0," * wire.MAX_IDS + b'0],"draft":[],"check":0}',
         b'{"base":0,"tokens":[' + b'"secret",' * 8000 + b'0],"draft":[],"check":0}',
         b'{"output":[],"eos":[],"max_new_tokens":0,"check":0}',
         b'{"output":[],"eos":[7],"max_new_tokens":1,"check":0}',
         b'{"output":[7],"eos":[],"max_new_tokens":1,"check":0}',
-        b'{"output":[],"eos":[],"max_new_tokens":8193,"check":0}',
+        b'{"output":[],"eos":[],"max_new_tokens":32769,"check":0}',
     ],
     ids=lambda body: repr(body[:40]),
 )
@@ -316,8 +324,8 @@ def test_more_tokens_than_the_limit_of_the_model_or_the_server_are_refused(max_l
         engine = SpyEngine(max_length=max_length)
         async with running_app(engine, ServiceLimits(max_tokens=max_tokens)) as app:
             session = await Edge(app).open()
-            assert (await session.verify([3] * 6, 0, [1])).status == 200
-            assert (await session.verify([3] * 6, 0, [1, 1])).status == 413
+            assert (await session.verify([3] * 6, 0, [1, 1])).status == 200  # the prompt has the first token too
+            assert (await session.verify([3] * 6, 0, [1, 1, 1])).status == 413
             assert (await session.generate(7)).status == 200
             assert (await session.generate(8)).status == 413
 

@@ -31,7 +31,7 @@ from edgecloud_sd.verifier import CloudFault, Verifier
 
 _T = TypeVar("_T")
 CLOSE_TIMEOUT = 1.0  # s for the request that closes a session
-IDENTITY_FIELDS = {"fingerprint", *Identity.__dataclass_fields__}
+IDENTITY_FIELDS = {"check", "fingerprint", *Identity.__dataclass_fields__}
 SESSION = re.compile(r"[\w-]{1,64}", re.ASCII)  # the names that are safe in a path
 
 
@@ -115,13 +115,13 @@ class Connection:
 
 
 def _parse_identity(answer: bytes) -> Identity:
-    """Return the identity in the JSON of `/v1/model`. Raise ValueError if its fingerprint does not match."""
+    """Return the identity in the JSON of `/v1/model`. Raise ValueError if its check does not match."""
     message = json.loads(answer)
     fields = {name: message[name] for name in Identity.__dataclass_fields__}
     traits = Traits(**{**message["traits"], "eos": tuple(message["traits"]["eos"])})
     identity = Identity(**{**fields, "traits": traits})
-    if identity.fingerprint != message["fingerprint"]:
-        raise ValueError("the fingerprint does not match the other fields")
+    if identity.check != message["check"]:
+        raise ValueError("the check does not match the other fields")
     return identity
 
 

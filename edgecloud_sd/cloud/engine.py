@@ -58,7 +58,7 @@ class VLLM:
             dtype=self.dtype,
             device="cuda" if torch.cuda.is_available() else "cpu",
             vocab_size=self.model.vocab_size,
-            max_length=self.model.max_length,
+            max_length=self.model.max_length - 1,  # vLLM generates one more token after a draft that ends the output
             max_rank=self.model.max_rank,
             traits=self.traits,
             weights=memory.weights_digest(self.model.name),

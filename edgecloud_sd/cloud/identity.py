@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from edgecloud_sd.acceptance import Rank, Rule
+from edgecloud_sd.events import Prompt
 from edgecloud_sd.models.frontend import Traits
+from edgecloud_sd.stopping import LengthLimit
+
+FRAMES_PER_SECOND = 100  # in the log-mel spectrogram
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A target model, without a path. The edge compares it with its own side, and results record it."""
+    """A target model, without a path. The edge compares it with its own side, and results record it.
+
+    The fields that do not compare are limits of the server. They are no part of the model.
+    """
 
     name: str
     engine: str
@@ -24,11 +32,38 @@ class Identity:
     traits: Traits
     weights: str = ""  # digest of the checkpoint's weights; `DUMMY` if they are random, empty without files
     synthetic: bool = True  # the engine has rule synthetic(p)
+    max_tokens: int | None = field(default=None, compare=False)  # prompt and output together; None without a server
+    max_audio_seconds: float | None = field(default=None, compare=False)
 
     @property
     def fingerprint(self) -> str:
         """Return a digest that is the same in every process with this model in this number format."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return _digest({name: value for name, value in asdict(self).items() if name in _MODEL_FIELDS})
+
+    @property
+    def check(self) -> str:
+        """Return a digest of every field. It exposes an identity that was damaged on its way."""
+        return _digest(asdict(self))
+
+    @property
+    def length_limits(self) -> tuple[LengthLimit, ...]:
+        """Return the limits of prompt and output: the model's, and the server's own if there is one."""
+        remedy = "give the server another --engine-option max_model_len" if self.engine == "vllm" else ""
+        model = LengthLimit(self.max_length, f"the maximum length of the cloud's model {self.name}", remedy)
+        if self.max_tokens is None:
+            return (model,)
+        return model, LengthLimit(
+            self.max_tokens, "the limit --max-tokens of the cloud's server", "start that server with a higher one"
+        )
+
+    def check_audio(self, prompt: Prompt) -> None:
+        """Raise ValueError for a prompt with more audio than the server takes."""
+        seconds = 0.0 if prompt.features is None else prompt.features.shape[1] / FRAMES_PER_SECOND
+        if self.max_audio_seconds is not None and seconds > self.max_audio_seconds:
+            raise ValueError(
+                f"features: {seconds:g} s of audio exceed the limit --max-audio-seconds of the cloud's server, "
+                f"{self.max_audio_seconds:g} s: cut the clip, or start that server with a higher one"
+            )
 
     def refusal(self, rule: Rule) -> str:
         """Return why this engine does not have a rule, or an empty text if it does."""
@@ -36,3 +71,10 @@ class Identity:
             fits = rule.r <= self.max_rank
             return "" if fits else f"rule {rule.text}: the cloud's engine has rank(r) up to r = {self.max_rank}"
         return "" if self.synthetic else f"rule {rule.text}: the cloud's engine has only greedy and rank(r)"
+
+
+_MODEL_FIELDS = frozenset(field.name for field in fields(Identity) if field.compare)
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

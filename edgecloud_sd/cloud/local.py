@@ -77,7 +77,7 @@ class LocalCloud:
             dtype=self.dtype,
             device=self.model.thinker.device.type,
             vocab_size=self.model.vocab_size,
-            max_length=self.model.thinker.config.text_config.max_position_embeddings,
+            max_length=self.model.max_length,
             max_rank=self.model.vocab_size,
             traits=frontend_traits(self.model),
             weights=DUMMY if self.weights == DUMMY else memory.weights_digest(self.checkpoint),

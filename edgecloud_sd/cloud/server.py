@@ -107,8 +107,10 @@ class ModelInfo(BaseModel):
     synthetic: bool
     traits: dict[str, Any]
     weights: str
-    fingerprint: str
+    max_tokens: int
     max_audio_seconds: float
+    fingerprint: str
+    check: str
 
 
 async def get_service(request: Request) -> CloudService:

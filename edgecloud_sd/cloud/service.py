@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -22,7 +22,6 @@ from edgecloud_sd.acceptance import Rule, parse_rule
 from edgecloud_sd.cloud.engine import Engine
 from edgecloud_sd.cloud.fair_queue import Completed, FairQueue
 from edgecloud_sd.cloud.sessions import (
-    FRAMES_PER_SECOND,
     OpenSession,
     ServiceError,
     ServiceLimits,
@@ -31,7 +30,7 @@ from edgecloud_sd.cloud.sessions import (
 )
 from edgecloud_sd.data import prompts
 from edgecloud_sd.events import Prompt, Verdict
-from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.stopping import Stopping, check_length
 from edgecloud_sd.verifier import Verification
 
 _T = TypeVar("_T")
@@ -103,21 +102,18 @@ class CloudService:
 
     def __init__(self, engine: Engine, limits: ServiceLimits) -> None:
         self.limits = limits
-        self.identity = engine.identity
+        self.identity = replace(
+            engine.identity, max_tokens=limits.max_tokens, max_audio_seconds=float(limits.max_audio_seconds)
+        )
         self.fingerprint = self.identity.fingerprint
         self._engine = engine
         self._sessions = Sessions(limits.max_sessions, limits.idle_timeout)
         self._queue = FairQueue(engine.concurrency)
-        self._max_tokens = min(self.identity.max_length, limits.max_tokens)
         self.metrics = ServiceMetrics(self._sessions)
 
     def describe_model(self) -> dict[str, Any]:
         """Return the facts about the model that a client compares with its own side."""
-        return {
-            **asdict(self.identity),
-            "fingerprint": self.fingerprint,
-            "max_audio_seconds": self.limits.max_audio_seconds,
-        }
+        return {**asdict(self.identity), "fingerprint": self.fingerprint, "check": self.identity.check}
 
     async def open(self, client: str, body: bytes, rule: str, check: int) -> tuple[str, Completed[None]]:
         """Open a prompt for a client and return the name of its session. `body` is the prompt as on the wire."""
@@ -154,7 +150,7 @@ class CloudService:
                 )
             if not context:
                 raise InvalidRequest("tokens: no token precedes the draft: begin with the last token of the prompt")
-            self._check_length(session.prompt_tokens + len(context) + len(draft))
+            self._check_length(session.prompt_tokens, len(context) - 1 + len(draft))  # the prompt has the first one
 
             def pass_forward(verification: Verification) -> Verdict:
                 return verification.verify(base, tokens, draft)
@@ -177,7 +173,7 @@ class CloudService:
         self._check_ids("eos", eos)
         if wire.checksum((*output, *eos, max_new_tokens), session.prompt_check) != check:
             raise ContextMismatch("the request does not match its check: send it again")
-        self._check_length(session.prompt_tokens + max_new_tokens)
+        self._check_length(session.prompt_tokens, max_new_tokens)
         stopping = Stopping(frozenset(eos), max_new_tokens)
         tokens: Iterator[int] | None = None
 
@@ -224,15 +220,16 @@ class CloudService:
 
     def _check_prompt(self, prompt: Prompt) -> None:
         traits = self.identity.traits
-        self._check_length(len(prompt.ids))
+        self._check_length(len(prompt.ids), 1)
         self._check_ids("ids", prompt.ids)
         if prompt.features is not None:
-            mel_bins, frames = prompt.features.shape
+            mel_bins = prompt.features.shape[0]
             if mel_bins != traits.mel_bins:
                 raise InvalidRequest(f"features: must have {traits.mel_bins} mel bins, not {mel_bins}")
-            if frames > self.limits.max_frames:
-                allowed = f"at most {self.limits.max_audio_seconds:g} s are allowed (--max-audio-seconds)"
-                raise TooLarge(f"features: {frames / FRAMES_PER_SECOND:g} s of audio, {allowed}")
+            try:
+                self.identity.check_audio(prompt)
+            except ValueError as error:
+                raise TooLarge(str(error)) from None
         try:
             prompts.check_placeholders(prompt, traits.audio_token)
         except ValueError as error:
@@ -246,9 +243,11 @@ class CloudService:
             if not 0 <= token <= largest:
                 raise InvalidRequest(f"{field}: {token} is not a token id of this model: use 0 to {largest}")
 
-    def _check_length(self, tokens: int) -> None:
-        if tokens > self._max_tokens:
-            raise TooLarge(f"{tokens} tokens of prompt and output, at most {self._max_tokens} fit (--max-tokens)")
+    def _check_length(self, prompt_tokens: int, new_tokens: int) -> None:
+        try:
+            check_length(prompt_tokens, new_tokens, self.identity.length_limits)
+        except ValueError as error:
+            raise TooLarge(str(error)) from None
 
     async def _run(self, call: str, session: OpenSession, run: Callable[[], _T]) -> Completed[_T]:
         """Run model code in the turn of its client.

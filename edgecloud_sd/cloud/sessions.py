@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import threading
 import time
@@ -12,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from edgecloud_sd import wire
+from edgecloud_sd.cloud.identity import FRAMES_PER_SECOND
 from edgecloud_sd.verifier import Verification
 
 _T = TypeVar("_T")
-FRAMES_PER_SECOND = 100  # in the log-mel spectrogram
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,16 @@ class ServiceLimits:
     max_audio_seconds: float = 60.0  # per prompt
     max_tokens: int = 4096  # prompt and output together, which bounds the KV cache of a session
 
+    def __post_init__(self) -> None:
+        if self.max_tokens > wire.MAX_IDS:
+            raise ValueError(
+                f"--max-tokens: must be at most {wire.MAX_IDS}, which fit a message, not {self.max_tokens}"
+            )
+
     @property
     def max_frames(self) -> int:
         """Return the frames of the longest audio."""
-        return int(self.max_audio_seconds * FRAMES_PER_SECOND)
+        return math.ceil(self.max_audio_seconds * FRAMES_PER_SECOND)
 
     def max_prompt_bytes(self, mel_bins: int) -> int:
         """Return the size in bytes of a prompt with the longest audio and the most tokens."""

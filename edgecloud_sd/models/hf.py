@@ -94,6 +94,12 @@ class HFModel(Frontend):
         size: int = self.thinker.config.text_config.vocab_size
         return size
 
+    @property
+    def max_length(self) -> int:
+        """The maximum length of prompt and output together."""
+        length: int = self.thinker.config.text_config.max_position_embeddings
+        return length
+
     @cached_property
     def text(self) -> TextModel:
         """The text model, without its head. Raises ValueError for another architecture, as `TextModel` does."""
