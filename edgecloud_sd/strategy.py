@@ -112,6 +112,8 @@ class Strategy:
         try:
             if values["mode"] != "speculative":
                 return cls(values["mode"])
+            if values["k"] is None:
+                raise ValueError(f"not a saved strategy: its k is null; adaptive k is {ADAPTIVE_K!r}")
             threshold = values["entropy_threshold"]  # null for other gates
             gate = parse_gate(values["gate"], threshold if values["gate"] == "entropy" else 0.0)
             return cls(

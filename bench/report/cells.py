@@ -125,8 +125,10 @@ def group_by_language(documents: Iterable[Document]) -> dict[str, list[ReportCel
 
 
 def _short_label(document: Document) -> str:
-    """Return the settings in which the cells of one run usually differ."""
+    """Return the settings in which the cells of one run usually differ, or the name of an imported run."""
     experiment = get_experiment(document)
+    if "origin" in document:  # its strategy is known in part
+        return get_case_id(document)
     strategy = Strategy.from_json(experiment["strategy"])
     words = list(strategy.details or (strategy.mode,))
     if experiment["link"] not in (None, "none"):
@@ -137,9 +139,10 @@ def _short_label(document: Document) -> str:
 def list_facts(documents: Collection[Document]) -> dict[str, str]:
     """Return what the cells ran and on which machine, by name. A fact has several values if the cells differ."""
     facts = {}
+    no_gpu = DASH if all("origin" in document for document in documents) else "none"  # an import has no machine
     for name, templates in FACTS.items():
         values = ["; ".join(_fill_template(template, documents)) for template in templates]
-        facts[name] = ", ".join(filter(None, values)) or ("none" if name == "GPU" else DASH)
+        facts[name] = ", ".join(filter(None, values)) or (no_gpu if name == "GPU" else DASH)
     counts = sorted({len(document["detailed_results"]) for document in documents})
     return facts | {"clips per cell": " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))}
 

@@ -56,7 +56,7 @@ def build_comparison_page(a: Run, b: Run, quality: str, max_clips: int) -> Page:
             {
                 "Is B faster, and as good?": show_changes(pairs, quality),
                 "Metrics": compare_metrics(pairs),
-                "Where the time goes": [show_breakdown(labelled)],
+                "Where the time goes": show_breakdown(labelled),
                 "Captions that differ": list_different_captions(pairs, max_clips),
             },
             f" ({language})" if len(groups) > 1 else "",

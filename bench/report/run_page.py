@@ -42,7 +42,7 @@ def build_run_page(run: Run, quality: str, max_clips: int) -> Page:
         sections += list_sections(
             {
                 "Summary": summarise_metrics(cells),
-                "Where the time goes": [show_breakdown(cells)],
+                "Where the time goes": show_breakdown(cells),
                 "Latency against quality": compare_latency_and_quality(cells, quality),
                 "Acceptance by position": show_acceptance(cells),
                 "Does it pay?": [*show_speedups(cells, quality), *list_forecasts(cells, run.forecasts)],
@@ -108,8 +108,11 @@ def summarise_metrics(cells: Sequence[ReportCell]) -> list[Block]:
     return [*blocks, BulletList(meanings, fold_title="Meaning of each metric")]
 
 
-def show_breakdown(cells: Sequence[ReportCell]) -> Picture:
-    """Return the latency breakdown of each cell."""
+def show_breakdown(cells: Sequence[ReportCell]) -> list[Block]:
+    """Return the latency breakdown of each cell that has one. An imported run has none."""
+    cells = [cell for cell in cells if cell.document["metrics"]["latency_breakdown"]]
+    if not cells:
+        return []
     breakdowns = [cell.document["metrics"]["latency_breakdown"] for cell in cells]
     closures = [cell.document["metrics"]["breakdown_closure"] for cell in cells]
     parts = [part for part in PARTS if any(breakdown[part] for breakdown in breakdowns)]
@@ -141,7 +144,7 @@ def show_breakdown(cells: Sequence[ReportCell]) -> Picture:
         Column("sum / wall", "sum of the parts / wall time by another clock; median over clips"),
         Column("worst clip", "the same ratio in the clip where it is furthest from 100%"),
     ]
-    return Picture(pictures.draw_breakdown(bars), description, Table(columns, rows, fold_title="The numbers"))
+    return [Picture(pictures.draw_breakdown(bars), description, Table(columns, rows, fold_title="The numbers"))]
 
 
 def compare_latency_and_quality(cells: Sequence[ReportCell], quality: str) -> list[Block]:
@@ -155,7 +158,7 @@ def compare_latency_and_quality(cells: Sequence[ReportCell], quality: str) -> li
             cell.metric("cloud_call_rate") if cell.mode == "speculative" else None,
         )
         for cell in cells
-        if (value := cell.metric(quality)) is not None
+        if (value := cell.metric(quality)) is not None and cell.metric("total") is not None
     ]
     if not points:
         reasons = explain_missing([quality], [cell.document for cell in cells])

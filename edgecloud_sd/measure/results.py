@@ -6,6 +6,7 @@ Every file is checked against it before it is written.
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import re
@@ -24,7 +25,7 @@ from edgecloud_sd.host.files import write_whole
 from edgecloud_sd.host.limits import LimitsInForce
 from edgecloud_sd.host.utilization import Utilization
 from edgecloud_sd.measure import metrics, quality, traces
-from edgecloud_sd.measure.summary import ClipResult, Summary, max_or_none, mean_or_none, min_or_none
+from edgecloud_sd.measure.summary import ClipResult, Figures, Summary, max_or_none, mean_or_none, min_or_none
 
 SCHEMA_VERSION = 6
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
@@ -46,9 +47,9 @@ def results_document(
         "experiment_config": experiment,
         "environment": environment(),
         "in_force": asdict(in_force) | {"cores": in_force.cores and list(in_force.cores)},
-        "metrics": _published_quality(summary)
+        "metrics": published_quality(summary.figures, scores)
         | {
-            "latency_metrics": _latency_metrics(clips),
+            "latency_metrics": summarise_series(clips),
             "speculative_decoding_metrics": _speculative_metrics(summary),
             "figures": summary.figures,
             "latency_breakdown": summary.breakdown.parts,
@@ -64,17 +65,17 @@ def results_document(
     }
 
 
-def _published_quality(summary: Summary) -> dict[str, Any]:
-    figures = summary.figures
+def published_quality(figures: Figures, scores: quality.Quality) -> dict[str, Any]:
+    """Return the quality of a cell under the published names, and what it depends on."""
     return {
         "avg_bleu": figures["bleu4"],
         "avg_cider": figures["cider"],
         "avg_bertscore_precision": figures["bertscore_precision"],
         "avg_bertscore_recall": figures["bertscore_recall"],
         "avg_bertscore_f1": figures["bertscore_f1"],
-        "tokenizer": summary.tokenizer,
-        "bertscore_model": summary.bertscore_model,
-        "empty_captions": summary.empty_captions,
+        "tokenizer": scores.tokenizer,
+        "bertscore_model": scores.bertscore_model,
+        "empty_captions": scores.empty,
     }
 
 
@@ -85,7 +86,7 @@ CLIP_SERIES = (
 )  # fmt: skip
 
 
-def _latency_metrics(clips: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+def summarise_series(clips: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Return mean, minimum and maximum over the clips of each field in `CLIP_SERIES`."""
     return {
         f"{name}_{kind}": function(clip[name] for clip in clips)
@@ -252,10 +253,17 @@ def validate_results(results: Any, with_traces: bool = True) -> None:
 
 
 @cache
+def load_schema() -> dict[str, Any]:
+    """Return the JSON Schema of results files. Copy it before you change it."""
+    schema: dict[str, Any] = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    return schema
+
+
+@cache
 def _validator(with_traces: bool) -> Any:
     from jsonschema import Draft202012Validator
 
-    schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    schema = copy.deepcopy(load_schema())
     if not with_traces:
         schema["properties"]["detailed_results"]["items"]["required"].remove("trace")
     return Draft202012Validator(schema)
