@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import baselines, cases, load, rows, tables
 from bench.calibrate import measure_profile
 from bench.forecasts import forecast_to_json
-from bench.resume import SavedClips
+from bench.resume import SavedClips, count_cores
 from bench.session import OUTCOMES, DataSet, Outcomes, Progress, errors_in_one_line, outcomes
 from edgecloud_sd.acceptance import Synthetic
 from edgecloud_sd.cloud.local import Cloud
 from edgecloud_sd.config import MEASURE, Settings
 from edgecloud_sd.connect import connect
-from edgecloud_sd.host.limits import LimitsInForce
+from edgecloud_sd.host.files import FileHeld, NoLock, hold_file
+from edgecloud_sd.host.limits import LimitsInForce, read_limits
 from edgecloud_sd.measure import quality, results
 from edgecloud_sd.measure.summary import ClipResult, summarise
 from edgecloud_sd.models.pairs import DUMMY
@@ -52,6 +54,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a library's warning about a model or a GPU from failing a run."""
     for item in items:
         item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Hold the files that the run will write, so that a second run with the same ones is refused before it decodes."""
+    config = session.config
+    settings = config.stash[cases.SETTINGS]
+    if config.option.collectonly or not session.items:
+        return
+    locks = ExitStack()
+    config.add_cleanup(locks.close)
+    files = [tables.results_file(settings, case) for case in _selected_cases(session)]
+    files += [tables.profile_file(settings)] if settings.profile == MEASURE else []
+    for file in files:
+        try:
+            locks.enter_context(hold_file(file))
+        except FileHeld as error:
+            raise pytest.UsageError(f"{error}: wait for it, or choose another --output-name") from None
+        except NoLock as error:
+            outcomes(config).notes.append(f"{error}: let no second run write it")
+        except OSError as error:
+            raise pytest.UsageError(f"--results-dir: {file.parent}: cannot be written ({error.strerror})") from None
+
+
+def _selected_cases(session: pytest.Session) -> list[cases.Case]:
+    params = [item.callspec.params for item in session.items if hasattr(item, "callspec")]
+    return [param["case"] for param in params if "case" in param]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Function) -> Generator[None]:
+    """Keep a benchmark that failed or was stopped out of pytest-benchmark's files, whose rows are whole cells."""
+    try:
+        return (yield)
+    except BaseException:
+        if isinstance(benchmark := item.funcargs.get("benchmark"), BenchmarkFixture):
+            benchmark.has_error = True
+        raise
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +138,7 @@ def profile(
     """Return the profile of the virtual clock, or None on the real one. `measure` times this machine first."""
     if settings.profile != MEASURE:
         return profiles.load_profile(settings.profile) if settings.profile else None
-    file = Path(settings.results_dir) / f"{settings.output_name}-profile.yaml"
+    file = tables.profile_file(settings)
     if pytestconfig.getoption("--resume") and file.exists():
         measured = replace(profiles.load_profile(str(file)), name=MEASURE)
     else:
@@ -139,19 +178,25 @@ def saved_clips(
     the files of an older run.
     """
     environment = results.environment()
+    session = outcomes(request.config)
     resume = request.config.getoption("--resume")
-    params = [item.callspec.params for item in request.session.items]  # type: ignore[attr-defined]
-    to_start = [] if resume else [param["case"] for param in params if "case" in param]
+    to_start = [] if resume else _selected_cases(request.session)
 
-    def open_saved(case: cases.Case) -> SavedClips:
-        experiment = tables.describe_case(case, pipeline, settings, profile)
-        header = {"experiment": experiment, "environment": environment}
-        return SavedClips(tables.results_file(settings, case), header, resume)
+    def open_saved(case: cases.Case, is_now: bool) -> SavedClips:
+        experiment = tables.describe_case(case, pipeline, settings, profile)  # sets the threads of the case
+        in_force = count_cores(asdict(read_limits())) if is_now else None
+        header = {"experiment": experiment, "environment": environment, "in_force": in_force}
+        saved = SavedClips(tables.results_file(settings, case), header, resume)
+        if not resume:
+            saved.start()
+        return saved
 
     def find(case: cases.Case) -> SavedClips:
         while to_start:
-            open_saved(to_start.pop()).start()
-        return open_saved(case)
+            open_saved(to_start.pop(), is_now=False)
+        session.saved = open_saved(case, is_now=True)
+        session.notes += session.saved.notes
+        return session.saved
 
     return find
 
@@ -217,7 +262,9 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
+) -> None:
     """Print the tables of the session after those of pytest-benchmark."""
     session = config.stash.get(OUTCOMES, None)
     if session is None:
@@ -228,3 +275,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(line)
     for file in session.files:
         terminalreporter.write_line(f"wrote {file}")
+    for note in session.notes:
+        terminalreporter.write_line(note)
+    if exitstatus == pytest.ExitCode.INTERRUPTED and session.saved:
+        terminalreporter.write_line(f"stopped: {session.saved.describe_kept()}")

@@ -17,6 +17,7 @@ from bench import baselines, load, tables
 from bench.cases import Case
 from bench.comparison import Document
 from bench.forecasts import DecodedCell, answer_sentence, forecast_cells
+from bench.resume import SavedClips
 from edgecloud_sd.config import Settings
 from edgecloud_sd.data import dataset
 from edgecloud_sd.data.dataset import Clip
@@ -40,6 +41,8 @@ class Outcomes:
     baselines: dict[str, list[dict[str, baselines.TimedCaption]]] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     profile: Profile | None = None  # the costs of the virtual clock
+    saved: SavedClips | None = None  # the clips of the latest captioning cell
+    notes: list[str] = field(default_factory=list)  # lines for the end of the run
 
     def sections(self, settings: Settings) -> Iterator[tuple[str, list[str]]]:
         """Yield the title and the lines of each section of the terminal summary."""

@@ -47,6 +47,11 @@ def results_file(settings: Settings, case: Case) -> Path:
     return Path(settings.results_dir) / f"{name}.json"
 
 
+def profile_file(settings: Settings) -> Path:
+    """Return the file of the profile that `--profile measure` writes."""
+    return Path(settings.results_dir) / f"{settings.output_name}-profile.yaml"
+
+
 def describe_case(case: Case, pipeline: Pipeline, settings: Settings, profile: Profile | None) -> dict[str, Any]:
     """Return the experiment of a case, for `extra_info` and the results file.
 

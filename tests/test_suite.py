@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 
 from bench import cases, tables
+from bench.resume import SavedClips, count_cores
 from bench.session import errors_in_one_line
 from edgecloud_sd import config
+from edgecloud_sd.host.files import hold_file
 from edgecloud_sd.measure import results
 from edgecloud_sd.models import hf, load, pairs
 from edgecloud_sd.pipeline import Pipeline
@@ -266,20 +269,54 @@ def test_a_resumed_run_decodes_only_the_missing_clips(pipeline: Pipeline, pytest
     assert results.read_results(file) == complete  # on the real clock equal times prove that nothing was decoded again
     # a run that was stopped while it wrote its second clip leaves such a file
     header = {"experiment": complete["experiment_config"], "environment": complete["environment"]}
-    lines = [json.dumps(record) for record in (header, *complete["detailed_results"])]
-    file.with_name("captioning.json.unfinished").write_text("\n".join(lines)[:-50], encoding="utf-8")
+    stopped = SavedClips(file, header | {"in_force": count_cores(complete["in_force"])}, resume=False)
+    for clip in complete["detailed_results"]:
+        stopped.add(clip)
+    stopped.path.write_bytes(stopped.path.read_bytes()[:-50])
     file.unlink()
-    run(pytester, *options, "--resume").assert_outcomes(passed=1)
+    result = run(pytester, *options, "--resume")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*captioning.json.unfinished: lines that are damaged or of another run: 1. *"])
     first, second = results.read_results(file)["detailed_results"]
     assert first == complete["detailed_results"][0]
     assert second["trace"] != complete["detailed_results"][1]["trace"]
-    assert [entry.name for entry in file.parent.iterdir()] == [file.name]
+    assert {entry.name for entry in file.parent.iterdir()} == {file.name, "captioning.json.unfinished.old"}
     # a different experiment is refused
     before = file.read_bytes()
     result = run(pytester, *options[:-1], "3", "--resume")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*captioning.json: is of another experiment (max_new_tokens was 8 and is 3)*"])
     assert file.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_saved_caption_that_is_not_the_clouds_own_fails_a_lossless_run(
+    pipeline: Pipeline, pytester: pytest.Pytester
+) -> None:
+    file = pytester.path / "results" / "captioning.json"
+    options = ("--mode", "lossless", "--max-samples", "2", "--max-new-tokens", "8", "-k", "captioning")
+    assert run(pytester, *options).ret == pytest.ExitCode.OK
+    document = json.loads(file.read_text(encoding="utf-8"))
+    event = next(event for event in document["detailed_results"][1]["trace"]["events"] if event[1] == "committed")
+    assert run(pytester, *options, "--resume").ret == pytest.ExitCode.OK
+    event[2][0] += 1
+    file.write_text(json.dumps(document), encoding="utf-8")
+    result = run(pytester, *options, "--resume")
+    result.assert_outcomes(failed=1, deselected=result.parseoutcomes()["deselected"])
+    result.stdout.fnmatch_lines(["*_0001: the saved caption is not the cloud's own, though *"])
+
+
+def test_a_second_run_with_the_same_results_file_is_refused_with_the_holder(
+    pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.json"
+    options = ("--mode", "edge", "--output-name", "a", "--results-dir", str(tmp_path))
+    with hold_file(file):
+        result = run(pytester, *options)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        [f"ERROR: {file}: process {os.getpid()} on * is writing it: wait for it, or choose another --output-name"]
+    )
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ def shadow_verify(trace: Trace, prompt: Prompt, cloud: Verifier) -> Hindsight:
     """
     rejected: frozenset[int] = frozenset()
     if any(isinstance(event, Committed) and event.origin == "local" for _, event in trace.events):
-        rejected = _rejected_places(trace.tokens, prompt, cloud)
+        rejected = rejected_places(trace.tokens, prompt, cloud)
     missed = committed = 0
     drafts: list[tuple[float | None, bool, bool]] = []
     score: float | None = None
@@ -32,7 +32,7 @@ def shadow_verify(trace: Trace, prompt: Prompt, cloud: Verifier) -> Hindsight:
     return Hindsight(missed, tuple(drafts))
 
 
-def _rejected_places(tokens: tuple[int, ...], prompt: Prompt, cloud: Verifier) -> frozenset[int]:
+def rejected_places(tokens: tuple[int, ...], prompt: Prompt, cloud: Verifier) -> frozenset[int]:
     """Return the places of the tokens that the cloud rejects. Each call starts after the last rejected token."""
     context = [prompt.last, *tokens]
     places: list[int] = []
