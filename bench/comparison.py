@@ -56,7 +56,8 @@ def score_difference(base: Document, ours: Document, metric: str) -> Interval | 
 def clip_bleu_counts(document: Document, clips: Sequence[ClipRecord]) -> NDArray[np.float64]:
     """Return `quality.bleu_counts` of clips of a cell."""
     captions, references = [clip["generated_text"] for clip in clips], [clip["reference_captions"] for clip in clips]
-    return quality.bleu_counts(captions, references, document["experiment_config"]["language"])
+    language, normalisation = document["experiment_config"]["language"], document["metrics"]["score_normalisation"]
+    return quality.bleu_counts(captions, references, language, normalisation)
 
 
 def bleu_difference(base: Document, ours: Document, n: int = 4) -> tuple[Interval | None, float | None]:

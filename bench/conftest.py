@@ -226,7 +226,9 @@ def report(
 
     def add(case: cases.Case, captions: list[ClipResult], data: DataSet, in_force: LimitsInForce) -> dict[str, object]:
         meaningless = _why_meaningless(settings, case)
-        summary, scores = summarise(captions, case.language, settings.bertscore_model, meaningless)
+        summary, scores = summarise(
+            captions, case.language, settings.bertscore_model, meaningless, settings.score_normalisation
+        )
         experiment = tables.describe_case(case, pipeline, settings, profile)
         document = results.results_document(experiment, captions, summary, scores, in_force, data.skipped)
         file = tables.results_file(settings, case)

@@ -20,6 +20,7 @@ from edgecloud_sd.cloud.retry import PATIENCE, REQUEST_TIMEOUT
 from edgecloud_sd.cloud.url import parse_url
 from edgecloud_sd.data.dataset import CAPTION_TYPES, ON_BAD_CLIP
 from edgecloud_sd.data.prompts import LANGUAGES, PROMPT_TYPES
+from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION, NORMALISATIONS
 from edgecloud_sd.models import devices, pairs
 from edgecloud_sd.models.devices import AUTO, DTYPES_OR_AUTO
 from edgecloud_sd.prefill import PREFILL_TIMES
@@ -372,6 +373,13 @@ class Settings:
     )
     bertscore_model: str | None = _option(
         "results", None, "model of BERTScore: a name on the hub or a folder; none leaves BERTScore out", optional=True
+    )
+    score_normalisation: str = _option(
+        "results",
+        DEFAULT_NORMALISATION,
+        "change captions and references alike before scoring: nfc composes characters and gives punctuation its "
+        "ordinary width, nfkc does so for letters and digits too",
+        choices=tuple(NORMALISATIONS),
     )
     output_name: str = _option("results", "captioning", "name of the results file, without .json", _read_file_name)
     results_dir: str = _option("results", "results", "folder of the results files")

@@ -98,7 +98,7 @@ bleu4 = partial(quality.bleu_of_counts, n=4)
 
 
 def counts(captions: list[str]) -> NDArray[np.float64]:
-    return quality.bleu_counts(captions, REFERENCES, "english")
+    return quality.bleu_counts(captions, REFERENCES, "english", "none")
 
 
 def test_a_corpus_difference_is_the_difference_of_the_corpus_scores() -> None:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecloud_sd.data.prompts import LANGUAGES
-from edgecloud_sd.measure import bertscore, meteor, quality
+from edgecloud_sd.measure import bertscore, meteor, normalisation, quality
 from edgecloud_sd.measure.meteor import Meteor, MeteorUnavailable
 from edgecloud_sd.measure.quality import (
     BERTSCORE,
@@ -303,7 +303,6 @@ def test_an_empty_caption_scores_0_and_is_counted(bert: Path, capfd: pytest.Capt
     assert scores.empty == 2
     for name in {*QUALITY_METRICS} - {"cider"}:
         assert scores.per_clip[name] == pytest.approx((0, 1, 0), abs=CLOSE)
-    assert list(scores.per_clip["cider"]) == [0, 0, 0]  # n-grams that every clip has get the weight 0
     # all words are right, and the brevity penalty is that of 4 words for 12
     assert scores.corpus["bleu1"] == pytest.approx(math.exp(1 - 12 / 4))
     # METEOR has a recall of one third (alpha 0.85) and no penalty, because one clip is completely right
@@ -356,7 +355,49 @@ def test_scores_stay_in_their_ranges(pairs: list[tuple[str, list[str]]]) -> None
             assert value is None or 0 <= value <= (10 if name == "cider" else 1) + CLOSE
 
 
+# normalisation
+
+
+WIDE = "Ａ，（ﾊ）！\u3000～￥"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "normalised"),
+    [
+        ("none", f"e\u0301{WIDE}", f"e\u0301{WIDE}"),
+        ("nfc", f"e\u0301{WIDE}", "éＡ,(ﾊ)! ~¥"),
+        ("nfkc", f"e\u0301{WIDE}", "éA,(ハ)! ~¥"),
+        ("nfc", "｡､｢｣。、…“”", "。、「」。、…“”"),
+    ],
+)
+def test_a_normalisation_changes_what_it_states(name: str, text: str, normalised: str) -> None:
+    assert normalisation.NORMALISATIONS[name](text) == normalised
+
+
+@given(st.text(), st.sampled_from([*normalisation.NORMALISATIONS]))
+def test_a_normalised_text_stays_as_it_is(text: str, name: str) -> None:
+    normalise = normalisation.NORMALISATIONS[name]
+    assert normalise(normalise(text)) == normalise(text)
+
+
+@pytest.mark.parametrize(("name", "is_equal"), [("none", False), ("nfc", True), ("nfkc", True)])
+def test_widths_and_forms_of_equal_text_change_no_score_unless_asked(name: str, is_equal: bool) -> None:
+    wide, plain = "cafe\u0301，很高！", "café,很高!"
+    scores = score([wide, "悲伤"], [[plain], ["悲伤"]], "chinese", normalisation=name)
+    assert scores.normalisation == name
+    for metric in ("bleu1", "bleu4", "rouge_l"):
+        assert (scores.per_clip[metric][0] == pytest.approx(1, abs=CLOSE)) is is_equal
+
+
 # reasons for missing scores
+
+
+@pytest.mark.parametrize("references", [[["a b c"]] * 3, [["a b c", "a b"], ["a b c"], ["b c", "A B C"]]], ids=str)
+def test_clips_with_equal_references_have_no_cider_but_a_reason(references: list[list[str]]) -> None:
+    scores = score(["a b c", "a x", "d"], references, "english")
+    assert (scores.corpus["cider"], scores.per_clip["cider"]) == (None, (None,) * 3)
+    assert "same n-grams" in scores.reasons["cider"]
+    assert score(["a b c", "a x", "d"], [*references[:2], ["a c b"]], "english").corpus["cider"] is not None
 
 
 def test_a_single_clip_has_no_cider_but_a_reason() -> None:
@@ -382,7 +423,20 @@ def test_no_clips_have_no_scores_but_a_reason() -> None:
     [
         ([["a"]], "2 captions have 1 lists of references: give one list per caption"),
         ([["a"], []], "caption 2 of 2 has no reference: give it at least one text"),
-        ([["a"], ["b", " "]], "caption 2 of 2 has a reference without text: give it at least one text"),
+        *[
+            ([["a"], ["b", text]], "caption 2 of 2 has a reference without visible text: give it at least one text")
+            for text in (
+                " ",
+                "\u200b\ufeff",
+                "\x00\x1f",
+                "\ufe0f",
+                "\u0301",
+                "\u3164\u2800",
+                "\ue000",
+                "\ud800",
+                "\u00ad",
+            )
+        ],
     ],
 )
 def test_a_caption_without_a_usable_reference_is_refused(references: list[list[str]], problem: str) -> None:
@@ -472,8 +526,7 @@ def test_odd_characters_do_not_break_the_protocol_of_meteor() -> None:
         "\ud800 a",
         "a\x00b",
         "".join(map(chr, range(0x4E00, 0x5000))),
-        "\ufeff",
-        "你",
+        "\ufeff你",
     ]
     scores = score([*odd, "a b c"], [[text] for text in [*odd, "a b d"]], "chinese")
     alone = score(["a b c"], [["a b d"]], "chinese")
@@ -557,10 +610,11 @@ def test_a_text_longer_than_the_model_is_cut(bert: Path) -> None:
     assert bertscore.load_scorer(str(bert)).score(["他很" * 40], [["他很" * 50]])[2] == pytest.approx([1])
 
 
-def test_a_text_without_tokens_scores_0_silently(bert: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    scores = score(["\x01", "a"], [["a"], ["a"]], "english", str(bert))
-    assert scores.per_clip["bertscore_f1"] == pytest.approx((0, 1), abs=CLOSE)
-    assert scores.empty == 0
+def test_a_text_without_visible_text_scores_0_silently(bert: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    scores = score(["\x01", "\u200b", "a"], [["a"], ["\u200b b"], ["a"]], "english", str(bert))
+    for name in ("bertscore_f1", "bleu1", "rouge_l"):
+        assert scores.per_clip[name] == pytest.approx((0, 0, 1), abs=CLOSE)
+    assert scores.empty == 2
     assert capfd.readouterr().err == ""
 
 

@@ -127,6 +127,7 @@ def cell(
         "metrics": {
             **dict.fromkeys(PUBLISHED_SCORES),
             "tokenizer": "characters",
+            "score_normalisation": "nfc",
             "bertscore_model": None,
             "empty_captions": 0,
             "latency_metrics": dict.fromkeys(PUBLISHED_LATENCIES),

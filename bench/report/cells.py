@@ -36,7 +36,11 @@ FACTS = {
         "prompt {experiment_config[prompt_type]}",
         "at most {experiment_config[max_new_tokens]} tokens",
     ],
-    "scores": ["tokenizer {metrics[tokenizer]}", "BERTScore model {metrics[bertscore_model]}"],
+    "scores": [
+        "tokenizer {metrics[tokenizer]}",
+        "normalisation {metrics[score_normalisation]}",
+        "BERTScore model {metrics[bertscore_model]}",
+    ],
     "machine": [
         "{environment[system]} {environment[machine]}",
         "{environment[cpu]}",

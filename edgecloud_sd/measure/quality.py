@@ -2,7 +2,8 @@
 
 All metrics except BERTScore read the same tokens. Chinese is split into characters, with runs of Latin letters and
 digits kept whole. English is split into lower-cased words and punctuation. The results name the tokenizer
-(`TOKENIZERS`). BERTScore uses the tokenizer of its own model. An empty caption scores 0 and is counted.
+(`TOKENIZERS`) and the normalisation before it (`normalisation.NORMALISATIONS`). BERTScore reads the normalised text
+with the tokenizer of its own model. A caption without visible text scores 0 and is counted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecloud_sd.data.texts import has_visible_text
 from edgecloud_sd.measure import bertscore, meteor
+from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION, NORMALISATIONS
 
 TOKENIZERS = {"chinese": "characters", "english": "lowercase-words-and-punctuation"}
 BLEU = ("bleu1", "bleu2", "bleu3", "bleu4")
@@ -41,8 +44,9 @@ class Quality:
 
     corpus: dict[str, float | None]
     per_clip: dict[str, tuple[float | None, ...]]  # language_match is 1.0 or 0.0
-    empty: int  # number of captions without text
+    empty: int  # number of captions without visible text
     tokenizer: str
+    normalisation: str
     bertscore_model: str | None  # name on the hub, or last component of the folder
     reasons: dict[str, str]
 
@@ -74,24 +78,26 @@ def score(
     language: str,
     bertscore_model: str | None = None,
     meaningless: str | None = None,
+    normalisation: str = DEFAULT_NORMALISATION,
 ) -> Quality:
     """Return the metrics of `captions` against `references`, which has one list of texts per caption.
 
     `bertscore_model` is a folder or a name on the hub (see `bertscore.load_scorer`). `meaningless` is a reason to
-    measure nothing, such as random weights. Raise ValueError for a caption without references or a reference without
-    text.
+    measure nothing, such as random weights. `normalisation` is a name in `normalisation.NORMALISATIONS`. Raise
+    ValueError for a caption without references or a reference without visible text.
 
     CIDEr lies between 0 and 10, and every other metric between 0 and 1. Corpus BLEU and METEOR come from summed counts.
     The other corpus scores are means over clips.
     """
-    candidates, targets = tokenized(captions, references, language)
+    shown, wanted = normalised(captions, references, normalisation)
+    candidates, targets = _tokenized(shown, wanted, language)
     matches = [float(is_in_language(text, language)) for text in captions]
     groups: Mapping[tuple[str, ...], Callable[[], Iterable[Scores]]] = {
         BLEU: lambda: _bleu(candidates, targets),
         ("meteor",): lambda: [_meteor(candidates, targets, language)],
         ("rouge_l",): lambda: [_rouge_l(candidates, targets)],
         ("cider",): lambda: [_cider(candidates, targets)],
-        BERTSCORE: lambda: _bertscore(captions, references, bertscore_model),
+        BERTSCORE: lambda: _bertscore(shown, wanted, bertscore_model),
         ("language_match",): lambda: [(_mean(matches), matches)],
     }
     corpus: dict[str, float | None] = dict.fromkeys(QUALITY_METRICS)
@@ -111,27 +117,36 @@ def score(
         per_clip=per_clip,
         empty=sum(not text for text in candidates),
         tokenizer=TOKENIZERS[language],
+        normalisation=normalisation,
         bertscore_model=label if corpus["bertscore_f1"] is not None else None,
         reasons=reasons,
     )
 
 
-def tokenized(
+def normalised(
+    captions: Sequence[str], references: Sequence[Sequence[str]], normalisation: str
+) -> tuple[list[str], list[list[str]]]:
+    """Return normalised texts, a caption without visible text as an empty one. Raise ValueError as `score` does."""
+    _check_references(len(captions), references)
+    normalise = NORMALISATIONS[normalisation]
+    shown = [normalise(text) if has_visible_text(text) else "" for text in captions]
+    return shown, [[normalise(text) for text in texts] for texts in references]
+
+
+def _tokenized(
     captions: Sequence[str], references: Sequence[Sequence[str]], language: str
 ) -> tuple[list[str], list[list[str]]]:
-    """Return captions and references with a space between tokens. Raise ValueError as `score` does."""
+    """Return captions and references with a space between tokens."""
     candidates = [" ".join(tokenize(text, language)) for text in captions]
-    targets = [[" ".join(tokenize(text, language)) for text in texts] for texts in references]
-    _check_references(len(candidates), targets)
-    return candidates, targets
+    return candidates, [[" ".join(tokenize(text, language)) for text in texts] for texts in references]
 
 
 def _check_references(captions: int, references: Sequence[Sequence[str]]) -> None:
     if len(references) != captions:
         raise ValueError(f"{captions} captions have {len(references)} lists of references: give one list per caption")
     for number, texts in enumerate(references, 1):
-        if not texts or not all(texts):
-            problem = "a reference without text" if texts else "no reference"
+        if not texts or not all(map(has_visible_text, texts)):
+            problem = "a reference without visible text" if texts else "no reference"
             raise ValueError(
                 f"caption {number} of {captions} has {problem}: give it at least one text, and no empty one"
             )
@@ -150,10 +165,11 @@ def _bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Ite
         yield float(bleu_of_counts(counts.sum(0), n)), clip_scores
 
 
-def bleu_counts(captions: Sequence[str], references: Sequence[Sequence[str]], language: str) -> NDArray[np.float64]:
+def bleu_counts(
+    captions: Sequence[str], references: Sequence[Sequence[str]], language: str, normalisation: str
+) -> NDArray[np.float64]:
     """Return the counts of each clip [clips, 10] from which `bleu_of_counts` computes BLEU."""
-    candidates, targets = tokenized(captions, references, language)
-    return _bleu_counts(candidates, targets)
+    return _bleu_counts(*_tokenized(*normalised(captions, references, normalisation), language))
 
 
 def _bleu_counts(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:
@@ -202,18 +218,22 @@ def _cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Sc
     """Return CIDEr-D (Vedantam et al. 2015), 0 to 10: the cosine of n-gram counts, with rare n-grams weighted higher.
 
     The weights come from all clips, so a clip's score depends on the other clips, and a single clip has no score. A
-    caption of fewer than 4 tokens has no 4-grams and stays below 7.5 even if it is right.
+    caption of fewer than 4 tokens has no 4-grams and stays below 7.5 even if it is right. An n-gram that the references
+    of every clip have weighs nothing, so clips with equal references have no score.
     """
     from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.cider.cider_scorer import precook
 
     if len(candidates) == 1:
         raise NotMeasured("CIDEr needs at least two clips")
+    if len({frozenset(ngram for text in texts for ngram in precook(text)) for texts in references}) == 1:
+        raise NotMeasured("the references of all clips have the same n-grams, and CIDEr gives these the weight 0")
     corpus_score, clip_scores = Cider().compute_score(*_numbered(candidates, references))
     return corpus_score, clip_scores
 
 
 def _bertscore(captions: Sequence[str], references: Sequence[Sequence[str]], model: str | None) -> Iterable[Scores]:
-    """Return precision, recall and F1 of the untokenized texts (see `bertscore.BertScorer.score`)."""
+    """Return precision, recall and F1 of the normalised texts (see `bertscore.BertScorer.score`)."""
     if not model:
         raise NotMeasured("no BERTScore model was given (--bertscore-model)")
     try:

@@ -74,6 +74,7 @@ def published_quality(figures: Figures, scores: quality.Quality) -> dict[str, An
         "avg_bertscore_recall": figures["bertscore_recall"],
         "avg_bertscore_f1": figures["bertscore_f1"],
         "tokenizer": scores.tokenizer,
+        "score_normalisation": scores.normalisation,
         "bertscore_model": scores.bertscore_model,
         "empty_captions": scores.empty,
     }

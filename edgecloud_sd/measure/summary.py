@@ -14,6 +14,7 @@ from edgecloud_sd.events import Trace
 from edgecloud_sd.host.utilization import Utilization
 from edgecloud_sd.measure import metrics, quality
 from edgecloud_sd.measure.breakdown import LatencyBreakdown, latency_breakdown, mean_breakdown
+from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION
 
 Figures = dict[str, float | None]  # keys are the names in METRICS
 
@@ -260,6 +261,7 @@ class Summary:
     closure_worst: float | None  # the ratio of the clip that is furthest from 1
     unnamed_median: float | None  # share of wall time in no part but `other`
     tokenizer: str
+    normalisation: str
     bertscore_model: str | None
     empty_captions: int
 
@@ -269,13 +271,14 @@ def summarise(
     language: str,
     bertscore_model: str | None = None,
     meaningless: str | None = None,
+    normalisation: str = DEFAULT_NORMALISATION,
 ) -> tuple[Summary, quality.Quality]:
     """Return the metrics of one cell, and the quality scores of its captions (see `quality.score`).
 
     `results` must not be empty.
     """
     captions, references = [result.caption for result in results], [result.clip.references for result in results]
-    scores = quality.score(captions, references, language, bertscore_model, meaningless)
+    scores = quality.score(captions, references, language, bertscore_model, meaningless, normalisation)
     counts: metrics.Counts = reduce(add, (result.counts for result in results))
     figures = {
         **_time_figures(results),
@@ -294,6 +297,7 @@ def summarise(
         breakdown=mean_breakdown(result.breakdown for result in results),
         **_closure(results),
         tokenizer=scores.tokenizer,
+        normalisation=scores.normalisation,
         bertscore_model=scores.bertscore_model,
         empty_captions=scores.empty,
     )
