@@ -34,16 +34,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Resolve the options, and choose the folder to collect if the command line names none."""
+    """Resolve the options, and choose the folder to collect if the command line names none.
+
+    A warning fails a test. It fails no benchmark, because a library may deprecate a name at any time.
+    """
     given = {option.name: config.getoption(_destination(option.name)) for option in options.OPTIONS}
     file = config.getoption("--config")
     try:
         config.stash[SETTINGS] = options.resolve(given, Path(file) if file else None)
     except options.ConfigError as error:
         raise pytest.UsageError(str(error)) from None
+    is_benchmark = config.getoption("--benchmark-only")
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
-        folder = "bench" if config.getoption("--benchmark-only") else "tests"
-        config.args = [str(config.rootpath / folder)]
+        config.args = [str(config.rootpath / ("bench" if is_benchmark else "tests"))]
+    # in front, because the last filter that matches wins: the lines of pytest.ini stay exceptions
+    config.getini("filterwarnings").insert(0, "default" if is_benchmark else "error")
 
 
 def pytest_benchmark_scale_unit(

@@ -50,12 +50,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", grid, ids=[case.id for case in grid])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a library's warning about a model or a GPU from failing a run."""
-    for item in items:
-        item.add_marker(pytest.mark.filterwarnings("default"))
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Hold the files that the run will write, so that a second run with the same ones is refused before it decodes."""
     config = session.config

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -327,3 +328,34 @@ def test_captions_under_rule_synthetic_have_no_quality(pipeline: Pipeline, pytes
     metrics = results.read_results(pytester.path / "results" / "a.json")["metrics"]
     assert metrics["figures"]["bleu4"] is None
     assert metrics["reasons"]["bleu4"] == "rule synthetic(0.5) accepts tokens by chance, so captions mean nothing"
+
+
+class Deprecator:
+    """A plugin that warns in each phase of a run, as a library that deprecates a name."""
+
+    def pytest_load_initial_conftests(self) -> None:
+        warnings.warn("loading is deprecated", DeprecationWarning, stacklevel=1)
+
+    def pytest_collection(self) -> None:
+        warnings.warn("collecting is deprecated", DeprecationWarning, stacklevel=1)
+
+    def pytest_sessionfinish(self) -> None:
+        warnings.warn("finishing is deprecated", FutureWarning, stacklevel=1)
+
+    def pytest_terminal_summary(self) -> None:
+        warnings.warn("summing up is deprecated", UserWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "status"),
+    [
+        ("bench", ["--benchmark-only"], pytest.ExitCode.OK),
+        ("tests", ["--ignore-glob=*/test_*"], pytest.ExitCode.INTERNAL_ERROR),
+    ],
+)
+def test_a_warning_of_a_library_fails_the_tests_and_no_benchmark(
+    pytester: pytest.Pytester, folder: str, options: list[str], status: pytest.ExitCode
+) -> None:
+    files = ["-c", str(ROOT / "pytest.ini"), "--rootdir", str(ROOT), "-p", "no:cacheprovider", str(ROOT / folder)]
+    result = pytester.runpytest_inprocess("--collect-only", "-q", *options, *files, plugins=[Deprecator()])
+    assert result.ret == status
