@@ -295,7 +295,7 @@ class Pipeline:
         max_new_tokens: int = MAX_NEW_TOKENS,
         harness: Harness | None = None,
     ) -> Iterator[Event]:
-        """Yield the events of one request as they come."""
+        """Return the events of one request as they come. Its time begins when both sides are loaded."""
         harness = harness or Harness()
         mode, fault = self.prepare_for(strategy)
 
@@ -304,7 +304,7 @@ class Pipeline:
             self.check_fits(prompt, mode, max_new_tokens)
             return prompt
 
-        return generation_events(
+        events = generation_events(
             build_prompt,
             strategy,
             Stopping(self.prepare(mode).eos, max_new_tokens),
@@ -315,6 +315,8 @@ class Pipeline:
             finish_alone=self.finish_alone,
             fault=fault,
         )
+        harness.watch.restart()  # whatever had to be loaded is loaded now
+        return events
 
     def check_fits(self, prompt: Prompt, mode: str, max_new_tokens: int) -> None:
         """Raise ValueError unless a prompt and its output fit on each side that a mode loads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -130,3 +131,17 @@ def test_a_caption_has_its_text_its_tokens_and_its_trace(pipeline: Pipeline) -> 
 def test_bad_arguments_of_a_caption_are_named(pipeline: Pipeline, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipeline.caption(np.zeros(16_000, np.float32), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["edge", "cloud", "speculative"])
+def test_loading_takes_no_time_of_the_first_caption(
+    pipeline: Pipeline, request_: Request, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(checkpoint: str, *_: object) -> object:
+        time.sleep(0.05)
+        return pipeline.edge if checkpoint == pipeline.pair.edge else pipeline.cloud_model
+
+    monkeypatch.setattr("edgecloud_sd.models.load.load_model", load)
+    lazy, start = Pipeline(pipeline.pair), time.perf_counter()
+    trace = lazy.trace(request_, Strategy(mode))
+    assert trace.seconds < time.perf_counter() - start - 0.05

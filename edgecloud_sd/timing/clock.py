@@ -38,8 +38,12 @@ class Watch:
     def __init__(self, clock: Clock = real) -> None:
         self.clock = clock
         self.spans: list[Span] = []
-        self.start = clock()
         self._background = threading.local()
+        self.restart()
+
+    def restart(self) -> None:
+        """Let the request begin now: work before it, such as loading a model, is no part of its time."""
+        self.start = self.clock()
 
     def seconds(self) -> float:
         """Return the seconds since the request."""
