@@ -86,6 +86,21 @@ def test_acceptance_by_position_matches_a_count_by_hand() -> None:
     assert metrics.acceptance_by_position([TRACE, TRACE]) == [1.0, 0.5, 0.0]
 
 
+def test_accepted_lengths_count_verifications_by_their_accepted_tokens() -> None:
+    lengths = metrics.accepted_lengths([TRACE, TRACE])
+    verdicts = [event.verdict.accepted for _, event in TRACE.events if isinstance(event, Verified)]
+    assert lengths == [2 * verdicts.count(length) for length in range(max(verdicts) + 1)]
+    assert metrics.accepted_lengths([Trace(())]) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "percent", "value"),
+    [(1, 50, None), (2, 50, 0.5), (19, 95, None), (20, 95, 18.05), (99, 99, None), (100, 99, 98.01)],
+)
+def test_a_percentile_is_interpolated_and_needs_enough_values(count: int, percent: int, value: float | None) -> None:
+    assert metrics.percentile(range(count), percent) == (None if value is None else pytest.approx(value))
+
+
 def test_times_of_a_trace_match_a_count_by_hand() -> None:
     first, last = metrics.ttft(TRACE, letters), metrics.e2e(TRACE)
     assert (first, last) == (1.5, 2.5)

@@ -132,7 +132,8 @@ def cell(
             "empty_captions": 0,
             "latency_metrics": dict.fromkeys(PUBLISHED_LATENCIES),
             "speculative_decoding_metrics": dict.fromkeys((*COUNTS, "discarded"), 0)
-            | {"acceptance_by_position": [0.9, 0.6] if is_speculative else []},
+            | {"acceptance_by_position": [0.9, 0.6] if is_speculative else []}
+            | {"accepted_lengths": [1, 3, 6] if is_speculative else []},
             "figures": dict.fromkeys(METRICS) | known_figures | (figures or {}),
             "latency_breakdown": dict.fromkeys(PARTS, 0.0)
             | {"draft": 1.0, "verify": seconds - 1 + 0.25 * is_speculative},

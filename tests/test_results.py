@@ -339,6 +339,7 @@ def test_latency_metrics_have_mean_minimum_and_maximum(
 def test_speculative_metrics_are_sums_over_clips(document: dict[str, Any]) -> None:
     counts = document["metrics"]["speculative_decoding_metrics"]
     assert counts.pop("acceptance_by_position") == pytest.approx([2 / 3, 1 / 2])
+    assert counts.pop("accepted_lengths") == [1, 1, 1]
     assert counts == pytest.approx(
         {
             "tokens": 9,

@@ -20,7 +20,16 @@ from edgecloud_sd.data.dataset import BadClip
 from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.data.published import RecordedClip, RecordedRun, read_recorded_runs
 from edgecloud_sd.measure import metrics, quality, results
-from edgecloud_sd.measure.summary import METRICS, NO_ROUNDS, NOT_VERIFIED, Figures, max_or_none, mean_or_none
+from edgecloud_sd.measure.summary import (
+    METRICS,
+    NO_ROUNDS,
+    NOT_VERIFIED,
+    PERCENTILE_REASONS,
+    Figures,
+    max_or_none,
+    mean_or_none,
+    percentile_figures,
+)
 from edgecloud_sd.strategy import MODES, Strategy
 
 NOT_RECORDED = "the file does not record it"
@@ -64,7 +73,8 @@ def recorded_document(run: RecordedRun, bertscore_model: str | None = None) -> d
         | results.published_quality(figures, scores)
         | {
             "latency_metrics": results.summarise_series(clips),
-            "speculative_decoding_metrics": _sum_counts(run) | {"discarded": None, "acceptance_by_position": None},
+            "speculative_decoding_metrics": _sum_counts(run)
+            | dict.fromkeys(("discarded", "acceptance_by_position", "accepted_lengths")),
             "figures": figures,
             "breakdown_closure": dict.fromkeys(("median", "worst", "unnamed_median")),
             "reasons": _reasons(run, figures, scores.reasons),
@@ -206,10 +216,12 @@ def _time_figures(clips: Sequence[RecordedClip]) -> Figures:
     counted = [(clip.tokens, end) for clip, end in ends if clip.tokens is not None]
     shares = [(clip.cpu_percent, clip.total) for clip in clips]
     cpu = [(percent * total, total) for percent, total in shares if percent is not None and total is not None]
+    times = [clip.total for clip in clips], [clip.ttft for clip in clips]
     return {
-        "total": mean_or_none(clip.total for clip in clips),
-        "ttft": mean_or_none(clip.ttft for clip in clips),
+        "total": mean_or_none(times[0]),
+        "ttft": mean_or_none(times[1]),
         "e2e": mean_or_none(end for _, end in ends),
+        **percentile_figures(*([value for value in values if value is not None] for values in times)),
         "tpot": metrics.tpot(tokens + 1, 0.0, seconds),
         "otps": metrics.otps(tokens + 1, 0.0, seconds),
         "e2e_tps": metrics.e2e_tps(sum(n for n, _ in counted), sum(end for _, end in counted)),
@@ -248,7 +260,7 @@ def _reasons(run: RecordedRun, figures: Figures, quality_reasons: dict[str, str]
         present = sum(getattr(clip, field) is not None for clip in run.clips)
         if 0 < present < len(run.clips):
             reasons[name] = f"measured in part: {present} of {len(run.clips)} clips have it"
-    known = dict.fromkeys(("ttft", "tpot", "otps"), NO_FIRST_TOKEN)
+    known = PERCENTILE_REASONS | dict.fromkeys(("ttft", "tpot", "otps"), NO_FIRST_TOKEN)
     for clip in run.clips:
         known |= _resource_reasons(clip)
     if any("prefill_time" in (clip.record.get("latency_metrics") or {}) for clip in run.clips):

@@ -243,6 +243,24 @@ def acceptance_by_position(traces: Sequence[Trace]) -> list[float]:
     return [accepted[i] / verified[i] for i in range(len(verified))]
 
 
+def accepted_lengths(traces: Iterable[Trace]) -> list[int]:
+    """Return, for each number of draft tokens from 0 on, the number of verifications that accepted so many."""
+    lengths = Counter(
+        event.verdict.accepted for trace in traces for _, event in trace.events if isinstance(event, Verified)
+    )
+    return [lengths[length] for length in range(max(lengths, default=-1) + 1)]
+
+
+def percentile(values: Sequence[float], percent: int) -> float | None:
+    """Return a percentile, interpolated between the values on both sides (Hyndman and Fan 1996, definition 7).
+
+    Return None for fewer than 100 / (100 - percent) values, among which no value is expected beyond the percentile.
+    """
+    if len(values) * (100 - percent) < 100:
+        return None
+    return float(np.percentile(values, percent))
+
+
 def bonus_guess_rate(traces: Iterable[Trace]) -> float | None:
     """Return right guesses of the bonus / guesses whose draft was accepted whole, or None without such a guess."""
     right = accepted_whole = 0

@@ -100,6 +100,7 @@ def _speculative_metrics(summary: Summary) -> dict[str, Any]:
     return asdict(summary.counts) | {
         "discarded": summary.counts.discarded,
         "acceptance_by_position": list(summary.acceptance_by_position),
+        "accepted_lengths": list(summary.accepted_lengths),
     }
 
 

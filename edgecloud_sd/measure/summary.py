@@ -28,6 +28,7 @@ class Metric:
     meaning: str
 
 
+PERCENTILES = (50, 95, 99)
 METRICS = {
     "total": Metric(
         "s", "lower", "Seconds from the request (samples in memory) to the end of the caption; mean over clips"
@@ -38,6 +39,14 @@ METRICS = {
         "Seconds from the request to the first token with text: features, prefill on both sides and the link "
         "included; mean over clips",
     ),
+    **{
+        f"{name}_p{percent}": Metric("s", "lower", f"{meaning}; {percent}th percentile over clips, interpolated")
+        for name, meaning in (
+            ("total", "Seconds from the request to the end of the caption"),
+            ("ttft", "Seconds from the request to the first token with text"),
+        )
+        for percent in PERCENTILES
+    },
     "e2e": Metric("s", "lower", "Seconds from the request to the last token; mean over clips"),
     "tpot": Metric(
         "s",
@@ -173,9 +182,16 @@ NOT_VERIFIED = "no draft was verified"
 NOT_AHEAD = "no token was drafted ahead of a verdict (see --draft-ahead)"
 NO_MESSAGES = "no message crossed a link"
 
+PERCENTILE_REASONS = {
+    f"{name}_p{percent}": f"needs at least {100 // (100 - percent)} clips with this time"
+    for name in ("total", "ttft")
+    for percent in PERCENTILES
+}
+
 # The reason for each metric that is None although its mode has rounds and shadow verification ran
 NULL_REASONS = {
     "ttft": "every caption is empty",
+    **PERCENTILE_REASONS,
     "tpot": NOT_AFTER_FIRST,
     "otps": NOT_AFTER_FIRST,
     "itl_per_chunk": ONE_MOMENT,
@@ -256,6 +272,7 @@ class Summary:
     reasons: dict[str, str]  # for each metric that is None, and for each that was measured in part
     counts: metrics.Counts  # summed over clips
     acceptance_by_position: tuple[float, ...]
+    accepted_lengths: tuple[int, ...]  # number of verifications that accepted 0, 1, 2, ... draft tokens
     breakdown: LatencyBreakdown  # mean over clips
     closure_median: float | None  # sum of parts / wall seconds by another clock; None on the virtual clock
     closure_worst: float | None  # the ratio of the clip that is furthest from 1
@@ -278,6 +295,7 @@ def summarise(
     `results` must not be empty.
     """
     captions, references = [result.caption for result in results], [result.clip.references for result in results]
+    traces = [result.trace for result in results]
     scores = quality.score(captions, references, language, bertscore_model, meaningless, normalisation)
     counts: metrics.Counts = reduce(add, (result.counts for result in results))
     figures = {
@@ -293,7 +311,8 @@ def summarise(
         figures={name: figures[name] for name in METRICS},
         reasons=_reasons(figures, results, scores.reasons),
         counts=counts,
-        acceptance_by_position=tuple(metrics.acceptance_by_position([result.trace for result in results])),
+        acceptance_by_position=tuple(metrics.acceptance_by_position(traces)),
+        accepted_lengths=tuple(metrics.accepted_lengths(traces)),
         breakdown=mean_breakdown(result.breakdown for result in results),
         **_closure(results),
         tokenizer=scores.tokenizer,
@@ -306,12 +325,15 @@ def summarise(
 
 def _time_figures(results: Sequence[ClipResult]) -> Figures:
     traces = [result.trace for result in results]
+    totals = [trace.seconds for trace in traces]
+    ttfts = [result.ttft for result in results if result.ttft is not None]
     after_first = [pair for result in results if (pair := result.after_first)]
     tokens, seconds = sum(n for n, _ in after_first), sum(s for _, s in after_first)
     with_tokens = [(result.counts.tokens, result.e2e) for result in results if result.e2e is not None]
     return {
-        "total": fmean(trace.seconds for trace in traces),
-        "ttft": mean_or_none(result.ttft for result in results),
+        "total": fmean(totals),
+        "ttft": mean_or_none(ttfts),
+        **percentile_figures(totals, ttfts),
         "e2e": mean_or_none(result.e2e for result in results),
         "tpot": metrics.tpot(tokens + 1, 0.0, seconds),
         "otps": metrics.otps(tokens + 1, 0.0, seconds),
@@ -322,6 +344,12 @@ def _time_figures(results: Sequence[ClipResult]) -> Figures:
         "edge_prefill": mean_or_none(metrics.prefill_seconds(trace, "edge") for trace in traces),
         "cloud_prefill": mean_or_none(metrics.prefill_seconds(trace, "cloud") for trace in traces),
     }
+
+
+def percentile_figures(totals: Sequence[float], ttfts: Sequence[float]) -> Figures:
+    """Return the percentiles of the seconds of whole captions and of TTFT."""
+    series = {"total": totals, "ttft": ttfts}
+    return {f"{name}_p{p}": metrics.percentile(series[name], p) for name in series for p in PERCENTILES}
 
 
 def _round_figures(results: Sequence[ClipResult], counts: metrics.Counts) -> Figures:
