@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -194,3 +195,39 @@ def test_closing_waits_for_the_running_call() -> None:
         thread.join(60)
     assert closed_during_call == [0]
     assert fake.times_closed == 1
+
+
+def test_the_idle_time_starts_at_the_end_of_the_last_request() -> None:
+    clock = Clock()
+    sessions = Sessions(1, 10.0, clock)
+    session = OpenSession("a", 0, 1)
+    sessions.add(session)
+
+    async def stream(seconds: float) -> None:
+        sessions.get("a", session.name)
+        with suppress(asyncio.CancelledError):
+            async with sessions.use(session):
+                clock.now += seconds
+                assert sessions.remove_idle() == []
+                raise asyncio.CancelledError  # the client goes away
+
+    asyncio.run(stream(19))
+    clock.now += 10
+    assert sessions.remove_idle() == []
+    clock.now += 1
+    assert sessions.remove_idle() == [session]
+
+
+def test_a_call_that_its_request_has_left_behind_keeps_its_session() -> None:
+    clock = Clock()
+    sessions = Sessions(1, 10.0, clock)
+    session = OpenSession("a", 0, 1)
+    sessions.add(session)
+    session.open(FakeVerification)
+
+    def call(verification: object) -> list[OpenSession]:
+        clock.now += 60
+        return sessions.remove_idle()
+
+    assert session.call(call) == []
+    assert sessions.remove_idle() == [session]

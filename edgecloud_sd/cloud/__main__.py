@@ -90,7 +90,7 @@ def _add_limit_options(group: argparse._ArgumentGroup) -> None:
         group.add_argument(name, type=type(default), default=default, metavar=metavar, help=f"{text} {DEFAULT}")
 
     add("--max-sessions", limits.max_sessions, "N", "prompts open at once")
-    add("--idle-timeout", limits.idle_timeout, "SECONDS", "close a prompt after this time without a request")
+    add("--idle-timeout", limits.idle_timeout, "SECONDS", "close a prompt this time after the end of its last request")
     add("--max-audio-seconds", limits.max_audio_seconds, "SECONDS", "audio of one prompt")
     add("--max-tokens", limits.max_tokens, "N", "tokens of one prompt and its output together")
 

@@ -126,7 +126,7 @@ class CloudService:
             raise InvalidRequest(f"the body {error}") from None
         self._check_prompt(prompt)
         session = OpenSession(client, check, len(prompt.ids))
-        async with session.lock:
+        async with self._sessions.use(session):
             evicted = self._sessions.add(session)
             if evicted:
                 await self._close(evicted, client, "room")
@@ -141,7 +141,7 @@ class CloudService:
         session = self._sessions.get(*key)
         self._check_ids("tokens", tokens)
         self._check_ids("draft", draft)
-        async with session.lock:
+        async with self._sessions.use(session):
             context = [*session.context[:base], *tokens]
             if base > len(session.context) or wire.checksum([*context, *draft], session.prompt_check) != check:
                 raise ContextMismatch(
@@ -182,7 +182,7 @@ class CloudService:
             tokens = tokens or verification.generate(stopping, output)
             return next(tokens, None)
 
-        async with session.lock:
+        async with self._sessions.use(session):
             session.context = []  # the edge has not confirmed the tokens that the cache will contain
             while (completed := await self._run("generate", session, partial(session.call, step))).result is not None:
                 self.metrics.generated_tokens.inc()
@@ -192,13 +192,13 @@ class CloudService:
     async def close(self, key: SessionKey) -> None:
         """Close a session when its running request has ended."""
         session = self._sessions.get(*key)
-        async with session.lock:
+        async with self._sessions.use(session):
             if session.is_closed:
                 raise UnknownSession
             await self._close(session, session.owner)
 
     async def close_idle_sessions(self) -> NoReturn:
-        """Close sessions without a request for longer than the idle timeout, until this task is cancelled."""
+        """Close sessions that are idle for longer than the timeout, until this task is cancelled."""
         while True:
             await asyncio.sleep(min(max(self.limits.idle_timeout / 4, 0.05), 60.0))
             for session in self._sessions.remove_idle():

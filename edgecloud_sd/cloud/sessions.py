@@ -8,7 +8,8 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -72,11 +73,16 @@ class OpenSession:
     name: str = field(default_factory=lambda: secrets.token_urlsafe(16))  # 128 random bits, so nobody guesses it
     context: list[int] = field(default_factory=list)  # committed tokens that both sides know
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # for one request at a time
-    last_used: float = 0.0  # seconds on the clock of `Sessions`
+    last_used: float = 0.0  # the end of the latest request so far, in seconds on the clock of `Sessions`
     is_closed: bool = False  # no call may start
     _verification: Verification | None = None
     # A call goes on after its request was cancelled and has released `lock`: this lock keeps the next call waiting.
     _call_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def is_in_use(self) -> bool:
+        """True while a request runs, or a call that its request has left behind."""
+        return self.lock.locked() or self._call_lock.locked()
 
     def open(self, begin: Callable[[], Verification]) -> None:
         """Start a verification and block until its prompt is prefilled. Raise UnknownSession if closed before."""
@@ -103,7 +109,7 @@ class OpenSession:
 
 
 class Sessions:
-    """At most `limit` open sessions, each removed after `idle_timeout` seconds without a request.
+    """At most `limit` open sessions, each removed `idle_timeout` seconds after the end of its last request.
 
     `clock` returns seconds.
     """
@@ -143,10 +149,10 @@ class Sessions:
             candidates = [session for session in self._by_name.values() if counts[session.owner] == highest]
         else:
             candidates = [s for s in self._by_name.values() if s.owner == owner or not counts[owner]]
-        removable = [session for session in candidates if is_unfair or not session.lock.locked()]
+        removable = [session for session in candidates if is_unfair or not session.is_in_use]
         if not removable:
             raise NoRoom(f"all {len(candidates)} sessions that could make room are running a call: try again")
-        return min(removable, key=lambda session: (session.lock.locked(), session.last_used))
+        return min(removable, key=lambda session: (session.is_in_use, session.last_used))
 
     def get(self, owner: str, name: str) -> OpenSession:
         """Return the owner's session of this name and note its use. Raise UnknownSession if the owner has none."""
@@ -156,15 +162,24 @@ class Sessions:
         session.last_used = self._clock()
         return session
 
+    @asynccontextmanager
+    async def use(self, session: OpenSession) -> AsyncIterator[None]:
+        """Lock a session for one request, whose end starts the idle time: a stream may be longer than the timeout."""
+        async with session.lock:
+            try:
+                yield
+            finally:
+                session.last_used = self._clock()
+
     def remove(self, session: OpenSession) -> None:
         """Remove a session, so that no call on it may start. A session may be removed twice."""
         session.is_closed = True
         self._by_name.pop(session.name, None)
 
     def remove_idle(self) -> list[OpenSession]:
-        """Remove and return the sessions without a request for longer than the idle timeout."""
+        """Remove and return the sessions whose last request ended longer ago than the idle timeout."""
         deadline = self._clock() - self._idle_timeout
-        idle = [s for s in self._by_name.values() if s.last_used < deadline and not s.lock.locked()]
+        idle = [s for s in self._by_name.values() if s.last_used < deadline and not s.is_in_use]
         for session in idle:
             self.remove(session)
         return idle
