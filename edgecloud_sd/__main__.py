@@ -121,7 +121,9 @@ def summary_line(trace: Trace) -> str:
     """Return the tokens by origin, the cloud calls and the seconds, in one line."""
     counts = metrics.counts(trace)
     parts = [f"{getattr(counts, origin)} {origin}" for origin in COLOURS if getattr(counts, origin)]
-    calls = f", {count(counts.cloud_calls, 'cloud call')} in {count(counts.rounds, 'round')}" if counts.rounds else ""
+    unanswered = f" ({counts.unanswered_calls} unanswered)" if counts.unanswered_calls else ""
+    calls = f", {count(counts.cloud_calls, 'cloud call')}{unanswered} in {count(counts.rounds, 'round')}"
+    calls = calls if counts.rounds else ""
     reason = metrics.degraded_reason(trace)
     degraded = f", degraded, the edge finished alone: {reason}" if reason else ""
     return f"{count(counts.tokens, 'token')} ({', '.join(parts)}){calls}, {trace.seconds:.3f} s{degraded}"

@@ -109,10 +109,13 @@ def generation_events(
     verifier: Verifier | None = None
     if cloud and strategy.asks_cloud:
         try:
-            verifier = FailedVerifier(fault) if fault else cloud.verifier(strategy.rule, harness)
+            if fault:
+                raise fault
+            verifier = cloud.verifier(strategy.rule, harness)
         except CloudFault as error:
             if not (finish_alone and strategy.is_speculative):
                 raise
+            harness.count_messages()
             verifier = FailedVerifier(error)
         verifier = harness.deferred(verifier, strategy.prefill) if strategy.is_speculative else verifier
     lengths = adaptive_k.for_generation() if adaptive_k else None

@@ -42,8 +42,8 @@ IMAGE = r'src="data:image/svg\+xml;base64,([^"]+)"'
 MACHINE = {"system": "Linux", "machine": "x86_64", "cpu": "Fast 9000", "cores": 8, "gpu": None}
 VERSIONS = {"python": "3.12.1", "torch": "2.13.0", "transformers": "5.23.0", "edgecloud_sd": "1", "commit": None}
 COUNTS = (
-    "tokens", "local", "accepted", "correction", "bonus", "cloud", "rounds", "cloud_calls", "drafted", "verified",
-    "ahead", "ahead_wasted",
+    "tokens", "local", "accepted", "correction", "bonus", "cloud", "rounds", "cloud_calls", "unanswered_calls",
+    "drafted", "verified", "ahead", "ahead_wasted",
 )  # fmt: skip
 PUBLISHED_SCORES = ("avg_bleu", "avg_cider", "avg_bertscore_precision", "avg_bertscore_recall", "avg_bertscore_f1")
 PUBLISHED_LATENCIES = (

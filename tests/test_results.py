@@ -20,7 +20,9 @@ import pytest
 from edgecloud_sd.acceptance import Rank
 from edgecloud_sd.data.dataset import SkippedClip
 from edgecloud_sd.events import (
+    Ahead,
     Committed,
+    Degraded,
     Draft,
     Drafted,
     Escalated,
@@ -103,6 +105,22 @@ EDGE = Trace(
         (0.3, Committed((2,), "local")),
         (0.3, Finished("eos")),
     )
+)
+# the cloud is dead: its one call, beside which the edge drafted ahead, gets no answer
+DEAD = Trace(
+    (
+        (0.1, Prepared(5)),
+        (0.2, Opened("edge")),
+        (0.3, Drafted(Draft((2,)))),
+        (0.3, Escalated(Draft((2,)), 1)),
+        (0.4, Ahead((3,), 1)),
+        (2.3, Degraded("the cloud failed once")),
+        (2.3, Committed((2,), "local")),
+        (2.4, Drafted(Draft((3,)), 1)),
+        (2.4, Committed((3,), "local")),
+        (2.4, Finished("eos")),
+    ),
+    (Span("uplink", 0.0, 0.0), Span("faults", 0.4, 2.3)),
 )
 CLOUD = Trace(((0.1, Prepared(5)), (0.2, Opened("cloud")), (0.4, Committed((2,), "cloud")), (0.4, Finished("length"))))
 
@@ -213,6 +231,26 @@ def test_edge_mode_has_no_verification_rates_but_reasons() -> None:
     assert summary.figures["cloud_call_rate"] == 0
     assert summary.acceptance_by_position == ()
     assert summary.reasons["acceptance_rate"] == summary.reasons["correction_rate"] == "no draft was verified"
+
+
+UNANSWERED = ("acceptance_rate", "mean_acceptance_length", "correction_rate", "useless_escalations", "never_sent",
+              "round_trip_exposed", "round_trip_hidden")  # fmt: skip
+
+
+def test_a_dead_cloud_gives_no_rates_but_reasons() -> None:
+    summary = summary_of(DEAD, DEAD)
+    assert {name: summary.figures[name] for name in UNANSWERED} == dict.fromkeys(UNANSWERED)
+    reasons = {summary.reasons[name] for name in UNANSWERED}
+    assert reasons == {"the cloud failed before it had verified a draft"}
+    assert (summary.figures["unanswered_calls"], summary.figures["degraded"], summary.figures["waste"]) == (1, 1, 0)
+    assert (summary.counts.cloud_calls, summary.counts.unanswered_calls) == (2, 2)
+
+
+def test_an_unanswered_call_is_in_no_mean_over_answers() -> None:
+    alone, beside = summary_of(LONG).figures, summary_of(LONG, DEAD).figures
+    rates = ("acceptance_rate", "mean_acceptance_length", "correction_rate", "useless_escalations")
+    assert {name: beside[name] for name in rates} == {name: alone[name] for name in rates}
+    assert (beside["unanswered_calls"], beside["cloud_call_rate"]) == (0.5, 3 / 5)
 
 
 def test_cloud_mode_has_no_round_rates_but_reasons() -> None:
@@ -350,6 +388,7 @@ def test_speculative_metrics_are_sums_over_clips(document: dict[str, Any]) -> No
             "cloud": 0,
             "rounds": 5,
             "cloud_calls": 3,
+            "unanswered_calls": 0,
             "drafted": 8,
             "verified": 5,
             "ahead": 0,

@@ -131,7 +131,8 @@ class Counts:
     """The numbers of tokens, rounds and cloud calls of one caption, or their sums over several captions.
 
     tokens = local + accepted + correction + bonus + cloud, and drafted = local + accepted + discarded. A guess of the
-    bonus that is right counts as a bonus token only. A wrong guess counts as drafted and discarded.
+    bonus that is right counts as a bonus token only. A wrong guess counts as drafted and discarded. A cloud call that
+    fails for good is unanswered.
     """
 
     tokens: int = 0
@@ -142,6 +143,7 @@ class Counts:
     cloud: int = 0
     rounds: int = 0
     cloud_calls: int = 0
+    unanswered_calls: int = 0  # the part of `cloud_calls` that no verdict answered
     drafted: int = 0
     verified: int = 0
     ahead: int = 0  # tokens drafted ahead of a verdict, guesses of the bonus included
@@ -156,28 +158,33 @@ class Counts:
         return self.drafted - self.local - self.accepted
 
     @property
+    def answered_calls(self) -> int:
+        """Cloud calls that a verdict answered."""
+        return self.cloud_calls - self.unanswered_calls
+
+    @property
     def acceptance_rate(self) -> float | None:
         """Accepted draft tokens / verified draft tokens. Local tokens and corrections are in neither."""
         return _ratio(self.accepted, self.verified)
 
     @property
     def mean_acceptance_length(self) -> float | None:
-        """Tokens committed per cloud call: (accepted + correction + bonus) / cloud calls."""
-        return _ratio(self.accepted + self.correction + self.bonus, self.cloud_calls)
+        """Tokens committed per answered cloud call: (accepted + correction + bonus) / answered calls."""
+        return _ratio(self.accepted + self.correction + self.bonus, self.answered_calls)
 
     @property
     def correction_rate(self) -> float | None:
-        """Corrections / cloud calls."""
-        return _ratio(self.correction, self.cloud_calls)
+        """Corrections / answered cloud calls."""
+        return _ratio(self.correction, self.answered_calls)
 
     @property
     def cloud_call_rate(self) -> float | None:
-        """Escalated rounds / rounds."""
+        """Escalated rounds / rounds. An unanswered call counts: the gate asked for it."""
         return _ratio(self.cloud_calls, self.rounds)
 
     @property
     def cloud_calls_per_token(self) -> float | None:
-        """Cloud calls / N, or None if the mode has no rounds."""
+        """Cloud calls, answered or not / N, or None if the mode has no rounds."""
         return _ratio(self.cloud_calls, self.tokens) if self.rounds else None
 
     @property
@@ -204,7 +211,7 @@ class Counts:
 def counts(trace: Trace) -> Counts:
     """Return the numbers of tokens, rounds and cloud calls of one caption."""
     origins: Counter[str] = Counter()
-    rounds = cloud_calls = drafted = verified = ahead = 0
+    rounds = cloud_calls = answered = drafted = verified = ahead = 0
     useful = sum(event.right(guess) for event, guess in _guesses(trace))  # tokens drafted ahead that a round used
     for _, event in trace.events:
         if isinstance(event, Committed):
@@ -218,11 +225,13 @@ def counts(trace: Trace) -> Counts:
         elif isinstance(event, Escalated):
             cloud_calls += 1
         elif isinstance(event, Verified):
+            answered += 1
             verified += len(event.draft.tokens)
     return Counts(
         tokens=origins.total(),
         rounds=rounds,
         cloud_calls=cloud_calls,
+        unanswered_calls=cloud_calls - answered,
         drafted=drafted + ahead - useful,
         verified=verified,
         ahead=ahead,
@@ -323,7 +332,7 @@ class Hindsight:
 
 
 def useless_escalations(traces: Sequence[Trace]) -> float | None:
-    """Return escalated drafts that were accepted whole / escalated drafts, or None without escalated drafts."""
+    """Return verified drafts that were accepted whole / verified drafts, or None without verified drafts."""
     verified = [event for trace in traces for _, event in trace.events if isinstance(event, Verified)]
     return _ratio(sum(event.verdict.accepted == len(event.draft.tokens) for event in verified), len(verified))
 

@@ -115,11 +115,16 @@ METRICS = {
         "0 to 1", "higher", "Accepted draft tokens / verified draft tokens; local tokens and corrections are in neither"
     ),
     "mean_acceptance_length": Metric(
-        "tokens", "higher", "Tokens committed per cloud call: accepted, correction and bonus tokens / cloud calls"
+        "tokens",
+        "higher",
+        "Tokens committed per answered cloud call: accepted, correction and bonus tokens / answered calls",
     ),
-    "correction_rate": Metric("0 to 1", "lower", "Corrections / cloud calls"),
+    "correction_rate": Metric("0 to 1", "lower", "Corrections / answered cloud calls"),
     "cloud_call_rate": Metric("0 to 1", "lower", "Escalated rounds / rounds"),
-    "cloud_calls_per_token": Metric("calls", "lower", "Cloud calls / N"),
+    "cloud_calls_per_token": Metric("calls", "lower", "Cloud calls, answered or not / N"),
+    "unanswered_calls": Metric(
+        "calls", "lower", "Cloud calls that failed for good, without a verdict; mean over clips"
+    ),
     "covered_share": Metric("0 to 1", None, "Tokens that the cloud verified or wrote / N"),
     "local_share": Metric("0 to 1", None, "Local tokens / N"),
     "waste": Metric("0 to 1", "lower", "Discarded draft tokens / draft tokens"),
@@ -130,7 +135,9 @@ METRICS = {
     ),
     "wire_up_per_token": Metric("bytes", "lower", "Bytes sent to the cloud / N, HTTP headers included"),
     "wire_down_per_token": Metric("bytes", "lower", "Bytes received from the cloud / N, HTTP headers included"),
-    "never_sent": Metric("0 to 1", "higher", "Captions for which nothing was sent to the cloud / captions"),
+    "never_sent": Metric(
+        "0 to 1", "higher", "Captions for which nothing was sent to the cloud / captions without a fault of the cloud"
+    ),
     "cloud_faults": Metric("attempts", "lower", "Failed attempts on the cloud; mean over clips"),
     "degraded": Metric(
         "0 to 1", "lower", "Captions that the edge finished alone after the cloud had failed / captions"
@@ -141,7 +148,7 @@ METRICS = {
         "Failures that opened the breaker, so that the cloud was not tried for a while; sum over clips",
     ),
     "breaker_open": Metric("captions", "lower", "Captions for which the breaker was open; sum over clips"),
-    "useless_escalations": Metric("0 to 1", "lower", "Escalated drafts without a correction / escalated drafts"),
+    "useless_escalations": Metric("0 to 1", "lower", "Verified drafts without a correction / verified drafts"),
     "missed_corrections": Metric(
         "0 to 1", "lower", "Local tokens that the cloud would have replaced / local tokens (see --shadow)"
     ),
@@ -162,7 +169,13 @@ COUNT_RATES = (
 # Metrics that a mode without rounds does not have
 ROUND_METRICS = frozenset(
     ("discarded_draft", "round_trip_exposed", "acceptance_rate", "mean_acceptance_length", "correction_rate",
-     "cloud_call_rate", "cloud_calls_per_token", "waste", "useless_escalations")
+     "cloud_call_rate", "cloud_calls_per_token", "unanswered_calls", "waste", "useless_escalations")
+)  # fmt: skip
+
+# Metrics that need an answer of the cloud
+ANSWER_METRICS = frozenset(
+    ("acceptance_rate", "mean_acceptance_length", "correction_rate", "round_trip_exposed", "round_trip_hidden",
+     "useless_escalations", "never_sent")
 )  # fmt: skip
 
 # Metrics of a cloud behind a link
@@ -179,6 +192,7 @@ NO_SHADOW = (
 NOT_AFTER_FIRST = "no caption has a token that became visible after its first text"
 ONE_MOMENT = "in every caption all tokens became visible at one moment"
 NOT_VERIFIED = "no draft was verified"
+NOT_ANSWERED = "the cloud failed before it had verified a draft"
 NOT_AHEAD = "no token was drafted ahead of a verdict (see --draft-ahead)"
 NO_MESSAGES = "no message crossed a link"
 
@@ -354,10 +368,12 @@ def percentile_figures(totals: Sequence[float], ttfts: Sequence[float]) -> Figur
 
 def _round_figures(results: Sequence[ClipResult], counts: metrics.Counts) -> Figures:
     breakdowns = [result.breakdown for result in results]
+    has_hidden = counts.ahead and counts.answered_calls
     return {
         "discarded_draft": fmean(breakdown.discarded for breakdown in breakdowns) if counts.rounds else None,
-        "round_trip_exposed": fmean(breakdown.exposed for breakdown in breakdowns) if counts.cloud_calls else None,
-        "round_trip_hidden": fmean(breakdown.hidden for breakdown in breakdowns) if counts.ahead else None,
+        "round_trip_exposed": fmean(breakdown.exposed for breakdown in breakdowns) if counts.answered_calls else None,
+        "round_trip_hidden": fmean(breakdown.hidden for breakdown in breakdowns) if has_hidden else None,
+        "unanswered_calls": counts.unanswered_calls / len(results) if counts.rounds else None,
         **{name: getattr(counts, name) for name in COUNT_RATES},
     }
 
@@ -382,7 +398,11 @@ def _link_figures(results: Sequence[ClipResult], tokens: int) -> Figures:
     return {
         "wire_up_per_token": sum(up for up, _ in sizes) / tokens,
         "wire_down_per_token": sum(down for _, down in sizes) / tokens,
-        "never_sent": fmean(up == 0 for up, _ in sizes),
+        "never_sent": mean_or_none(
+            size[0] == 0
+            for trace in traces
+            if (size := metrics.wire_bytes(trace)) and not metrics.degraded_reason(trace)
+        ),
         "cloud_faults": fmean(map(metrics.failed_attempts, traces)),
         "degraded": fmean(metrics.degraded_reason(trace) is not None for trace in traces),
         "breaker_openings": sum(map(metrics.breaker_openings, traces)),
@@ -418,6 +438,7 @@ def _reasons(figures: Figures, results: Sequence[ClipResult], quality_reasons: d
     for result in results:
         reasons |= {name.removesuffix("_mb"): reason for name, reason in result.utilization.reasons.items()}
     has_rounds = any(result.counts.rounds for result in results)
+    is_degraded = any(metrics.degraded_reason(result.trace) for result in results)
     has_hindsight = any(result.hindsight for result in results)
     for name, value in figures.items():
         if value is not None or name in reasons:
@@ -426,6 +447,8 @@ def _reasons(figures: Figures, results: Sequence[ClipResult], quality_reasons: d
             reasons[name] = NO_ROUNDS
         elif name in ("missed_corrections", "gate_auroc") and not has_hindsight:
             reasons[name] = NO_SHADOW
+        elif is_degraded and name in ANSWER_METRICS:
+            reasons[name] = NOT_ANSWERED
         else:
             reasons[name] = NULL_REASONS[name]
     return reasons
