@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from bench.cases import LANGUAGE_CODES
+from bench.cases import data_parts, model_parts
 from bench.tables import grid
 from edgecloud_sd.config import Settings
 from edgecloud_sd.decoder import decode
@@ -124,7 +124,8 @@ def baseline_cases(settings: Settings) -> list[BaselineCase]:
         (s.k for s in strategies(settings) if s.is_speculative and s.is_lossless and s.k and not s.draft_stop),
         BASELINE_K,
     )
-    return [BaselineCase(f"baselines-{settings.run_pair.name}-k{k}-{LANGUAGE_CODES[language]}", k, language)]
+    parts = ["baselines", *model_parts(settings), f"k{k}", *data_parts(settings, language)]
+    return [BaselineCase("-".join(parts), k, language)]
 
 
 def is_left_out(settings: Settings) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from edgecloud_sd.config import Settings
 from edgecloud_sd.grid import cells
+from edgecloud_sd.models.devices import AUTO
+from edgecloud_sd.pocket.clips import POCKET
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.link import NO_LINK, Link
 
@@ -35,8 +39,11 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def case_id(settings: Settings, strategy: Strategy, link: Link, language: str) -> str:
-    """Return `<mode>-<pair>-<details>-<place>-<limits>-<link>-<clock>-<language>`, without the parts that are usual."""
-    parts = [strategy.mode, settings.run_pair.name, *strategy.details]
+    """Return `<mode>-<pair>-<dtypes>-<details>-<place>-<limits>-<link>-<clock>-<data set>-<language>`.
+
+    Parts that are usual are left out.
+    """
+    parts = [strategy.mode, *model_parts(settings, strategy.mode), *strategy.details]
     if strategy.mode != "edge" and settings.cloud_url:
         parts.append("served")
     if settings.max_cpu_cores:
@@ -47,4 +54,37 @@ def case_id(settings: Settings, strategy: Strategy, link: Link, language: str) -
         parts.append(link.name)
     if settings.clock == "virtual":
         parts += ["virtual", settings.profile_name]
-    return "-".join([*parts, LANGUAGE_CODES[language]])
+    return "-".join([*parts, *data_parts(settings, language)])
+
+
+def model_parts(settings: Settings, mode: str = "speculative") -> list[str]:
+    """Return the name of the pair, and the number formats of the sides that decode if one is not the usual one.
+
+    A cloud elsewhere has a format of its own, which is not known before the run.
+    """
+    dtypes = {"edge": settings.edge_dtype, "cloud": settings.cloud_dtype}
+    if settings.cloud_url not in (None, AUTO):
+        del dtypes["cloud"]
+    used = {side: dtype for side, dtype in dtypes.items() if mode in (side, "speculative")}
+    is_usual = all(dtype == getattr(Settings, f"{side}_dtype") for side, dtype in used.items())
+    return [_plain(settings.run_pair.name), *([] if is_usual else ["+".join(used.values())])]
+
+
+def data_parts(settings: Settings, language: str) -> list[str]:
+    """Return the name of the data set, if it is not the usual one, and the code of the language."""
+    is_usual = settings.dataset_path == Settings.dataset_path
+    return [*([] if is_usual else [_plain(dataset_name(settings))]), LANGUAGE_CODES[language]]
+
+
+def dataset_name(settings: Settings) -> str:
+    """Return the name of the data set: that of its manifest, or of the folder of a file named `manifest`."""
+    if settings.dataset_path == POCKET:
+        return POCKET
+    path = Path(settings.dataset_path).resolve()  # equal, however the path is spelt
+    file = path.parent if path.stem == "manifest" else path
+    return file.name if file.is_dir() else file.stem
+
+
+def _plain(name: str) -> str:
+    """Return a name without the characters that a file name or an id may not have. Letters of any script stay."""
+    return re.sub(r"[^\w.+-]+", "_", name)

@@ -164,7 +164,11 @@ def run_clock(request: pytest.FixtureRequest) -> VirtualClock:
 
 @pytest.fixture(scope="session")
 def saved_clips(
-    settings: Settings, pipeline: Pipeline, profile: Profile | None, request: pytest.FixtureRequest
+    settings: Settings,
+    pipeline: Pipeline,
+    profile: Profile | None,
+    data: Callable[[str], DataSet],
+    request: pytest.FixtureRequest,
 ) -> Callable[[cases.Case], SavedClips]:
     """Return a function from a case to its finished clips, and to the file that keeps them.
 
@@ -177,7 +181,8 @@ def saved_clips(
     to_start = [] if resume else _selected_cases(request.session)
 
     def open_saved(case: cases.Case, is_now: bool) -> SavedClips:
-        experiment = tables.describe_case(case, pipeline, settings, profile)  # sets the threads of the case
+        digest = data(case.language).digest
+        experiment = tables.describe_case(case, pipeline, settings, profile, digest)  # sets the threads of the case
         in_force = count_cores(asdict(read_limits())) if is_now else None
         header = {"experiment": experiment, "environment": environment, "in_force": in_force}
         saved = SavedClips(tables.results_file(settings, case), header, resume)
@@ -223,7 +228,7 @@ def report(
         summary, scores = summarise(
             captions, case.language, settings.bertscore_model, meaningless, settings.score_normalisation
         )
-        experiment = tables.describe_case(case, pipeline, settings, profile)
+        experiment = tables.describe_case(case, pipeline, settings, profile, data.digest)
         document = results.results_document(experiment, captions, summary, scores, in_force, data.skipped)
         file = tables.results_file(settings, case)
         results.write_results(file, document)

@@ -22,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 
 from bench import tables
-from bench.cases import LANGUAGE_CODES
+from bench.cases import data_parts, model_parts
 from edgecloud_sd.config import Settings
 from edgecloud_sd.events import Committed, Escalated, Prompt, Span, Trace, Verdict, Verified
 from edgecloud_sd.grid import strategies
@@ -94,16 +94,15 @@ def list_load_cases(settings: Settings) -> list[LoadCase]:
     server. Without `--cloud-url` only the pocket pair gets one: this process has the cloud's model in memory already,
     and a second copy of a large one may not fit.
     """
-    pair = settings.run_pair
-    has_server = bool(settings.cloud_url) or pair == pairs.PAIRS["pocket"]
+    has_server = bool(settings.cloud_url) or settings.run_pair == pairs.PAIRS["pocket"]
     is_escalating = any(strategy.is_speculative and strategy.asks_cloud for strategy in strategies(settings))
     if not is_escalating or settings.clock == "virtual" or not has_server:
         return []
     elsewhere = [] if settings.cloud_url in (None, AUTO) else ["elsewhere"]
     language = settings.language[0]
-    code = LANGUAGE_CODES[language]
+    models, data = model_parts(settings), data_parts(settings, language)
     return [
-        LoadCase("-".join(["load", pair.name, str(edges), *elsewhere, code]), edges, clips, rounds, language)
+        LoadCase("-".join(["load", *models, str(edges), *elsewhere, *data]), edges, clips, rounds, language)
         for edges, clips, rounds in LOADS
     ]
 

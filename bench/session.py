@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,15 @@ class DataSet:
         )
         self._prompt_type = settings.prompt_type
         self._samples: dict[str, NDArray[np.float32]] = {}
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest of the clips: their entries without paths, and their samples."""
+        digest = hashlib.sha256()
+        for clip in self.clips:
+            entry = {name: value for name, value in asdict(clip).items() if name != "audio_path"}
+            digest.update(json.dumps(entry, sort_keys=True).encode() + self.request(clip).samples.tobytes())
+        return digest.hexdigest()
 
     def request(self, clip: Clip) -> Request:
         """Return the request for a clip. Raise BadClip for audio that cannot be used."""

@@ -10,13 +10,14 @@ from typing import Any
 from tabulate import tabulate
 
 from bench import comparison
-from bench.cases import Case, cases
+from bench.cases import Case, cases, dataset_name
 from bench.comparison import Document
 from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.config import Settings
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.summary import Summary
 from edgecloud_sd.models.devices import AUTO, LOSSLESS_DTYPES
+from edgecloud_sd.models.pairs import checkpoint_name
 from edgecloud_sd.pipeline import Pipeline
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.profile import Profile
@@ -52,21 +53,29 @@ def profile_file(settings: Settings) -> Path:
     return Path(settings.results_dir) / f"{settings.output_name}-profile.yaml"
 
 
-def describe_case(case: Case, pipeline: Pipeline, settings: Settings, profile: Profile | None) -> dict[str, Any]:
+def describe_case(
+    case: Case, pipeline: Pipeline, settings: Settings, profile: Profile | None, dataset_digest: str
+) -> dict[str, Any]:
     """Return the experiment of a case, for `extra_info` and the results file.
 
-    The settings of the grid appear once, as the case's own strategy, link and language. Paths and host names are left
-    out, because they say nothing about the experiment.
+    The settings of the grid appear once, as the case's own strategy, link and language. A checkpoint and a data set
+    have a name and a digest in place of a path, because a path says nothing about the experiment.
     """
     cloud = cloud_identity(case.strategy, pipeline)
     shared = {name: value for name, value in asdict(settings).items() if not isinstance(value, tuple)}
     for name in ("results_dir", "cloud_key_file"):
         del shared[name]
+    for name in ("edge_model", "cloud_model", "bertscore_model"):
+        if shared[name] and Path(shared[name]).is_dir():
+            shared[name] = checkpoint_name(shared[name])
     if cloud:
         shared |= {"cloud_model": cloud.name, "cloud_device": cloud.device, "cloud_dtype": cloud.dtype}
     return shared | {
         "case": case.id,
         "pair": pipeline.pair.name,
+        "edge_weights": pipeline.edge_weights if case.strategy.mode != "cloud" else None,
+        "dataset_path": dataset_name(settings),
+        "dataset_digest": dataset_digest,
         "cloud_url": settings.cloud_url and (AUTO if settings.cloud_url == AUTO else "elsewhere"),
         "cloud_engine": cloud.engine if cloud else None,
         "cloud_fingerprint": cloud.fingerprint if cloud else None,

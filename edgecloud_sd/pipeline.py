@@ -203,6 +203,13 @@ class Pipeline:
 
         return load_model(self.pair.edge, self._edge_device, self._edge_dtype, self.pair.weights)
 
+    @cached_property
+    def edge_weights(self) -> str:
+        """The digest of the edge's weights, or the name of dummy ones."""
+        from edgecloud_sd.models import memory
+
+        return pairs.DUMMY if self.pair.weights == pairs.DUMMY else memory.weights_digest(self.pair.edge)
+
     @property
     def cloud_model(self) -> HFModel:
         """The cloud's model in this process. Raise ValueError if the cloud runs elsewhere."""

@@ -27,8 +27,11 @@ def pytest_load_initial_conftests(
         from edgecloud_sd.config import OPTIONS
 
         spellings = {f"--{name}" for option in OPTIONS for name in (option.name, option.name.replace("-", "_"))}
-        joined = join(args, spellings | {"--config"})
-        names_no_tests = not parser.parse_known_args(joined).file_or_dir
+        spellings.add("--config")
+        joined = join(args, spellings)
+        # argparse takes an option that it does not know, and that has a space, for a folder of tests
+        others = [arg for arg in joined if arg.partition("=")[0] not in spellings]
+        names_no_tests = not parser.parse_known_args(others).file_or_dir
         if names_no_tests:
             root = [f"--rootdir={checkout}", f"--config-file={checkout / 'pytest.ini'}"]
             raise SystemExit(pytest.main([*root, *joined]))

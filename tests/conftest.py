@@ -28,6 +28,12 @@ def pipeline() -> Pipeline:
     return Pipeline.load("pocket")
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Escape texts and bytes in the ids of tests, which pytest.ini leaves as they are for the ids of benchmarks."""
+    text = val.decode("latin-1") if isinstance(val, bytes) else val
+    return text.encode("unicode_escape").decode() if isinstance(text, str) else None
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Do not import a file whose tests are all slow if no slow test is to run."""
     return True if collection_path.name == "test_fuzz.py" and config.getoption("markexpr") == "not slow" else None

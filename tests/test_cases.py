@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench import cases, tables
+import pytest
+
+from bench import baselines, cases, load, tables
 from edgecloud_sd import config
 from edgecloud_sd.timing import profile
 
@@ -59,6 +61,39 @@ def test_mode_lossless_verifies_every_draft_greedily_whatever_the_gate_and_the_r
 def test_own_models_are_in_the_id_without_their_folders(tmp_path: Path) -> None:
     grid = ids(mode="cloud", edge_model="Qwen/Qwen2.5-Omni-3B", cloud_model=str(tmp_path / "mine"))
     assert grid == ["cloud-Qwen2.5-Omni-3B+mine-zh"]
+
+
+def test_a_folder_has_one_name_however_it_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "模型 1"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for spelt in (str(folder), f"{folder}/", "../模型 1", "../link/", "."):
+        assert ids(mode="edge", edge_model=spelt, dataset_path=spelt) == ["edge-模型_1+cloud-模型_1-zh"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"dataset_path": "data/secap"}, ["edge-pocket-secap-zh", "cloud-pocket-secap-zh"]),
+        ({"dataset_path": "secap/manifest.json"}, ["edge-pocket-secap-zh", "cloud-pocket-secap-zh"]),
+        ({"dataset_path": "data/mine.json"}, ["edge-pocket-mine-zh", "cloud-pocket-mine-zh"]),
+        ({"dataset_path": "data/pocket"}, ["edge-pocket-pocket-zh", "cloud-pocket-pocket-zh"]),
+        ({"edge_dtype": "int8"}, ["edge-pocket-int8-zh", "cloud-pocket-zh"]),
+        ({"cloud_dtype": "float64"}, ["edge-pocket-zh", "cloud-pocket-float64-zh"]),
+        ({"cloud_dtype": "auto"}, ["edge-pocket-zh", "cloud-pocket-zh"]),
+    ],
+)
+def test_the_data_set_and_unusual_number_formats_are_in_the_id(options: dict[str, str], expected: list[str]) -> None:
+    assert ids(mode="edge,cloud", **options) == expected
+
+
+def test_both_number_formats_are_in_the_id_if_one_is_unusual_and_both_sides_decode() -> None:
+    assert ids(mode="lossless", edge_dtype="int4") == ["speculative-pocket-int4+float32-always-k3-greedy-zh"]
+    settings = config.resolve({"edge-dtype": "int4", "cloud-url": "http://a", "dataset-path": "secap"})
+    assert load.list_load_cases(settings)[0].id == "load-pocket-int4-1-elsewhere-secap-zh"
+    settings = config.resolve({"edge-dtype": "int4", "dataset-path": "secap"})
+    assert [case.id for case in baselines.baseline_cases(settings)] == ["baselines-pocket-int4+float32-k3-secap-zh"]
 
 
 def test_links_and_the_virtual_clock_are_in_the_id_and_mode_edge_has_no_link() -> None:

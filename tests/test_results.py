@@ -146,7 +146,8 @@ EXPERIMENT = {
 
 
 ENVIRONMENT = (
-    "python", "torch", "transformers", "edgecloud_sd", "commit", "system", "machine", "cpu", "cores", "gpu",
+    "python", "torch", "transformers", "tokenizers", "numpy", "soundfile", "soxr", "edgecloud_sd", "commit", "system",
+    "machine", "cpu", "cores", "gpu",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -182,7 +183,8 @@ def test_the_help_lists_every_option_in_its_group(pytester: pytest.Pytester, mon
 def test_an_option_may_name_a_path_outside_the_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outside = tmp_path / "manifest.json"
+    outside = tmp_path / "with spaces" / "manifest.json"
+    outside.parent.mkdir()
     outside.write_text("[]", encoding="utf-8")
     storage = tmp_path / "saved"
     storage.mkdir()
@@ -191,7 +193,10 @@ def test_an_option_may_name_a_path_outside_the_repository(
     with pytest.raises(SystemExit) as stopped:
         pytest.main(["--benchmark-only", "--collect-only", "-q", "-s", "-p", "no:cacheprovider", *options])
     assert stopped.value.code == pytest.ExitCode.OK
-    assert capsys.readouterr().out.splitlines()[0] == "bench/test_captioning.py::test_captioning[cloud-pocket-zh]"
+    assert (
+        capsys.readouterr().out.splitlines()[0]
+        == "bench/test_captioning.py::test_captioning[cloud-pocket-with_spaces-zh]"
+    )
 
 
 def test_each_option_is_joined_with_its_value() -> None:
@@ -359,3 +364,34 @@ def test_a_warning_of_a_library_fails_the_tests_and_no_benchmark(
     files = ["-c", str(ROOT / "pytest.ini"), "--rootdir", str(ROOT), "-p", "no:cacheprovider", str(ROOT / folder)]
     result = pytester.runpytest_inprocess("--collect-only", "-q", *options, *files, plugins=[Deprecator()])
     assert result.ret == status
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_the_same_contents_only_however_their_folders_are_spelt(
+    pipeline: Pipeline, pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    data, edge = tmp_path / "data", tmp_path / "edge"
+    manifest = clips.evaluation_set(data) / clips.manifest_name("chinese")
+    shutil.copytree(pipeline.pair.edge, edge)
+    (tmp_path / "link").symlink_to(tmp_path)
+    options = ("--mode", "edge", "--max-samples", "1", "--max-new-tokens", "8")
+
+    def resume(folder: str) -> pytest.RunResult:
+        paths = ("--dataset-path", f"{folder}/data/{manifest.name}", "--edge-model", f"{folder}/edge/")
+        return run(pytester, *options, *paths, "--resume")
+
+    resume(str(tmp_path)).assert_outcomes(passed=1)
+    complete = (pytester.path / "results" / "captioning.json").read_bytes()
+    assert str(tmp_path).encode() not in complete
+    for folder in (f"{tmp_path}/link", os.path.relpath(tmp_path)):
+        resume(folder).assert_outcomes(passed=1)
+    for file, difference in {
+        next(data.glob("wav/*_0000.wav")): "dataset_digest was",
+        edge / "model.safetensors": "edge_weights was",
+    }.items():
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        result = resume(str(tmp_path))
+        result.assert_outcomes(failed=1)
+        result.stdout.fnmatch_lines([f"*captioning.json: is of another experiment ({difference} *"])
+        file.write_bytes(content)

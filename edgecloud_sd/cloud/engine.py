@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.cloud.local import LocalCloud
 from edgecloud_sd.models.frontend import Traits, frontend_traits
-from edgecloud_sd.models.pairs import REAL
+from edgecloud_sd.models.pairs import REAL, checkpoint_name
 from edgecloud_sd.verifier import Verifier
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class VLLM:
         from edgecloud_sd.models import memory
 
         return Identity(
-            name=Path(self.model.name).name,
+            name=checkpoint_name(self.model.name),
             engine="vllm",
             dtype=self.dtype,
             device="cuda" if torch.cuda.is_available() else "cpu",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.models.frontend import Frontend, frontend_traits
-from edgecloud_sd.models.pairs import DUMMY, REAL
+from edgecloud_sd.models.pairs import DUMMY, REAL, checkpoint_name
 from edgecloud_sd.session import Model
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import LocalVerifier, Verifier
@@ -72,7 +71,7 @@ class LocalCloud:
         from edgecloud_sd.models import memory
 
         return Identity(
-            name=Path(self.checkpoint).name,
+            name=checkpoint_name(self.checkpoint),
             engine="transformers",
             dtype=self.dtype,
             device=self.model.thinker.device.type,

@@ -194,6 +194,7 @@ def environment() -> dict[str, Any]:
         "cores": usable_cores(),
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
+        **{name: metadata.version(name) for name in ("tokenizers", "numpy", "soundfile", "soxr")},
         "edgecloud_sd": metadata.version("edgecloud_sd"),
         "commit": checkout_commit(CHECKOUT),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,

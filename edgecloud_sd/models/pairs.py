@@ -28,6 +28,12 @@ PAIRS = {
 }
 
 
+def checkpoint_name(checkpoint: str | Path) -> str:
+    """Return the name of a checkpoint: the last part of its name, or of its real folder however that is spelt."""
+    path = Path(checkpoint)
+    return path.resolve().name if path.is_dir() else path.name
+
+
 def find_pair(name: str, edge_model: str | None = None, cloud_model: str | None = None, weights: str = REAL) -> Pair:
     """Return the pair `name`, with either checkpoint replaced if one is given, and with these weights.
 
@@ -36,6 +42,6 @@ def find_pair(name: str, edge_model: str | None = None, cloud_model: str | None 
     if name not in PAIRS:
         raise ValueError(f"unknown pair {name!r}: choose one of {', '.join(PAIRS)}, or give both models")
     edge, cloud = edge_model or PAIRS[name].edge, cloud_model or PAIRS[name].cloud
-    unnamed = Pair(f"{Path(edge).name}+{Path(cloud).name}", edge, cloud)
+    unnamed = Pair(f"{checkpoint_name(edge)}+{checkpoint_name(cloud)}", edge, cloud)
     pair = next((pair for pair in PAIRS.values() if (edge, cloud) == (pair.edge, pair.cloud)), unnamed)
     return pair if weights == REAL else replace(pair, name=f"{pair.name}-{weights}", weights=weights)
