@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     A warning fails a test. It fails no benchmark, because a library may deprecate a name at any time.
     """
+    if config.getoption("benchmark_histogram", None):
+        refuse_missing_packages("--benchmark-histogram", "pygal", "pygaljs")
     given = {option.name: config.getoption(_destination(option.name)) for option in options.OPTIONS}
     file = config.getoption("--config")
     try:
@@ -49,6 +52,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args = [str(config.rootpath / ("bench" if is_benchmark else "tests"))]
     # in front, because the last filter that matches wins: the lines of pytest.ini stay exceptions
     config.getini("filterwarnings").insert(0, "default" if is_benchmark else "error")
+
+
+def refuse_missing_packages(option: str, *packages: str) -> None:
+    """Raise UsageError if an option needs packages that are not installed."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise pytest.UsageError(
+            f"{option}: needs {' and '.join(missing)}, which is not installed: pip install {' '.join(packages)}"
+        )
 
 
 def pytest_benchmark_scale_unit(

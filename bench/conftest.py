@@ -77,14 +77,28 @@ def _selected_cases(session: pytest.Session) -> list[cases.Case]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Function) -> Generator[None]:
-    """Keep a benchmark that failed or was stopped out of pytest-benchmark's files, whose rows are whole cells."""
-    try:
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """Fail with one line for an expected failure of a fixture."""
+    with errors_in_one_line():
         return (yield)
-    except BaseException:
-        if isinstance(benchmark := item.funcargs.get("benchmark"), BenchmarkFixture):
-            benchmark.has_error = True
-        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Function) -> Generator[None]:
+    """Fail with one line for an expected failure of a benchmark.
+
+    A benchmark that failed or was stopped stays out of pytest-benchmark's files, whose rows are whole cells. Its limits
+    are lifted, because a report needs memory.
+    """
+    with errors_in_one_line():
+        try:
+            return (yield)
+        except BaseException:
+            if isinstance(benchmark := item.funcargs.get("benchmark"), BenchmarkFixture):
+                benchmark.has_error = True
+            if isinstance(process_limits := item.funcargs.get("process_limits"), ExitStack):
+                process_limits.close()
+            raise
 
 
 @pytest.fixture(scope="session")

@@ -25,12 +25,12 @@ from edgecloud_sd.config import Settings
 from edgecloud_sd.data import dataset
 from edgecloud_sd.data.dataset import Clip
 from edgecloud_sd.forecast.model import Forecast
+from edgecloud_sd.host.errors import explain_error
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.measure.summary import ClipResult, Summary
 from edgecloud_sd.pipeline import Request
 from edgecloud_sd.pocket.clips import manifest_path
 from edgecloud_sd.timing.profile import Profile
-from edgecloud_sd.verifier import CloudFault
 
 
 @dataclass
@@ -83,12 +83,15 @@ def outcomes(config: pytest.Config) -> Outcomes:
 
 
 @contextmanager
-def errors_in_one_line(hint: str = "") -> Iterator[None]:
-    """Fail with one line, without a traceback, for a clip, checkpoint, device or server that cannot be used."""
+def errors_in_one_line(hint: str = "", prefix: str = "") -> Iterator[None]:
+    """Fail with one line, without a traceback, for an expected failure, such as a clip that cannot be used."""
     try:
         yield
-    except (ValueError, OSError, CloudFault) as error:
-        raise pytest.fail.Exception(f"{error}{hint}", pytrace=False) from None
+    except Exception as error:
+        expected = explain_error(error)
+        if expected is None:
+            raise
+        raise pytest.fail.Exception(f"{prefix}{expected.line}{hint}", pytrace=False) from None
 
 
 class DataSet:

@@ -52,8 +52,8 @@ class Captioning:
         strategy: Strategy | None = None,
         on_finished: Callable[[], None] = lambda: None,
     ) -> Trace:
-        """Return the trace of one clip. Fail with one line if the cloud fails, or if the clip does not fit."""
-        try:
+        """Return the trace of one clip. Fail with one line for an expected failure."""
+        with errors_in_one_line(f"\n({self.saved.describe_kept()})", f"{clip.file_id}: "):
             return self.pipeline.trace(
                 request,
                 strategy or self.case.strategy,
@@ -63,9 +63,6 @@ class Captioning:
                 seed=clip.file_id,
                 on_finished=on_finished,
             )
-        except (CloudFault, ValueError) as fault:
-            kept = self.saved.describe_kept()
-            raise pytest.fail.Exception(f"{clip.file_id}: {fault}\n({kept})", pytrace=False) from None
 
     def check_saved(self, clip: Clip, request: Request) -> None:
         """Fail with one line if the saved caption of a clip is not the cloud's own. The cloud needs one pass for it."""

@@ -12,11 +12,11 @@ from edgecloud_sd.connect import connect
 from edgecloud_sd.events import Committed, Event, Trace
 from edgecloud_sd.grid import cells
 from edgecloud_sd.host import limits
+from edgecloud_sd.host.errors import errors_to_exit
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.timing.clock import stream
 from edgecloud_sd.timing.harness import Harness
-from edgecloud_sd.verifier import CloudFault
 
 COLOURS = {"local": 32, "accepted": 36, "correction": 31, "bonus": 35, "cloud": 34}  # ANSI
 LEGEND = {
@@ -36,10 +36,10 @@ CAPTION_OPTIONS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Exit with one line for input that cannot be used."""
+    """Run the command line. Exit with one line for input that cannot be used, and for any other expected failure."""
     options = caption_parser().parse_args(arguments)
     given = {name: getattr(options, name.replace("-", "_")) for name in CAPTION_OPTIONS}
-    try:
+    with errors_to_exit():
         settings = config.resolve(given | {"mode": options.mode or "speculative", "shadow": "no"})
         refuse_lists(settings)
         strategy, link = cells(settings)[0]
@@ -56,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pipeline.prepare_for(strategy)
             events = pipeline.events(request, strategy, settings.max_new_tokens, Harness(link=link))
             trace = print_caption(events, lambda tokens: pipeline.text(tokens, strategy.mode), is_coloured)
-    except (ValueError, OSError, CloudFault) as error:
-        sys.exit(f"error: {error}")
-    print(summary_line(trace), file=sys.stderr)
+        print(summary_line(trace), file=sys.stderr)
 
 
 def caption_parser() -> argparse.ArgumentParser:

@@ -50,12 +50,7 @@ class Request:
     transcription: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("language", self.language, prompts.LANGUAGES),
-            ("prompt_type", self.prompt_type, prompts.PROMPT_TYPES),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+        prompts.format_task(self.language, self.prompt_type)  # raises ValueError
 
     @classmethod
     def of(

@@ -47,7 +47,7 @@ def test_help_explains_the_options_in_groups(capsys: pytest.CaptureFixture[str])
         "--api-key-file FILE file with the keys that clients must send, one per line",
         "--insecure listen beyond loopback without a key, so that everybody who can reach the server may use it",
         "--max-sessions N prompts open at once (default: 64)",
-        "--idle-timeout SECONDS close a prompt after this time without a request (default: 300.0)",
+        "--idle-timeout SECONDS close a prompt this time after the end of its last request (default: 300.0)",
         "--max-audio-seconds SECONDS audio of one prompt (default: 60.0)",
         "--until-stdin-closes stop when the process at the other end of stdin ends",
     ):

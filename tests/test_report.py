@@ -26,6 +26,7 @@ from bench.report.metric_text import format_change
 from bench.report.page import BulletList, Page, Paragraph, Section
 from bench.report.render import to_markdown
 from edgecloud_sd.gate import entropy_gate
+from edgecloud_sd.host.errors import EXIT_INTERRUPTED
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.results import SCHEMA_VERSION
 from edgecloud_sd.measure.summary import METRICS
@@ -573,7 +574,7 @@ def test_no_file_is_written_before_both_are_rendered(tmp_path: Path, monkeypatch
 
     file = save(tmp_path / "a.json", [cell("edge")])
     monkeypatch.setattr(report, "to_markdown", stop)
-    with blank_pictures(), pytest.raises(KeyboardInterrupt):
+    with blank_pictures(), pytest.raises(SystemExit, match=str(EXIT_INTERRUPTED)):
         report.main([file, "--output", str(tmp_path / "out" / "r.html")])
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 

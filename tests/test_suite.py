@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import cases, tables
 from bench.resume import SavedClips, count_cores
@@ -25,7 +26,7 @@ from edgecloud_sd.pipeline import Pipeline
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.pytest_plugin import join
 from edgecloud_sd.timing import profile
-from tests.support.suite import ROOT, run
+from tests.support.suite import ROOT, arguments, run
 
 LOSSLESS = "speculative-pocket-always-k4-greedy-zh"
 
@@ -161,6 +162,46 @@ def test_a_bad_option_is_refused_before_anything_runs(
     result = run(pytester, *options)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"*{message}*"])
+
+
+def test_a_histogram_without_its_packages_is_refused_before_anything_runs(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run(pytester, "--mode", "edge", "--benchmark-histogram")
+    result.stderr.fnmatch_lines(["ERROR: --benchmark-histogram: needs pygal and pygaljs*pip install pygal pygaljs"])
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (FloatingPointError("not finite in float32"), "*_0000: not finite in float32"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "*_0000: the GPU is used up (CUDA out of memory): *"),
+        (MemoryError(), "*_0000: memory is used up: *--max-memory-gb*"),
+    ],
+)
+def test_an_expected_failure_of_a_caption_is_one_line(
+    error: Exception, line: str, pipeline: Pipeline, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Pipeline, "trace", fail)
+    result = run(pytester, "-k", "test_captioning", "--mode", "edge", "--max-samples", "1")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines([line, "(*the same command with --resume goes on)"])
+    result.stdout.no_fnmatch_line("*Traceback*")
+
+
+@pytest.mark.slow
+def test_a_memory_limit_that_is_too_low_for_the_libraries_fails_with_one_line(pytester: pytest.Pytester) -> None:
+    options = ["-k", "test_captioning", "--mode", "edge", "--max-samples", "1", "--max-memory-gb", "0.3"]
+    result = pytester.runpytest_subprocess(*arguments(*options))
+    result.assert_outcomes(failed=1)
+    result.stdout.no_fnmatch_line("*INTERNALERROR*")
+    result.stdout.fnmatch_lines(["*-max-memory-gb*"])
 
 
 def test_the_command_line_overrides_a_file_of_options(pytester: pytest.Pytester) -> None:

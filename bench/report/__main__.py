@@ -8,7 +8,6 @@ faster B is and whether its captions are as good. Its 95% intervals are over the
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from bench.report.comparison_page import build_comparison_page, check_machines
 from bench.report.page import Page
 from bench.report.render import to_html, to_markdown
 from bench.report.run_page import build_run_page
-from bench.report.runs import UnusableFile, read_run
+from bench.report.runs import read_run
+from edgecloud_sd.host.errors import errors_to_exit
 from edgecloud_sd.host.files import write_whole
 from edgecloud_sd.measure import quality
 
@@ -24,15 +24,13 @@ from edgecloud_sd.measure import quality
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the report that the command line asks for, or exit with one line that says why not."""
     options = create_parser().parse_args(arguments)
-    try:
+    with errors_to_exit():
         page = build_page(options)
         texts = {options.output: to_html(page), options.output.with_suffix(".md"): to_markdown(page)}
         for path, text in texts.items():
             write_whole(path, text)
-    except (UnusableFile, OSError) as error:
-        sys.exit(f"error: {error}")
-    for path in texts:
-        print(f"wrote {path}")
+        for path in texts:
+            print(f"wrote {path}")
 
 
 def build_page(options: argparse.Namespace) -> Page:

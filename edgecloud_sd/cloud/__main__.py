@@ -21,6 +21,7 @@ from edgecloud_sd.cloud import engine as engines
 from edgecloud_sd.cloud.keys import read_keys
 from edgecloud_sd.cloud.local import LocalCloud
 from edgecloud_sd.cloud.sessions import ServiceLimits
+from edgecloud_sd.host.errors import errors_to_exit
 from edgecloud_sd.models import devices, pairs
 from edgecloud_sd.models.devices import choose_threads, use_threads
 
@@ -34,15 +35,11 @@ POSITIVE_OPTIONS = ("max_sessions", "idle_timeout", "max_audio_seconds", "max_to
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line, and exit with one line for a bad option."""
+    """Run the command line, and exit with one line for a bad option or any other expected failure."""
     options = serve_parser().parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
+    with errors_to_exit():
         serve(options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def serve_parser() -> argparse.ArgumentParser:

@@ -30,6 +30,7 @@ from edgecloud_sd.cloud.sessions import (
 )
 from edgecloud_sd.data import prompts
 from edgecloud_sd.events import Prompt, Verdict
+from edgecloud_sd.host.errors import is_out_of_memory
 from edgecloud_sd.stopping import Stopping, check_length
 from edgecloud_sd.verifier import Verification
 
@@ -278,11 +279,3 @@ class CloudService:
             await self._queue.run(client, session.close)
         except Exception:
             _logger.exception("a session could not be closed")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether a model call failed for lack of memory."""
-    from torch import OutOfMemoryError
-
-    # On a CPU, torch raises a plain RuntimeError with this text.
-    return isinstance(error, MemoryError | OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -197,7 +197,10 @@ def verify_rows(draft: Sequence[int], rows: Sequence[Row], r: int, width: int | 
     """
     for accepted, row in enumerate(rows):
         if not all(map(math.isfinite, row.values())):
-            raise FloatingPointError("the model gave logits that are not finite; use a wider dtype")
+            raise FloatingPointError(
+                "the model gave logits that are not finite: choose --dtype float32, or if it is that already, "
+                "check the checkpoint and the audio"
+            )
         # Tokens outside the row have at most the lowest of its logits, and may be tied with it.
         lowest = -math.inf if width is None else sorted(row.values(), reverse=True)[width - 1]
         if accepted < len(draft):

@@ -6,14 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from edgecloud_sd.data.dataset import BadClip, check_manifest
+from edgecloud_sd.data.dataset import check_manifest
 from edgecloud_sd.data.secap import import_secap
+from edgecloud_sd.host.errors import errors_to_exit
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; exit with status 1 and one line for an error."""
     options = _build_parser().parse_args(arguments)
-    try:
+    with errors_to_exit():
         if options.command == "secap":
             target = options.output or options.folder / "manifest.json"
             print(f"{import_secap(options.folder, target)} clips in {target}")
@@ -22,8 +23,6 @@ def main(arguments: list[str] | None = None) -> None:
             print("\n".join(lines))
             if not is_usable:
                 sys.exit(1)
-    except (BadClip, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecloud_sd.data.prompts import LANGUAGES
+from edgecloud_sd.data.prompts import LANGUAGES, TASKS, look_up
+from edgecloud_sd.host.stderr import silent_stderr
 
 SAMPLE_RATE = 16_000  # Hz, of the feature extractor of Qwen2.5-Omni
 MIN_CLIP_SECONDS = 0.025  # one window of the feature extractor (n_fft = 400 samples)
@@ -65,7 +66,8 @@ def load_audio(file: str | Path) -> NDArray[np.float32]:
     import soxr
 
     path = Path(file)
-    samples, rate = _read_samples(path)
+    with silent_stderr():  # the MP3 decoder writes to it
+        samples, rate = _read_samples(path)
     if not len(samples):
         raise BadClip(f"{path}: contains no audio (0 samples)")
     if not np.isfinite(samples).all():
@@ -128,8 +130,10 @@ def load_manifest(
 
     `audio_only` scores against `<language>_caption`, and the prompt has the audio alone. `original` scores against
     `caption`, and the prompt has the transcription too, if there is one. Raise BadClip for the first bad clip unless
-    `on_bad_clip` is "skip", for a manifest that is not a list, and for one without a usable clip.
+    `on_bad_clip` is "skip", for a manifest that is not a list, and for one without a usable clip. Raise ValueError for
+    an unknown language.
     """
+    look_up(TASKS, language, "language")
     clips: list[Clip] = []
     skipped: list[SkippedClip] = []
     file_ids: set[str] = set()

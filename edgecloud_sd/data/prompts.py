@@ -6,7 +6,8 @@ The chat format is the chat template of Qwen2.5-Omni for one user turn with audi
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from edgecloud_sd.events import Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
+_T = TypeVar("_T")
 SYSTEM_PROMPT = "You caption the emotion in speech."
 TASKS: dict[str, dict[str, str]] = {
     "chinese": {
@@ -36,9 +38,19 @@ PROMPT_TYPES = tuple(TASKS["english"])
 AUDIO_TOKEN = "<|AUDIO|>"
 
 
+def look_up(table: Mapping[str, _T], value: str, name: str) -> _T:
+    """Return the entry of a table. Raise ValueError, with the values that it has, for another one."""
+    if value not in table:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(table)}")
+    return table[value]
+
+
 def format_task(language: str, prompt_type: str, transcription: str | None = None) -> str:
-    """Return the text of the user's turn: the transcription, if one is given, and the task."""
-    task = TASKS[language][prompt_type]
+    """Return the text of the user's turn: the transcription, if one is given, and the task.
+
+    Raise ValueError for an unknown language or prompt type.
+    """
+    task = look_up(look_up(TASKS, language, "language"), prompt_type, "prompt_type")
     return f"{TRANSCRIPTION_FORMATS[language].format(transcription)}\n{task}" if transcription else task
 
 

@@ -18,6 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from edgecloud_sd.models import hub
+
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 BERTSCORE_ADVICE = (
     "give a folder with config, weights and tokenizer, or an encoder's name on the hub, such as bert-base-chinese"
@@ -81,13 +83,15 @@ def load_scorer(name: str) -> BertScorer:
         ) from error
     try:
         with _quiet():
+            hub.prepare_hub(name)
             scorer = _load(name)
             scorer.score(["a"], [["a"]])  # a model that loads but cannot score fails here, not after the first cell
     except (
         *(OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ImportError),
         SafetensorError,
     ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(name, scorer_label(name))
+        reason = hub.explain_hub_error(error) or (str(error).splitlines() or [type(error).__name__])[0]
+        reason = reason.replace(name, scorer_label(name))
         raise ValueError(
             f"BERTScore model {scorer_label(name)!r} cannot be loaded: {reason}; {BERTSCORE_ADVICE}"
         ) from error

@@ -7,7 +7,6 @@ and no rate of the file becomes a metric here.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from edgecloud_sd.acceptance import Rank
 from edgecloud_sd.data.dataset import BadClip
 from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.data.published import RecordedClip, RecordedRun, read_recorded_runs
+from edgecloud_sd.host.errors import errors_to_exit
 from edgecloud_sd.measure import metrics, quality, results
 from edgecloud_sd.measure.summary import (
     METRICS,
@@ -321,13 +321,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mode", choices=MODES, help="the mode of files that do not say which one they are of")
     parser.add_argument("--bertscore-model", metavar="MODEL", help="a folder or a name on the hub (default: none)")
     options = parser.parse_args(arguments)
-    try:
+    with errors_to_exit():
         written = import_files(options.files, options.output_dir, options.mode, options.bertscore_model)
-    except (BadClip, OSError) as error:
-        sys.exit(f"error: {error}")
-    for path, document in written:
-        skipped = f", {len(document['skipped_clips'])} skipped" if document["skipped_clips"] else ""
-        print(f"{len(document['detailed_results'])} clips in {path}{skipped}")
+        for path, document in written:
+            skipped = f", {len(document['skipped_clips'])} skipped" if document["skipped_clips"] else ""
+            print(f"{len(document['detailed_results'])} clips in {path}{skipped}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from edgecloud_sd.data.prompts import look_up
+
 # English has exact, stem, synonym and paraphrase matches, with parameters tuned to human rankings. METEOR has no data
 # for Chinese, so it gets exact matches and the universal parameters (alpha 0.75, beta 1.4, gamma 0.7, delta 0.5).
 METEOR_OPTIONS = {"chinese": ("-l", "other"), "english": ("-l", "en")}
@@ -35,7 +37,7 @@ class Meteor:
     """One Java process, which starts at the first score and restarts after a failure."""
 
     def __init__(self, language: str) -> None:
-        self._options = METEOR_OPTIONS[language]
+        self._options = look_up(METEOR_OPTIONS, language, "language")
         self._java: subprocess.Popen[str] | None = None
         self._stderr: IO[str] | None = None
 

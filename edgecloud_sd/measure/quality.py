@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecloud_sd.data.prompts import look_up
 from edgecloud_sd.data.texts import has_visible_text
 from edgecloud_sd.measure import bertscore, meteor
 from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION, NORMALISATIONS
@@ -27,6 +28,7 @@ QUALITY_METRICS = (*BLEU, "meteor", "rouge_l", "cider", *BERTSCORE, "language_ma
 SCRIPTS = {"chinese": "CJK ", "english": "LATIN "}  # first word of the Unicode names of the letters
 _CHARACTERS = re.compile(r"[A-Za-z0-9]+|\S")
 _WORDS = re.compile(r"\w+|[^\w\s]")
+_PATTERNS = {"chinese": _CHARACTERS, "english": _WORDS}
 
 Scores = tuple[float, Sequence[float]]  # (corpus score, score of each clip)
 
@@ -53,7 +55,7 @@ class Quality:
 
 def tokenize(text: str, language: str) -> list[str]:
     """Return the lower-cased tokens of `text` that the metrics compare."""
-    pattern = _CHARACTERS if language == "chinese" else _WORDS
+    pattern = look_up(_PATTERNS, language, "language")
     return pattern.findall(text.lower())
 
 
@@ -63,8 +65,9 @@ def is_in_language(text: str, language: str) -> bool:
     Digits, punctuation and spaces are not letters, and a text without letters is in no language. The test finds a model
     that answers in another script. French passes as English, because both use the Latin script.
     """
+    script = look_up(SCRIPTS, language, "language")
     letters = [unicodedata.name(character, "") for character in text if character.isalpha()]
-    return 2 * sum(name.startswith(SCRIPTS[language]) for name in letters) > len(letters)
+    return 2 * sum(name.startswith(script) for name in letters) > len(letters)
 
 
 def check_bertscore_model(name: str) -> None:
@@ -116,7 +119,7 @@ def score(
         corpus=corpus,
         per_clip=per_clip,
         empty=sum(not text for text in candidates),
-        tokenizer=TOKENIZERS[language],
+        tokenizer=look_up(TOKENIZERS, language, "language"),
         normalisation=normalisation,
         bertscore_model=label if corpus["bertscore_f1"] is not None else None,
         reasons=reasons,

@@ -24,8 +24,27 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used here: {reason}") from error
+        reason = str(error).splitlines()[0].removesuffix(".")
+        raise ValueError(f"device {device!r} cannot be used here: {reason}; {_advise_device()}") from error
+
+
+def _advise_device() -> str:
+    """Return the devices of this machine, as advice."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        return "this machine has no GPU that torch can use (nvidia-smi): choose cpu, or auto for the cloud"
+    gpus = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+    return f"choose cpu or {gpus}"
+
+
+def explain_not_finite(dtype: str) -> str:
+    """Return the message for logits that are not finite in a number format."""
+    problem = f"the model gave logits that are not finite in {dtype}"
+    if dtype in ("float16", "bfloat16"):
+        return f"{problem}, which overflows: choose float32 (--edge-dtype, --cloud-dtype)"
+    return f"{problem}: its weights or the audio are at fault, so download the checkpoint again, or check the clip"
 
 
 def parse_cloud_dtype(text: str) -> str:

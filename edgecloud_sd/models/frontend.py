@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from edgecloud_sd.host.errors import explain_out_of_memory, is_out_of_memory
+from edgecloud_sd.models import hub
 
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")  # configurations that contain a thinker
 
@@ -73,13 +74,10 @@ def read_frontend(checkpoint: str | Path) -> Frontend:
     Raise ValueError if there is no such folder, and OSError if it cannot be read or is of another kind.
     """
     from transformers import AutoTokenizer, GenerationConfig, WhisperFeatureExtractor
-    from transformers.utils import logging
 
     name = str(checkpoint)
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not Path(name).is_dir() and not hub.CHECKPOINT_NAME.fullmatch(name):
         raise ValueError(f"no checkpoint {name!r}: give a folder that exists, or a name on the hub as owner/name")
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     with one_line_errors(name):
         config = load_config(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -113,11 +111,16 @@ def one_line_errors(name: str) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    hub.prepare_hub(name)
     try:
         yield
     # torch raises RuntimeError when memory runs out
     except (OSError, ValueError, SafetensorError, StrictDataclassError, MemoryError, RuntimeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
+        if is_out_of_memory(error):
+            lines = [explain_out_of_memory(error)]
+        elif hub_reason := hub.explain_hub_error(error):
+            lines = [hub_reason]
         # a configuration error spreads over several lines, and its first one names no value
         reason = " ".join(map(str.strip, lines)) if isinstance(error, StrictDataclassError) else lines[0]
         raise OSError(f"checkpoint {name!r} cannot be loaded: {reason}") from error

@@ -26,7 +26,7 @@ from edgecloud_sd.events import Prompt
 from edgecloud_sd.host import limits
 from edgecloud_sd.models import memory, quantized
 from edgecloud_sd.models.cache import GROWTH, Cache
-from edgecloud_sd.models.devices import QUANTISED_DTYPES
+from edgecloud_sd.models.devices import QUANTISED_DTYPES, explain_not_finite
 from edgecloud_sd.models.frontend import Frontend, one_line_errors, read_frontend
 from edgecloud_sd.models.text import TextModel
 from edgecloud_sd.session import check_truncation
@@ -67,7 +67,7 @@ class HFSession:
         self.tokens.extend(tokens)
         # a sum is the fastest check of all logits, because it preserves nan and infinity
         if not math.isfinite(logits.sum(dtype=torch.float32).item()):
-            raise FloatingPointError(f"the model gave logits that are not finite in {logits.dtype}; use a wider dtype")
+            raise FloatingPointError(explain_not_finite(str(logits.dtype).removeprefix("torch.")))
         return logits
 
     def truncate(self, length: int) -> None:

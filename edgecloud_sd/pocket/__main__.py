@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from edgecloud_sd.host.errors import errors_to_exit
 from edgecloud_sd.models.pairs import POCKET_WEIGHTS, Pair
 from edgecloud_sd.pocket import clips
 
@@ -16,23 +16,21 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command; exit with one line for an error."""
     parser = _build_parser()
     options = parser.parse_args(arguments)
-    if options.command == "clips":
-        try:
+    if options.command == "evaluate" and options.clips < MIN_CLIPS:
+        parser.error(f"--clips must be at least {MIN_CLIPS}, not {options.clips}")
+    with errors_to_exit():
+        if options.command == "clips":
             print(clips.evaluation_set(options.folder))
-        except OSError as error:
-            sys.exit(f"error: {error}")
-    elif options.command == "train":
-        from edgecloud_sd.pocket.train import train_pair
+        elif options.command == "train":
+            from edgecloud_sd.pocket.train import train_pair
 
-        train_pair(options.folder)
-    else:
-        from edgecloud_sd.pipeline import Pipeline
-        from edgecloud_sd.pocket import evaluate as evaluation
+            train_pair(options.folder)
+        else:
+            from edgecloud_sd.pipeline import Pipeline
+            from edgecloud_sd.pocket import evaluate as evaluation
 
-        if options.clips < MIN_CLIPS:
-            parser.error(f"--clips must be at least {MIN_CLIPS}, not {options.clips}")
-        pair = Pair("pocket", str(options.folder / "edge"), str(options.folder / "cloud"))
-        print(evaluation.evaluate(Pipeline(pair), options.set, options.clips))
+            pair = Pair("pocket", str(options.folder / "edge"), str(options.folder / "cloud"))
+            print(evaluation.evaluate(Pipeline(pair), options.set, options.clips))
 
 
 def _build_parser() -> argparse.ArgumentParser:
