@@ -121,7 +121,8 @@ def generation_events(
     )
     timed_edge = harness.edge(edge) if edge else None
     events = decode(prompt, harness.timed_strategy(strategy), stopping, timed_edge, verifier, runtime)
-    yield from lengths.observe(events, harness.watch.seconds) if lengths else events
+    observed = lengths.observe(events, harness.watch.seconds) if lengths else events
+    yield from harness.with_corrections(observed)  # outside, so that adaptive k takes no correction for a step
 
 
 class Pipeline:
@@ -373,4 +374,5 @@ class Pipeline:
             return None
         with self._lock:
             key = (strategy, language, link, profile)
-            return self._adaptive.setdefault(key, AdaptiveK.for_strategy(strategy))
+            correction = profile.correction if profile else 0.0
+            return self._adaptive.setdefault(key, AdaptiveK.for_strategy(strategy, correction))

@@ -57,6 +57,7 @@ SETTINGS = {
     "phone over 5g": (profiles.load_profile("phone-npu"), links.find_link("5g")),
     "phone over 4g": (profiles.load_profile("phone-npu"), links.find_link("4g")),
     "published": (profiles.load_profile("published"), links.NO_LINK),
+    "published as run": (profiles.load_profile("published-as-run"), links.NO_LINK),
 }
 
 
@@ -93,7 +94,8 @@ def test_adaptive_k_takes_at_most_5_percent_more_time_than_the_best_fixed_k(name
     machines, link = SETTINGS[name]
     captions = wrong_positions(0.92)
     fixed = {k: seconds(k, machines, link, captions, ahead) for k in range(1, 13)}
-    assert seconds(AdaptiveK(ahead), machines, link, captions, ahead) <= 1.05 * min(fixed.values())
+    run = AdaptiveK(ahead, correction=machines.correction)
+    assert seconds(run, machines, link, captions, ahead) <= 1.05 * min(fixed.values())
 
 
 def test_drafts_grow_with_the_round_trip_and_shrink_with_a_slow_draft_model() -> None:
@@ -137,6 +139,15 @@ def test_replaying_a_trace_gives_the_statistics_of_the_generation_itself() -> No
         harness = Harness(*SETTINGS["laptop over 4g"], str(number))
         replayed.replay(decode_caption(wrong, original, harness))
     assert original == replayed
+
+
+def test_a_correction_that_costs_time_is_no_part_of_a_step_in_a_run_or_replayed() -> None:
+    machines = Profile("costly", Costs(0.5, ((1, 0.125),)), Costs(0.5, ((1, 1.0),)), correction=4.0)
+    original, replayed = AdaptiveK(correction=4.0), AdaptiveK(correction=4.0)
+    for wrong in wrong_positions(0.8)[:5]:
+        replayed.replay(decode_caption(wrong, original, Harness(machines)))
+    assert original == replayed
+    assert original.step.mean == pytest.approx(0.125)
 
 
 def test_the_first_draft_fills_the_time_until_the_cloud_is_ready() -> None:

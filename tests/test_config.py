@@ -282,7 +282,10 @@ def test_any_mapping_in_a_file_is_read_or_refused_with_the_file_name(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clock": "virtual"}, "--clock: virtual needs --profile: laptop-gpu, phone-npu, published, measure or a YAML"),
+        (
+            {"clock": "virtual"},
+            "--clock: virtual needs --profile: laptop-gpu, phone-npu, published, published-as-run, ",
+        ),
         ({"profile": "published"}, "--profile: 'published' is for the virtual clock; add --clock virtual"),
         ({"link": "5G"}, "--link: '5G' is not one of none, lan, wifi, 5g, 4g, sat, or a link like rtt=40ms,"),
         (

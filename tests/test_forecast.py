@@ -42,6 +42,7 @@ from edgecloud_sd.forecast.model import (
 )
 from edgecloud_sd.forecast.sentence import forecast_sentence
 from edgecloud_sd.gate import Gate
+from edgecloud_sd.measure.metrics import counts
 from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.stopping import Stopping
@@ -321,6 +322,7 @@ def test_the_profile_estimated_from_traces_is_the_profile_of_their_clock(
     estimate = estimate_profile(traces, "estimate")
     assert estimate is not None
     has_score = any(span.part == "gate" for trace in traces for span in trace.spans)
+    is_corrected = any(counts(trace).correction for trace in traces)
     assert estimate == Profile(
         "estimate",
         Costs(exactly(machines.edge.prefill), ((1, exactly(machines.edge.step)),)),  # type: ignore[arg-type]
@@ -331,6 +333,7 @@ def test_the_profile_estimated_from_traces_is_the_profile_of_their_clock(
         features=exactly(machines.features),  # type: ignore[arg-type]
         gate=exactly(machines.gate if has_score else 0.0),  # type: ignore[arg-type]
         queue=exactly(machines.queue),  # type: ignore[arg-type]
+        correction=exactly(machines.correction if is_corrected else 0.0),  # type: ignore[arg-type]
     )
     fed = {event.sent + len(event.draft.tokens) for _, event in traces[-1].events if isinstance(event, Escalated)}
     assert {n for n, _ in estimate.cloud.forward} == fed | {1}

@@ -65,6 +65,22 @@ def speculative(harness: Harness) -> Trace:
     return caption(Strategy("speculative", UNSURE, k=2), harness)
 
 
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_a_correction_costs_the_edge_the_seconds_of_the_profile(ahead: int) -> None:
+    strategy = Strategy("speculative", k=2, draft_ahead=ahead)
+    free, costly = (caption(strategy, Harness(replace(PROFILE, correction=seconds), LINK)) for seconds in (0.0, 4.0))
+    corrections = metrics.counts(free).correction
+    assert corrections == 1
+    assert costly.seconds == free.seconds + 4.0 * corrections
+    assert latency_breakdown(costly).parts["rollback"] == 4.0
+    shown, earlier = (
+        [moment for moment, event in trace.events if isinstance(event, Committed) and event.origin == "correction"]
+        for trace in (costly, free)
+    )
+    assert shown == earlier  # the token is visible before the edge repairs its cache
+    assert metrics.counts(costly) == metrics.counts(free)
+
+
 def test_every_moment_of_a_speculative_caption_by_hand() -> None:
     local, rejected = Draft((0, 0), (0.0, 0.0)), Draft((0, 1), (0.0, 1.0))
     whole, last = Draft((0, 0), (1.0, 0.0)), Draft((0,), (0.0,))

@@ -22,6 +22,7 @@ features: 0.01
 gate: 0.002
 queue: 0.1
 draft_at_cloud: 0.004
+correction: 0.3
 edge:
   prefill: 0.5
   forward: {1: 0.04, 2: 0.05}
@@ -47,6 +48,15 @@ def test_the_published_profile_has_the_published_figures() -> None:
     assert (published.features, published.gate, published.queue, published.draft_at_cloud) == (0, 0, 0, None)
 
 
+def test_the_published_run_took_longer_for_a_verification_and_for_a_correction() -> None:
+    as_run, published = profile.load_profile("published-as-run"), profile.load_profile("published")
+    assert (as_run.edge.step, as_run.cloud.step, as_run.correction) == (0.376, 0.0387, 0.704)
+    assert {as_run.cloud.seconds(n) for n in (2, 6, 7.5, 400)} == {0.342}  # no verification feeds a single token
+    assert as_run.edge.prefill == published.edge.prefill
+    assert as_run.cloud.prefill == published.cloud.prefill
+    assert published.correction == 0
+
+
 def test_a_file_is_read_field_by_field(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(GOOD)
@@ -58,6 +68,7 @@ def test_a_file_is_read_field_by_field(tmp_path: Path) -> None:
         gate=0.002,
         queue=0.1,
         draft_at_cloud=0.004,
+        correction=0.3,
         source="timed by hand",
     )
 
@@ -90,13 +101,18 @@ def test_a_profile_from_json_is_unchanged(drawn: Profile, source: str) -> None:
         (GOOD, "", ": must be a map of fields to values, not a NoneType"),
         (GOOD, "a: [", ": is not YAML"),
         (GOOD, "source: x", ": missing field cloud, edge"),
-        ("queue:", "queues:", ": unknown field queues; choose from cloud, draft_at_cloud, edge, features, gate, queue"),
+        ("queue:", "queues:", ": unknown field queues; choose from cloud, correction, draft_at_cloud, edge, "),
         ("features: 0.01", "features: -0.01", ", features: must be a number of seconds, 0 or more, not -0.01"),
         ("gate: 0.002", "gate: fast", ", gate: must be a number of seconds, 0 or more, not 'fast'"),
         ("queue: 0.1", "queue: .inf", ", queue: must be a number of seconds, 0 or more, not inf"),
         ("queue: 0.1", "queue: .nan", ", queue: must be a number of seconds, 0 or more, not nan"),
         ("queue: 0.1", "queue: true", ", queue: must be a number of seconds, 0 or more, not True"),
         ("draft_at_cloud: 0.004", "draft_at_cloud: []", ", draft_at_cloud: must be a number of seconds"),
+        ("queue: 0.1", "queue:", ", queue: must be a number of seconds, 0 or more, not None"),
+        ("correction: 0.3", "correction: -1", ", correction: must be a number of seconds, 0 or more, not -1"),
+        ("correction: 0.3", "correction: .nan", ", correction: must be a number of seconds, 0 or more, not nan"),
+        ("correction: 0.3", "corrections: 0.3", ": unknown field corrections; choose from cloud, correction, "),
+        ("source: timed by hand", "source: [a, b]", ", source: must be a text, not ['a', 'b']"),
         ("prefill: 0.5", "prefill: -1", ", edge, prefill: must be a number of seconds, 0 or more, not -1"),
         ("prefill: 1\n", "prefill:\n", ", cloud, prefill: must be a number of seconds, 0 or more, not None"),
         ("  prefill: 0.5\n", "", ", edge: missing field prefill"),
@@ -123,7 +139,7 @@ def test_a_bad_profile_is_refused_with_its_file_and_field(tmp_path: Path, old: s
 
 
 def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ProfileError, match=r"^no profile 'toaster': .* laptop-gpu, phone-npu, published$"):
+    with pytest.raises(ProfileError, match=r"^no profile 'toaster': .* phone-npu, published, published-as-run$"):
         profile.load_profile("toaster")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from threading import RLock
 
-from edgecloud_sd.events import Ahead, Degraded, Drafted, Escalated, Event, Opened, Trace, Verified
+from edgecloud_sd.events import Ahead, Committed, Degraded, Drafted, Escalated, Event, Opened, Trace, Verified
 from edgecloud_sd.forecast.model import MAX_K, Workload, fastest_k
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import Clock
@@ -85,6 +85,7 @@ class AdaptiveK:
     draft_ahead: int = 0
     is_lossless: bool = True
     has_eager_prefill: bool = True
+    correction: float = 0.0  # seconds of a correction in the cost profile of the clock
     step: DecayingMean = field(default_factory=_cost)  # seconds of an edge step, the gate's score included
     step_beside_prefill: DecayingMean = field(default_factory=_cost)  # the same while the cloud prefills
     trip: DecayingMean = field(default_factory=_cost)  # seconds from sending a draft to its verdict, by tokens fed
@@ -99,9 +100,9 @@ class AdaptiveK:
     lock: RLock = field(default_factory=RLock, compare=False, repr=False)
 
     @classmethod
-    def for_strategy(cls, strategy: Strategy) -> AdaptiveK:
-        """Return empty statistics for a strategy."""
-        return cls(strategy.draft_ahead, strategy.is_lossless, strategy.prefill == "eager")
+    def for_strategy(cls, strategy: Strategy, correction: float = 0.0) -> AdaptiveK:
+        """Return empty statistics for a strategy, whose corrections take `correction` seconds at the edge."""
+        return cls(strategy.draft_ahead, strategy.is_lossless, strategy.prefill == "eager", correction)
 
     def for_generation(self) -> DraftLengths:
         """Return the state of a new generation, which adds to these statistics."""
@@ -110,8 +111,9 @@ class AdaptiveK:
     def replay(self, trace: Trace) -> None:
         """Add a generation that was decoded before."""
         generation = self.for_generation()
-        for (before, _), (seconds, event) in itertools.pairwise(trace.events):
-            generation.see(event, seconds - before)
+        for (before, last), (seconds, event) in itertools.pairwise(trace.events):
+            is_corrected = isinstance(last, Committed) and last.origin == "correction"
+            generation.see(event, seconds - before - (self.correction if is_corrected else 0.0))
 
     @property
     def mean_step(self) -> float:
@@ -138,7 +140,8 @@ class AdaptiveK:
         apply on a shared processor, where the edge delays the cloud.
         """
         trips = [self.trip.at(n) for n in (1, 2)]
-        costs = Profile("observed", Costs(0.0, ((1, self.mean_step),)), Costs(0.0, tuple(enumerate(trips, 1))))
+        edge, cloud = Costs(0.0, ((1, self.mean_step),)), Costs(0.0, tuple(enumerate(trips, 1)))
+        costs = Profile("observed", edge, cloud, correction=self.correction)
         workload = Workload(
             k=max(round(self.drafted.mean), 1),
             acceptance_by_position=self.acceptance(),

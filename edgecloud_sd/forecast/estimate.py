@@ -74,13 +74,15 @@ def estimate_profile(traces: Iterable[Trace], name: str = "observed") -> Profile
     their calls, until they rise (isotonic regression).
     """
     parts, passes = _Sums(), _Sums()  # keys: parts of the breakdown; tokens of the cloud's forward pass
+    corrections = 0
     for trace in traces:
         is_alone = not any(isinstance(event, Drafted) for _, event in trace.events)
         opened = next((seconds for seconds, event in trace.events if event == Opened("cloud")), None)
+        corrections += metrics.counts(trace).correction
         for span in trace.spans:
             # the edge hides a part of the cloud's prefill and of its queue
             is_hidden = span.part == "cloud_queue" and (opened is None or span.end <= opened)
-            if span.part in ("features", "edge_prefill", "draft", "gate") or (
+            if span.part in ("features", "edge_prefill", "draft", "gate", "rollback") or (
                 span.part == "cloud_queue" and (is_alone or not is_hidden)
             ):
                 parts.add(span.part, span.seconds)
@@ -97,6 +99,7 @@ def estimate_profile(traces: Iterable[Trace], name: str = "observed") -> Profile
         features=parts.mean("features"),
         gate=parts.mean("gate"),
         queue=parts.mean("cloud_queue"),
+        correction=parts.seconds["rollback"] / corrections if corrections else 0.0,
     )
 
 

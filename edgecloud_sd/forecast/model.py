@@ -10,6 +10,7 @@ The derivation uses these symbols.
 - L: seconds on the link per verification: rtt + 8 bytes_up / up + 8 bytes_down / down + the smaller terms of `Link`.
 - q: seconds in the cloud's queue.
 - V: seconds of the cloud's forward pass.
+- C: seconds of a correction at the edge, beside its next step.
 
 Tokens per round. A verification accepts A = sum_i p_i draft tokens in the mean. If p_i = a^i, then A + 1 is
 (1 - a^(k+1)) / (1 - a) (Leviathan et al. 2023, equation 1). A local round commits its k draft tokens. The mean round
@@ -17,16 +18,17 @@ commits
 
     M = g (A + b) + (1 - g) k.
 
-Seconds per round. A round drafts for D seconds. An escalated round then waits W seconds for its verdict. The mean is
+Seconds per round. A round drafts for D seconds. An escalated round then waits W seconds for its verdict. Unless its
+draft was accepted whole, it spends C seconds on the correction. The mean is
 
-    T = D + g W    with    W = L + q + V.
+    T = D + g (W + (1 - p_k) C)    with    W = L + q + V.
 
 D is k e, plus one difference. After a draft accepted whole, the edge feeds its last token and the bonus in one pass,
 which may cost more than a pass over one token. V is the cost of a pass over the tokens that the cloud has not seen.
 After m local rounds these are k m + 1 committed tokens and the draft. m is geometric: P(m) = g (1 - g)^m. If the mean
 number of committed tokens sent with a draft is known, V is the cost at that mean.
 
-Seconds per token are T / M. Let e = c V, D = k e, L = q = 0 and g = 1. Then V M / T is the walltime improvement of
+Seconds per token are T / M. Let e = c V, D = k e, L = q = C = 0 and g = 1. Then V M / T is the walltime improvement of
 Leviathan et al. 2023 (theorem 3.8). The model adds the link, the queue and the gate.
 
 Break-even. A baseline takes s seconds per token. The loop is as fast if T = M s. T is linear in the RTT with slope g,
@@ -186,7 +188,7 @@ def _round(profile: Profile, workload: Workload, wait: float, left: int = 0, ahe
         draft_seconds += g * accepted_whole * (profile.edge.seconds(2) - profile.edge.step)
     return Round(
         g * (accepted + from_target) + (1 - g) * k,
-        draft_seconds + g * max(wait, ahead * step),
+        draft_seconds + g * (max(wait, ahead * step) + (1 - accepted_whole) * profile.correction),
     )
 
 

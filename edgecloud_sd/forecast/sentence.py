@@ -25,7 +25,8 @@ def _headline(forecast: Forecast) -> str:
 
 
 def _token_seconds(forecast: Forecast) -> str:
-    return f"at k={forecast.k} a token takes {_time(forecast.token)}, and with the cloud alone {_time(forecast.cloud)}"
+    token, cloud = format_seconds(forecast.token), format_seconds(forecast.cloud)
+    return f"at k={forecast.k} a token takes {token}, and with the cloud alone {cloud}"
 
 
 def _speed_ups(forecast: Forecast) -> str:
@@ -38,7 +39,8 @@ def _speed_ups(forecast: Forecast) -> str:
 def _generation_seconds(forecast: Forecast) -> list[str]:
     if forecast.caption is None or forecast.caption_cloud is None:
         return []
-    times = f"{_time(forecast.caption)} with its prefill, and with the cloud alone {_time(forecast.caption_cloud)}"
+    ours, cloud = format_seconds(forecast.caption), format_seconds(forecast.caption_cloud)
+    times = f"{ours} with its prefill, and with the cloud alone {cloud}"
     return [f"A caption of {forecast.tokens:.0f} tokens takes {times}."]
 
 
@@ -50,10 +52,12 @@ def _limits(forecast: Forecast) -> list[str]:
 
 def _conditions(forecast: Forecast) -> list[str]:
     """Return the ceiling of a loop that does not pay, and each change that alone would make it pay."""
+    without_bonus = f" ({forecast.ceiling_over_edge_without_bonus:.2f}x without the bonus token)"
+    has_bonus = forecast.ceiling_over_edge != forecast.ceiling_over_edge_without_bonus
     ceiling = (
         "Even if every draft token is accepted and the link takes no time, this k cannot exceed "
-        f"{forecast.ceiling_over_edge:.2f}x the edge alone ({forecast.ceiling_over_edge_without_bonus:.2f}x without "
-        f"the bonus token) and {forecast.ceiling_over_cloud:.2f}x the cloud alone."
+        f"{forecast.ceiling_over_edge:.2f}x the edge alone{without_bonus if has_bonus else ''} and "
+        f"{forecast.ceiling_over_cloud:.2f}x the cloud alone."
     )
     changes = [_best_k(forecast)] if forecast.best_over_cloud > 1 else []
     changes += _break_even_points(forecast, "below")
@@ -72,11 +76,11 @@ def _break_even_points(forecast: Forecast, preposition: str) -> list[str]:
     """Return the round trip and the step of the draft model at which the loop breaks even, each if it exists."""
     points = []
     if forecast.largest_rtt is not None:
-        points.append(f"a round trip {preposition} {_time(forecast.largest_rtt)} (now {_time(forecast.rtt)})")
+        limit, now = format_seconds(forecast.largest_rtt), format_seconds(forecast.rtt)
+        points.append(f"a round trip {preposition} {limit} (now {now})")
     if forecast.slowest_drafter is not None:
-        points.append(
-            f"a draft model {preposition} {_time(forecast.slowest_drafter)} per step (now {_time(forecast.edge)})"
-        )
+        limit, now = format_seconds(forecast.slowest_drafter), format_seconds(forecast.edge)
+        points.append(f"a draft model {preposition} {limit} per step (now {now})")
     return points
 
 
@@ -84,5 +88,6 @@ def _join(parts: list[str], conjunction: str) -> str:
     return f" {conjunction} ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def _time(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
+    """Return seconds as `37 ms` or `1.2 s`, with three significant digits."""
     return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"

@@ -20,7 +20,7 @@ PARTS = {
     "cloud_decode": "The cloud's own steps, in mode cloud.",
     "downlink": "An answer on its way back over an emulated link.",
     "faults": "Failed attempts to reach the cloud, the waits between them, and a repeated prefill.",
-    "rollback": "Cutting a cache back after a rejection.",
+    "rollback": "Repairing a cache after a rejection: cutting it back, and the cost of a correction in a cost profile.",
     "other": "The remainder: the loop's own work between the parts, the edge's argmax included.",
 }
 

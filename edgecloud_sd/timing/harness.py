@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from edgecloud_sd import wire
-from edgecloud_sd.events import Prompt, Span, Verdict
+from edgecloud_sd.events import Committed, Event, Prompt, Span, Verdict
 from edgecloud_sd.gate import Score
 from edgecloud_sd.prefill import EagerPrefill, LazyPrefill, Pending
 from edgecloud_sd.session import Model, Session
@@ -105,6 +105,14 @@ class Harness:
         future = _run_at_once(run)
         ready, self._virtual.now = self._virtual.now, before
         return _PendingCall(future, self.watch, spans, keep_hidden, self._virtual, ready)
+
+    def with_corrections(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Yield the events. After each correction, let the time pass in which the edge repairs its cache."""
+        seconds = self.profile.correction if self.profile else 0.0
+        for event in events:
+            yield event
+            if seconds and isinstance(event, Committed) and event.origin == "correction":
+                self.watch.timed("rollback", self.spend, seconds)
 
     def spend(self, seconds: float) -> None:
         """Let `seconds` pass: on the virtual clock, or asleep."""

@@ -14,6 +14,7 @@ from typing import Any
 from edgecloud_sd.host.files import write_whole
 
 PROFILE_FOLDER = Path(__file__).with_name("profiles")
+OPTIONAL_SECONDS = ("features", "gate", "queue", "draft_at_cloud", "correction")
 PROFILE_NAMES = tuple(sorted(file.stem for file in PROFILE_FOLDER.glob("*.yaml")))
 
 
@@ -59,6 +60,7 @@ class Profile:
     gate: float = 0.0  # s per score that gate or draft stop computes for a draft token
     queue: float = 0.0  # s per request in the cloud's queue
     draft_at_cloud: float | None = None  # s per step of the edge model if it ran at the cloud
+    correction: float = 0.0  # s per correction at the edge, to repair its cache, beside its next step
     source: str = ""
 
 
@@ -78,17 +80,16 @@ def load_profile(name: str) -> Profile:
         ) from None
     except (yaml.YAMLError, ValueError) as error:
         raise ProfileError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
-    fields = _fields(path, "", loaded, {"edge", "cloud"}, {"features", "gate", "queue", "draft_at_cloud", "source"})
-    optional = {
-        field: _seconds(path, field, fields[field])
-        for field in ("features", "gate", "queue", "draft_at_cloud")
-        if fields.get(field) is not None
-    }
+    fields = _fields(path, "", loaded, {"edge", "cloud"}, {*OPTIONAL_SECONDS, "source"})
+    optional = {field: _seconds(path, field, fields[field]) for field in OPTIONAL_SECONDS if field in fields}
+    source = fields.get("source", "")
+    if not isinstance(source, str):
+        raise ProfileError(f"{path}, source: must be a text, not {source!r}")
     return Profile(
         name=path.stem,
         edge=_costs(path, "edge", fields["edge"]),
         cloud=_costs(path, "cloud", fields["cloud"]),
-        source=" ".join(str(fields.get("source") or "").split()),
+        source=" ".join(source.split()),
         **optional,
     )
 
@@ -109,16 +110,13 @@ def save_profile(profile: Profile, path: Path) -> None:
     def side(costs: Costs) -> dict[str, Any]:
         return {"prefill": costs.prefill, "forward": dict(costs.forward)}
 
+    optional = {field: getattr(profile, field) for field in OPTIONAL_SECONDS}
     fields: dict[str, Any] = {
         "source": profile.source,
-        "features": profile.features,
-        "gate": profile.gate,
-        "queue": profile.queue,
+        **{field: seconds for field, seconds in optional.items() if seconds is not None},
         "edge": side(profile.edge),
         "cloud": side(profile.cloud),
     }
-    if profile.draft_at_cloud is not None:
-        fields["draft_at_cloud"] = profile.draft_at_cloud
     write_whole(path, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
 
 

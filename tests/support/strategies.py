@@ -135,7 +135,14 @@ def _sums(steps: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]:
 def profiles(edge_points: int = 4) -> st.SearchStrategy[Profile]:
     """Return a strategy for cost profiles."""
     return st.builds(
-        Profile, st.just("drawn"), costs(edge_points), costs(), features=seconds, gate=seconds, queue=seconds
+        Profile,
+        st.just("drawn"),
+        costs(edge_points),
+        costs(),
+        features=seconds,
+        gate=seconds,
+        queue=seconds,
+        correction=seconds,
     )
 
 
