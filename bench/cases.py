@@ -71,9 +71,27 @@ def model_parts(settings: Settings, mode: str = "speculative") -> list[str]:
 
 
 def data_parts(settings: Settings, language: str) -> list[str]:
-    """Return the name of the data set, if it is not the usual one, and the code of the language."""
+    """Return the name of the data set and the parts of the request that are not usual, and the code of the language."""
     is_usual = settings.dataset_path == Settings.dataset_path
-    return [*([] if is_usual else [_plain(dataset_name(settings))]), LANGUAGE_CODES[language]]
+    return [
+        *([] if is_usual else [_plain(dataset_name(settings))]),
+        *_request_parts(settings, language),
+        LANGUAGE_CODES[language],
+    ]
+
+
+def _request_parts(settings: Settings, language: str) -> list[str]:
+    """Return what the captions are asked for and scored against, without the parts that are usual."""
+    parts = []
+    if settings.prompt_type != Settings.prompt_type:
+        parts.append(settings.prompt_type)
+    if settings.own_tasks:
+        parts.append(f"prompt_{settings.own_tasks.digest(language)}")
+    if settings.with_transcription == "yes":
+        parts.append("transcription")
+    if settings.caption_type != Settings.caption_type:
+        parts.append(settings.caption_type)
+    return parts
 
 
 def dataset_name(settings: Settings) -> str:

@@ -100,12 +100,14 @@ def metric_value(document: Document, name: str) -> float | None:
 
 
 def find_baseline(ours: Document, mode: str, cells: Iterable[Document]) -> Document | None:
-    """Return the cell of `mode` with the same pair, language, clock and profile, and for the cloud the same link."""
-    same_keys = ["pair", "language", "clock", "profile"] + (["link"] if mode == "cloud" else [])
+    """Return the cell of `mode` with the same pair, language, prompt, clock and profile, and the cloud's link."""
+    same_keys = ["pair", "language", "prompt_digest", "with_transcription", "clock", "profile"] + (
+        ["link"] if mode == "cloud" else []
+    )
     own = ours["experiment_config"]
     for document in cells:
         experiment = document["experiment_config"]
-        if experiment["strategy"]["mode"] == mode and all(experiment[key] == own[key] for key in same_keys):
+        if experiment["strategy"]["mode"] == mode and all(experiment.get(key) == own.get(key) for key in same_keys):
             return document
     return None
 

@@ -100,9 +100,15 @@ class DataSet:
     def __init__(self, settings: Settings, language: str) -> None:
         path = manifest_path(settings.dataset_path, language)
         self.clips, self.skipped = dataset.load_manifest(
-            path, language, settings.caption_type, settings.on_bad_clip, settings.max_samples
+            path,
+            language,
+            settings.caption_type,
+            settings.on_bad_clip,
+            settings.max_samples,
+            settings.with_transcription == "yes",
         )
         self._prompt_type = settings.prompt_type
+        self._task = settings.own_task(language)
         self._samples: dict[str, NDArray[np.float32]] = {}
 
     @cached_property
@@ -118,7 +124,7 @@ class DataSet:
         """Return the request for a clip. Raise BadClip for audio that cannot be used."""
         if clip.file_id not in self._samples:
             self._samples[clip.file_id] = dataset.load_audio(clip.audio_path)
-        return Request(self._samples[clip.file_id], clip.language, self._prompt_type, clip.transcription)
+        return Request(self._samples[clip.file_id], clip.language, self._prompt_type, clip.transcription, self._task)
 
 
 class Progress:

@@ -62,6 +62,7 @@ def describe_case(
     have a name and a digest in place of a path, because a path says nothing about the experiment.
     """
     cloud = cloud_identity(case.strategy, pipeline)
+    tasks = settings.own_tasks
     shared = {name: value for name, value in asdict(settings).items() if not isinstance(value, tuple)}
     for name in ("results_dir", "cloud_key_file"):
         del shared[name]
@@ -81,6 +82,9 @@ def describe_case(
         "cloud_fingerprint": cloud.fingerprint if cloud else None,
         "strategy": case.strategy.to_json(),
         "language": case.language,
+        "prompt_file": tasks.name if tasks else None,
+        "prompt_digest": tasks.digest(case.language) if tasks else None,
+        "prompt_text": tasks.text(case.language) if tasks else None,
         "link": case.link.name if cloud else None,
         "profile": settings.profile_name or None,
         "profile_costs": asdict(profile) if profile else None,

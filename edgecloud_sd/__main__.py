@@ -31,7 +31,7 @@ CAPTION_OPTIONS = (
     "gate", "entropy-threshold", "k", "draft-stop", "draft-ahead", "rule", "rank", "pair", "edge-model", "cloud-model",
     "weights", "edge-device", "edge-dtype", "cloud-device", "cloud-dtype", "cloud-url", "cloud-key-file",
     "cloud-timeout", "on-cloud-fault", "open",
-    "max-cpu-cores", "max-memory-gb", "threads", "link", "language", "prompt-type", "max-new-tokens",
+    "max-cpu-cores", "max-memory-gb", "threads", "link", "language", "prompt-type", "prompt-file", "max-new-tokens",
 )  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             language=settings.language[0],
             prompt_type=settings.prompt_type,
             transcription=options.transcription,
+            task=settings.own_task(settings.language[0]),
         )
         is_coloured = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
         limited = limits.Limits(settings.max_cpu_cores, settings.max_memory_gb)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from dataclasses import field as dataclass_field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from edgecloud_sd.cloud.retry import PATIENCE, REQUEST_TIMEOUT
 from edgecloud_sd.cloud.url import parse_url
 from edgecloud_sd.data.dataset import CAPTION_TYPES, ON_BAD_CLIP
 from edgecloud_sd.data.prompts import LANGUAGES, PROMPT_TYPES
+from edgecloud_sd.data.task_texts import TaskTexts, read_task_texts
 from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION, NORMALISATIONS
 from edgecloud_sd.models import devices, pairs
 from edgecloud_sd.models.devices import AUTO, DTYPES_OR_AUTO
@@ -359,12 +360,22 @@ class Settings:
     )
     caption_type: str = _option(
         "data",
-        "audio_only",
-        "score against <language>_caption and give audio alone, or against caption and give the transcription too",
+        CAPTION_TYPES[0],
+        "references to score against: the manifest's field caption (original) or <language>_caption (audio_only)",
         choices=CAPTION_TYPES,
+    )
+    with_transcription: str = _option(
+        "data", "no", "put the spoken words of the manifest, if a clip has them, between audio and task", choices=YES_NO
     )
     language: tuple[str, ...] = _option("data", "chinese", "language of the captions", choices=LANGUAGES, many=True)
     prompt_type: str = _option("data", "default", "wording of the task", choices=PROMPT_TYPES)
+    prompt_file: str | None = _option(
+        "data",
+        None,
+        "your own wording of the task: a text for every language, or a file .json, .yaml or .yml that maps "
+        "languages to texts; the text follows the audio in the user's turn",
+        optional=True,
+    )
     shadow: str = _option(
         "results",
         "yes",
@@ -388,6 +399,15 @@ class Settings:
     def run_pair(self) -> pairs.Pair:
         """The two checkpoints of the run: those of `--pair`, or those that replace them."""
         return pairs.find_pair(self.pair, self.edge_model, self.cloud_model, self.weights)
+
+    @cached_property
+    def own_tasks(self) -> TaskTexts | None:
+        """The texts of `--prompt-file`, read once; None without it. Raise ValueError for a file that cannot be used."""
+        return read_task_texts(Path(self.prompt_file)) if self.prompt_file else None
+
+    def own_task(self, language: str) -> str | None:
+        """Return the text of `--prompt-file` for a language, or None without that option."""
+        return self.own_tasks.text(language) if self.own_tasks else None
 
     @property
     def profile_name(self) -> str:
@@ -419,6 +439,7 @@ def resolve(command_line: Mapping[str, str | None], file: Path | None = None) ->
 def _check(settings: Settings) -> None:
     """Raise ConfigError for values that do not fit together."""
     _check_clock(settings)
+    _check_task_texts(settings)
     limited = [name for name in ("max_cpu_cores", "max_memory_gb") if getattr(settings, name) is not None]
     if limited and settings.mode != ("edge",) and not settings.cloud_url:
         raise ConfigError(
@@ -431,6 +452,17 @@ def _check(settings: Settings) -> None:
         )
     if settings.cloud_key_file and settings.cloud_url in (None, AUTO):
         raise ConfigError("--cloud-key-file: is for a server at --cloud-url http://...")
+
+
+def _check_task_texts(settings: Settings) -> None:
+    """Raise ConfigError for a prompt file that cannot be used in a language of the run, or beside a prompt type."""
+    try:
+        for language in settings.language:
+            settings.own_task(language)
+    except ValueError as error:
+        raise ConfigError(f"--prompt-file: {error}") from None
+    if settings.prompt_file and settings.prompt_type != Settings.prompt_type:
+        raise ConfigError(f"--prompt-type: {settings.prompt_type!r} has no meaning with --prompt-file: leave one out")
 
 
 def _check_clock(settings: Settings) -> None:

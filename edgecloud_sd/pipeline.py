@@ -48,6 +48,7 @@ class Request:
     language: str = "chinese"
     prompt_type: str = "default"
     transcription: str | None = None
+    task: str | None = None  # the text of the task, instead of the prompt type's
 
     def __post_init__(self) -> None:
         prompts.format_task(self.language, self.prompt_type)  # raises ValueError
@@ -60,6 +61,7 @@ class Request:
         language: str = "chinese",
         prompt_type: str = "default",
         transcription: str | None = None,
+        task: str | None = None,
     ) -> Request:
         """Return a request for an audio file, or for an array as `audio.as_samples` takes it.
 
@@ -69,7 +71,7 @@ class Request:
             samples = dataset.load_audio(source)
         else:
             samples = audio.as_samples(source, sampling_rate)
-        return cls(samples, language, prompt_type, transcription)
+        return cls(samples, language, prompt_type, transcription, task)
 
 
 @dataclass(frozen=True)
@@ -272,6 +274,7 @@ class Pipeline:
             language=request.language,
             prompt_type=request.prompt_type,
             transcription=request.transcription,
+            task=request.task,
         )
 
     def caption(
@@ -282,6 +285,7 @@ class Pipeline:
         language: str = "chinese",
         prompt_type: str = "default",
         transcription: str | None = None,
+        task: str | None = None,
         strategy: Strategy = LOSSLESS,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> Caption:
@@ -290,7 +294,7 @@ class Pipeline:
         Raise ValueError for audio, a language or another argument that cannot be used, and CloudFault if a remote
         cloud fails.
         """
-        request = Request.of(source, sampling_rate, language, prompt_type, transcription)
+        request = Request.of(source, sampling_rate, language, prompt_type, transcription, task)
         trace = self.trace(request, strategy, max_new_tokens)
         return Caption(self.text(trace.tokens, strategy.mode), trace.tokens, trace)
 

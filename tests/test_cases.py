@@ -58,6 +58,14 @@ def test_mode_lossless_verifies_every_draft_greedily_whatever_the_gate_and_the_r
     assert ids(mode="lossless,speculative", gate="always", rule="greedy") == ["speculative-pocket-always-k3-greedy-zh"]
 
 
+def test_the_id_says_what_was_asked_for_and_scored_against_unless_it_is_usual(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("Say it.")
+    asked = {"prompt_type": "detailed", "with_transcription": "yes", "caption_type": "audio_only"}
+    assert ids(mode="edge", **asked) == ["edge-pocket-detailed-transcription-audio_only-zh"]
+    assert ids(mode="edge", prompt_file=str(tmp_path / "own.txt")) == ["edge-pocket-prompt_98862978-zh"]
+    assert ids(mode="edge", caption_type="original", prompt_type="default") == ["edge-pocket-zh"]
+
+
 def test_own_models_are_in_the_id_without_their_folders(tmp_path: Path) -> None:
     grid = ids(mode="cloud", edge_model="Qwen/Qwen2.5-Omni-3B", cloud_model=str(tmp_path / "mine"))
     assert grid == ["cloud-Qwen2.5-Omni-3B+mine-zh"]

@@ -122,7 +122,7 @@ def test_the_default_file_is_a_copy_of_the_defaults() -> None:
         ("edge-dtype", "int2", "float32, float16, bfloat16, float64, int8, int4"),
         ("cloud-dtype", "float", "float32, float16, bfloat16, float64"),
         ("on-bad-clip", "ignore", "error, skip"),
-        ("caption-type", "audio", "audio_only, original"),
+        ("caption-type", "audio", "original, audio_only"),
         ("language", "zh", "chinese, english"),
         ("prompt-type", "long", "default, detailed, concise"),
         ("output-name", "../results", "a plain file name"),

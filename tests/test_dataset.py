@@ -238,7 +238,7 @@ def write_manifest(folder: Path, *entries: object) -> Path:
 
 
 def test_an_entry_becomes_a_clip(folder: Path) -> None:
-    [clip], skipped = load_manifest(write_manifest(folder, entry()), "chinese")
+    [clip], skipped = load_manifest(write_manifest(folder, entry()), "chinese", "audio_only")
     assert (clip.file_id, clip.dataset, clip.language, clip.index) == ("one", "made", "chinese", 7)
     assert clip.references == ("他很高兴",)
     assert skipped == []
@@ -266,29 +266,32 @@ def test_audio_may_have_an_absolute_path(folder: Path, tmp_path_factory: pytest.
 @pytest.mark.parametrize(
     ("language", "caption_type", "reference", "transcription"),
     [
-        ("chinese", "audio_only", "他很高兴", None),
-        ("english", "audio_only", "He is happy", None),
+        ("chinese", "audio_only", "他很高兴", "今天天气真好"),
+        ("english", "audio_only", "He is happy", "What fine weather"),
         ("chinese", "original", "他很高兴 happy", "今天天气真好"),
         ("english", "original", "他很高兴 happy", "What fine weather"),
     ],
 )
-def test_caption_type_chooses_reference_and_transcription(
-    folder: Path, language: str, caption_type: str, reference: str, transcription: str | None
+def test_caption_type_chooses_the_reference_and_the_transcription_is_asked_for(
+    folder: Path, language: str, caption_type: str, reference: str, transcription: str
 ) -> None:
-    [clip], _ = load_manifest(write_manifest(folder, entry()), language, caption_type)
+    path = write_manifest(folder, entry())
+    [clip], _ = load_manifest(path, language, caption_type)
+    assert (clip.references, clip.transcription) == ((reference,), None)
+    [clip], _ = load_manifest(path, language, caption_type, with_transcription=True)
     assert (clip.references, clip.transcription) == ((reference,), transcription)
 
 
 @pytest.mark.parametrize("missing", [..., None, "", "  "])
 def test_the_common_transcription_replaces_a_missing_one(folder: Path, missing: object) -> None:
     path = write_manifest(folder, entry(chinese_transcription=missing, transcription="原文"))
-    [clip], _ = load_manifest(path, "chinese", "original")
+    [clip], _ = load_manifest(path, "chinese", with_transcription=True)
     assert clip.transcription == "原文"
 
 
 def test_a_caption_may_be_a_list_of_references(folder: Path) -> None:
     path = write_manifest(folder, entry(chinese_caption=["他很高兴", "  他笑了 ", ""]))
-    [clip], _ = load_manifest(path, "chinese")
+    [clip], _ = load_manifest(path, "chinese", "audio_only")
     assert clip.references == ("他很高兴", "他笑了")
 
 
@@ -359,7 +362,7 @@ def test_a_required_field_that_is_not_a_text_is_refused(folder: Path, field: str
 def test_an_optional_field_of_the_wrong_type_is_refused(folder: Path, field: str) -> None:
     path = write_manifest(folder, entry(chinese_transcription=None) | {field: 5})
     with pytest.raises(BadClip) as error:
-        load_manifest(path, "chinese", "original")
+        load_manifest(path, "chinese", with_transcription=True)
     assert f"{path}, entry 0, {field}: " in str(error.value)
     assert "not 5" in str(error.value)
 
@@ -385,7 +388,7 @@ def test_a_caption_of_the_wrong_type_is_refused(folder: Path, value: object, cap
 def test_a_clip_without_a_caption_in_the_language_is_refused(folder: Path, value: object) -> None:
     path = write_manifest(folder, entry(english_caption=value))
     with pytest.raises(BadClip) as error:
-        load_manifest(path, "english")
+        load_manifest(path, "english", "audio_only")
     assert f"{path}, one, english_caption: is missing, so the clip has no english caption" in str(error.value)
     assert "--language" in str(error.value)
 
@@ -394,7 +397,7 @@ def test_a_clip_without_a_caption_in_the_language_is_refused(folder: Path, value
 def test_an_empty_caption_is_refused(folder: Path, value: object) -> None:
     path = write_manifest(folder, entry(chinese_caption=value))
     with pytest.raises(BadClip) as error:
-        load_manifest(path, "chinese")
+        load_manifest(path, "chinese", "audio_only")
     assert f"{path}, one, chinese_caption: is empty" in str(error.value)
 
 
@@ -442,7 +445,7 @@ def test_skip_lists_every_bad_clip_with_its_reason(folder: Path) -> None:
         entry(file_id="good"),
         entry(file_id="mute", chinese_caption=None),
     )
-    clips, skipped = load_manifest(path, "chinese", on_bad_clip="skip")
+    clips, skipped = load_manifest(path, "chinese", "audio_only", on_bad_clip="skip")
     assert [clip.file_id for clip in clips] == ["good"]
     assert [clip.file_id for clip in skipped] == ["unread", "entry 1", "entry 2", "good", "mute"]
     reasons = ["cannot be read", "must be an object", "file_id", "occurs twice", "the clip has no chinese caption"]
@@ -550,7 +553,7 @@ def test_secap_clips_become_entries_in_the_order_of_their_ids(secap: Path) -> No
 
 def test_the_secap_manifest_can_be_loaded(secap: Path) -> None:
     import_secap(secap, secap / "manifest.json")
-    clips, skipped = load_manifest(manifest_path(secap, "chinese"), "chinese", "original")
+    clips, skipped = load_manifest(manifest_path(secap, "chinese"), "chinese", with_transcription=True)
     assert [(clip.file_id, clip.transcription) for clip in clips] == [("tx_01", "别过来"), ("tx_02", "今天 下雨")]
     assert skipped == []
 
@@ -574,7 +577,7 @@ def test_the_secap_manifest_may_be_in_any_folder(secap: Path, target: str, is_ab
 def test_a_secap_clip_without_a_text_has_no_transcription(secap: Path) -> None:
     (secap / "text.txt").write_text("tx_01 别过来\n", encoding="utf-8")
     import_secap(secap, secap / "manifest.json")
-    clips, _ = load_manifest(secap / "manifest.json", "chinese", "original")
+    clips, _ = load_manifest(secap / "manifest.json", "chinese", with_transcription=True)
     assert [clip.transcription for clip in clips] == ["别过来", None]
 
 
@@ -631,7 +634,9 @@ def test_the_secap_command_writes_to_its_output_option(secap: Path, capsys: pyte
 def test_the_check_command_lists_bad_clips_in_each_language(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = entry(file_id="two", audio_path="wav/bad.wav")
     with pytest.raises(SystemExit) as stop:
-        __main__.main(["check", str(write_manifest(folder, entry(english_caption=None), bad))])
+        __main__.main(
+            ["check", "--caption_type", "audio_only", str(write_manifest(folder, entry(english_caption=None), bad))]
+        )
     assert stop.value.code == 1
     chinese, reason, english = capsys.readouterr().out.splitlines()
     assert chinese == "chinese: 1 clips can be used, 1 cannot"

@@ -34,6 +34,8 @@ FACTS = {
     "request": [
         "captions {experiment_config[caption_type]}",
         "prompt {experiment_config[prompt_type]}",
+        "prompt file {experiment_config[prompt_file]} ({experiment_config[prompt_digest]})",
+        "transcription in the prompt: {experiment_config[with_transcription]}",
         "at most {experiment_config[max_new_tokens]} tokens",
     ],
     "scores": [

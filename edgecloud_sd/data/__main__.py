@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from edgecloud_sd.data.dataset import check_manifest
+from edgecloud_sd.data.dataset import CAPTION_TYPES, check_manifest
 from edgecloud_sd.data.secap import import_secap
 from edgecloud_sd.host.errors import errors_to_exit
 
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
             target = options.output or options.folder / "manifest.json"
             print(f"{import_secap(options.folder, target)} clips in {target}")
         else:
-            is_usable, lines = check_manifest(options.manifest)
+            is_usable, lines = check_manifest(options.manifest, caption_type=options.caption_type)
             print("\n".join(lines))
             if not is_usable:
                 sys.exit(1)
@@ -42,6 +42,13 @@ def _build_parser() -> argparse.ArgumentParser:
         "The exit status is 1 unless some language can use every clip.",
     )
     check.add_argument("manifest", type=Path, help="manifest to check")
+    check.add_argument(
+        "--caption-type",
+        "--caption_type",
+        choices=CAPTION_TYPES,
+        default=CAPTION_TYPES[0],
+        help="references to check: the field caption, or <language>_caption (default: %(default)s)",
+    )
     return parser
 
 

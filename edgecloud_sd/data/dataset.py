@@ -26,7 +26,7 @@ SAMPLE_RATE = 16_000  # Hz, of the feature extractor of Qwen2.5-Omni
 MIN_CLIP_SECONDS = 0.025  # one window of the feature extractor (n_fft = 400 samples)
 MAX_CLIP_SECONDS = 300.0  # the longest audio that the feature extractor of Qwen2.5-Omni reads
 SECAP_CAPTIONS_FILE = "fid2captions.json"  # part of SECap's published layout
-CAPTION_TYPES = ("audio_only", "original")
+CAPTION_TYPES = ("original", "audio_only")
 CAPTION_ADVICE = "choose another --language or --caption-type"
 ON_BAD_CLIP = ("error", "skip")
 
@@ -39,7 +39,7 @@ class Clip:
     audio_path: Path
     language: str
     references: tuple[str, ...]
-    transcription: str | None = None  # part of the prompt if the caption type allows it
+    transcription: str | None = None  # the spoken words, if they are part of the prompt
     dataset: str = ""
     index: int = 0
 
@@ -124,14 +124,19 @@ def find_manifest(path: Path) -> Path:
 
 
 def load_manifest(
-    path: Path, language: str, caption_type: str = "audio_only", on_bad_clip: str = "error", limit: int | None = None
+    path: Path,
+    language: str,
+    caption_type: str = CAPTION_TYPES[0],
+    on_bad_clip: str = "error",
+    limit: int | None = None,
+    with_transcription: bool = False,
 ) -> tuple[list[Clip], list[SkippedClip]]:
     """Return the clips of a manifest in its order, the first `limit` usable ones, and the skipped clips.
 
-    `audio_only` scores against `<language>_caption`, and the prompt has the audio alone. `original` scores against
-    `caption`, and the prompt has the transcription too, if there is one. Raise BadClip for the first bad clip unless
-    `on_bad_clip` is "skip", for a manifest that is not a list, and for one without a usable clip. Raise ValueError for
-    an unknown language.
+    `caption_type` chooses the references: `original` is the field `caption`, and `audio_only` is `<language>_caption`.
+    `with_transcription` reads `<language>_transcription`, or else `transcription`, for the prompt of a clip that has
+    one. Raise BadClip for the first bad clip unless `on_bad_clip` is "skip", for a manifest that is not a list, and for
+    one without a usable clip. Raise ValueError for an unknown language.
     """
     look_up(TASKS, language, "language")
     clips: list[Clip] = []
@@ -141,7 +146,7 @@ def load_manifest(
         if limit is not None and len(clips) == limit:
             break
         try:
-            clip = _parse_entry(path, number, entry, language, caption_type)
+            clip = _parse_entry(path, number, entry, language, caption_type, with_transcription)
             if clip.file_id in file_ids:
                 raise BadClip(f"{path}, entry {number}, file_id: {clip.file_id!r} occurs twice")
             file_ids.add(clip.file_id)
@@ -181,7 +186,9 @@ def read_json(path: Path) -> Any:
         raise BadClip(f"{path}: is not JSON ({error})") from error
 
 
-def _parse_entry(path: Path, number: int, entry: Any, language: str, caption_type: str) -> Clip:
+def _parse_entry(
+    path: Path, number: int, entry: Any, language: str, caption_type: str, with_transcription: bool
+) -> Clip:
     if not isinstance(entry, dict):
         raise BadClip(f"{path}, entry {number}: must be an object, not {type(entry).__name__}")
 
@@ -197,7 +204,7 @@ def _parse_entry(path: Path, number: int, entry: Any, language: str, caption_typ
     place = f"{path}, {file_id}"
     references = _parse_references(place, entry, language, caption_type)
     transcription = None
-    if caption_type == "original":
+    if with_transcription:
         own = read_text(f"{language}_transcription", False).strip()
         common = read_text("transcription", False).strip()
         transcription = own or common or None
@@ -234,12 +241,14 @@ def _parse_references(place: str, entry: dict[str, Any], language: str, caption_
     return references
 
 
-def check_manifest(path: Path, languages: Iterable[str] = LANGUAGES) -> tuple[bool, list[str]]:
+def check_manifest(
+    path: Path, languages: Iterable[str] = LANGUAGES, caption_type: str = CAPTION_TYPES[0]
+) -> tuple[bool, list[str]]:
     """Return whether some language can use every clip, and a report: the counts per language and each bad clip."""
     is_usable, lines = False, []
     for language in languages:
         try:
-            clips, skipped = load_manifest(path, language, on_bad_clip="skip")
+            clips, skipped = load_manifest(path, language, caption_type, on_bad_clip="skip")
         except BadClip as error:
             lines.append(f"{language}: {error}")
             continue

@@ -45,12 +45,16 @@ def look_up(table: Mapping[str, _T], value: str, name: str) -> _T:
     return table[value]
 
 
-def format_task(language: str, prompt_type: str, transcription: str | None = None) -> str:
+def format_task(
+    language: str, prompt_type: str = "default", transcription: str | None = None, task: str | None = None
+) -> str:
     """Return the text of the user's turn: the transcription, if one is given, and the task.
 
-    Raise ValueError for an unknown language or prompt type.
+    The task is that of the prompt type, or the text `task` instead. Raise ValueError for an unknown language or prompt
+    type.
     """
-    task = look_up(look_up(TASKS, language, "language"), prompt_type, "prompt_type")
+    shipped = look_up(look_up(TASKS, language, "language"), prompt_type, "prompt_type")
+    task = shipped if task is None else task
     return f"{TRANSCRIPTION_FORMATS[language].format(transcription)}\n{task}" if transcription else task
 
 
@@ -106,8 +110,9 @@ def build_prompt(
     language: str,
     prompt_type: str = "default",
     transcription: str | None = None,
+    task: str | None = None,
 ) -> Prompt:
-    """Return the prompt for mono samples in [-1, 1] at the extractor's rate.
+    """Return the prompt for mono samples in [-1, 1] at the extractor's rate: the audio, then the text of the turn.
 
     Raise ValueError for a clip that is too short for one position of the audio encoder or longer than it reads.
     """
@@ -115,5 +120,5 @@ def build_prompt(
     positions = count_audio_positions(features.shape[1])
     if positions < 1:
         raise ValueError(f"the clip has {len(samples)} samples, too few for one position of the audio encoder")
-    text = format_chat(format_task(language, prompt_type, transcription), positions)
+    text = format_chat(format_task(language, prompt_type, transcription, task), positions)
     return Prompt(tuple(tokenizer.encode(text, add_special_tokens=False)), features)
