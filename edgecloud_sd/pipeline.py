@@ -21,7 +21,7 @@ from edgecloud_sd.data import audio, dataset, prompts
 from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import Event, Prepared, Prompt, Trace
 from edgecloud_sd.forecast.adaptive_k import AdaptiveK
-from edgecloud_sd.models import devices, frontend, pairs
+from edgecloud_sd.models import checkpoint, devices, frontend, pairs
 from edgecloud_sd.session import Model
 from edgecloud_sd.stopping import MAX_NEW_TOKENS, LengthLimit, Stopping, check_length
 from edgecloud_sd.strategy import LOSSLESS, Strategy
@@ -203,10 +203,8 @@ class Pipeline:
 
     @cached_property
     def edge_weights(self) -> str:
-        """The digest of the edge's weights, or the name of dummy ones."""
-        from edgecloud_sd.models import memory
-
-        return pairs.DUMMY if self.pair.weights == pairs.DUMMY else memory.weights_digest(self.pair.edge)
+        """The digest of the edge's weights."""
+        return checkpoint.weights_digest(self.pair.edge, self.pair.weights)
 
     @property
     def cloud_model(self) -> HFModel:
@@ -247,7 +245,7 @@ class Pipeline:
         if mode != "edge":
             cloud = self.cloud.identity
             frontend.check_pair(front.name, frontend.frontend_traits(front), cloud.name, cloud.traits)
-            if (cloud.weights == pairs.DUMMY) != (self.pair.weights == pairs.DUMMY):
+            if cloud.has_dummy_weights != (self.pair.weights == pairs.DUMMY):
                 raise ValueError(
                     f"{cloud.name}, at the cloud, and {front.name} do not both have dummy weights: --weights"
                 )

@@ -49,7 +49,7 @@ class VLLM:
         """Return the identity, with the digest of the checkpoint."""
         import torch
 
-        from edgecloud_sd.models import memory
+        from edgecloud_sd.models import checkpoint
 
         return Identity(
             name=checkpoint_name(self.model.name),
@@ -60,7 +60,7 @@ class VLLM:
             max_length=self.model.max_length - 1,  # vLLM generates one more token after a draft that ends the output
             max_rank=self.model.max_rank,
             traits=self.traits,
-            weights=memory.weights_digest(self.model.name),
+            weights=checkpoint.weights_digest(self.model.name),
             synthetic=False,
         )
 

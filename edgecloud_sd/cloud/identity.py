@@ -10,6 +10,7 @@ from typing import Any
 from edgecloud_sd.acceptance import Rank, Rule
 from edgecloud_sd.events import Prompt
 from edgecloud_sd.models.frontend import Traits
+from edgecloud_sd.models.pairs import DUMMY
 from edgecloud_sd.stopping import LengthLimit
 
 FRAMES_PER_SECOND = 100  # in the log-mel spectrogram
@@ -30,7 +31,7 @@ class Identity:
     max_length: int  # tokens of prompt and output together
     max_rank: int  # the largest r of rule rank(r)
     traits: Traits
-    weights: str = ""  # digest of the checkpoint's weights; `DUMMY` if they are random, empty without files
+    weights: str = ""  # `checkpoint.weights_digest`: begins with `DUMMY` if they are random, empty without files
     synthetic: bool = True  # the engine has rule synthetic(p)
     max_tokens: int | None = field(default=None, compare=False)  # prompt and output together; None without a server
     max_audio_seconds: float | None = field(default=None, compare=False)
@@ -64,6 +65,11 @@ class Identity:
                 f"features: {seconds:g} s of audio exceed the limit --max-audio-seconds of the cloud's server, "
                 f"{self.max_audio_seconds:g} s: cut the clip, or start that server with a higher one"
             )
+
+    @property
+    def has_dummy_weights(self) -> bool:
+        """Return whether the weights are random."""
+        return self.weights.startswith(DUMMY)
 
     def refusal(self, rule: Rule) -> str:
         """Return why this engine does not have a rule, or an empty text if it does."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.models.frontend import Frontend, frontend_traits
-from edgecloud_sd.models.pairs import DUMMY, REAL, checkpoint_name
+from edgecloud_sd.models.pairs import REAL, checkpoint_name
 from edgecloud_sd.session import Model
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import LocalVerifier, Verifier
@@ -68,7 +68,7 @@ class LocalCloud:
     @cached_property
     def identity(self) -> Identity:
         """The model's name, traits, dtype, vocabulary size and fingerprint."""
-        from edgecloud_sd.models import memory
+        from edgecloud_sd.models import checkpoint
 
         return Identity(
             name=checkpoint_name(self.checkpoint),
@@ -79,7 +79,7 @@ class LocalCloud:
             max_length=self.model.max_length,
             max_rank=self.model.vocab_size,
             traits=frontend_traits(self.model),
-            weights=DUMMY if self.weights == DUMMY else memory.weights_digest(self.checkpoint),
+            weights=checkpoint.weights_digest(self.checkpoint, self.weights),
         )
 
     @property

@@ -25,6 +25,14 @@ class NoLock(OSError):
     """A file that this system cannot lock. The message names the file and the reason."""
 
 
+def cache_root() -> Path:
+    """Return the folder for files that can be computed again: `EDGECLOUD_SD_CACHE`, or else the user's cache folder."""
+    return Path(
+        os.environ.get("EDGECLOUD_SD_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "edgecloud_sd")
+    )
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write `text` in UTF-8 to a temporary file beside `path` and rename it to `path`, whose folder is created.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -15,11 +14,11 @@ import psutil
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.limits import format_gb
 from edgecloud_sd.models import quantized
+from edgecloud_sd.models.checkpoint import find_weight_files
 from edgecloud_sd.models.devices import DTYPES, QUANTISED_DTYPES
 
 BYTES_PER_PARAMETER = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-DIGEST_BYTES = 2**20  # read at each end of a file, because hashing all of a 7B checkpoint delays the start
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def read_checkpoint_need(checkpoint: str | Path, dtype: str) -> MemoryNeed | Non
     Return None if no safetensors can be read, for example before the download. The loader reports the error then.
     """
     try:
-        files = _find_weight_files(checkpoint)
+        files = find_weight_files(checkpoint)
         headers = [_read_header(file) for file in files]
         mapped = sum(file.stat().st_size for file in files)
     except (OSError, ValueError):
@@ -151,41 +150,6 @@ def count_loaded_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int
         quantized.count_tensor_bytes(quantized.choose_storage(name, shape), shape, dtype)
         for name, shape in used.items()
     )
-
-
-def weights_digest(checkpoint: str | Path) -> str:
-    """Return a digest of the weights: of the size, the first and the last megabyte of each file.
-
-    Return an empty text if no safetensors can be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        for path in _find_weight_files(checkpoint):
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                digest.update(f"{size} ".encode() + file.read(DIGEST_BYTES))
-                file.seek(max(size - DIGEST_BYTES, 0))
-                digest.update(file.read(DIGEST_BYTES))
-    except (OSError, ValueError):
-        return ""
-    return digest.hexdigest()
-
-
-def _find_weight_files(checkpoint: str | Path) -> list[Path]:
-    """Return the files with a checkpoint's weights. Raise OSError if this machine has none."""
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(str(checkpoint), "config.json")
-        if not isinstance(cached, str):
-            raise FileNotFoundError(checkpoint)
-        folder = Path(cached).parent
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    return [folder / name for name in sorted(set(index["weight_map"].values()))]
 
 
 def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

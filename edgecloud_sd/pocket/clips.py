@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgecloud_sd.data.dataset import SAMPLE_RATE, find_manifest
 from edgecloud_sd.data.prompts import LANGUAGES
+from edgecloud_sd.host.files import cache_root
 from edgecloud_sd.pocket import synthesis, voices
 
 POCKET = "pocket"  # the name of this data set in --dataset-path
@@ -46,11 +46,8 @@ def manifest_name(language: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder of the evaluation clips, in `EDGECLOUD_SD_CACHE` or else in the user's cache folder."""
-    root = os.environ.get("EDGECLOUD_SD_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "edgecloud_sd"
-    )
-    return Path(root) / f"pocket-{FORMAT_VERSION}"
+    """Return the folder of the evaluation clips, in the user's cache."""
+    return cache_root() / f"pocket-{FORMAT_VERSION}"
 
 
 def evaluation_set(folder: Path | None = None) -> Path:
