@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from edgecloud_sd import probs
 from edgecloud_sd.events import Verdict
+from edgecloud_sd.fields import check_type, real_number, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,8 +57,7 @@ class Rank:
     r: int
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"rank must be at least 1, not {self.r}")
+        object.__setattr__(self, "r", whole_number("rank", self.r, 1))
 
     @property
     def text(self) -> str:
@@ -100,6 +100,10 @@ class Synthetic:
     rates: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        check_type("the rates of synthetic", self.rates, (tuple, list), "give a tuple, as in Synthetic((0.78,))")
+        # adding 0 turns -0.0 into 0.0, which parse_rule can read
+        rates = tuple(real_number("a rate of synthetic", rate, " from 0 to 1") + 0.0 for rate in self.rates)
+        object.__setattr__(self, "rates", rates)
         if not 1 <= len(self.rates) <= MAX_SYNTHETIC_RATES:
             raise ValueError(f"synthetic takes 1 to {MAX_SYNTHETIC_RATES} rates, not {len(self.rates)}")
         for rate in self.rates:
@@ -152,6 +156,7 @@ def parse_rule(rule: str, r: int = PUBLISHED_RANK) -> Rule:
 
     `synthetic(0.9/0.8/0.6)` gives one rate for each place in the draft. Raise ValueError for an unknown rule.
     """
+    check_type("rule", rule, str, f"give one of {', '.join(RULE_NAMES)}")
     if rule == "greedy":
         return GREEDY
     if rule == "rank":

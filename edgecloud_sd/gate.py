@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from edgecloud_sd import probs
 from edgecloud_sd.events import Draft
+from edgecloud_sd.fields import check_type, real_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,12 +26,27 @@ DRAFT_STOP_FORMS = ("none", "entropy", "entropy=x", "margin=x")
 class Gate:
     """A rule that escalates a draft if its largest score exceeds `threshold`.
 
-    `score` is None for a gate that decides without one: `ALWAYS` and `NEVER`.
+    `score` is None for a gate that decides without one: `ALWAYS` and `NEVER`. Raise ValueError for a threshold that
+    makes an entropy gate one of these, and TypeError for one that is no number.
     """
 
     name: str
     threshold: float
     score: Score | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", real_number("threshold", self.threshold))
+        constants = {"always": -math.inf, "never": math.inf}
+        if self.score is None:
+            is_valid = constants.get(self.name) == self.threshold
+        else:
+            is_valid = self.name not in constants and (self.name != "entropy" or 0 < self.threshold < math.inf)
+        if not is_valid:
+            has_score = "without a score" if self.score is None else "with a score"
+            raise ValueError(
+                f"gate {self.name!r} {has_score} cannot have threshold {self.threshold:g}: "
+                "use entropy_gate(threshold), ALWAYS or NEVER"
+            )
 
     def __call__(self, draft: Draft) -> bool:
         """Return True if the draft goes to the cloud."""
@@ -58,8 +74,7 @@ def entropy_gate(threshold: float) -> Gate:
 
     A threshold of 0 or below gives `ALWAYS`, and inf gives `NEVER`. Raise ValueError for nan.
     """
-    if math.isnan(threshold):
-        raise ValueError("the entropy threshold must be a number of nats, not nan")
+    threshold = real_number("the entropy threshold", threshold, " of nats")
     if threshold <= 0:
         return ALWAYS
     if threshold == math.inf:
@@ -82,12 +97,22 @@ def parse_gate(name: str, threshold: float = math.nan) -> Gate:
 class DraftStop:
     """A rule that ends a draft with its first token whose score exceeds `threshold`.
 
-    `score` is None if the rule reads the gate's own score.
+    `score` is None if the rule reads the gate's own score. Raise ValueError for an unknown name or a threshold out of
+    range, and TypeError for one that is no number.
     """
 
     name: str
     threshold: float
     score: Score | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", real_number("threshold", self.threshold))
+        is_margin = self.name == "margin" and 0 < self.limit <= 1 and self.score is not None
+        if not is_margin and not (self.name == "entropy" and self.limit > 0):
+            raise ValueError(
+                f"draft stop {self.name!r} cannot have threshold {self.threshold:g}: "
+                f"use parse_draft_stop with one of {', '.join(DRAFT_STOP_FORMS)}"
+            )
 
     def __call__(self, row: Tensor, gate_scores: Sequence[float]) -> bool:
         """Return True if the draft ends with its last token.
@@ -119,6 +144,7 @@ def parse_draft_stop(text: str, gate: Gate) -> DraftStop | None:
     entropy it gives None. `entropy=x` ends a draft above x nats. `margin=x` ends it where the probabilities of the two
     most likely tokens differ by less than x.
     """
+    check_type("draft_stop", text, str, f"give one of {', '.join(DRAFT_STOP_FORMS)}")
     name, _, number = text.partition("=")
     if text == "none" or (text == "entropy" and gate.score is not probs.entropy):
         return None

@@ -20,6 +20,7 @@ from edgecloud_sd.cloud.local import Cloud, LocalCloud
 from edgecloud_sd.data import audio, dataset, prompts
 from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import Event, Prepared, Prompt, Trace
+from edgecloud_sd.fields import check_type, whole_number
 from edgecloud_sd.forecast.adaptive_k import AdaptiveK
 from edgecloud_sd.models import checkpoint, devices, frontend, pairs
 from edgecloud_sd.session import Model
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 class Request:
     """One clip to caption: mono float32 samples at 16 kHz, and the wording of the prompt.
 
-    `Request.of` makes a request from a file or an array. Raise ValueError for an unknown language or prompt type.
+    `Request.of` makes a request from a file or an array. Raise ValueError for an unknown language or prompt type, and
+    TypeError or ValueError for samples that are not mono, empty or not finite.
     """
 
     samples: NDArray[np.float32]
@@ -51,7 +53,12 @@ class Request:
     task: str | None = None  # the text of the task, instead of the prompt type's
 
     def __post_init__(self) -> None:
+        check_type("language", self.language, str, f"choose one of {', '.join(prompts.LANGUAGES)}")
+        check_type("prompt_type", self.prompt_type, str, f"choose one of {', '.join(prompts.PROMPT_TYPES)}")
         prompts.format_task(self.language, self.prompt_type)  # raises ValueError
+        if self.transcription is not None:
+            check_type("transcription", self.transcription, str, "give the spoken words, or None")
+        object.__setattr__(self, "samples", audio.check_samples(self.samples))
 
     @classmethod
     def of(
@@ -144,6 +151,9 @@ class Pipeline:
         threads: int | None = None,
         finish_alone: bool = False,
     ) -> None:
+        check_type("pair", pair, pairs.Pair, f"write Pipeline.load(name), with a name of {', '.join(pairs.PAIRS)}")
+        if threads is not None:
+            threads = whole_number("threads", threads, 1, ", or None to choose by the size of the models")
         self.pair = pair
         self.cloud: Cloud = cloud or LocalCloud(pair.cloud, weights=pair.weights)
         self.finish_alone = finish_alone
@@ -171,8 +181,8 @@ class Pipeline:
         memory. Raise OSError for a checkpoint that cannot be read.
         """
         pair = pairs.find_pair(pair) if isinstance(pair, str) else pair
-        cloud = LocalCloud(pair.cloud, cloud_device, cloud_dtype, pair.weights)
-        pipeline = cls(pair, cloud, edge_device=edge_device, edge_dtype=edge_dtype, threads=threads)
+        pipeline = cls(pair, edge_device=edge_device, edge_dtype=edge_dtype, threads=threads)
+        pipeline.cloud = LocalCloud(pair.cloud, cloud_device, cloud_dtype, pair.weights)
         pipeline.prepare("speculative")
         return pipeline
 
@@ -230,6 +240,7 @@ class Pipeline:
 
         Raise that fault instead unless the edge may finish alone. The edge is then all that is loaded.
         """
+        check_type("strategy", strategy, Strategy, 'write Strategy("edge")')
         try:
             self.prepare(strategy.load_mode)
         except CloudFault as fault:
@@ -304,6 +315,7 @@ class Pipeline:
         harness: Harness | None = None,
     ) -> Iterator[Event]:
         """Return the events of one request as they come. Its time begins when both sides are loaded."""
+        check_type("request", request, Request, "write Request.of(file)")
         harness = harness or Harness()
         mode, fault = self.prepare_for(strategy)
 
@@ -359,9 +371,7 @@ class Pipeline:
 
     def text(self, tokens: Sequence[int], mode: str = "speculative") -> str:
         """Return the text of token ids, without special tokens."""
-        front = (
-            self.prepare(mode) if mode == "cloud" else self.edge
-        )  # the text of a dead cloud's caption needs no cloud
+        front = self.prepare(mode) if mode == "cloud" else self.edge  # which needs no cloud that may be dead
         text: str = front.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 

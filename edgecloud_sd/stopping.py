@@ -6,19 +6,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from edgecloud_sd.fields import check_type, whole_number
+
 MAX_NEW_TOKENS = 64  # the default limit of a caption's length
 
 
 @dataclass(frozen=True)
 class Stopping:
-    """The end at the first of the `eos` ids, which stays as the last token, or after `max_new_tokens`."""
+    """The end at the first of the `eos` ids, which stays as the last token, or after `max_new_tokens`.
+
+    Raise TypeError or ValueError for ids that are no whole numbers from 0, and for less than one new token.
+    """
 
     eos: frozenset[int]
     max_new_tokens: int
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        check_type("eos", self.eos, Iterable, "give a set of token ids")
+        object.__setattr__(self, "eos", frozenset(whole_number("eos", token, 0) for token in self.eos))
+        object.__setattr__(self, "max_new_tokens", whole_number("max_new_tokens", self.max_new_tokens, 1))
 
     def room(self, committed: int) -> int:
         """Return how many tokens the length limit allows after `committed` tokens."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from edgecloud_sd.acceptance import GREEDY, Rule, parse_rule
+from edgecloud_sd import probs
+from edgecloud_sd.acceptance import GREEDY, Rank, Rule, Synthetic, parse_rule
+from edgecloud_sd.fields import check_type, whole_number
 from edgecloud_sd.gate import ALWAYS, DraftStop, Gate, parse_draft_stop, parse_gate, statistics_per_token
 from edgecloud_sd.prefill import PREFILL_TIMES
 
@@ -19,7 +21,8 @@ class Strategy:
     """One way to decode.
 
     `Strategy("speculative", k=4)` is lossless: every draft is verified, and the cloud accepts its own tokens only.
-    Raise ValueError for values that do not fit together. Modes edge and cloud take no other field.
+    Raise ValueError for values that do not fit together, and TypeError for one of another type. Modes edge and cloud
+    take no other field.
     """
 
     mode: str = "speculative"
@@ -33,12 +36,17 @@ class Strategy:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
-        if self.k is not None and self.k < 1:
-            raise ValueError(f"k must be at least 1, or None to find it while decoding, not {self.k}")
+        check_type("gate", self.gate, Gate, "write parse_gate('never')")
+        check_type("rule", self.rule, (Rank, Synthetic), "write parse_rule('greedy')")
+        if self.draft_stop is not None:
+            check_type("draft_stop", self.draft_stop, DraftStop, "write parse_draft_stop('margin=0.3', gate)")
+        if self.k is not None:
+            self._set("k", whole_number("k", self.k, 1, ", or None to find it while decoding"))
+        self._set("draft_ahead", whole_number("draft_ahead", self.draft_ahead, 0))
         if self.prefill not in PREFILL_TIMES:
             raise ValueError(f"prefill must be one of {', '.join(PREFILL_TIMES)}, not {self.prefill!r}")
-        if self.draft_ahead < 0:
-            raise ValueError(f"draft_ahead must be 0 or more tokens, not {self.draft_ahead}")
+        if self.draft_stop and self.draft_stop.score is self.gate.score is probs.entropy:
+            self._set("draft_stop", replace(self.draft_stop, score=None))  # one entropy serves both
         if self.draft_stop and self.draft_stop.score is None and self.gate.score is None:
             raise ValueError(
                 f"draft_stop {self.draft_stop.label} reads the gate's score, and gate {self.gate.label} has none"
@@ -47,6 +55,9 @@ class Strategy:
             for field in fields(self)[1:]:
                 if getattr(self, field.name) != field.default:
                     raise ValueError(f"mode {self.mode} drafts nothing, so it takes no {field.name}")
+
+    def _set(self, field: str, value: object) -> None:
+        object.__setattr__(self, field, value)
 
     @property
     def is_speculative(self) -> bool:

@@ -63,7 +63,7 @@ def test_a_label_names_every_field_that_is_not_usual() -> None:
         ({"mode": "both"}, "unknown mode 'both': choose one of edge, cloud, speculative"),
         ({"k": 0}, "k must be at least 1, or None to find it while decoding, not 0"),
         ({"prefill": "lzay"}, "prefill must be one of eager, lazy, not 'lzay'"),
-        ({"draft_ahead": -1}, "draft_ahead must be 0 or more tokens, not -1"),
+        ({"draft_ahead": -1}, "draft_ahead must be at least 0, not -1"),
         (
             {"draft_stop": gate.parse_draft_stop("entropy", gate.entropy_gate(1.5))},
             "draft_stop stopH1.5 reads the gate's score, and gate always has none",

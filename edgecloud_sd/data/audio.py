@@ -43,6 +43,20 @@ def as_samples(audio: ArrayLike, sampling_rate: int = SAMPLE_RATE) -> NDArray[np
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
+def check_samples(samples: Any) -> NDArray[np.float32]:
+    """Return mono float samples as float32. Raise TypeError or ValueError for anything else."""
+    if not isinstance(samples, np.ndarray) or samples.dtype.kind != "f":
+        kind = samples.dtype if isinstance(samples, np.ndarray) else type(samples).__name__
+        raise TypeError(f"samples must be an array of floats, not {kind}: Request.of(samples) converts them")
+    if samples.ndim != 1 or not samples.size:
+        raise ValueError(f"samples must be mono and not empty, not of shape {samples.shape}: Request.of mixes channels")
+    with np.errstate(over="ignore"):  # it gives inf, which is refused
+        mono = samples.astype(np.float32, copy=False)
+    if not np.isfinite(mono).all():
+        raise ValueError("samples hold values that are not finite in float32: remove nan and inf")
+    return mono
+
+
 def _to_float(array: NDArray[Any]) -> NDArray[np.floating[Any]]:
     """Return the array as float, integers scaled to [-1, 1). Raise ValueError for a type that is no audio."""
     if array.dtype in (np.int16, np.int32):
