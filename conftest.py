@@ -54,6 +54,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.getini("filterwarnings").insert(0, "default" if is_benchmark else "error")
 
 
+def pytest_report_header(config: pytest.Config) -> str:
+    """Name the settings of --config that mean nothing here."""
+    file = config.getoption("--config")
+    return options.note_unused_settings(Path(file)) if file else ""
+
+
 def refuse_missing_packages(option: str, *packages: str) -> None:
     """Raise UsageError if an option needs packages that are not installed."""
     missing = [package for package in packages if find_spec(package) is None]

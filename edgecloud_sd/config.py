@@ -20,6 +20,7 @@ from edgecloud_sd.cloud.retry import PATIENCE, REQUEST_TIMEOUT
 from edgecloud_sd.cloud.url import parse_url
 from edgecloud_sd.data.dataset import CAPTION_TYPES, ON_BAD_CLIP
 from edgecloud_sd.data.prompts import LANGUAGES, PROMPT_TYPES
+from edgecloud_sd.data.published_settings import PublishedSettings, is_published_group, translate_settings
 from edgecloud_sd.data.task_texts import TaskTexts, read_task_texts
 from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION, NORMALISATIONS
 from edgecloud_sd.models import devices, pairs
@@ -426,6 +427,8 @@ def resolve(command_line: Mapping[str, str | None], file: Path | None = None) ->
     """
     values: dict[str, Any] = {option.name: option.default for option in OPTIONS}
     texts = read_file(file) if file is not None else {}
+    if command_line.get("pair") is not None:  # the models of a file are a pair too
+        texts = {name: text for name, text in texts.items() if name not in ("edge-model", "cloud-model")}
     texts |= {name: text for name, text in command_line.items() if text is not None}
     values |= {option.name: option.parse(texts[option.name]) for option in OPTIONS if option.name in texts}
     settings = Settings(**{name.replace("-", "_"): value for name, value in values.items()})
@@ -486,7 +489,36 @@ def _check_clock(settings: Settings) -> None:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Return the options of a YAML file by hyphenated name. Raise ConfigError for anything but known options."""
+    """Return the options of a YAML file by hyphenated name. Raise ConfigError for anything but known options.
+
+    The file may also have the nested settings of the published project (`published_settings`).
+    """
+    loaded, published = _load_file(path)
+    options = [(str(name).replace("_", "-"), value) for name, value in loaded.items()] + [*published.options.items()]
+    names = [name for name, _ in options]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"{path}: names an option twice, in two spellings: {repeated[0]}")
+    known = [option.name for option in OPTIONS]
+    if unknown := [name for name in (*names, *published.unknown) if name not in known]:
+        raise ConfigError(f"{path}: unknown option {', '.join(unknown)}; known are {', '.join(known)}")
+    values = dict(options)
+    for option in OPTIONS:  # so that the message names the file of a bad value
+        if option.name in values:
+            try:
+                option.parse(values[option.name])
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from None
+    return values
+
+
+def note_unused_settings(path: Path) -> str:
+    """Return one line on the published settings in a file that mean nothing here, or an empty text."""
+    note = _load_file(path)[1].note
+    return f"{path}: these settings have no meaning here: {note}" if note else ""
+
+
+def _load_file(path: Path) -> tuple[dict[str, Any], PublishedSettings]:
+    """Return the options of a YAML file as they are spelt, and the settings of the published project in it."""
     import yaml
 
     try:
@@ -496,21 +528,8 @@ def read_file(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         # ValueError: an impossible date or number, or bytes that are no UTF-8
         raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
-    if loaded is None:
-        return {}
+    loaded = {} if loaded is None else loaded
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: must map options to values, not be a {type(loaded).__name__}")
-    options = {str(name).replace("_", "-"): value for name, value in loaded.items()}
-    if len(options) < len(loaded):
-        raise ConfigError(f"{path}: names an option twice, spelt with - and with _")
-    known = [option.name for option in OPTIONS]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ConfigError(f"{path}: unknown option {', '.join(unknown)}; known are {', '.join(known)}")
-    for option in OPTIONS:  # so that the message names the file of a bad value
-        if option.name in options:
-            try:
-                option.parse(options[option.name])
-            except ConfigError as error:
-                raise ConfigError(f"{path}: {error}") from None
-    return options
+    groups = {name: value for name, value in loaded.items() if is_published_group(str(name))}
+    return {name: value for name, value in loaded.items() if name not in groups}, translate_settings(groups)
