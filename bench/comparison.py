@@ -60,6 +60,11 @@ def clip_bleu_counts(document: Document, clips: Sequence[ClipRecord]) -> NDArray
     return quality.bleu_counts(captions, references, language, normalisation)
 
 
+def corpus_bleu_difference(base: NDArray[np.float64], ours: NDArray[np.float64], n: int) -> Interval | None:
+    """Return corpus BLEU-n of ours - base from the counts of each clip. Clips differ in their n-gram matches."""
+    return intervals.corpus_difference(base, ours, partial(quality.bleu_of_counts, n=n), rarest=n - 1)
+
+
 def bleu_difference(base: Document, ours: Document, n: int = 4) -> tuple[Interval | None, float | None]:
     """Return corpus BLEU-n of ours - base over the common clips, and the p of `intervals.permutation_p`.
 
@@ -68,9 +73,8 @@ def bleu_difference(base: Document, ours: Document, n: int = 4) -> tuple[Interva
     pairs = pair_clips(base, ours)
     base_counts = clip_bleu_counts(base, [clip for clip, _ in pairs])
     our_counts = clip_bleu_counts(ours, [clip for _, clip in pairs])
-    score = partial(quality.bleu_of_counts, n=n)
-    difference = intervals.corpus_difference(base_counts, our_counts, score)
-    return difference, intervals.permutation_p(base_counts, our_counts, score)
+    p = intervals.permutation_p(base_counts, our_counts, partial(quality.bleu_of_counts, n=n))
+    return corpus_bleu_difference(base_counts, our_counts, n), p
 
 
 def quality_gap_closed(ours: Document, edge: Document | None, cloud: Document | None, metric: str) -> float | None:

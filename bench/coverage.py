@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 from tqdm import tqdm
 
-from bench.comparison import clip_bleu_counts, pair_clips
+from bench.comparison import clip_bleu_counts, corpus_bleu_difference, pair_clips
 from edgecloud_sd.measure import intervals, quality
 from edgecloud_sd.measure.intervals import Interval
 
@@ -96,9 +96,7 @@ def recorded_comparisons(base: Path, ours: Path) -> list[Comparison]:
         _sums("", times[0], times[1]),
         _typical("", times[0], times[1]),
         *(_difference(name, base_scores, our_scores) for name, (base_scores, our_scores) in scores.items()),
-        Comparison(
-            "BLEU-4 of the corpus", counts[0], counts[1], true_value, partial(intervals.corpus_difference, score=bleu4)
-        ),
+        Comparison("BLEU-4 of the corpus", counts[0], counts[1], true_value, partial(corpus_bleu_difference, n=4)),
     ]
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bench import baselines, load, tables
 from bench.cases import Case
 from bench.comparison import Document
-from bench.forecasts import DecodedCell, answer_sentence, forecast_cells
+from bench.forecasts import DecodedCell, forecast_cells
 from bench.resume import SavedClips
 from edgecloud_sd.config import Settings
 from edgecloud_sd.data import dataset
@@ -52,12 +52,8 @@ class Outcomes:
         if self.summaries:
             yield "captions", [tables.render_summaries(self.summaries)]
             yield "where the time goes", [tables.render_breakdowns(self.summaries)]
-            speedups = tables.render_speedups(self.documents)
-            forecasts = self.forecasts(settings).items()
-            lines = [speedups] if speedups else []
-            lines += [f"{name}: {answer_sentence(answer)}" for name, answer in forecasts]
-            if lines:
-                yield "does it pay?", lines
+            if text := tables.render_payoff(self.documents, self.forecasts(settings)):
+                yield "does it pay?", [text]
         if self.loads:
             yield "many edges on one cloud", [load.render_load(self.loads)]
         if self.baselines:

@@ -9,11 +9,14 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import comparison
+from bench import payoff
 from bench.cases import Case, cases, dataset_name
 from bench.comparison import Document
+from bench.forecasts import answer_sentence
+from bench.reasons import explain_dashes
 from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.config import Settings
+from edgecloud_sd.forecast.model import Forecast
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.summary import Summary
 from edgecloud_sd.models.devices import AUTO, LOSSLESS_DTYPES
@@ -145,24 +148,25 @@ def render_breakdowns(summaries: Mapping[str, Summary]) -> str:
     return grid(rows, ["ms per caption", *headings, *attributes, "sum / wall", "worst clip"])
 
 
-def render_speedups(documents: Mapping[str, Document]) -> str:
-    """Return the speed-ups of each speculative case over modes edge and cloud, or an empty text without these modes."""
-    rows = []
+def render_payoff(documents: Mapping[str, Document], forecasts: Mapping[str, Forecast | str]) -> str:
+    """Return if each speculative case pays: a table of its speed-ups, then a sentence per case and per forecast.
+
+    The text is empty without speculative cases.
+    """
+    rows, sentences = [], []
     for case, document in documents.items():
         if document["experiment_config"]["strategy"]["mode"] != "speculative":
             continue
-        cells = []
-        for mode in ("edge", "cloud"):
-            base = comparison.find_baseline(document, mode, documents.values())
-            for speedup in (comparison.caption_speedup, comparison.token_speedup):
-                cells.append(_text(speedup(base, document) if base else None))
-        if set(cells) != {"-"}:
-            rows.append([case, *cells])
-    return grid(rows, ["speed-up", "over edge", "per token", "over cloud", "per token"]) if rows else ""
-
-
-def _text(value: object | None) -> str:
-    return "-" if value is None else str(value)
+        compared = payoff.payoffs(document, documents.values(), "bleu4")
+        forecast = forecasts.get(case)
+        numbers = None if forecast is None or isinstance(forecast, str) else asdict(forecast)
+        rows += [[case, *row] for row in payoff.payoff_rows(compared, numbers)]
+        sentences.append(f"- {case}: {payoff.payoff_sentence(compared, 'BLEU-4')}")
+    if not sentences:
+        return ""
+    table = [grid(rows, ["times as fast as", "baseline", *payoff.SPEEDUPS])] if rows else []
+    answers = [f"- forecast for {case}: {answer_sentence(answer)}" for case, answer in forecasts.items()]
+    return "\n".join([*table, *sentences, *answers])
 
 
 def grid(rows: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
@@ -187,13 +191,7 @@ def _cloud_notes(summaries: Mapping[str, Summary]) -> list[str]:
 
 
 def _reasons(summaries: Mapping[str, Summary]) -> list[str]:
-    """Return a line per reason for null metrics, with the headings of their columns."""
-    headings = {metric: heading for heading, (metric, _, _) in SUMMARY_COLUMNS.items()}
-    by_reason: dict[str, list[str]] = {}
-    for summary in summaries.values():
-        for metric, reason in summary.reasons.items():
-            if metric in headings and summary.figures[metric] is None:
-                columns = by_reason.setdefault(reason, [])
-                if headings[metric] not in columns:
-                    columns.append(headings[metric])
-    return [f"- {', '.join(columns)}: {reason}" for reason, columns in by_reason.items()]
+    """Return a line per reason for null metrics, with their columns and cases."""
+    names = {metric: heading for heading, (metric, _, _) in SUMMARY_COLUMNS.items()}
+    cells = {case: (summary.figures, summary.reasons) for case, summary in summaries.items()}
+    return [f"- {columns}: {reason}" for columns, reason in explain_dashes(names, cells)]

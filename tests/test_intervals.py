@@ -103,14 +103,14 @@ def counts(captions: list[str]) -> NDArray[np.float64]:
 
 def test_a_corpus_difference_is_the_difference_of_the_corpus_scores() -> None:
     scores = [quality.score(captions, REFERENCES, "english").corpus["bleu4"] or 0.0 for captions in (CAPTIONS, OTHERS)]
-    interval = intervals.corpus_difference(counts(CAPTIONS), counts(OTHERS), bleu4)
+    interval = intervals.corpus_difference(counts(CAPTIONS), counts(OTHERS), bleu4, 3)
     check_interval(interval, scores[1] - scores[0])
     silent = counts(["word"] * 12)
     assert (
-        str(intervals.corpus_difference(silent, counts(["other"] * 12), bleu4))
+        str(intervals.corpus_difference(silent, counts(["other"] * 12), bleu4, 4))
         == "0.00 [0 of 12 clips differ: too few]"
     )
-    assert str(intervals.corpus_difference(silent, counts(["other one"] * 12), bleu4)) == "0.00 [both scores are 0]"
+    assert str(intervals.corpus_difference(silent, counts(["other one"] * 12), bleu4, 4)) == "0.00 [both scores are 0]"
 
 
 def test_the_permutation_test_tells_a_difference_from_none() -> None:

@@ -156,7 +156,8 @@ def save(path: Path, cells: Sequence[Document], **sentences: str) -> str:
         {"name": document["experiment_config"]["case"], "extra_info": {"results": document}} for document in cells
     ]
     rows += [{"name": "test_captioning[x]:ttft", "extra_info": {"meaning": "m"}}, {"name": "other", "extra_info": None}]
-    forecasts = {case: {"sentence": sentence, "forecast": None} for case, sentence in sentences.items()}
+    numbers = {"over_edge": 0.5, "over_cloud": 2.0}
+    forecasts = {case: {"sentence": sentence, "forecast": numbers} for case, sentence in sentences.items()}
     path.write_text(json.dumps({"benchmarks": rows, "forecasts": forecasts, "datetime": "2026-01-01T00:00:00"}))
     return str(path)
 
@@ -283,8 +284,10 @@ def test_the_summary_has_every_measured_metric_and_reasons_for_the_others(small_
 def test_speedups_quality_gap_and_forecast_are_shown(small_report: tuple[str, str]) -> None:
     markdown = small_report[1]
     # 2 s for 1 s of the edge and 4 s of the cloud; (0.8 - 0.5) / (0.9 - 0.5) of the gap
-    intervals = r"0.50 \[0.50, 0.50\] | 0.50 \[0.50, 0.50\] | 2.00 \[2.00, 2.00\] | 2.00 \[2.00, 2.00\]"
-    assert f"| H1 k2 greedy | {intervals} | 0.75 | lossy |" in markdown
+    for baseline, ratio in (("edge", "0.50"), ("cloud", "2.00")):
+        intervals = " | ".join([rf"{ratio} \[{ratio}, {ratio}\]"] * 3)
+        assert f"| H1 k2 greedy | {baseline} alone | {intervals} | {ratio} | 0.75 | lossy |" in markdown
+    assert "- **H1 k2 greedy**: Does not pay against the edge alone, the faster baseline: 0.50" in markdown
     assert "- **H1 k2 greedy**: Pays: 2.00x as fast." in markdown
 
 
@@ -399,7 +402,7 @@ def test_the_forecast_of_a_single_results_file_is_computed_from_its_traces(tmp_p
     file.write_text(json.dumps(one))
     _, markdown = write_report(tmp_path, str(file))
     assert re.search(r"^- \*\*H1 k2 greedy\*\*: Does not pay: .*the cloud alone 38\.7 ms", markdown, re.M)
-    assert "No speed-up: neither the edge alone nor the cloud alone captioned these clips" in markdown
+    assert "Not decided: neither the edge alone nor the cloud alone captioned these clips" in markdown
 
 
 def test_an_unknown_trace_event_costs_the_forecast_but_not_the_report(tmp_path: Path) -> None:

@@ -166,8 +166,8 @@ def share_virtual_clock(a: Document, b: Document) -> bool:
     return clocks == {"virtual"} and get_experiment(a)["profile_costs"] == get_experiment(b)["profile_costs"]
 
 
-def forecast_from_traces(document: Document) -> dict[str, str]:
-    """Return the sentence of the forecast by case id, from the traces in the results file of one cell."""
+def forecast_from_traces(document: Document) -> dict[str, dict[str, Any]]:
+    """Return the forecast by case id, as `forecast_to_json` writes it, from the traces in a cell's results file."""
     experiment = get_experiment(document)
     in_one_process = experiment["clock"] == "real" and not experiment["cloud_url"]
     on_one_device = in_one_process and experiment.get("edge_device") == experiment.get("cloud_device")
@@ -180,5 +180,5 @@ def forecast_from_traces(document: Document) -> dict[str, str]:
         costs = experiment["profile_costs"] and profiles.profile_from_json(experiment["profile_costs"])
         answers = forecasts.forecast_cells({get_case_id(document): cell}, costs or None, on_one_device)
     except (ValueError, KeyError, TypeError) as error:  # this version may not know a trace or a link
-        return {get_case_id(document): f"no forecast: {error}"}
-    return {case: forecasts.answer_sentence(answer) for case, answer in answers.items()}
+        answers = {get_case_id(document): f"no forecast: {error}"}
+    return {case: forecasts.forecast_to_json(answer) for case, answer in answers.items()}

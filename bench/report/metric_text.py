@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from bench.comparison import Document
+from bench.reasons import explain_dashes
+from bench.report.cells import ReportCell
 from bench.report.page import DASH, Column
 from edgecloud_sd.measure.intervals import Interval
 from edgecloud_sd.measure.summary import METRICS
@@ -99,13 +100,7 @@ def interval_limits(clip_count: int) -> str:
     )
 
 
-def explain_missing(metrics: Sequence[str], documents: Iterable[Document]) -> list[tuple[str, str]]:
-    """Return (names of metrics, reason) for each reason why a cell lacks a value."""
-    names_by_reason: dict[str, dict[str, None]] = {}
-    for document in documents:
-        values, reasons = document["metrics"]["figures"], document["metrics"]["reasons"]
-        for metric in metrics:
-            if values.get(metric) is None:
-                reason = reasons.get(metric, "the file gives no reason")
-                names_by_reason.setdefault(reason, {})[metric_name(metric)] = None
-    return [(", ".join(names), reason) for reason, names in names_by_reason.items()]
+def explain_missing(metrics: Sequence[str], cells: Iterable[ReportCell]) -> list[tuple[str, str]]:
+    """Return (names of metrics with their cells, reason) for each reason why a cell lacks a value."""
+    figures = {cell.label: (cell.document["metrics"]["figures"], cell.document["metrics"]["reasons"]) for cell in cells}
+    return explain_dashes({metric: metric_name(metric) for metric in metrics}, figures)

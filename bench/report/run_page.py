@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from bench import comparison
+from bench import comparison, payoff
+from bench.comparison import Document
 from bench.report import pictures
 from bench.report.captions import list_captions
 from bench.report.cells import OUTPUT_MEANING, ReportCell, group_by_language, list_facts
 from bench.report.metric_text import (
     MAIN_METRICS,
     explain_missing,
-    format_interval,
     format_metric,
     interval_limits,
     metric_column,
@@ -45,7 +46,7 @@ def build_run_page(run: Run, quality: str, max_clips: int) -> Page:
                 "Where the time goes": show_breakdown(cells),
                 "Latency against quality": compare_latency_and_quality(cells, quality),
                 "Acceptance by position": show_acceptance(cells),
-                "Does it pay?": [*show_speedups(cells, quality), *list_forecasts(cells, run.forecasts)],
+                "Does it pay?": [*show_payoff(cells, run.forecasts, quality), *list_forecasts(cells, run.forecasts)],
                 "Captions side by side": list_captions(cells, quality, max_clips),
             },
             f" ({language})" if len(groups) > 1 else "",
@@ -95,9 +96,8 @@ def summarise_metrics(cells: Sequence[ReportCell]) -> list[Block]:
         ],
         fold_title="Every metric",
     )
-    documents = [cell.document for cell in cells]
-    main_reasons = explain_missing(MAIN_METRICS, documents)
-    other_reasons = explain_missing([metric for metric in METRICS if metric not in MAIN_METRICS], documents)
+    main_reasons = explain_missing(MAIN_METRICS, cells)
+    other_reasons = explain_missing([metric for metric in METRICS if metric not in MAIN_METRICS], cells)
     meanings = [(metric_name(name), metric.meaning) for name, metric in METRICS.items()]
     blocks: list[Block] = [main_table]
     if main_reasons:
@@ -161,7 +161,7 @@ def compare_latency_and_quality(cells: Sequence[ReportCell], quality: str) -> li
         if (value := cell.metric(quality)) is not None and cell.metric("total") is not None
     ]
     if not points:
-        reasons = explain_missing([quality], [cell.document for cell in cells])
+        reasons = explain_missing([quality], cells)
         return [Paragraph(f"No cell has {metric_name(quality)} (--quality selects another):"), BulletList(reasons)]
     front = comparison.pareto_front([(point.seconds, point.quality) for point in points])
     description = (
@@ -219,53 +219,55 @@ def show_acceptance(cells: Sequence[ReportCell]) -> list[Block]:
     return [Picture(pictures.draw_acceptance(lines), description, Table(columns, rows, fold_title="The numbers"))]
 
 
-def show_speedups(cells: Sequence[ReportCell], quality: str) -> list[Block]:
-    """Return how many times as fast each speculative cell is as the edge alone and as the cloud alone."""
+def show_payoff(cells: Sequence[ReportCell], forecasts: Mapping[str, Mapping[str, Any]], quality: str) -> list[Block]:
+    """Return if each speculative cell pays: sentences, a picture of the speed-ups, and the table behind it."""
     documents = [cell.document for cell in cells]
-    speculative = [cell for cell in cells if cell.mode == "speculative"]
-    if not speculative:
+    rows, ranges, sentences, clip_counts = [], [], [], []
+    for cell in cells:
+        if cell.mode != "speculative":
+            continue
+        compared = payoff.payoffs(cell.document, documents, quality)
+        gap = _gap_closed(cell, documents, quality)
+        answer = forecasts.get(cell.case_id, {})
+        rows += [[cell.label, *row, gap, cell.output] for row in payoff.payoff_rows(compared, answer.get("forecast"))]
+        ranges.append((cell.label, {f"over {row.baseline}": row.captions for row in compared}))
+        sentences.append((cell.label, payoff.payoff_sentence(compared, metric_name(quality))))
+        clip_counts += [row.clips for row in compared]
+    if not sentences:
         return []
-    rows, ranges, clip_counts = [], [], []
-    for cell in speculative:
-        row, by_caption = [cell.label], {}
-        baselines = {mode: comparison.find_baseline(cell.document, mode, documents) for mode in ("edge", "cloud")}
-        for mode, baseline in baselines.items():
-            speedup = comparison.caption_speedup(baseline, cell.document) if baseline else None
-            per_token = comparison.token_speedup(baseline, cell.document) if baseline else None
-            row += [format_interval(speedup), format_interval(per_token)]
-            by_caption[f"over {mode}"] = speedup
-            clip_counts.append(len(comparison.pair_clips(baseline, cell.document)) if baseline else 0)
-        gap = comparison.quality_gap_closed(cell.document, baselines["edge"], baselines["cloud"], quality)
-        rows.append([*row, DASH if gap is None else f"{gap:.2f}", cell.output])
-        ranges.append((cell.label, by_caption))
-    if not any(clip_counts):
-        return [Paragraph("No speed-up: neither the edge alone nor the cloud alone captioned these clips.")]
-    per_token_meaning = "by seconds per token after the first chunk, so that shorter captions give no advantage"
+    if not rows:
+        return [BulletList(sentences)]
     columns = [
-        Column("times as fast as"),
-        Column("edge", "by seconds per caption, summed over the clips that both cells have"),
-        Column("edge, per token", per_token_meaning),
-        Column("cloud", "by seconds per caption, over the same link"),
-        Column("cloud, per token", per_token_meaning),
-        Column(f"{metric_name(quality)} gap closed", "(speculative - edge) / (cloud - edge)"),
+        Column("cell"),
+        Column("times as fast as", is_text=True),
+        *(Column(name, meaning) for name, meaning in payoff.SPEEDUPS.items()),
+        Column(f"{metric_name(quality)} gap closed", "(strategy - edge) / (cloud - edge)"),
         Column("output", OUTPUT_MEANING, is_text=True),
     ]
     description = (
-        "Speed-up over the edge alone and over the cloud alone, by seconds per caption over the same clips, with 95% "
-        f"intervals over clips. {interval_limits(min(filter(None, clip_counts)))}"
+        "Speed-up of whole captions over the edge alone and over the cloud alone: seconds summed over the same clips, "
+        f"with 95% intervals. {interval_limits(min(clip_counts))}"
     )
-    table = Table(columns, rows, fold_title="The numbers")
-    blocks: list[Block] = [Picture(pictures.draw_speedups(ranges), description, table)]
-    if any(row[5] == DASH for row in rows):
+    blocks: list[Block] = [
+        BulletList(sentences),
+        Picture(pictures.draw_speedups(ranges), description, Table(columns, rows)),
+    ]
+    if any(row[-2] == DASH for row in rows):
         reason = "edge or cloud is missing, or the gap between them is not larger than its noise."
         blocks.append(Paragraph(f"Reason for a dash under {metric_name(quality)} gap closed: {reason}"))
     return blocks
 
 
-def list_forecasts(cells: Sequence[ReportCell], sentences: Mapping[str, str]) -> list[Block]:
+def _gap_closed(cell: ReportCell, documents: Sequence[Document], quality: str) -> str:
+    edge, cloud = (comparison.find_baseline(cell.document, mode, documents) for mode in payoff.BASELINES)
+    gap = comparison.quality_gap_closed(cell.document, edge, cloud, quality)
+    return DASH if gap is None else f"{gap:.2f}"
+
+
+def list_forecasts(cells: Sequence[ReportCell], forecasts: Mapping[str, Mapping[str, Any]]) -> list[Block]:
     """Return the forecast of each speculative cell."""
     items = [
-        (cell.label, sentences.get(cell.case_id, "the file has no forecast"))
+        (cell.label, forecasts.get(cell.case_id, {}).get("sentence", "the file has no forecast"))
         for cell in cells
         if cell.mode == "speculative"
     ]

@@ -24,11 +24,14 @@ class UnusableFile(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """The cells of one file by case id, with the sentences of their forecasts, and the time and commit of the run."""
+    """The cells of one file by case id, and the time and commit of the run.
+
+    The forecasts are as `forecast_to_json` writes them.
+    """
 
     name: str
     cells: Mapping[str, Document]
-    forecasts: Mapping[str, str] = field(default_factory=dict)
+    forecasts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     saved: str | None = None
 
 
@@ -66,8 +69,8 @@ def _read_benchmarks(path: Path, content: Document) -> Run:
         raise UnusableFile(
             f"{path}: none of its {count} benchmarks has captions; run bench/test_captioning.py, and {USABLE_FILES}"
         )
-    sentences = {case: _get_nested(content, "forecasts", case, "sentence") for case in cells}
-    known = {case: str(sentence) for case, sentence in sentences.items() if sentence is not None}
+    saved = {case: _get_nested(content, "forecasts", case) for case in cells}
+    known = {case: answer for case, answer in saved.items() if isinstance(_get_nested(answer, "sentence"), str)}
     return Run(path.name, cells, known, _describe_saving(content))
 
 

@@ -132,14 +132,15 @@ def difference(baseline: Numbers, ours: Numbers) -> Interval | None:
     return bootstrap((own - base)[:, None], lambda means: means[..., 0], int(np.count_nonzero(own != base)))
 
 
-def corpus_difference(baseline: Values, ours: Values, score: Statistic) -> Interval | None:
+def corpus_difference(baseline: Values, ours: Values, score: Statistic, rarest: int) -> Interval | None:
     """Return score(ours) - score(baseline), or None without clips.
 
     `score` takes means of counts [..., counts]. `baseline` and `ours` hold the counts of each clip [clips, counts].
+    Clips differ if their counts in column `rarest` differ, because a score depends most on its rarest count.
     """
     base, own = _paired(baseline, ours)
     width = base.shape[-1]
-    differing = int((base != own).any(-1).sum())
+    differing = int((base != own)[:, rarest].sum())
     interval = bootstrap(
         np.hstack([base, own]), lambda means: score(means[..., width:]) - score(means[..., :width]), differing
     )
