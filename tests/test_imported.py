@@ -105,6 +105,16 @@ def test_captions_are_scored_anew(runs: dict[str, Document]) -> None:
     assert "language" in runs["cloud"]["origin"]["not_recorded"]
 
 
+def test_the_normalisation_before_scoring_can_be_chosen(tmp_path: Path) -> None:
+    line = RECORDED_LINES[0] | {"reference": "\u5979\uff0c\u4ed6", "caption": "\u5979,\u4ed6"}  # a wide comma
+    source, scores = write_lines(tmp_path / "zh.jsonl", [line]), {}
+    for name in ("none", "nfc"):
+        imported.main([str(source), "--output-dir", str(tmp_path / name), "--score-normalisation", name])
+        metrics = results.read_results(tmp_path / name / "zh-edge.json")["metrics"]
+        scores[metrics["score_normalisation"]] = metrics["figures"]["bleu1"]
+    assert scores == {"none": pytest.approx(2 / 3), "nfc": 1.0}
+
+
 def test_imported_runs_are_compared_clip_by_clip(runs: dict[str, Document]) -> None:
     assert len(comparison.pair_clips(runs["edge"], runs["speculative"])) == 2
     assert comparison.find_baseline(runs["speculative"], "edge", runs.values()) is runs["edge"]

@@ -27,6 +27,7 @@ def read_one(path: Path) -> RecordedRun:
         ("baseline", "edge_only", "edge", (1.5, None, None), (20, None, None, None, None, None)),
         ("latency", "cloud_zh", "cloud", (2.0, None, None), (None,) * 6),
         ("at once", "edge_en", "edge", (2.5, None, 2.25), (8, 165, None, None, None, None)),
+        ("evaluated", "cloud_optimized", "cloud", (2.5, 0.5, 2.25), (8, 165, None, None, None, None)),
         ("streamed", "cloud_zh", "cloud", (2.5, 0.5, 2.25), (8, 165, None, None, None, None)),
         ("rounds", "sc_zh", "speculative", (14.5, None, 14.25), (22, None, 5, None, None, None)),
         ("counts", "hybrid", "speculative", (24.5, 20.0, 24.25), (15, 821, None, 2, 17, 1)),
@@ -42,6 +43,7 @@ def test_each_generation_of_keys_gives_times_and_counts(
     assert (clip.total, clip.ttft, clip.output_end) == times
     assert tuple(getattr(clip, field) for field in COUNTS) == counts
     assert clip.record.keys() == CLIPS[generation].keys()
+    assert "/home" not in str(clip.record)
 
 
 def test_memory_and_cpu_are_read_only_where_the_keys_name_the_aggregation(tmp_path: Path) -> None:
@@ -75,13 +77,13 @@ def test_not_a_number_is_null_and_a_failed_caption_is_skipped(tmp_path: Path) ->
     clips = [
         CLIPS["streamed"] | {"bertscore_recall": float("nan")},
         CLIPS["streamed"] | {"file_id": "b", "success": False, "error": "no audio"},
-        CLIPS["streamed"] | {"file_id": "c", "reference_caption": " "},
+        CLIPS["streamed"] | {"file_id": "c", "reference_caption": "\u200b"},
     ]
     run = read_one(write_published(tmp_path / "edge.json", "streamed", clips))
     assert run.clips[0].record["bertscore_recall"] is None
     assert run.skipped == [
         SkippedClip("b", "the file says that it failed (no audio)"),
-        SkippedClip("c", "the file has no reference for it"),
+        SkippedClip("c", "the file has no reference with visible text for it"),
     ]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from edgecloud_sd.data.dataset import BadClip, SkippedClip, read_json
 from edgecloud_sd.data.prompts import LANGUAGES
+from edgecloud_sd.data.texts import has_visible_text
 from edgecloud_sd.strategy import MODES
 
 GIB_IN_MB = 1024**3 / 1e6  # the files count memory in GiB
@@ -32,7 +33,7 @@ GENERATIONS = {
 # Field of `RecordedClip` -> its keys in the generations
 TEXT_KEYS = {
     "file_id": ("file_id",),
-    "reference": ("reference_caption", "ground_truth_caption", "reference"),
+    "reference": ("reference_caption", "ground_truth_caption", "reference_text", "reference"),
     "caption": ("generated_text", "prediction", "caption"),
 }
 AMOUNT_KEYS = {
@@ -56,7 +57,8 @@ UNREAD_KEYS = frozenset(
     ("mode", "dataset", "caption_type", "language", "prompt_type", "bleu", "cider", "bleu_score", "cider_score",
      "bertscore_precision", "bertscore_recall", "bertscore_f1", "acceptance_rate", "tokens_per_second", "total_tokens",
      "accepted_tokens", "rejected_tokens", "total_latency", "edge_latency", "cloud_latency", "sample_time", "success",
-     "error", "latency_metrics", "speculative_decoding_metrics", "speculative_decoding_config", "hardware_config",
+     "error", "audio_path", "generation_time", "evaluation_metrics", "latency_metrics", "speculative_decoding_metrics",
+     "speculative_decoding_config", "hardware_config",
      "latency_metrics.itps", "latency_metrics.otps", "latency_metrics.cpu_percent", "latency_metrics.cpu_max",
      "latency_metrics.ram_gb", "latency_metrics.gpu_util", "latency_metrics.gpu_memory_gb",
      "latency_metrics.total_accepted_tokens", "latency_metrics.acceptance_rate", "latency_metrics.correction_rate",
@@ -230,7 +232,8 @@ def _skip_reason(place: str, flat: Mapping[str, Any]) -> str | None:
     """Return why a caption cannot be scored, or None if it can."""
     if flat.get("success") is False:
         return f"the file says that it failed ({flat.get('error') or 'without a reason'})"
-    return None if _text(place, flat, "reference") else "the file has no reference for it"
+    is_scored = has_visible_text(_text(place, flat, "reference"))
+    return None if is_scored else "the file has no reference with visible text for it"
 
 
 def _build_clip(place: str, flat: Mapping[str, Any], record: Mapping[str, Any]) -> RecordedClip:

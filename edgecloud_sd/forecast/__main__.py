@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from edgecloud_sd.forecast.model import forecast
 from edgecloud_sd.forecast.recorded import counts_from_results, workload_from_counts
 from edgecloud_sd.forecast.sentence import forecast_sentence, format_seconds
+from edgecloud_sd.host.errors import errors_to_exit
 from edgecloud_sd.measure.results import read_results
 from edgecloud_sd.timing.link import Link, find_link
 from edgecloud_sd.timing.profile import PROFILE_NAMES, Profile, load_profile
@@ -29,12 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--link", default="none", help="link between edge and cloud (default: %(default)s)")
     parser.add_argument("--k", type=int, help="draft length of a run whose file does not have it")
     options = parser.parse_args(arguments)
-    try:
+    with errors_to_exit():
         profile, link = load_profile(options.profile), find_link(options.link)
         for file in options.files:
             print(forecast_file(file, profile, link, options.k))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def forecast_file(file: Path, profile: Profile, link: Link, k: int | None = None) -> str:

@@ -20,11 +20,13 @@ from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.data.published import RecordedClip, RecordedRun, read_recorded_runs
 from edgecloud_sd.host.errors import errors_to_exit
 from edgecloud_sd.measure import metrics, quality, results
+from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION, NORMALISATIONS
 from edgecloud_sd.measure.summary import (
     METRICS,
     NO_ROUNDS,
     NOT_VERIFIED,
     PERCENTILE_REASONS,
+    PERCENTILES,
     Figures,
     max_or_none,
     mean_or_none,
@@ -48,11 +50,13 @@ SAMPLED_KEYS = {
 EVENT_FIELDS = ("token_ids", "finish_reason", "trace", "latency_breakdown", "discarded_draft", "hindsight", "wall_time")
 
 
-def recorded_document(run: RecordedRun, bertscore_model: str | None = None) -> dict[str, Any]:
+def recorded_document(
+    run: RecordedRun, bertscore_model: str | None = None, normalisation: str = DEFAULT_NORMALISATION
+) -> dict[str, Any]:
     """Return the results file of a recorded run."""
     captions, references = [clip.caption for clip in run.clips], [[clip.reference] for clip in run.clips]
     language = run.setting("language") or find_language([text for texts in references for text in texts])
-    scores = quality.score(captions, references, language, bertscore_model)
+    scores = quality.score(captions, references, language, bertscore_model, normalisation=normalisation)
     clips = [_clip_record(run, clip, scores, index) for index, clip in enumerate(run.clips)]
     figures = dict.fromkeys(METRICS) | _time_figures(run.clips) | _count_figures(run) | scores.corpus
     schema = results.load_schema()["properties"]
@@ -261,6 +265,8 @@ def _reasons(run: RecordedRun, figures: Figures, quality_reasons: dict[str, str]
         if 0 < present < len(run.clips):
             reasons[name] = f"measured in part: {present} of {len(run.clips)} clips have it"
     known = PERCENTILE_REASONS | dict.fromkeys(("ttft", "tpot", "otps"), NO_FIRST_TOKEN)
+    if figures["ttft"] is None:
+        known |= {f"ttft_p{percent}": NO_FIRST_TOKEN for percent in PERCENTILES}
     for clip in run.clips:
         known |= _resource_reasons(clip)
     if any("prefill_time" in (clip.record.get("latency_metrics") or {}) for clip in run.clips):
@@ -278,7 +284,11 @@ def _reasons(run: RecordedRun, figures: Figures, quality_reasons: dict[str, str]
 
 
 def import_files(
-    files: Sequence[Path], folder: Path, mode: str | None = None, bertscore_model: str | None = None
+    files: Sequence[Path],
+    folder: Path,
+    mode: str | None = None,
+    bertscore_model: str | None = None,
+    normalisation: str = DEFAULT_NORMALISATION,
 ) -> list[tuple[Path, dict[str, Any]]]:
     """Write a results file for each run in the files, and return their paths and contents.
 
@@ -296,7 +306,7 @@ def import_files(
     for name, run in tqdm(runs.items(), desc="scoring", unit="run", disable=None, leave=False):
         path = folder / f"{name}.json"
         try:
-            document = recorded_document(run, bertscore_model)
+            document = recorded_document(run, bertscore_model, normalisation)
             results.write_results(path, document)
         except ValueError as error:
             raise BadClip(f"{run.file}: {error}") from error
@@ -320,9 +330,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--mode", choices=MODES, help="the mode of files that do not say which one they are of")
     parser.add_argument("--bertscore-model", metavar="MODEL", help="a folder or a name on the hub (default: none)")
+    parser.add_argument(
+        "--score-normalisation",
+        choices=NORMALISATIONS,
+        default=DEFAULT_NORMALISATION,
+        help="the change to captions and references before they are scored, as in the suite (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     with errors_to_exit():
-        written = import_files(options.files, options.output_dir, options.mode, options.bertscore_model)
+        written = import_files(
+            options.files, options.output_dir, options.mode, options.bertscore_model, options.score_normalisation
+        )
         for path, document in written:
             skipped = f", {len(document['skipped_clips'])} skipped" if document["skipped_clips"] else ""
             print(f"{len(document['detailed_results'])} clips in {path}{skipped}")

@@ -24,6 +24,9 @@ CLIPS: dict[str, dict[str, Any]] = {
     | {"bleu": 0.5, "cider": 0.25},
     "latency": TEXTS | SCORES | LABELS | {"latency": 2.0},
     "at once": TEXTS | SCORES | LABELS | {"latency_metrics": TIMES | {"ttft": 2.25}},
+    "evaluated": {"file_id": "a", "audio_path": "/home/someone/a.wav", "reference_text": "他很悲伤"}
+    | {"generated_text": "悲伤，低沉。", "generation_time": 2.5, "evaluation_metrics": {"bleu_1": 0.5}}
+    | {"latency_metrics": TIMES | SAMPLES | {"ttft": 0.5}},
     "streamed": TEXTS
     | SCORES
     | LABELS
