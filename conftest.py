@@ -13,6 +13,7 @@ from bench.cases import SETTINGS
 from bench.rows import row_metric
 from edgecloud_sd import config as options
 from edgecloud_sd.config import GROUPS, Option, Settings
+from edgecloud_sd.host.terminal import escape_unencodable
 
 REQUIREMENTS = ("gpu",)  # markers that --require accepts
 
@@ -39,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     A warning fails a test. It fails no benchmark, because a library may deprecate a name at any time.
     """
+    escape_unencodable()
     if config.getoption("benchmark_histogram", None):
         refuse_missing_packages("--benchmark-histogram", "pygal", "pygaljs")
     given = {option.name: config.getoption(_destination(option.name)) for option in options.OPTIONS}

@@ -22,6 +22,7 @@ from edgecloud_sd.data.dataset import CAPTION_TYPES, ON_BAD_CLIP
 from edgecloud_sd.data.prompts import LANGUAGES, PROMPT_TYPES
 from edgecloud_sd.data.published_settings import PublishedSettings, is_published_group, translate_settings
 from edgecloud_sd.data.task_texts import TaskTexts, read_task_texts
+from edgecloud_sd.data.texts import BadText, parse_yaml, read_utf8
 from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION, NORMALISATIONS
 from edgecloud_sd.models import devices, pairs
 from edgecloud_sd.models.devices import AUTO, DTYPES_OR_AUTO
@@ -74,8 +75,8 @@ class Option:
         return values
 
     def _parse_one(self, value: Any) -> Any:
-        if isinstance(value, list | tuple | dict | bool):
-            raise ConfigError(f"--{self.name}: takes one value, not {value!r} (quote what YAML reads as true or false)")
+        if isinstance(value, list | tuple | dict):
+            raise ConfigError(f"--{self.name}: takes one value, not {value!r}")
         text = str(value).strip()
         try:
             return self.read(text)
@@ -519,15 +520,12 @@ def note_unused_settings(path: Path) -> str:
 
 def _load_file(path: Path) -> tuple[dict[str, Any], PublishedSettings]:
     """Return the options of a YAML file as they are spelt, and the settings of the published project in it."""
-    import yaml
-
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = parse_yaml(read_utf8(path, "YAML"), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError) as error:
-        # ValueError: an impossible date or number, or bytes that are no UTF-8
-        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
+    except BadText as error:
+        raise ConfigError(str(error)) from error
     loaded = {} if loaded is None else loaded
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: must map options to values, not be a {type(loaded).__name__}")

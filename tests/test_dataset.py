@@ -401,6 +401,39 @@ def test_an_empty_caption_is_refused(folder: Path, value: object) -> None:
     assert f"{path}, one, chinese_caption: is empty" in str(error.value)
 
 
+def test_a_manifest_may_have_one_clip_a_line(folder: Path) -> None:
+    path = folder / "manifest.jsonl"
+    lines = [json.dumps(entry(file_id=name, chinese_caption="高\u2028兴"), ensure_ascii=False) for name in "ab"]
+    path.write_text("\r\n\r\n".join(lines) + "\n", encoding="utf-8-sig")
+    assert manifest_path(folder, "chinese") == path
+    clips, _ = load_manifest(path, "chinese", "audio_only")
+    assert [(clip.file_id, clip.references) for clip in clips] == [("a", ("高\u2028兴",)), ("b", ("高\u2028兴",))]
+    path.write_text(f"{json.dumps(entry())}\n\n{json.dumps(entry(index='x', file_id=''))}\n")
+    with pytest.raises(BadClip) as error:
+        load_manifest(path, "chinese")
+    assert str(error.value).startswith(f"{path}, line 3, file_id: ")
+
+
+@pytest.mark.parametrize("field", ["file_id", "audio_path", "chinese_caption", "notes"])
+def test_half_a_character_is_refused_when_the_manifest_is_loaded(folder: Path, field: str) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps([entry(file_id="zero"), entry(**{field: "高\ud800"})]), encoding="utf-8")
+    with pytest.raises(BadClip) as error:
+        load_manifest(path, "chinese")
+    assert str(error.value).startswith(f"{path}, entry 1, {field}: has U+D800, half of a character, at 1")
+    clips, skipped = load_manifest(path, "chinese", on_bad_clip="skip")
+    assert (len(clips), len(skipped)) == (1, 1)
+
+
+def test_a_reference_without_visible_text_is_no_reference(folder: Path) -> None:
+    [clip], _ = load_manifest(
+        write_manifest(folder, entry(chinese_caption=["\u200b", "高兴", "\ufe0f"])), "chinese", "audio_only"
+    )
+    assert clip.references == ("高兴",)
+    with pytest.raises(BadClip, match="chinese_caption: is empty"):
+        load_manifest(write_manifest(folder, entry(chinese_caption="\u200b\x00")), "chinese", "audio_only")
+
+
 def test_a_file_id_that_occurs_twice_is_refused(folder: Path) -> None:
     path = write_manifest(folder, entry(), entry(file_id="two"), entry())
     with pytest.raises(BadClip) as error:
@@ -598,6 +631,20 @@ def test_malformed_secap_captions_are_named(secap: Path, content: bytes, complai
     with pytest.raises(BadClip) as error:
         import_secap(secap, secap / "manifest.json")
     assert str(error.value).startswith(f"{secap / 'fid2captions.json'}: {complaint}")
+
+
+def test_secap_texts_keep_every_character_that_ends_no_line(secap: Path) -> None:
+    lines = ["tx_01 别\u2028过\x85来\x0c了", "\ufefftx_02\t雨"]
+    (secap / "text.txt").write_text("\r\n".join(lines), encoding="utf-8-sig", newline="")
+    import_secap(secap, secap / "manifest.json")
+    entries = json.loads((secap / "manifest.json").read_text(encoding="utf-8"))
+    assert [entry["transcription"] for entry in entries] == ["别\u2028过\x85来\x0c了", "雨"]
+
+
+def test_a_secap_clip_with_two_texts_is_refused(secap: Path) -> None:
+    (secap / "text.txt").write_text("tx_01 a\n\ntx_01 b\n", encoding="utf-8")
+    with pytest.raises(BadClip, match=r"text\.txt, line 3: tx_01 has a line already; remove one$"):
+        import_secap(secap, secap / "manifest.json")
 
 
 def test_secap_texts_that_are_not_utf_8_are_named(secap: Path) -> None:

@@ -21,6 +21,7 @@ from edgecloud_sd.cloud import engine as engines
 from edgecloud_sd.cloud.keys import read_keys
 from edgecloud_sd.cloud.local import LocalCloud
 from edgecloud_sd.cloud.sessions import ServiceLimits
+from edgecloud_sd.data.texts import BadText, parse_yaml
 from edgecloud_sd.host.errors import errors_to_exit
 from edgecloud_sd.models import devices, pairs
 from edgecloud_sd.models.devices import choose_threads, use_threads
@@ -183,16 +184,14 @@ def open_socket(host: str, port: int, allow_remote: bool = False) -> socket.sock
 
 def parse_engine_options(assignments: Sequence[str]) -> dict[str, object]:
     """Return the values of NAME=VALUE, each read as YAML. Raise ValueError for anything else."""
-    import yaml
-
     options = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--engine-option: {assignment!r} is not NAME=VALUE")
         try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            options[name] = parse_yaml(value, name, is_typed=True)
+        except BadText:
             raise ValueError(f"--engine-option: the value {value!r} of {name} is not YAML") from None
     return options
 

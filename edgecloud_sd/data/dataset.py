@@ -1,8 +1,9 @@
 """Manifests and audio files.
 
-A manifest is a JSON list of objects with the published keys `file_id`, `dataset`, `audio_path` (relative to the
-manifest), `caption`, `transcription`, `chinese_caption`, `english_caption`, `chinese_transcription`,
-`english_transcription` and `index`. A caption is a string or a list of references.
+A manifest is a JSON list of objects, or a file `.jsonl` with one object a line. The objects have the published keys
+`file_id`, `dataset`, `audio_path` (relative to the manifest), `caption`, `transcription`, `chinese_caption`,
+`english_caption`, `chinese_transcription`, `english_transcription` and `index`. A caption is a string or a list of
+references.
 
     python -m edgecloud_sd.data secap FOLDER     write a manifest for SECap's published layout
     python -m edgecloud_sd.data check MANIFEST   read every clip and list the ones that cannot be used
@@ -10,8 +11,8 @@ manifest), `caption`, `transcription`, `chinese_caption`, `english_caption`, `ch
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecloud_sd.data.prompts import LANGUAGES, TASKS, look_up
+from edgecloud_sd.data.texts import (
+    BadText,
+    check_characters,
+    has_visible_text,
+    parse_json,
+    parse_json_lines,
+    read_utf8,
+)
 from edgecloud_sd.host.stderr import silent_stderr
 
 SAMPLE_RATE = 16_000  # Hz, of the feature extractor of Qwen2.5-Omni
@@ -29,6 +38,7 @@ SECAP_CAPTIONS_FILE = "fid2captions.json"  # part of SECap's published layout
 CAPTION_TYPES = ("original", "audio_only")
 CAPTION_ADVICE = "choose another --language or --caption-type"
 ON_BAD_CLIP = ("error", "skip")
+MANIFEST_NAMES = ("manifest.json", "manifest.jsonl")
 
 
 @dataclass(frozen=True)
@@ -113,8 +123,9 @@ def _is_cut_off(path: Path) -> bool:
 def find_manifest(path: Path) -> Path:
     """Return a manifest file: `path` itself, or `manifest.json` in that folder. Raise BadClip if there is none."""
     if path.is_dir():
-        if (path / "manifest.json").is_file():
-            return path / "manifest.json"
+        for name in MANIFEST_NAMES:
+            if (path / name).is_file():
+                return path / name
         is_secap = (path / SECAP_CAPTIONS_FILE).is_file()
         hint = " (this is SECap's layout: run python -m edgecloud_sd.data secap on it)" if is_secap else ""
         raise BadClip(f"{path}: contains no manifest.json{hint}")
@@ -142,13 +153,15 @@ def load_manifest(
     clips: list[Clip] = []
     skipped: list[SkippedClip] = []
     file_ids: set[str] = set()
-    for number, entry in enumerate(_read_entries(path)):
+    for number, (place, entry) in enumerate(_read_entries(path)):
         if limit is not None and len(clips) == limit:
             break
         try:
-            clip = _parse_entry(path, number, entry, language, caption_type, with_transcription)
+            with text_errors():
+                check_characters(entry, place)
+            clip = _parse_entry(path, place, number, entry, language, caption_type, with_transcription)
             if clip.file_id in file_ids:
-                raise BadClip(f"{path}, entry {number}, file_id: {clip.file_id!r} occurs twice")
+                raise BadClip(f"{place}, file_id: {clip.file_id!r} occurs twice")
             file_ids.add(clip.file_id)
             _check_length(clip.audio_path)
         except BadClip as error:
@@ -171,33 +184,47 @@ def _check_length(path: Path) -> None:
         raise BadClip(f"{path}: lasts {seconds:.3f} s, and a clip may last {bounds}")
 
 
-def _read_entries(path: Path) -> list[Any]:
-    entries = read_json(path)
+@contextmanager
+def text_errors() -> Iterator[None]:
+    """Raise a BadText of the block as a BadClip."""
+    try:
+        yield
+    except BadText as error:
+        raise BadClip(str(error)) from error
+
+
+def _read_entries(path: Path) -> list[tuple[str, Any]]:
+    """Return place and value of each entry of a manifest. The values may hold characters that cannot be used."""
+    with text_errors():
+        text = read_utf8(path, "JSON")
+        if path.suffix == ".jsonl":
+            return [(f"{path}, line {number}", entry) for number, entry in parse_json_lines(text, str(path))]
+        entries = parse_json(text, str(path))
     if not isinstance(entries, list):
         raise BadClip(f"{path}: must be a JSON list of clips, not {type(entries).__name__}")
-    return entries
+    return [(f"{path}, entry {number}", entry) for number, entry in enumerate(entries)]
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raise BadClip if it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or a number with too many digits
-        raise BadClip(f"{path}: is not JSON ({error})") from error
+    """Return the content of a JSON file. Raise BadClip unless it is JSON in which every text can be written again."""
+    with text_errors():
+        content = parse_json(read_utf8(path, "JSON"), str(path))
+        check_characters(content, str(path))
+    return content
 
 
 def _parse_entry(
-    path: Path, number: int, entry: Any, language: str, caption_type: str, with_transcription: bool
+    path: Path, start: str, number: int, entry: Any, language: str, caption_type: str, with_transcription: bool
 ) -> Clip:
     if not isinstance(entry, dict):
-        raise BadClip(f"{path}, entry {number}: must be an object, not {type(entry).__name__}")
+        raise BadClip(f"{start}: must be an object, not {type(entry).__name__}")
 
     def read_text(field: str, is_required: bool = True) -> str:
         value = entry.get(field)
         if value is None and not is_required:
             return ""
-        if not isinstance(value, str) or (is_required and not value.strip()):
-            raise BadClip(f"{path}, entry {number}, {field}: must be a text that is not empty, not {value!r}")
+        if not isinstance(value, str) or (is_required and not has_visible_text(value)):
+            raise BadClip(f"{start}, {field}: must be a text that is not empty, not {value!r}")
         return value
 
     file_id = read_text("file_id")
@@ -231,7 +258,7 @@ def _parse_references(place: str, entry: dict[str, Any], language: str, caption_
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise BadClip(f"{place}, {field}: must be a text or a list of texts, not {value!r}")
-    references = tuple(text.strip() for text in texts if text.strip())
+    references = tuple(text.strip() for text in texts if has_visible_text(text))
     if not references:
         raise BadClip(f"{place}, {field}: is empty; {CAPTION_ADVICE}")
     if caption_type == "original" and entry.get(f"{language}_caption") != value:

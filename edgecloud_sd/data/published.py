@@ -7,16 +7,15 @@ counts tokens that nobody verified.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from edgecloud_sd.data.dataset import BadClip, SkippedClip, read_json
+from edgecloud_sd.data.dataset import BadClip, SkippedClip, read_json, text_errors
 from edgecloud_sd.data.prompts import LANGUAGES
-from edgecloud_sd.data.texts import has_visible_text
+from edgecloud_sd.data.texts import check_characters, has_visible_text, parse_json_lines, read_utf8
 from edgecloud_sd.strategy import MODES
 
 GIB_IN_MB = 1024**3 / 1e6  # the files count memory in GiB
@@ -142,13 +141,10 @@ def _read_lines(path: Path, mode: str | None) -> list[RecordedRun]:
     if mode:
         raise BadClip(f"{path}: names the mode of every caption; leave out --mode {mode}")
     records: dict[str, list[Any]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            record = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise BadClip(f"{path}, line {number}: is not JSON ({error})") from error
-        if record is None:
-            continue
+    with text_errors():
+        lines = parse_json_lines(read_utf8(path, "JSON"), str(path))
+        check_characters([record for _, record in lines], str(path))
+    for number, record in lines:
         own = record.get("mode") if isinstance(record, dict) else None
         if own not in MODES:
             raise BadClip(f"{path}, line {number}, mode: must be one of {', '.join(MODES)}, not {own!r}")

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgecloud_sd.data.dataset import SECAP_CAPTIONS_FILE, BadClip, read_json
+from edgecloud_sd.data.dataset import SECAP_CAPTIONS_FILE, BadClip, read_json, text_errors
+from edgecloud_sd.data.texts import has_visible_text, read_utf8, split_lines
 from edgecloud_sd.host.files import write_whole
 
 
@@ -52,21 +53,21 @@ def _read_captions(file: Path) -> dict[str, str]:
     if not captions:
         raise BadClip(f"{file}: contains no caption")
     for file_id, caption in captions.items():
-        if not isinstance(caption, str) or not caption.strip():
+        if not isinstance(caption, str) or not has_visible_text(caption):
             raise BadClip(f"{file}, {file_id}: must have a text that is not empty, not {caption!r}")
     return captions
 
 
 def _read_texts(file: Path) -> dict[str, str | None]:
     """Return the transcription of each clip, or None if its line has none."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise BadClip(f"{file}: is not UTF-8 ({error})") from error
+    with text_errors():
+        lines = split_lines(read_utf8(file))
     texts: dict[str, str | None] = {}
-    for line in lines:
-        if line.strip():
-            file_id, *rest = line.split(maxsplit=1)
+    for number, line in enumerate(lines, 1):
+        file_id, *rest = line.strip("\ufeff").split(maxsplit=1) or [""]
+        if file_id in texts:
+            raise BadClip(f"{file}, line {number}: {file_id} has a line already; remove one")
+        if file_id:
             texts[file_id] = rest[0].strip() if rest else None
     return texts
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgecloud_sd.data.prompts import LANGUAGES
-from edgecloud_sd.data.texts import has_visible_text
+from edgecloud_sd.data.texts import check_characters, has_visible_text, parse_json, parse_yaml, read_utf8
 
 MAPPING_SUFFIXES = (".json", ".yaml", ".yml")
 
@@ -39,28 +38,18 @@ def read_task_texts(path: Path) -> TaskTexts:
     White space around a text is dropped. Raise ValueError for a file that cannot be read, an unknown language, and a
     text without anything visible.
     """
+    suffix = path.suffix.lower()
     try:
-        content: Any = path.read_text(encoding="utf-8-sig")
+        content: Any = read_utf8(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
-    if path.suffix.lower() in MAPPING_SUFFIXES:
-        content = _parse_mapping(path, content)
+    if suffix in MAPPING_SUFFIXES:
+        content = (parse_json if suffix == ".json" else parse_yaml)(content, str(path))
+        check_characters(content, str(path))
     texts = content if isinstance(content, dict) else dict.fromkeys(LANGUAGES, content)
     if unknown := [language for language in texts if language not in LANGUAGES]:
         raise ValueError(f"{path}: unknown language {unknown[0]!r}: choose from {', '.join(LANGUAGES)}")
     return TaskTexts(path.name, {language: _check_text(path, language, text) for language, text in texts.items()})
-
-
-def _parse_mapping(path: Path, content: str) -> Any:
-    import yaml
-
-    kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
-    try:
-        return json.loads(content) if kind == "JSON" else yaml.safe_load(content)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: is not {kind} ({' '.join(str(error).split())})") from error
 
 
 def _check_text(path: Path, language: str, text: Any) -> str:
@@ -68,8 +57,4 @@ def _check_text(path: Path, language: str, text: Any) -> str:
         raise ValueError(
             f"{path}: the text for {language} must have visible text, and is {text!r}: write the task into it"
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{path}: the text for {language} has a lone surrogate at {error.start}: remove it") from error
     return text.strip()

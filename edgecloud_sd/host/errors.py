@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 
+from edgecloud_sd.host.terminal import escape_unencodable
 from edgecloud_sd.verifier import CloudFault
 
 EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 130, 141  # 128 + SIGINT and SIGPIPE; argparse exits with 2
@@ -83,7 +84,11 @@ def to_one_line(error: BaseException) -> str:
 
 @contextmanager
 def errors_to_exit() -> Iterator[None]:
-    """Turn an expected failure of the block into one line on stderr and an exit status, and flush stdout at its end."""
+    """Turn an expected failure of the block into one line on stderr and an exit status, and flush stdout at its end.
+
+    Both streams escape what they cannot encode.
+    """
+    escape_unencodable()
     try:
         yield
         sys.stdout.flush()

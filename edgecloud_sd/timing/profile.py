@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgecloud_sd.data.texts import BadText, parse_yaml, read_utf8
 from edgecloud_sd.host.files import write_whole
 
 PROFILE_FOLDER = Path(__file__).with_name("profiles")
@@ -69,17 +70,15 @@ def load_profile(name: str) -> Profile:
 
     Raise ProfileError for an unknown name, and for a file with a missing, unknown or bad field.
     """
-    import yaml
-
     path = PROFILE_FOLDER / f"{name}.yaml" if name in PROFILE_NAMES else Path(name)
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = parse_yaml(read_utf8(path, "YAML"), str(path), is_typed=True)
     except OSError:
         raise ProfileError(
             f"no profile {name!r}: give a YAML file that exists, or one of {', '.join(PROFILE_NAMES)}"
         ) from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ProfileError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
+    except BadText as error:
+        raise ProfileError(str(error)) from error
     fields = _fields(path, "", loaded, {"edge", "cloud"}, {*OPTIONAL_SECONDS, "source"})
     optional = {field: _seconds(path, field, fields[field]) for field in OPTIONAL_SECONDS if field in fields}
     source = fields.get("source", "")

@@ -1,0 +1,31 @@
+"""Output on a terminal whose encoding lacks characters."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from edgecloud_sd.data import __main__
+from edgecloud_sd.host.terminal import escape_unencodable
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", b"\\u60c5 \\udcff"), ("gbk", "情".encode("gbk") + b" \\udcff")]
+)
+def test_a_character_that_the_terminal_lacks_is_escaped(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, shown: bytes
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    escape_unencodable()
+    print("情 \udcff", end="", flush=True)
+    assert stream.buffer.getvalue() == shown
+
+
+def test_a_command_names_a_file_that_the_terminal_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit, match="情"):
+        __main__.main(["check", "情.json"])
+    assert sys.stdout.errors == "backslashreplace"
