@@ -104,9 +104,12 @@ def metric_value(document: Document, name: str) -> float | None:
 
 
 def find_baseline(ours: Document, mode: str, cells: Iterable[Document]) -> Document | None:
-    """Return the cell of `mode` with the same pair, language, prompt, clock and profile, and the cloud's link."""
+    """Return the cell of `mode` with the same pair, language, prompt, clock and profile.
+
+    The cloud alone must have the same link, and the edge alone the same limits.
+    """
     same_keys = ["pair", "language", "prompt_digest", "with_transcription", "clock", "profile"] + (
-        ["link"] if mode == "cloud" else []
+        ["link"] if mode == "cloud" else ["max_cpu_cores", "max_memory_gb"]
     )
     own = ours["experiment_config"]
     for document in cells:

@@ -105,6 +105,19 @@ def test_captions_are_scored_anew(runs: dict[str, Document]) -> None:
     assert "language" in runs["cloud"]["origin"]["not_recorded"]
 
 
+def test_an_edge_under_other_limits_is_no_baseline_of_a_limited_hybrid(tmp_path: Path) -> None:
+    limited = write_published(tmp_path / "hybrid.json", "counts")
+    free = write_published(tmp_path / "edge.json", "streamed")
+    cloud = write_published(tmp_path / "cloud.json", "streamed")
+    (_, hybrid), *others = imported.import_files([limited, free, cloud], tmp_path / "out")
+    documents = [document for _, document in others]
+    assert comparison.find_baseline(hybrid, "edge", documents) is None
+    assert comparison.find_baseline(hybrid, "cloud", documents) is documents[1]
+    same = documents[0]["experiment_config"] | {"max_cpu_cores": 2, "max_memory_gb": 16.0}
+    twin = documents[0] | {"experiment_config": same}
+    assert comparison.find_baseline(hybrid, "edge", [*documents, twin]) is twin
+
+
 def test_the_normalisation_before_scoring_can_be_chosen(tmp_path: Path) -> None:
     line = RECORDED_LINES[0] | {"reference": "\u5979\uff0c\u4ed6", "caption": "\u5979,\u4ed6"}  # a wide comma
     source, scores = write_lines(tmp_path / "zh.jsonl", [line]), {}

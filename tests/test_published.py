@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edgecloud_sd.data import published
 from edgecloud_sd.data.dataset import BadClip, SkippedClip
 from edgecloud_sd.data.published import RecordedRun, read_recorded_runs
 from tests.support.recorded import CLIPS, CONFIGS, RECORDED_LINES, write_lines, write_published
@@ -157,6 +159,11 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, text: str, messag
     path.write_text(text, encoding="utf-8")
     with pytest.raises(BadClip, match=re.escape(f"{path}{message}")):
         read_recorded_runs(path)
+
+
+def test_the_module_names_the_command_that_imports() -> None:
+    with pytest.raises(SystemExit, match=r"run python -m edgecloud_sd\.measure\.imported FILE"):
+        runpy.run_path(published.__file__, run_name="__main__")
 
 
 def test_a_file_that_does_not_say_its_mode_needs_the_option(tmp_path: Path) -> None:

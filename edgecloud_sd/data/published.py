@@ -8,6 +8,7 @@ counts tokens that nobody verified.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -291,3 +292,7 @@ def _plain(value: Any) -> Any:
         return None
     is_path = isinstance(value, str) and value.startswith("/") and "\n" not in value
     return PurePosixPath(value).name if is_path else value
+
+
+if __name__ == "__main__":  # scoring stands above this room, and so does the command
+    sys.exit("error: this module only reads; run python -m edgecloud_sd.measure.imported FILE...")

@@ -64,5 +64,6 @@ def counts_from_results(document: Mapping[str, Any]) -> RoundCounts:
     if missing := [name for name, value in values.items() if value is None]:
         raise ValueError(f"the file does not have the count {' and '.join(missing)}, which the forecast needs")
     tokens, drafted, calls, corrections = values.values()
+    verifications = calls - (saved["unanswered_calls"] or 0)
     generations = len(document["detailed_results"])
-    return RoundCounts(tokens, drafted, calls, corrections, saved["bonus"] or 0, generations)
+    return RoundCounts(tokens, drafted, verifications, corrections, saved["bonus"] or 0, generations)
