@@ -10,6 +10,7 @@ import pytest
 
 from edgecloud_sd.config import Settings
 from edgecloud_sd.grid import cells
+from edgecloud_sd.host.limits import MONITOR
 from edgecloud_sd.models.devices import AUTO
 from edgecloud_sd.pocket.clips import POCKET
 from edgecloud_sd.strategy import Strategy
@@ -49,7 +50,8 @@ def case_id(settings: Settings, strategy: Strategy, link: Link, language: str) -
     if settings.max_cpu_cores:
         parts.append(f"cpu{settings.max_cpu_cores}")
     if settings.max_memory_gb:
-        parts.append(f"mem{settings.max_memory_gb:g}")
+        monitored = "monitored" if settings.memory_limit == MONITOR else ""
+        parts.append(f"mem{settings.max_memory_gb:g}{monitored}")
     if link != NO_LINK:
         parts.append(link.name)
     if settings.clock == "virtual":

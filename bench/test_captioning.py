@@ -148,7 +148,7 @@ def test_captioning(
     """Caption every clip, check every caption, and record what they took."""
     clips = data(case.language)
     with errors_in_one_line():
-        process_limits.enter_context(limits.apply_limits(limits.Limits(settings.max_cpu_cores, settings.max_memory_gb)))
+        process_limits.enter_context(limits.apply_limits(settings.process_limits))
         job = Captioning(case, pipeline, settings, profile, saved_clips(case))
         job.load_shadow()  # before anything is timed
         front = pipeline.prepare(pipeline.prepare_for(case.strategy)[0])

@@ -31,7 +31,8 @@ CAPTION_OPTIONS = (
     "gate", "entropy-threshold", "k", "draft-stop", "draft-ahead", "rule", "rank", "pair", "edge-model", "cloud-model",
     "weights", "edge-device", "edge-dtype", "cloud-device", "cloud-dtype", "cloud-url", "cloud-key-file",
     "cloud-timeout", "on-cloud-fault", "open",
-    "max-cpu-cores", "max-memory-gb", "threads", "link", "language", "prompt-type", "prompt-file", "max-new-tokens",
+    "max-cpu-cores", "max-memory-gb", "memory-limit", "threads", "link", "language", "prompt-type", "prompt-file",
+    "max-new-tokens",
 )  # fmt: skip
 
 
@@ -51,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             task=settings.own_task(settings.language[0]),
         )
         is_coloured = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
-        limited = limits.Limits(settings.max_cpu_cores, settings.max_memory_gb)
-        with connect(settings) as cloud, limits.apply_limits(limited):
+        with connect(settings) as cloud, limits.apply_limits(settings.process_limits):
             pipeline = Pipeline.from_settings(settings, cloud)
             pipeline.prepare_for(strategy)
             events = pipeline.events(request, strategy, settings.max_new_tokens, Harness(link=link))

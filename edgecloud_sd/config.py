@@ -23,6 +23,7 @@ from edgecloud_sd.data.prompts import LANGUAGES, PROMPT_TYPES
 from edgecloud_sd.data.published_settings import PublishedSettings, is_published_group, translate_settings
 from edgecloud_sd.data.task_texts import TaskTexts, read_task_texts
 from edgecloud_sd.data.texts import BadText, parse_yaml, read_utf8
+from edgecloud_sd.host import limits
 from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION, NORMALISATIONS
 from edgecloud_sd.models import devices, pairs
 from edgecloud_sd.models.devices import AUTO, DTYPES_OR_AUTO
@@ -327,6 +328,12 @@ class Settings:
         partial(_read_positive, unit="a number of GB (10^9 bytes)"),
         optional=True,
     )
+    memory_limit: str = _option(
+        "limits",
+        limits.ENFORCE,
+        "let allocations beyond --max-memory-gb fail, or monitor it as the guide does: warn, and record the excess",
+        choices=limits.MEMORY_LIMITS,
+    )
     threads: int | None = _option(
         "limits",
         None,
@@ -398,6 +405,11 @@ class Settings:
     results_dir: str = _option("results", "results", "folder of the results files")
 
     @property
+    def process_limits(self) -> limits.Limits:
+        """The limits of this process that the run asks for."""
+        return limits.Limits(self.max_cpu_cores, self.max_memory_gb, self.memory_limit)
+
+    @property
     def run_pair(self) -> pairs.Pair:
         """The two checkpoints of the run: those of `--pair`, or those that replace them."""
         return pairs.find_pair(self.pair, self.edge_model, self.cloud_model, self.weights)
@@ -449,6 +461,8 @@ def _check(settings: Settings) -> None:
         raise ConfigError(
             f"--{limited[0].replace('_', '-')}: would limit the cloud too, in the same process; add --cloud-url auto"
         )
+    if settings.memory_limit == limits.MONITOR and settings.max_memory_gb is None:
+        raise ConfigError("--memory-limit: monitor needs a limit: give --max-memory-gb")
     if "entropy" in settings.draft_stop and "entropy" not in settings.gate:
         raise ConfigError(
             f"--draft-stop: entropy stops at the threshold of gate entropy, and --gate is {', '.join(settings.gate)}: "

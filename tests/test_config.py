@@ -333,6 +333,8 @@ def test_an_option_that_does_not_fit_the_place_of_the_cloud_is_refused(options: 
 
 
 def test_mode_edge_may_be_limited_without_a_server() -> None:
+    with pytest.raises(ConfigError, match=r"^--memory-limit: monitor needs a limit: give --max-memory-gb"):
+        resolve({"memory-limit": "monitor"})
     assert resolve({"mode": "edge", "max-cpu-cores": "2", "max-memory-gb": "16"}).max_memory_gb == 16
 
 

@@ -263,7 +263,7 @@ def test_only_vocabulary_tables_end_in_padding(tmp_path: Path) -> None:
 
 
 def test_dummy_weights_must_fit_in_the_memory_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "read_limits", lambda: SimpleNamespace(memory_bytes=1))
+    monkeypatch.setattr(limits, "read_limits", lambda: SimpleNamespace(memory_bytes=1, monitored_bytes=None))
     with pytest.raises(ValueError, match="small-dummy' needs"):
         load.load_model(folder, weights=DUMMY)
 

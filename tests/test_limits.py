@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,8 @@ import pytest
 
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.limits import (
+    MONITOR,
+    MONITOR_PERIOD,
     LimitError,
     Limits,
     LimitsInForce,
@@ -412,3 +416,25 @@ def test_torch_fails_at_the_limit_for_tensors_of_any_size_and_for_mapped_weights
         "restored": True,
         "after": None,
     }
+
+
+def exceed_monitored_limit(limit: int) -> None:
+    """Map 100 MB more than a monitored limit, and give them back before the block ends."""
+    with apply_limits(Limits(memory_gb=limit / 1e9, memory_limit=MONITOR)) as in_force:
+        assert (in_force.memory_bytes, in_force.monitored_bytes, in_force.excess_gb) == (None, limit, 0)
+        block = mmap.mmap(-1, limit + 100 * MB - memory_in_use(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        time.sleep(5 * MONITOR_PERIOD)
+        block.close()
+        assert read_limits().excess_gb == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_monitored_limit_refuses_nothing_and_warns_once_with_the_excess() -> None:
+    with pytest.warns(UserWarning, match=r"^--max-memory-gb: the process had .* more than the ") as warned:
+        exceed_monitored_limit(memory_in_use() + 20 * MB)
+    assert len(warned) == 1
+    assert read_limits().monitored_bytes is None
+
+
+def test_a_monitored_limit_that_is_not_reached_warns_of_nothing_and_records_no_excess() -> None:
+    with apply_limits(Limits(memory_gb=memory_in_use() / 1e9 + 10, memory_limit=MONITOR)):
+        assert read_limits().excess_gb == 0

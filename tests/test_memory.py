@@ -169,6 +169,14 @@ def test_a_checkpoint_beyond_the_limit_is_refused_with_the_numbers_and_the_alter
 
 
 @pytest.mark.usefixtures("small_machine")
+def test_a_checkpoint_beyond_a_monitored_limit_loads_with_a_warning(folder: Path) -> None:
+    with pytest.warns(UserWarning, match=r"0\.250 of the 0\.300 GB of --max-memory-gb are free.*loads all the same"):
+        check_checkpoint_fits(folder, "cpu", "float32", monitored_bytes=300 * MB)
+    with pytest.raises(ValueError, match="GB of memory are free"):  # the machine is no monitored limit
+        check_checkpoint_fits(folder, "cpu", "float64", monitored_bytes=2000 * MB)
+
+
+@pytest.mark.usefixtures("small_machine")
 def test_the_limit_counts_the_need_while_loading_to_the_byte(folder: Path) -> None:
     need = read_checkpoint_need(folder, "bfloat16")
     assert need is not None

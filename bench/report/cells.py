@@ -59,6 +59,7 @@ FACTS = {
         "cores {in_force[cores]}",
         "torch threads {in_force[torch_threads]}",
         "at most {in_force[memory_bytes]} bytes of memory",
+        "{in_force[excess_gb]} GB of memory over the monitored limit",
     ],
 }
 

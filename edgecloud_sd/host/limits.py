@@ -12,6 +12,8 @@ import mmap
 import os
 import re
 import sys
+import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from dataclasses import dataclass
 from edgecloud_sd.host.cores import PROC_SELF, read_cpu_quota
 
 CORES_OPTION, MEMORY_OPTION = "--max-cpu-cores", "--max-memory-gb"
+ENFORCE, MONITOR = MEMORY_LIMITS = ("enforce", "monitor")
+MONITOR_PERIOD = 0.05  # seconds between two readings; a reading takes 0.07 ms on 2 shared cores
 NEEDS_LINUX = "needs Linux: leave it out on this system"
 LEAVE_OUT = "leave it out on this machine"
 
@@ -33,6 +37,7 @@ class Limits:
 
     cpu_cores: int | None = None
     memory_gb: float | None = None  # 10^9 bytes
+    memory_limit: str = ENFORCE
 
     def __post_init__(self) -> None:
         if self.cpu_cores is not None and self.cpu_cores < 1:
@@ -49,6 +54,15 @@ class LimitsInForce:
     torch_threads: int | None  # intra-op threads of the calling thread; None if torch is not imported
     memory_bytes: int | None  # largest private writable memory; None if there is no limit
     cpu_quota: float | None = None  # cores of CPU time that the cgroups allow; None without a quota
+    monitored_bytes: int | None = None  # a limit on the same memory that is watched and not applied; None without one
+    peak_bytes: int | None = None  # the most memory seen since it is watched; None if it is not
+
+    @property
+    def excess_gb(self) -> float | None:
+        """The peak over the monitored limit in 10^9 bytes: 0 if it stayed below, None without such a limit."""
+        if self.monitored_bytes is None or self.peak_bytes is None:
+            return None
+        return max(0, self.peak_bytes - self.monitored_bytes) / 1e9
 
 
 @contextmanager
@@ -57,7 +71,8 @@ def apply_limits(limits: Limits) -> Iterator[LimitsInForce]:
 
     Every thread is pinned to the first `cpu_cores` cores that the process may use, and torch gets at most as many
     intra-op threads. Beyond the memory limit, a soft one, torch raises RuntimeError and Python MemoryError. Threads and
-    processes that start in the block inherit both; each process has the memory limit for itself.
+    processes that start in the block inherit both; each process has the memory limit for itself. A memory limit that is
+    monitored refuses nothing. If the process exceeds it, the end of the block warns once, with the excess.
 
     Raise LimitError for too many cores and for a memory limit below the use. Raise it also if the system lacks a
     limit, refuses it or does not enforce it.
@@ -66,7 +81,8 @@ def apply_limits(limits: Limits) -> Iterator[LimitsInForce]:
         if limits.cpu_cores is not None:
             stack.enter_context(_limited_cores(limits.cpu_cores))
         if limits.memory_gb is not None:
-            stack.enter_context(_limited_memory(limits.memory_gb))
+            hold = _limited_memory if limits.memory_limit == ENFORCE else _monitored_memory
+            stack.enter_context(hold(limits.memory_gb))
         yield read_limits()
 
 
@@ -78,6 +94,8 @@ def read_limits() -> LimitsInForce:
         torch_threads=torch.get_num_threads() if torch else None,
         cpu_quota=read_cpu_quota(),
         memory_bytes=_read_memory_limit(),
+        monitored_bytes=_monitors[-1].limit if _monitors else None,
+        peak_bytes=_monitors[-1].read() if _monitors else None,
     )
 
 
@@ -170,10 +188,61 @@ def _pin_threads(cores_by_thread: Mapping[int, set[int]], default: set[int]) -> 
                 os.sched_setaffinity(thread, cores_by_thread.get(thread, default))
 
 
+class MemoryMonitor:
+    """A thread that watches the private memory of this process, counted as the memory limit counts it."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit  # bytes
+        self._peak = memory_in_use()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def read(self) -> int:
+        """Return the most bytes seen so far, now included."""
+        self._peak = max(self._peak, memory_in_use())
+        return self._peak
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(MONITOR_PERIOD):
+            self.read()
+
+
+_monitors: list[MemoryMonitor] = []  # one for each block that this process is in; the last one counts
+
+
+@contextmanager
+def _monitored_memory(gigabytes: float) -> Iterator[None]:
+    _check_system(gigabytes)
+    monitor = MemoryMonitor(round(gigabytes * 1e9))
+    _monitors.append(monitor)
+    try:
+        yield
+    finally:
+        in_force = read_limits()
+        _monitors.remove(monitor)
+        monitor.stop()
+    if in_force.excess_gb:
+        warnings.warn(
+            f"{MEMORY_OPTION}: the process had {format_gb(monitor.read())} GB of private memory at its peak, "
+            f"{in_force.excess_gb:.3f} more than the {gigabytes:g} that are monitored",
+            stacklevel=2,
+        )
+
+
+def _check_system(gigabytes: float) -> None:
+    if sys.platform != "linux":  # macOS has such a limit too, but does not count maps
+        raise LimitError(f"{MEMORY_OPTION}: {gigabytes:g} {NEEDS_LINUX}")
+
+
 @contextmanager
 def _limited_memory(gigabytes: float) -> Iterator[None]:
-    if sys.platform != "linux":  # macOS has this limit too, but does not count maps
-        raise LimitError(f"{MEMORY_OPTION}: {gigabytes:g} {NEEDS_LINUX}")
+    _check_system(gigabytes)
     import resource
 
     limit, used = round(gigabytes * 1e9), memory_in_use()

@@ -46,7 +46,8 @@ def results_document(
         "schema_version": SCHEMA_VERSION,
         "experiment_config": experiment,
         "environment": environment(),
-        "in_force": asdict(in_force) | {"cores": in_force.cores and list(in_force.cores)},
+        "in_force": asdict(in_force)
+        | {"cores": in_force.cores and list(in_force.cores), "excess_gb": in_force.excess_gb},
         "metrics": published_quality(summary.figures, scores)
         | {
             "latency_metrics": summarise_series(clips),

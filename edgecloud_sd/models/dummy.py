@@ -60,8 +60,15 @@ def load_dummy(checkpoint: str | Path, device: str = "cpu", dtype: str = "float3
     front = load_dummy_frontend(checkpoint)
     with frontend.one_line_errors(str(checkpoint)):
         thinker = _build_empty_thinker(config)
-    limit_bytes = limits.read_limits().memory_bytes
-    memory.check_weights_fit(front.name, lambda dtype: estimate_memory_need(thinker, dtype), device, dtype, limit_bytes)
+    in_force = limits.read_limits()
+    memory.check_weights_fit(
+        front.name,
+        lambda dtype: estimate_memory_need(thinker, dtype),
+        device,
+        dtype,
+        in_force.memory_bytes,
+        in_force.monitored_bytes,
+    )
     _fill_weights(thinker, device, dtype)
     return hf.HFModel(**vars(front), thinker=thinker.eval())
 

@@ -171,7 +171,8 @@ def load_checkpoint(checkpoint: str | Path, device: str, dtype: str) -> HFModel:
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     front = read_frontend(checkpoint)
-    memory.check_checkpoint_fits(checkpoint, device, dtype, limits.read_limits().memory_bytes)
+    in_force = limits.read_limits()
+    memory.check_checkpoint_fits(checkpoint, device, dtype, in_force.memory_bytes, in_force.monitored_bytes)
     # "auto" keeps the stored dtype: weights to quantise stay in the map of their file until each is quantised
     read_dtype = "auto" if dtype in QUANTISED_DTYPES else getattr(torch, dtype)
     with one_line_errors(front.name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class MemoryBudget:
     description: str  # "7.400 GB of memory are free"
     phase: Literal["loaded", "loading"]  # the part of a need that must fit
     remedy: str
+    is_enforced: bool = True  # otherwise a need that does not fit is a warning
 
     def required(self, need: MemoryNeed) -> int:
         """Return the bytes of `need` that count here."""
@@ -49,16 +51,25 @@ class MemoryBudget:
 
 
 def check_checkpoint_fits(
-    checkpoint: str | Path, device: str = "cpu", dtype: str = "float32", limit_bytes: int | None = None
+    checkpoint: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    limit_bytes: int | None = None,
+    monitored_bytes: int | None = None,
 ) -> None:
     """Raise ValueError for a checkpoint that exceeds the memory of `device` or the limit of this process.
 
-    `limit_bytes` is the limit in force (`limits.LimitsInForce.memory_bytes`). The message gives the need and the
-    remedy. The check passes if it cannot know: for a checkpoint that is not downloaded yet, and for the memory of a
-    device that is neither CPU nor CUDA.
+    `limit_bytes` is the limit in force. `monitored_bytes` is one that is only monitored, and gives a warning instead.
+    The message gives the need and the remedy. The check passes if it cannot know: for a checkpoint that is not
+    downloaded yet, and for the memory of a device that is neither CPU nor CUDA.
     """
     check_weights_fit(
-        str(checkpoint), lambda dtype: read_checkpoint_need(checkpoint, dtype), device, dtype, limit_bytes
+        str(checkpoint),
+        lambda dtype: read_checkpoint_need(checkpoint, dtype),
+        device,
+        dtype,
+        limit_bytes,
+        monitored_bytes,
     )
 
 
@@ -68,16 +79,20 @@ def check_weights_fit(
     device: str,
     dtype: str,
     limit_bytes: int | None = None,
+    monitored_bytes: int | None = None,
 ) -> None:
-    """Raise the ValueError of `check_checkpoint_fits` for weights that need `need_in(dtype)`."""
+    """Raise the ValueError of `check_checkpoint_fits`, or warn as it does, for weights that need `need_in(dtype)`."""
     need = need_in(dtype)
     if need is None:
         return
-    for budget in find_memory_budgets(device, limit_bytes):
+    for budget in find_memory_budgets(device, limit_bytes, monitored_bytes):
         if not budget.fits(need):
             candidates = (*DTYPES, *QUANTISED_DTYPES) if device.startswith("cpu") else DTYPES
             others = [other for other in candidates if (smaller := need_in(other)) and budget.fits(smaller)]
-            raise ValueError(_too_large_message(name, dtype, need, budget, others))
+            message = _too_large_message(name, dtype, need, budget, others)
+            if budget.is_enforced:
+                raise ValueError(message)
+            warnings.warn(f"{message}; it loads all the same, because this limit is monitored", stacklevel=2)
 
 
 def _too_large_message(name: str, dtype: str, need: MemoryNeed, budget: MemoryBudget, others: list[str]) -> str:
@@ -94,12 +109,15 @@ def _too_large_message(name: str, dtype: str, need: MemoryNeed, budget: MemoryBu
     return text
 
 
-def find_memory_budgets(device: str, limit_bytes: int | None) -> Iterator[MemoryBudget]:
-    """Yield the budgets that weights on a torch device must fit in: the limit if there is one, then the device."""
-    if limit_bytes is not None:
-        free = max(0, limit_bytes - limits.memory_in_use())
-        description = f"{format_gb(free)} of the {format_gb(limit_bytes)} GB of {limits.MEMORY_OPTION} are free"
-        yield MemoryBudget(free, description, "loading", "raise the limit")
+def find_memory_budgets(
+    device: str, limit_bytes: int | None, monitored_bytes: int | None = None
+) -> Iterator[MemoryBudget]:
+    """Yield the budgets that weights on a torch device must fit in: the limits if there are any, then the device."""
+    for limit, is_enforced in ((limit_bytes, True), (monitored_bytes, False)):
+        if limit is not None:
+            free = max(0, limit - limits.memory_in_use())
+            description = f"{format_gb(free)} of the {format_gb(limit)} GB of {limits.MEMORY_OPTION} are free"
+            yield MemoryBudget(free, description, "loading", "raise the limit", is_enforced)
     if device.startswith("cpu"):
         # the system can drop pages of a mapped file during the load: only the loaded weights count
         free = psutil.virtual_memory().available + psutil.swap_memory().free
