@@ -362,6 +362,12 @@ class Settings:
         many=True,
         split=link.split_links,
     )
+    dataset_type: str = _option(
+        "data",
+        "unified",
+        "format of the manifest; it has one value, which the published guide names",
+        choices=("unified",),
+    )
     dataset_path: str = _option("data", "pocket", "pocket, a manifest file, or a folder with manifest.json")
     max_samples: int | None = _option("data", None, "number of clips, from the first on", _read_count, optional=True)
     on_bad_clip: str = _option(

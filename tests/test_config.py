@@ -58,6 +58,12 @@ def test_names_in_a_file_may_have_hyphens_or_underscores(file: Path, name: str) 
     assert resolve({}, file).entropy_threshold == (0.5, math.inf)
 
 
+def test_the_dataset_type_of_the_published_guide_is_accepted() -> None:
+    assert resolve({"dataset-type": "unified"}) == resolve({})
+    with pytest.raises(ConfigError, match="--dataset-type: 'secap' is not one of unified"):
+        resolve({"dataset-type": "secap"})
+
+
 def test_lists_become_tuples_without_repeats_in_the_order_given(file: Path) -> None:
     file.write_text("k: [5, 3, 5]\nlanguage: [english, chinese, english]")
     resolved = resolve({"entropy-threshold": "2, 1.0,1,2.0"}, file)

@@ -257,6 +257,37 @@ def test_audio_paths_are_relative_to_the_manifest(folder: Path, monkeypatch: pyt
     assert clip.audio_path.resolve() == (folder / "wav" / "a.wav").resolve()
 
 
+@pytest.mark.parametrize("place", ["manifest.json", "data/processed/made/manifest.json"])
+def test_an_audio_path_may_begin_in_a_folder_above_the_manifest(folder: Path, place: str) -> None:
+    manifest = folder / place
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "wav" / "a.wav").rename(manifest.parent / "a.wav")
+    name = str((manifest.parent / "a.wav").relative_to(folder))
+    [clip], _ = load_manifest(write_manifest(manifest.parent, entry(audio_path=name)), "chinese")
+    assert clip.audio_path == manifest.parent / "a.wav"
+
+
+def test_an_audio_file_beside_the_manifest_comes_before_one_above(folder: Path) -> None:
+    below = folder / "made"
+    (below / "wav").mkdir(parents=True)
+    write_audio(below / "wav" / "a.wav")
+    [clip], _ = load_manifest(write_manifest(below, entry()), "chinese")
+    assert clip.audio_path == below / "wav" / "a.wav"
+
+
+def test_an_audio_file_in_no_folder_is_refused_with_the_folders(folder: Path) -> None:
+    below = folder / "made"
+    below.mkdir()
+    with pytest.raises(BadClip) as error:
+        load_manifest(write_manifest(below, entry(audio_path="wav/none.wav")), "chinese")
+    expected = (
+        f"{below / 'wav' / 'none.wav'}: no such audio file there, and no wav/none.wav in {folder}, {folder.parent}, "
+    )
+    assert str(error.value).startswith(expected)
+    with pytest.raises(BadClip, match=r"none\.wav: no such audio file$"):
+        load_manifest(write_manifest(below, entry(audio_path=f"{below}/none.wav")), "chinese")
+
+
 def test_audio_may_have_an_absolute_path(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = write_manifest(tmp_path_factory.mktemp("elsewhere"), entry(audio_path=str(folder / "wav" / "a.wav")))
     [clip], _ = load_manifest(elsewhere, "chinese")
@@ -689,6 +720,27 @@ def test_the_check_command_lists_bad_clips_in_each_language(folder: Path, capsys
     assert chinese == "chinese: 1 clips can be used, 1 cannot"
     assert reason.startswith(f"  two: {folder / 'wav' / 'bad.wav'}: cannot be read as audio")
     assert english.startswith(f"english: {folder / 'manifest.json'}: contains no usable clip")
+
+
+def test_the_check_command_takes_a_folder_and_a_language(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_manifest(folder, entry(english_caption=None))
+    __main__.main(["check", str(folder), "--language", "chinese", "--caption-type", "audio_only"])
+    assert capsys.readouterr().out == "chinese: 1 clips can be used, 0 cannot\n"
+    with pytest.raises(SystemExit, match="unknown language 'klingon': choose one of chinese, english"):
+        __main__.main(["check", str(folder), "--language", "klingon"])
+
+
+def test_the_check_command_takes_pocket(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("edgecloud_sd.pocket.clips.evaluation_set", lambda: folder)
+    for language in ("chinese", "english"):
+        write_manifest(folder, entry(**{f"{language}_caption": "他很高兴 happy"})).rename(
+            folder / f"manifest_{language}.json"
+        )
+    __main__.main(["check", "pocket"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["chinese: 1 clips can be used, 0 cannot", "english: 1 clips can be used, 0 cannot"]
 
 
 def test_the_check_command_succeeds_if_one_language_can_use_every_clip(folder: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import pkgutil
 import sys
 from pathlib import Path
 
 from edgecloud_sd.data.dataset import CAPTION_TYPES, check_manifest
+from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.data.secap import import_secap
 from edgecloud_sd.host.errors import errors_to_exit
 
@@ -19,8 +21,14 @@ def main(arguments: list[str] | None = None) -> None:
             target = options.output or options.folder / "manifest.json"
             print(f"{import_secap(options.folder, target)} clips in {target}")
         else:
-            is_usable, lines = check_manifest(options.manifest, caption_type=options.caption_type)
-            print("\n".join(lines))
+            # a name, not an import: the room that synthesises the data set `pocket` is above this one
+            manifest_path = pkgutil.resolve_name("edgecloud_sd.pocket.clips:manifest_path")
+            is_usable = False
+            for language in options.language.split(","):
+                manifest = manifest_path(options.dataset, language)
+                has_all, lines = check_manifest(manifest, [language], options.caption_type)
+                is_usable |= has_all
+                print("\n".join(lines))
             if not is_usable:
                 sys.exit(1)
 
@@ -41,7 +49,12 @@ def _build_parser() -> argparse.ArgumentParser:
         description="Read every clip of a manifest and list, for each language, the clips that cannot be used. "
         "The exit status is 1 unless some language can use every clip.",
     )
-    check.add_argument("manifest", type=Path, help="manifest to check")
+    check.add_argument("dataset", help="pocket, a manifest file, or a folder with manifest.json, as in --dataset-path")
+    check.add_argument(
+        "--language",
+        default=",".join(LANGUAGES),
+        help="languages to check, with a comma between two (default: %(default)s)",
+    )
     check.add_argument(
         "--caption-type",
         "--caption_type",

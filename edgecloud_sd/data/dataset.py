@@ -1,16 +1,17 @@
 """Manifests and audio files.
 
 A manifest is a JSON list of objects, or a file `.jsonl` with one object a line. The objects have the published keys
-`file_id`, `dataset`, `audio_path` (relative to the manifest), `caption`, `transcription`, `chinese_caption`,
-`english_caption`, `chinese_transcription`, `english_transcription` and `index`. A caption is a string or a list of
-references.
+`file_id`, `dataset`, `audio_path`, `caption`, `transcription`, `chinese_caption`, `english_caption`,
+`chinese_transcription`, `english_transcription` and `index`. A caption is a string or a list of references. An audio
+path is relative to the folder of the manifest, or else to the nearest folder above it that has such a file.
 
     python -m edgecloud_sd.data secap FOLDER     write a manifest for SECap's published layout
-    python -m edgecloud_sd.data check MANIFEST   read every clip and list the ones that cannot be used
+    python -m edgecloud_sd.data check DATASET    read every clip and list the ones that cannot be used
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -240,13 +241,27 @@ def _parse_entry(
         raise BadClip(f"{place}, index: must be a whole number, not {index!r}")
     return Clip(
         file_id=file_id,
-        audio_path=path.parent / read_text("audio_path"),
+        audio_path=_find_audio(path, read_text("audio_path")),
         language=language,
         references=references,
         transcription=transcription,
         dataset=read_text("dataset", False),
         index=index,
     )
+
+
+def _find_audio(manifest: Path, name: str) -> Path:
+    """Return the audio file in the folder of the manifest or in the nearest folder above it. Raise BadClip for none.
+
+    Published manifests name audio files from the folder of their project.
+    """
+    path = manifest.parent / name
+    folders = [] if Path(name).is_absolute() else manifest.resolve().parent.parents
+    for candidate in (path, *(folder / name for folder in folders)):
+        if os.path.exists(candidate):
+            return candidate
+    tried = f" there, and no {name} in {', '.join(map(str, folders))}" if folders else ""
+    raise BadClip(f"{path}: no such audio file{tried}")
 
 
 def _parse_references(place: str, entry: dict[str, Any], language: str, caption_type: str) -> tuple[str, ...]:
