@@ -73,9 +73,8 @@ def test_the_first_contact_names_the_option_to_change(
 
 
 def caused_by(cause: Exception, kind: type[Exception] = httpcore2.ConnectError) -> Exception:
-    error = kind(str(cause))
-    error.__cause__ = cause
-    return error
+    """Return an error that wraps its cause as httpcore does."""
+    return kind(cause)
 
 
 CERTIFICATE = ssl.SSLCertVerificationError(1, "certificate verify failed: self-signed certificate")

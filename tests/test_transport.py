@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -54,6 +55,41 @@ def url() -> Iterator[str]:
 def test_a_wrong_key_is_refused_with_the_name_of_the_option(url: str, key: str | None) -> None:
     with connected(url, key=key) as connection, pytest.raises(Refused, match=r"401.*--cloud-key-file"):
         _ = connection.identity
+
+
+def test_a_name_that_does_not_resolve_ends_a_call_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", fail)
+    with connected("http://cloud.invalid:1") as connection, pytest.raises(Refused, match="name does not resolve"):
+        _ = connection.identity
+
+
+def test_a_server_without_tls_at_an_https_url_ends_a_call_at_once() -> None:
+    def answer(listening: socket.socket) -> None:
+        client, _ = listening.accept()
+        with client:
+            client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            client.recv(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as threads:
+        threads.submit(answer, listening)
+        url = f"https://127.0.0.1:{listening.getsockname()[1]}"
+        with connected(url) as connection, pytest.raises(Refused, match="agree on no TLS: check --cloud-url"):
+            _ = connection.identity
+
+
+def test_the_wait_that_a_server_asks_for_is_slept() -> None:
+    delays: list[float] = []
+    busy = b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    refusal = http_answer(401, b"")
+    with CannedServer(lambda number: refusal if number else busy) as server:
+        connection = Connection(server.url, patience=60.0, sleep=delays.append)
+        with pytest.raises(Refused):
+            _ = connection.identity
+        connection.close()
+    assert delays == [7.0]
 
 
 def test_no_proxy_is_taken_from_the_environment(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

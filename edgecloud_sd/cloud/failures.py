@@ -106,9 +106,11 @@ def _is_passing(error: ssl.SSLError) -> bool:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it wraps. httpcore gives the wrapped one as an argument and hides it elsewhere."""
     while error is not None:
         yield error
-        error = error.__cause__
+        inner = error.args[0] if error.args else None
+        error = inner if isinstance(inner, BaseException) else error.__cause__
 
 
 def _read_problem(body: bytes) -> tuple[str, int | None]:
