@@ -120,6 +120,7 @@ def generation_events(
             if not (finish_alone and strategy.is_speculative):
                 raise
             harness.count_messages()
+            harness.mark_breaker(error)
             verifier = FailedVerifier(error)
         verifier = harness.deferred(verifier, strategy.prefill) if strategy.is_speculative else verifier
     lengths = adaptive_k.for_generation() if adaptive_k else None

@@ -19,6 +19,8 @@ from edgecloud_sd.stopping import Stopping
 class CloudFault(Exception):
     """The cloud did not answer for as long as it was worth trying. The message says how it failed."""
 
+    breaker_mark = ""  # a mark of `events.BREAKER_MARKS` if the failure opened the breaker or met it open
+
 
 class Verification(Protocol):
     """One prompt at the cloud. Every method but `close` raises CloudFault if a remote cloud does not answer."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import pytest
 
@@ -18,6 +17,7 @@ from edgecloud_sd.events import BREAKER_OPEN, BREAKER_OPENED, Trace
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.measure.breakdown import latency_breakdown
 from edgecloud_sd.measure.traces import trace_from_json, trace_to_json
+from edgecloud_sd.pipeline import generation_events
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
@@ -35,12 +35,15 @@ class Clock:
 
 
 def run_call(breaker: Breaker, error: BaseException | None = None) -> list[str]:
-    """Run one call that ends with `error`. Return the marks that it leaves."""
-    marks: list[str] = []
-    with suppress(CloudFault, KeyboardInterrupt), breaker.guard(marks.append):
-        if error:
-            raise error
-    return marks
+    """Run one call that ends with `error`. Return the mark of the breaker that it raises, if there is one."""
+    try:
+        with breaker.guard():
+            if error:
+                raise error
+    except (CloudFault, KeyboardInterrupt) as raised:
+        mark = getattr(raised, "breaker_mark", "")
+        return [mark] if mark else []
+    return []
 
 
 def opened(clock: Clock) -> Breaker:
@@ -151,4 +154,19 @@ def test_a_probe_has_less_patience(dead_url: str) -> None:
     with pytest.raises(PatienceEnded):
         _ = connection.identity
     assert sum(delays) <= PROBE_PATIENCE
+    connection.close()
+
+
+def test_a_caption_that_meets_the_breaker_open_before_its_first_call_is_counted(dead_url: str) -> None:
+    clock = Clock()
+    connection = Connection(dead_url, patience=0.0)
+    connection.breaker = opened(clock)
+    edge, harness = ToyModel(random_table(TOY.vocab_size, 1), frozenset()), Harness()
+    events = generation_events(
+        lambda: PROMPT, Strategy("speculative"), SIX_TOKENS, edge, connection, harness, finish_alone=True
+    )
+    trace = stamp(events, harness.watch)
+    assert metrics.met_open_breaker(trace)
+    assert metrics.degraded_reason(trace) is not None
+    assert metrics.failed_attempts(trace) == 0
     connection.close()

@@ -18,6 +18,8 @@ BREAKER_SECONDS = 30.0  # before a call is let through again
 class BreakerOpen(CloudFault):
     """A call that was not tried, because the cloud has failed repeatedly."""
 
+    breaker_mark = BREAKER_OPEN
+
 
 class Breaker:
     """The state of one cloud for all calls of a run, on any number of threads.
@@ -36,21 +38,17 @@ class Breaker:
         self._reason = ""
 
     @contextmanager
-    def guard(self, note: Callable[[str], None] = lambda mark: None) -> Iterator[bool]:
+    def guard(self) -> Iterator[bool]:
         """Let one call run in the block, and yield True for a probe. Raise BreakerOpen if the call must not be tried.
 
-        `note` is called with `BREAKER_OPENED` or `BREAKER_OPEN` when the call opens the breaker or meets it open.
+        A failure that opens the breaker says so in its `breaker_mark`.
         """
-        try:
-            is_probe = self._admit()
-        except BreakerOpen:
-            note(BREAKER_OPEN)
-            raise
+        is_probe = self._admit()
         try:
             yield is_probe
         except PatienceEnded as failure:
             if self._count_failure(str(failure), is_probe):
-                note(BREAKER_OPENED)
+                failure.breaker_mark = BREAKER_OPENED
             raise
         except BaseException:
             self._release(is_probe)

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -181,7 +181,7 @@ class RemoteVerification:
         """
         generated = list(output)
         self._agreed = 0  # the server's cache will contain its own tokens
-        with self._connection.breaker.guard(self._mark) as is_probe:
+        with self._guarded() as is_probe:
             retries, note_loss = self._new_retries(is_probe)
             while stopping.reason(generated) is None:
                 try:
@@ -206,7 +206,7 @@ class RemoteVerification:
 
     def _call(self, call: Callable[[], _T]) -> _T:
         """Return the result of `call` on an open session, tried again after a failure."""
-        with self._connection.breaker.guard(self._mark) as is_probe:
+        with self._guarded() as is_probe:
             retries, note_loss = self._new_retries(is_probe)
 
             def attempt() -> _T:
@@ -215,10 +215,15 @@ class RemoteVerification:
 
             return retries.run(attempt)
 
-    def _mark(self, part: str) -> None:
-        """Record a moment of the breaker as a span without length."""
-        now = self._harness.watch.seconds()
-        self._harness.watch.record(part, now, now)
+    @contextmanager
+    def _guarded(self) -> Iterator[bool]:
+        """Let one call run in the block unless the breaker is open, and yield True for a probe."""
+        try:
+            with self._connection.breaker.guard() as is_probe:
+                yield is_probe
+        except CloudFault as fault:
+            self._harness.mark_breaker(fault)
+            raise
 
     def _new_retries(self, is_probe: bool = False) -> tuple[Retries, Callable[..., None]]:
         """Return the attempts at a new call, and the function that notes the time that failed ones have cost."""

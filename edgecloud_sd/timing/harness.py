@@ -25,7 +25,7 @@ from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import VirtualClock, Watch
 from edgecloud_sd.timing.link import NO_LINK, Link
 from edgecloud_sd.timing.profile import Costs, Profile
-from edgecloud_sd.verifier import Verification, Verifier
+from edgecloud_sd.verifier import CloudFault, Verification, Verifier
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,12 @@ class Harness:
     def count_messages(self) -> None:
         """Record the bytes of messages even without an emulated link, because the cloud is a real service."""
         self._counts_messages = True
+
+    def mark_breaker(self, fault: CloudFault) -> None:
+        """Record that a failure opened the breaker of the cloud, or met it open, as a span without length."""
+        if fault.breaker_mark:
+            now = self.watch.seconds()
+            self.watch.record(fault.breaker_mark, now, now)
 
     def prepared(self, build: Callable[[], _T]) -> _T:
         """Return `build()`, timed as the features of the request."""
