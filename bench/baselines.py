@@ -277,7 +277,6 @@ def time_generate(model: HFModel, clip: PreparedClip, max_new_tokens: int, assis
             **options,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            repetition_penalty=1.0,  # a checkpoint may set another penalty, and our modes have none
             eos_token_id=eos,
             pad_token_id=eos[0],
         )

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from edgecloud_sd.models import checkpoint
 from edgecloud_sd.models.checkpoint import file_digest, weights_digest
+from edgecloud_sd.models.checkpoint_settings import FILE
 from edgecloud_sd.models.pairs import DUMMY, PAIRS, REAL
 
 SINGLE = "model.safetensors"
@@ -101,8 +102,8 @@ def change_tensor(folder: Path) -> None:
     save_file(weights | {name: np.flip(weights[name]).copy()}, folder / SINGLE, {"format": "pt"})
 
 
-def change_config(folder: Path, **fields: object) -> None:
-    file = folder / "config.json"
+def change_config(folder: Path, file_name: str = "config.json", **fields: object) -> None:
+    file = folder / file_name
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | fields, indent=7), encoding="utf-8")
 
 
@@ -113,6 +114,8 @@ def change_config(folder: Path, **fields: object) -> None:
         (add_adapter, REAL, False),
         (lambda folder: change_config(folder, rms_norm_eps=1e-5), REAL, False),
         (lambda folder: change_config(folder, transformers_version="4.0.0"), REAL, True),
+        (lambda folder: change_config(folder, FILE, repetition_penalty=1.5), REAL, False),
+        (lambda folder: change_config(folder, FILE, transformers_version="4.0.0"), REAL, True),
         (lambda folder: (folder / "README.md").write_text("new", encoding="utf-8"), REAL, True),
         (change_tensor, DUMMY, True),
         (lambda folder: change_config(folder, rms_norm_eps=1e-5), DUMMY, False),

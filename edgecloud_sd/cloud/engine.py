@@ -93,6 +93,11 @@ def load_engine(
         if weights != REAL:
             raise ValueError(f"--weights: {weights} works only with --engine {ENGINE_NAMES[0]}")
         front = load.load_frontend(checkpoint)
+        if front.settings.values:  # vLLM applies its processors to new tokens alone, not to the tokens of a draft
+            raise ValueError(
+                f"{checkpoint}: {', '.join(front.settings.values)} of its generation_config.json cannot be applied "
+                f"with --engine vllm: use --engine {ENGINE_NAMES[0]}, or remove them"
+            )
         return VLLM(vllm_engine.load_vllm(checkpoint, dtype, flags), frontend_traits(front), dtype)
     if flags:
         raise ValueError(f"--engine-option: {next(iter(flags))} works only with --engine vllm")

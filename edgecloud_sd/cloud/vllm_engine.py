@@ -40,7 +40,6 @@ class VLLMModel:
     name: str
     submit: Callable[[EngineRequest, SamplingOptions], Stream]
     shut_down: Callable[[], None]
-    eos: frozenset[int]
     placeholder: int  # the audio token
     vocab_size: int
     max_length: int  # tokens of prompt and output together
@@ -312,8 +311,6 @@ def load_vllm(checkpoint: str, dtype: str = "float32", flags: Mapping[str, objec
 def _model(name: str, llm: Any) -> VLLMModel:
     config = llm.llm_engine.vllm_config
     thinker = config.model_config.hf_config.thinker_config
-    configured = (config.model_config.try_get_generation_config() or {}).get("eos_token_id")
-    eos = {llm.get_tokenizer().eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     vocab_size, logprobs = config.model_config.get_vocab_size(), config.model_config.max_logprobs
     batcher = Batcher(_LLM(llm))
 
@@ -325,7 +322,6 @@ def _model(name: str, llm: Any) -> VLLMModel:
         name=name,
         submit=batcher.submit,
         shut_down=shut_down,
-        eos=frozenset(eos),
         placeholder=thinker.audio_token_index,
         vocab_size=vocab_size,
         max_length=config.model_config.max_model_len,

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from edgecloud_sd.host.files import cache_root, write_whole
+from edgecloud_sd.models import checkpoint_settings
 from edgecloud_sd.models.pairs import DUMMY, REAL
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in transformers' order; one, or an index of its parts
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # transformers adds these
+CONFIG_FILES = ("config.json", checkpoint_settings.FILE)
 UNUSED_CONFIG = ("transformers_version", "_name_or_path")  # say who wrote the configuration, not what it means
 PIECE_BYTES, READ_BYTES = 2**26, 2**20  # pieces of a file are digested side by side, each in small reads
 SETTLED_NANOSECONDS = 2 * 10**9  # a file that changed more recently may change again under the same time stamp
@@ -51,7 +53,7 @@ def find_weight_files(checkpoint: str | Path, names: tuple[str, ...] = WEIGHT_FI
 
 
 def weights_digest(checkpoint: str | Path, weights: str = REAL) -> str:
-    """Return a digest of all that decides a model's logits: every byte of its weights and adapter, and its config.
+    """Return a digest of all that decides a model's logits: every byte of its weights and adapter, and its configs.
 
     A copy of a folder has the same digest. Dummy weights depend on the configuration alone, and their digest begins
     with `DUMMY`. Return an empty text if this machine has no weights that can be read.
@@ -70,10 +72,10 @@ def weights_digest(checkpoint: str | Path, weights: str = REAL) -> str:
 
 
 def _config_digest(folder: Path) -> str:
-    """Return a digest of what a configuration means, or of no configuration."""
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"), object_hook=_drop_unused) if file.is_file() else None
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    """Return a digest of what the configurations of a folder mean, or of no configuration."""
+    files = [folder / name for name in CONFIG_FILES if (folder / name).is_file()]
+    configs = [json.loads(file.read_text(encoding="utf-8"), object_hook=_drop_unused) for file in files]
+    return hashlib.sha256(json.dumps(configs, sort_keys=True).encode()).hexdigest()
 
 
 def _drop_unused(fields: dict[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgecloud_sd.host.errors import explain_out_of_memory, is_out_of_memory
-from edgecloud_sd.models import hub
+from edgecloud_sd.models import checkpoint_settings, hub
+from edgecloud_sd.models.checkpoint_settings import NO_SETTINGS, CheckpointSettings
 
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")  # configurations that contain a thinker
 
@@ -25,6 +26,7 @@ class Frontend:
     extractor: Any
     eos: frozenset[int]
     audio_token: int  # id of the audio placeholder
+    settings: CheckpointSettings = field(default=NO_SETTINGS, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def read_frontend(checkpoint: str | Path) -> Frontend:
 
     Raise ValueError if there is no such folder, and OSError if it cannot be read or is of another kind.
     """
-    from transformers import AutoTokenizer, GenerationConfig, WhisperFeatureExtractor
+    from transformers import AutoTokenizer, WhisperFeatureExtractor
 
     name = str(checkpoint)
     if not Path(name).is_dir() and not hub.CHECKPOINT_NAME.fullmatch(name):
@@ -82,12 +84,11 @@ def read_frontend(checkpoint: str | Path) -> Frontend:
         config = load_config(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
         extractor = WhisperFeatureExtractor.from_pretrained(name)
-        try:
-            configured = GenerationConfig.from_pretrained(name).eos_token_id
-        except OSError:  # a generation config is optional
-            configured = getattr(config, "eos_token_id", None)
-    eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
-    return Frontend(name, tokenizer, extractor, frozenset(eos), thinker_config(config).audio_token_id)
+        thinker = thinker_config(config)
+        generation = checkpoint_settings.read_generation_config(name, thinker)
+        eos = checkpoint_settings.read_eos(generation, thinker, tokenizer)
+        settings = checkpoint_settings.read_settings(generation, eos, thinker.text_config.vocab_size)
+    return Frontend(name, tokenizer, extractor, eos, thinker.audio_token_id, settings=settings)
 
 
 def load_config(name: str) -> Any:

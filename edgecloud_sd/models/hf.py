@@ -26,6 +26,7 @@ from edgecloud_sd.events import Prompt
 from edgecloud_sd.host import limits
 from edgecloud_sd.models import memory, quantized
 from edgecloud_sd.models.cache import GROWTH, Cache
+from edgecloud_sd.models.checkpoint_settings import RowProcessors
 from edgecloud_sd.models.devices import QUANTISED_DTYPES, explain_not_finite
 from edgecloud_sd.models.frontend import Frontend, one_line_errors, read_frontend
 from edgecloud_sd.models.text import TextModel
@@ -45,6 +46,7 @@ class HFSession:
         self._device = model.text.device
         self._cache = model.prefill(prompt)
         self.tokens: list[int] = []
+        self._process = model.row_processors(prompt)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # else a clock around the prefill times its launch alone
 
@@ -66,9 +68,9 @@ class HFSession:
         logits = self._model.logits(ids, self._cache)
         self.tokens.extend(tokens)
         # a sum is the fastest check of all logits, because it preserves nan and infinity
-        if not math.isfinite(logits.sum(dtype=torch.float32).item()):
+        if not (self._model.replaces_invalid_logits or math.isfinite(logits.sum(dtype=torch.float32).item())):
             raise FloatingPointError(explain_not_finite(str(logits.dtype).removeprefix("torch.")))
-        return logits
+        return self._process(self.tokens, logits) if self._process else logits
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens. Raise ValueError if there are fewer."""
@@ -99,6 +101,17 @@ class HFModel(Frontend):
         """The maximum length of prompt and output together."""
         length: int = self.thinker.config.text_config.max_position_embeddings
         return length
+
+    @cached_property
+    def replaces_invalid_logits(self) -> bool:
+        """True if the checkpoint's settings replace logits that are not finite."""
+        return "remove_invalid_values" in self.settings.values
+
+    def row_processors(self, prompt: Prompt) -> RowProcessors | None:
+        """Return what applies the checkpoint's settings to the logits of a prompt, or None if it has none."""
+        if not self.settings.values:
+            return None
+        return RowProcessors(self.settings, prompt.ids, self.eos, self.vocab_size, self.text.device)
 
     @cached_property
     def text(self) -> TextModel:
