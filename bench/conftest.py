@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
+from tqdm import tqdm
 
 from bench import baselines, cases, load, rows, tables
 from bench.calibrate import measure_profile
 from bench.forecasts import forecast_to_json
 from bench.resume import SavedClips, count_cores
 from bench.session import OUTCOMES, DataSet, Outcomes, Progress, errors_in_one_line, outcomes
-from edgecloud_sd.acceptance import Synthetic
 from edgecloud_sd.cloud.local import Cloud
 from edgecloud_sd.config import MEASURE, Settings
 from edgecloud_sd.connect import connect
@@ -25,7 +25,6 @@ from edgecloud_sd.host.files import FileHeld, NoLock, hold_file
 from edgecloud_sd.host.limits import LimitsInForce, read_limits
 from edgecloud_sd.measure import quality, results
 from edgecloud_sd.measure.summary import ClipResult, summarise
-from edgecloud_sd.models.pairs import DUMMY
 from edgecloud_sd.pipeline import Pipeline
 from edgecloud_sd.timing import profile as profiles
 from edgecloud_sd.timing.clock import VirtualClock
@@ -232,13 +231,31 @@ def progress(pytestconfig: pytest.Config) -> Iterator[Callable[[int, str], Progr
 
 
 @pytest.fixture
+def show_lines(pytestconfig: pytest.Config) -> Callable[[Callable[[], list[str]]], None]:
+    """Return a function that makes and prints lines under --verbose: above the bar, and past the capture of output."""
+    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+
+    def show(make_lines: Callable[[], list[str]]) -> None:
+        if reporter is None or reporter.verbosity < 1:
+            return
+        with capture.global_and_fixture_disabled() if capture else nullcontext(), tqdm.external_write_mode():
+            reporter.ensure_newline()
+            for line in make_lines():
+                reporter.write_line(line)
+            reporter.flush()
+
+    return show
+
+
+@pytest.fixture
 def report(
     pytestconfig: pytest.Config, settings: Settings, pipeline: Pipeline, profile: Profile | None
-) -> Callable[[cases.Case, list[ClipResult], DataSet, LimitsInForce], dict[str, object]]:
+) -> Callable[[cases.Case, list[ClipResult], DataSet, LimitsInForce], dict[str, Any]]:
     """Return a function that summarizes a case for the tables, writes its results file and returns the document."""
 
-    def add(case: cases.Case, captions: list[ClipResult], data: DataSet, in_force: LimitsInForce) -> dict[str, object]:
-        meaningless = _why_meaningless(settings, case)
+    def add(case: cases.Case, captions: list[ClipResult], data: DataSet, in_force: LimitsInForce) -> dict[str, Any]:
+        meaningless = tables.why_meaningless(settings, case)
         summary, scores = summarise(
             captions, case.language, settings.bertscore_model, meaningless, settings.score_normalisation
         )
@@ -258,15 +275,6 @@ def report(
         return document
 
     return add
-
-
-def _why_meaningless(settings: Settings, case: cases.Case) -> str | None:
-    """Return why captions of this case have no quality, or None if they have."""
-    if settings.weights == DUMMY:
-        return "weights are random, so captions mean nothing"
-    if isinstance(case.strategy.rule, Synthetic):
-        return f"rule {case.strategy.rule.text} accepts tokens by chance, so captions mean nothing"
-    return None
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from bench import baselines, load, tables
 from bench.cases import Case
+from bench.clip_text import explain_no_escalation
 from bench.comparison import Document
 from bench.forecasts import DecodedCell, forecast_cells
 from bench.resume import SavedClips
@@ -50,7 +51,7 @@ class Outcomes:
     def sections(self, settings: Settings) -> Iterator[tuple[str, list[str]]]:
         """Yield the title and the lines of each section of the terminal summary."""
         if self.summaries:
-            yield "captions", [tables.render_summaries(self.summaries)]
+            yield "captions", [tables.render_summaries(self.summaries), *self.escalation_notes()]
             yield "where the time goes", [tables.render_breakdowns(self.summaries)]
             if text := tables.render_payoff(self.documents, self.forecasts(settings)):
                 yield "does it pay?", [text]
@@ -58,6 +59,12 @@ class Outcomes:
             yield "many edges on one cloud", [load.render_load(self.loads)]
         if self.baselines:
             yield "baselines", [baselines.render_baselines(self.baselines)]
+
+    def escalation_notes(self) -> Iterator[str]:
+        """Yield a line for each speculative cell that sent nothing to the cloud, with the reason."""
+        for name, (case, results) in self.captions.items():
+            if reason := explain_no_escalation(case.strategy, results):
+                yield f"- {name}: no draft was verified: {reason}"
 
     def forecasts(self, settings: Settings) -> dict[str, Forecast | str]:
         """Return the forecast of each speculative cell, or the reason why there is none."""

@@ -14,13 +14,14 @@ from bench.cases import Case, cases, dataset_name
 from bench.comparison import Document
 from bench.forecasts import answer_sentence
 from bench.reasons import explain_dashes
+from edgecloud_sd.acceptance import Synthetic
 from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.config import Settings
 from edgecloud_sd.forecast.model import Forecast
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.summary import Summary
 from edgecloud_sd.models.devices import AUTO, LOSSLESS_DTYPES
-from edgecloud_sd.models.pairs import checkpoint_name
+from edgecloud_sd.models.pairs import DUMMY, checkpoint_name
 from edgecloud_sd.pipeline import Pipeline
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.profile import Profile
@@ -114,6 +115,15 @@ def output_promise(strategy: Strategy, cloud_dtype: str) -> str | None:
     if not strategy.is_lossless:
         return "lossy"
     return "lossless" if strategy.mode == "cloud" or cloud_dtype in LOSSLESS_DTYPES else "near-lossless"
+
+
+def why_meaningless(settings: Settings, case: Case) -> str | None:
+    """Return why captions of this case have no quality, or None if they have."""
+    if settings.weights == DUMMY:
+        return "weights are random, so captions mean nothing"
+    if isinstance(case.strategy.rule, Synthetic):
+        return f"rule {case.strategy.rule.text} accepts tokens by chance, so captions mean nothing"
+    return None
 
 
 def render_summaries(summaries: Mapping[str, Summary]) -> str:

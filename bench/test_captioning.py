@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import tables
 from bench.cases import Case
+from bench.clip_text import describe_clip, describe_late_scores
 from bench.resume import SavedClips
 from bench.session import DataSet, Progress, errors_in_one_line
 from edgecloud_sd.acceptance import GREEDY, Synthetic
@@ -140,8 +142,9 @@ def test_captioning(
     settings: Settings,
     profile: Profile | None,
     saved_clips: Callable[[Case], SavedClips],
-    report: Callable[[Case, list[ClipResult], DataSet, limits.LimitsInForce], dict[str, object]],
+    report: Callable[[Case, list[ClipResult], DataSet, limits.LimitsInForce], dict[str, Any]],
     progress: Callable[[int, str], Progress],
+    show_lines: Callable[[Callable[[], list[str]]], None],
     cloud_tokens: dict[str, tuple[int, ...]],
     process_limits: ExitStack,
 ) -> None:
@@ -169,7 +172,10 @@ def test_captioning(
         run_clock.advance(measured[-1][1].wall)
 
     def keep(clip: Clip, request: Request) -> None:
-        bar.advance(job.keep(clip, request, measured.pop()))
+        result = job.keep(clip, request, measured.pop())
+        bar.advance(result)
+        place, unscored = f"{len(job.captions)} of {len(requests)}", tables.why_meaningless(settings, case)
+        show_lines(lambda: describe_clip(result, place, settings.score_normalisation, unscored))
 
     with garbage_collector_frozen():
         benchmark.pedantic(decode, setup=lambda: (next(waiting), {}), teardown=keep, rounds=len(requests), iterations=1)
@@ -181,7 +187,9 @@ def test_captioning(
     in_force = limits.read_limits()
     process_limits.close()  # scoring the captions is no work of the edge
     with errors_in_one_line(), job.saved.keep_clips():
-        benchmark.extra_info["results"] = report(case, job.captions, clips, in_force)
+        document = report(case, job.captions, clips, in_force)
+    benchmark.extra_info["results"] = document
+    show_lines(lambda: describe_late_scores(document["detailed_results"]))
     job.saved.finish()
 
 

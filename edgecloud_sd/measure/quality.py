@@ -126,6 +126,13 @@ def score(
     )
 
 
+def score_alone(caption: str, references: Sequence[str], language: str, normalisation: str) -> dict[str, float]:
+    """Return the metrics of one caption that need no other caption, no Java and no model, as `score` gives them."""
+    candidates, targets = _tokenized(*normalised([caption], [references], normalisation), language)
+    measured = zip((*BLEU, "rouge_l"), (*_bleu(candidates, targets), _rouge_l(candidates, targets)), strict=True)
+    return {name: float(clip_scores[0]) for name, (_, clip_scores) in measured}
+
+
 def normalised(
     captions: Sequence[str], references: Sequence[Sequence[str]], normalisation: str
 ) -> tuple[list[str], list[list[str]]]:
