@@ -149,6 +149,7 @@ def test_a_file_of_no_known_generation_is_refused(tmp_path: Path, content: Any, 
     [
         ("", ": contains no caption"),
         ("{", ", line 1: is not JSON"),
+        ('\n{"mode": "edge", "mode": "cloud"}', ", line 2: names the key 'mode' twice; remove one"),
         ('{"file_id": "a"}', ", line 1, mode: must be one of edge, cloud, speculative, not None"),
         ('{"mode": "both"}', ", line 1, mode: must be one of edge, cloud, speculative, not 'both'"),
         ("[1]", ", line 1, mode: must be one of edge, cloud, speculative, not None"),

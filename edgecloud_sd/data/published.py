@@ -141,10 +141,10 @@ def _read_lines(path: Path, mode: str | None) -> list[RecordedRun]:
     """Return the runs of a file with one caption a line."""
     if mode:
         raise BadClip(f"{path}: names the mode of every caption; leave out --mode {mode}")
-    records: dict[str, list[Any]] = {}
     with text_errors():
-        lines = parse_json_lines(read_utf8(path, "JSON"), str(path))
-        check_characters([record for _, record in lines], str(path))
+        lines = parse_json_lines(read_utf8(path, "JSON Lines"), f"{path}")
+        check_characters([record for _, record in lines], f"{path}")
+    records: dict[str, list[Any]] = {}
     for number, record in lines:
         own = record.get("mode") if isinstance(record, dict) else None
         if own not in MODES:
