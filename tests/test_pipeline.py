@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -10,12 +12,16 @@ import numpy as np
 import pytest
 
 from edgecloud_sd import gate
-from edgecloud_sd.events import Ahead, Committed, Drafted, Event, Trace
+from edgecloud_sd.acceptance import Rank, Synthetic
+from edgecloud_sd.cloud.client import Connection
+from edgecloud_sd.cloud.local import LocalCloud
+from edgecloud_sd.events import Ahead, Committed, Drafted, Trace
 from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing import link as links
 from edgecloud_sd.timing import profile
+from tests.support.serving import served
 
 ALWAYS = Strategy("speculative", k=8)
 FAR = links.find_link("4g")
@@ -81,33 +87,88 @@ def test_a_replayed_trace_teaches_the_same_as_the_generation(pipeline: Pipeline,
     assert draft_lengths(one) != draft_lengths(trace)
 
 
-@pytest.mark.parametrize("k", [3, None])
-def test_interleaved_generations_do_not_disturb_each_other(pipeline: Pipeline, k: int | None) -> None:
-    requests = [Request(clips.make_clip("evaluation", index).samples, "chinese") for index in (1, 4)]
-    strategy = Strategy("speculative", k=k, draft_ahead=4)
-    alone = [pipeline.trace(request, Strategy("cloud")).tokens for request in requests]
-    running = [pipeline.events(request, strategy) for request in requests]
-    events: list[list[Event]] = [[], []]
-    while any(running_events is not None for running_events in running):
-        for index, generation in enumerate(running):
-            event = next(generation, None) if generation is not None else None
-            if event is None:
-                running[index] = None  # type: ignore[call-overload]
-            else:
-                events[index].append(event)
-    tokens = [
-        tuple(token for event in seen if isinstance(event, Committed) for token in event.tokens) for seen in events
-    ]
-    assert tokens == alone
+ENTROPY = gate.entropy_gate(1.0)
+# every kind of strategy whose output is determined: a lossy one needs a k, because its output depends on it
+KINDS = (
+    Strategy("edge"),
+    Strategy("cloud"),
+    Strategy(k=3),
+    Strategy(k=None, draft_ahead=4),
+    Strategy(k=None, prefill="lazy"),
+    Strategy(k=9, draft_ahead=9, prefill="lazy"),
+    Strategy(k=4, draft_stop=gate.parse_draft_stop("margin=0.3", gate.ALWAYS)),
+    Strategy(gate=ENTROPY, rule=Rank(3), k=4),
+    Strategy(gate=ENTROPY, k=5, draft_stop=gate.parse_draft_stop("entropy", ENTROPY), draft_ahead=3),
+    Strategy(gate=gate.NEVER),
+    Strategy(rule=Synthetic((0.8, 0.5)), k=4, prefill="lazy"),
+)
+AT_ONCE, NEW_TOKENS = 8, 12
+Jobs = list[tuple[Request, Strategy]]
 
 
-@pytest.mark.parametrize("k", [3, None])
-def test_threads_may_share_a_pipeline(pipeline: Pipeline, k: int | None) -> None:
-    samples = [clips.make_clip("evaluation", index).samples for index in range(4)]
-    alone = [pipeline.caption(each, strategy=Strategy("cloud")).tokens for each in samples]
-    with ThreadPoolExecutor(4) as threads:
-        shared = list(threads.map(lambda each: pipeline.caption(each, strategy=Strategy(k=k)).tokens, samples))
-    assert shared == alone
+@pytest.fixture(scope="module")
+def remote(pipeline: Pipeline) -> Iterator[Pipeline]:
+    """Yield the pocket pair with its cloud behind a server."""
+    assert isinstance(pipeline.cloud, LocalCloud)
+    with served(pipeline.cloud) as url:
+        connection = Connection(url)
+        yield pipeline.with_cloud(connection)
+        connection.close()
+
+
+def interleave(pipeline: Pipeline, jobs: Jobs) -> list[tuple[int, ...]]:
+    """Decode all jobs in one thread, one event of a random job after the other."""
+    order = random.Random(0)
+    running = {index: pipeline.events(*job, NEW_TOKENS) for index, job in enumerate(jobs)}
+    tokens: list[tuple[int, ...]] = [() for _ in jobs]
+    while running:
+        index = order.choice(list(running))
+        event = next(running[index], None)
+        if event is None:
+            del running[index]
+        elif isinstance(event, Committed):
+            tokens[index] += event.tokens
+    return tokens
+
+
+def run_on_threads(pipeline: Pipeline, jobs: Jobs) -> list[tuple[int, ...]]:
+    """Decode all jobs at once, each on a thread."""
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        return list(threads.map(lambda job: pipeline.trace(job[0], job[1], NEW_TOKENS).tokens, jobs))
+
+
+@pytest.mark.parametrize(
+    ("place", "run", "turns"),
+    [
+        ("pipeline", interleave, 1),
+        ("remote", run_on_threads, 1),
+        *(
+            pytest.param(place, run, 3, marks=pytest.mark.slow)  # three turns give every clip three kinds
+            for place in ("pipeline", "remote")
+            for run in (interleave, run_on_threads)
+        ),
+    ],
+)
+def test_captions_at_once_equal_their_solo_runs(
+    request: pytest.FixtureRequest, place: str, run: Callable[[Pipeline, Jobs], list[tuple[int, ...]]], turns: int
+) -> None:
+    shared = fresh(request.getfixturevalue(place))
+    requests = [Request(clips.make_clip("evaluation", index).samples, "chinese") for index in range(AT_ONCE)]
+    for turn in range(turns):
+        jobs = [(requests[index], KINDS[(3 * turn + index) % len(KINDS)]) for index in range(AT_ONCE)]
+        alone = [solo_tokens(fresh(request.getfixturevalue("pipeline")), *job) for job in jobs]
+        assert run(shared, jobs) == alone
+
+
+SOLO: dict[tuple[bytes, Strategy], tuple[int, ...]] = {}
+
+
+def solo_tokens(pipeline: Pipeline, request: Request, strategy: Strategy) -> tuple[int, ...]:
+    """Return the tokens of a caption that runs alone, computed once."""
+    key = request.samples.tobytes(), strategy
+    if key not in SOLO:
+        SOLO[key] = pipeline.trace(request, strategy, NEW_TOKENS).tokens
+    return SOLO[key]
 
 
 def test_a_caption_has_its_text_its_tokens_and_its_trace(pipeline: Pipeline) -> None:
