@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -110,14 +111,15 @@ class Captioning:
 
     def _shadow(self, trace: Trace, request: Request) -> Hindsight | None:
         """Return the cloud's verdict on local tokens, or None if it is not asked, says nothing of a gate, or fails."""
-        if self.load_shadow():
+        if self.has_shadow:
             with suppress(CloudFault):
                 cloud = self.pipeline.cloud.verifier(self.case.strategy.rule, Harness())
                 return shadow_verify(trace, self.pipeline.prompt(request, self.case.strategy.mode), cloud)
         return None
 
-    def load_shadow(self) -> bool:
-        """Load the cloud for shadow verification. Return False if the case has none, or the cloud fails."""
+    @cached_property
+    def has_shadow(self) -> bool:
+        """True if the case has shadow verification, whose cloud is loaded then. False if that cloud fails."""
         strategy = self.case.strategy
         if self.settings.shadow != "yes" or not strategy.is_speculative or isinstance(strategy.rule, Synthetic):
             return False
@@ -153,7 +155,7 @@ def test_captioning(
     with errors_in_one_line():
         process_limits.enter_context(limits.apply_limits(settings.process_limits))
         job = Captioning(case, pipeline, settings, profile, saved_clips(case))
-        job.load_shadow()  # before anything is timed
+        _ = job.has_shadow  # loads before anything is timed
         front = pipeline.prepare(pipeline.prepare_for(case.strategy)[0])
         cloud = tables.cloud_identity(case.strategy, pipeline)
     bar = progress(len(clips.clips), case.id)

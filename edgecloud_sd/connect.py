@@ -46,12 +46,11 @@ def connect(settings: Settings) -> Iterator[Cloud]:
             url, key = server.url, server.key
         connection = Connection(url, key, settings.cloud_timeout, PATIENCE[settings.on_cloud_fault])
         stack.callback(connection.close)
-        try:
-            _ = connection.identity
-        except CloudFault as fault:
-            may_fail = settings.on_cloud_fault == "edge"
-            if any(
-                strategy.asks_cloud and not (may_fail and strategy.is_speculative) for strategy in strategies(settings)
-            ):
+        asking = [strategy for strategy in strategies(settings) if strategy.asks_cloud]
+        may_fail = settings.on_cloud_fault == "edge" and all(strategy.is_speculative for strategy in asking)
+        if asking and not may_fail:
+            try:
+                _ = connection.identity
+            except CloudFault as fault:
                 raise CloudFault(f"--cloud-url: {url}: {fault}") from None
         yield connection
