@@ -163,18 +163,24 @@ def test_the_settings_of_a_folder_give_the_output_of_generate(folder: Path) -> N
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_beams": 4}, "num_beams 4 changes the greedy output and cannot be applied here: remove it"),
+        (
+            {"num_beams": 4},
+            r"num_beams 4 changes the greedy output and cannot be applied here: remove it from gen.*\.json",
+        ),
         ({"guidance_scale": 1.5}, "guidance_scale 1.5 changes"),
         ({"forced_eos_token_id": 2}, "forced_eos_token_id 2 changes"),
         ({"stop_strings": ["."]}, r"stop_strings \['\.'\] changes"),
         ({"cache_implementation": "quantized"}, "cache_implementation quantized changes"),
-        ({"repetition_penalty": -1.0}, "repetition_penalty -1.0 cannot be applied: .* strictly positive float"),
-        ({"no_repeat_ngram_size": "3"}, "no_repeat_ngram_size 3 cannot be applied"),
-        ({"min_new_tokens": 1.5}, "min_new_tokens 1.5 cannot be applied"),
-        ({"bad_words_ids": [[640]]}, r"bad_words_ids \[\[640\]\] cannot be applied: .* 640"),
+        (
+            {"repetition_penalty": -1.0},
+            "repetition_penalty -1.0 of gen.* cannot be applied: .* strictly positive float",
+        ),
+        ({"no_repeat_ngram_size": "3"}, "no_repeat_ngram_size 3 of gen.* cannot be applied"),
+        ({"min_new_tokens": 1.5}, "min_new_tokens 1.5 of gen.* cannot be applied"),
+        ({"bad_words_ids": [[640]]}, r"bad_words_ids \[\[640\]\] of gen.* cannot be applied: .* 640"),
         ({"suppress_tokens": 17}, "suppress_tokens 17 cannot be used"),
-        ({"suppress_tokens": ["a"]}, r"suppress_tokens \['a'\] cannot be applied"),
-        ({"eos_token_id": "2"}, r"eos_token_id \['2'\] must have ids"),
+        ({"suppress_tokens": ["a"]}, r"suppress_tokens \['a'\] of gen.* cannot be applied"),
+        ({"eos_token_id": "2"}, "eos_token_id 2 must have ids"),
         ({"watermarking_config": {"ngram_len": 5}}, r"watermarking_config \{'ngram_len': 5\} cannot be used"),
         ([1], r"generation_config\.json: a list, which is no object of settings, cannot be used"),
     ],
@@ -211,13 +217,14 @@ def test_every_field_of_transformers_is_applied_unused_or_refused() -> None:
     [
         ({"eos_token_id": [7, 9]}, 5, {7, 9}),
         ({"eos_token_id": 0}, 5, {0}),
+        ({"eos_token_id": []}, 5, set()),
         ({"pad_token_id": 1}, [5, 6], {5, 6}),
         (None, 5, {5}),
         (None, [5, 6], {5, 6}),
-        (None, None, {2}),  # the tokenizer's
+        (None, None, set()),
     ],
 )
-def test_captions_end_at_the_ids_of_the_first_source_that_has_any(
+def test_captions_end_at_the_ids_of_the_first_file_that_has_any_and_at_the_tokenizers(
     folder: Path, is_whole: bool, of_generation: object, of_text: object, expected: set[int]
 ) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -227,7 +234,20 @@ def test_captions_end_at_the_ids_of_the_first_source_that_has_any(
     (folder / "generation_config.json").unlink()
     if of_generation:
         write_settings(folder, of_generation)
-    assert load.load_frontend(folder).eos == expected
+    assert load.load_frontend(folder).eos == expected | {2}
+
+
+@pytest.mark.parametrize("part", ["text_config", None])
+def test_settings_of_an_old_config_apply_if_there_is_no_other_file(folder: Path, part: str | None) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (config[part] if part else config)["repetition_penalty"] = 1.5
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert not load.load_frontend(
+        folder
+    ).settings.values  # generate reads them in no file beside generation_config.json
+    (folder / "generation_config.json").unlink()
+    model = load.load_model(folder)
+    assert model.settings.values["repetition_penalty"] == model.thinker.generation_config.repetition_penalty == 1.5
 
 
 def test_the_engine_vllm_refuses_settings_by_name(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """The settings of a checkpoint that change its greedy output, applied as `generate` of transformers applies them.
 
-A checkpoint has them in generation_config.json. transformers has a logits processor for most of them, which reads the
-ids of the prompt and of the output. The processors here see these ids anew for each row of logits, so they have no
-state that would have to roll back with a cache.
+A checkpoint has them in generation_config.json, or an old one in config.json. transformers has a logits processor for
+most of them, which reads the ids of the prompt and of the output. The processors here see these ids anew for each row
+of logits, so they have no state that would have to roll back with a cache.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def _build_processor(name: str, value: Any, prompt: Tensor, eos: Tensor, vocab_s
     return builders[name](value)
 
 
-def read_generation_config(name: str, thinker_config: Any) -> Any:
-    """Return transformers' GenerationConfig of a checkpoint: its own file, or as its model configuration implies.
+def read_generation_config(name: str) -> Any:
+    """Return transformers' GenerationConfig of a checkpoint: that of its own file, or else of config.json.
 
     Raise ValueError or OSError for a file that cannot be read.
     """
@@ -150,7 +150,7 @@ def read_generation_config(name: str, thinker_config: Any) -> Any:
             raise
     except (TypeError, AttributeError, KeyError) as error:  # the JSON is of another form
         raise ValueError(f"{FILE}: {_find_bad_field(Path(name) / FILE)} cannot be used: {error}") from error
-    return GenerationConfig.from_model_config(thinker_config)
+    return GenerationConfig.from_pretrained(name, config_file_name="config.json", _from_model_config=True)
 
 
 def _find_bad_field(file: Path) -> str:
@@ -178,7 +178,7 @@ def read_settings(config: Any, eos: frozenset[int], vocab_size: int) -> Checkpoi
         value = getattr(config, name)
         if not (name.startswith("_") or value is None or value is False or value in HARMLESS.get(name, ())):
             raise ValueError(
-                f"{FILE}: {name} {_shorten(value)} changes the greedy output and cannot be applied here: remove it"
+                f"{name} {_shorten(value)} changes the greedy output and cannot be applied here: remove it from {FILE}"
             )
     values = {name: value for name in APPLIED if _is_effective(name, value := getattr(config, name, None))}
     if config.min_new_tokens is not None:  # it takes precedence in `generate`, even if it is 0
@@ -205,24 +205,24 @@ def _check_value(name: str, value: Any, eos: frozenset[int], vocab_size: int) ->
         process = RowProcessors(CheckpointSettings({name: value}), (0,), eos, vocab_size, "cpu")
         process([0], torch.zeros(1, vocab_size))
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{FILE}: {name} {_shorten(value)} cannot be applied: {_shorten(error)}") from error
+        raise ValueError(f"{name} {_shorten(value)} of {FILE} cannot be applied: {_shorten(error)}") from error
 
 
 def read_eos(config: Any, thinker_config: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the ids that end a caption: those of the GenerationConfig, else of the model, else of the tokenizer.
+    """Return the ids that end a caption: those of the GenerationConfig or else of the thinker, and the tokenizer's.
 
+    The published thinkers run on after the tokenizer's id if `generate` does not get it (QwenLM/Qwen2.5-Omni#371).
     Raise ValueError for an id that is no whole number from 0.
     """
     from transformers import GenerationConfig
 
-    model = GenerationConfig.from_model_config(thinker_config)
-    for ids in (config.eos_token_id, model.eos_token_id, tokenizer.eos_token_id):
-        ids = ids if isinstance(ids, list) else [ids]
-        if any(token is not None and (not isinstance(token, int) or token < 0) for token in ids):
-            raise ValueError(f"eos_token_id {_shorten(ids)} must have ids of the vocabulary only")
-        if eos := frozenset(ids) - {None}:
-            return eos
-    return frozenset()
+    configured = config.eos_token_id
+    if configured is None:  # the configuration of a whole Omni model hides that of its thinker
+        configured = GenerationConfig.from_model_config(thinker_config).eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    if any(token is not None and (not isinstance(token, int) or token < 0) for token in ids):
+        raise ValueError(f"eos_token_id {_shorten(configured)} must have ids of the vocabulary only")
+    return frozenset({*ids, tokenizer.eos_token_id}) - {None}
 
 
 def _shorten(value: object) -> str:

@@ -85,7 +85,7 @@ def read_frontend(checkpoint: str | Path) -> Frontend:
         tokenizer = AutoTokenizer.from_pretrained(name)
         extractor = WhisperFeatureExtractor.from_pretrained(name)
         thinker = thinker_config(config)
-        generation = checkpoint_settings.read_generation_config(name, thinker)
+        generation = checkpoint_settings.read_generation_config(name)
         eos = checkpoint_settings.read_eos(generation, thinker, tokenizer)
         settings = checkpoint_settings.read_settings(generation, eos, thinker.text_config.vocab_size)
     return Frontend(name, tokenizer, extractor, eos, thinker.audio_token_id, settings=settings)
