@@ -21,7 +21,7 @@ from edgecloud_sd.host.errors import (
 )
 from edgecloud_sd.host.stderr import silent_stderr
 from edgecloud_sd.measure import quality
-from edgecloud_sd.models import devices
+from edgecloud_sd.models import devices, memory
 from edgecloud_sd.verifier import CloudFault
 from tests.support.suite import ROOT
 
@@ -140,6 +140,13 @@ def test_a_device_that_is_not_there_names_the_devices_of_the_machine(
 def test_an_unknown_language_is_refused_with_the_known_ones(use: object) -> None:
     with pytest.raises(ValueError, match="unknown language 'klingon': choose one of chinese, english"):
         use()  # type: ignore[operator]
+
+
+def test_an_unknown_name_of_another_table_is_refused_too() -> None:
+    with pytest.raises(ValueError, match="unknown normalisation 'x': choose one of none"):
+        quality.score(["a"], [["a"]], "english", normalisation="x")
+    with pytest.raises(ValueError, match="unknown dtype 'float8': choose one of float64"):
+        memory.count_loaded_bytes({"weight": (2, 3)}, "float8")
 
 
 def test_an_unknown_prompt_type_is_refused_with_the_known_ones() -> None:

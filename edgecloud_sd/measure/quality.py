@@ -138,7 +138,7 @@ def normalised(
 ) -> tuple[list[str], list[list[str]]]:
     """Return normalised texts, a caption without visible text as an empty one. Raise ValueError as `score` does."""
     _check_references(len(captions), references)
-    normalise = NORMALISATIONS[normalisation]
+    normalise = look_up(NORMALISATIONS, normalisation, "normalisation")
     shown = [normalise(text) if has_visible_text(text) else "" for text in captions]
     return shown, [[normalise(text) for text in texts] for texts in references]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -12,6 +11,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from edgecloud_sd.host.cores import usable_cores
 from edgecloud_sd.host.files import cache_root, write_whole
 from edgecloud_sd.models import checkpoint_settings
 from edgecloud_sd.models.pairs import DUMMY, REAL
@@ -112,7 +112,7 @@ def _digest_state(file: Path, state: tuple[int, ...], moment: int) -> str:
 
 def _compute_digest(file: Path, size: int) -> str:
     starts = range(0, size, PIECE_BYTES)
-    with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1) or 1) as threads:
+    with ThreadPoolExecutor(min(len(starts), usable_cores()) or 1) as threads:
         return hashlib.sha256(b"".join(threads.map(partial(_piece_digest, file), starts))).hexdigest()
 
 

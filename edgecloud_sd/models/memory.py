@@ -12,6 +12,7 @@ from typing import Literal
 
 import psutil
 
+from edgecloud_sd.data.prompts import look_up
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.limits import format_gb
 from edgecloud_sd.models import quantized
@@ -150,14 +151,14 @@ def read_checkpoint_need(checkpoint: str | Path, dtype: str) -> MemoryNeed | Non
     converted = sum(math.prod(shape) for stored, shape in tensors.values() if SAFETENSORS_DTYPES.get(stored) != dtype)
     # every file stays mapped during the load, talker included; weights stored in `dtype` stay in their map, and the
     # others are copied
-    bytes_each = BYTES_PER_PARAMETER[dtype]
+    bytes_each = look_up(BYTES_PER_PARAMETER, dtype, "dtype")
     return MemoryNeed(loaded // bytes_each, loaded, mapped + converted * bytes_each)
 
 
 def count_loaded_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
     """Return the bytes of a thinker's tensors in `dtype`, from their shapes by name."""
     if dtype not in QUANTISED_DTYPES:
-        return BYTES_PER_PARAMETER[dtype] * sum(map(math.prod, shapes.values()))
+        return look_up(BYTES_PER_PARAMETER, dtype, "dtype") * sum(map(math.prod, shapes.values()))
     used = {name: shape for name, shape in shapes.items() if "visual." not in name}  # the vision tower is dropped first
     embeddings = [shape for name, shape in used.items() if "embed_tokens." in name]
     if embeddings and not any(

@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif options.command == "train":
             from edgecloud_sd.pocket.train import train_pair
 
+            options.folder.mkdir(parents=True, exist_ok=True)  # fails here, and not after the training
             train_pair(options.folder)
         else:
             from edgecloud_sd.pipeline import Pipeline
