@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 
 from bench import comparison
 from bench.report.__main__ import main as report
+from bench.report.runs import read_run
 from edgecloud_sd.data.published import read_recorded_runs
+from edgecloud_sd.forecast.recorded import forecast_from_counts
 from edgecloud_sd.measure import imported, meteor, quality, results
 from edgecloud_sd.measure.summary import METRICS
+from edgecloud_sd.timing.profile import load_profile
 from tests.support.recorded import CLIPS, RECORDED_LINES, write_lines, write_published
 
 Document = dict[str, Any]
@@ -144,6 +148,20 @@ def test_an_imported_run_has_a_report(tmp_path: Path, generation: str) -> None:
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| recorded-edge\\_zh | " in text
     assert "GPU | none" not in text
+
+
+def test_the_report_of_an_imported_hybrid_forecasts_it_from_its_counts(tmp_path: Path) -> None:
+    source = write_published(tmp_path / "hybrid.json", "counts")
+    ((path, document),) = imported.import_files([source], tmp_path / "out")
+    answer = read_run(path).forecasts["recorded-hybrid"]
+    assert answer["forecast"] == asdict(forecast_from_counts(document, load_profile("published-as-run")))
+    assert answer["sentence"].startswith(
+        "With the costs of the profile published-as-run, from the counts of the file: "
+    )
+    sources = [write_published(tmp_path / "sc.json", "rounds"), write_published(tmp_path / "edge.json", "streamed")]
+    older, edge = [read_run(path).forecasts for path, _ in imported.import_files(sources, tmp_path / "out")]
+    assert edge == {}
+    assert older["recorded-sc"]["sentence"].startswith("no forecast: the file does not have the count drafted and ")
 
 
 def test_a_file_that_this_package_measured_may_lack_nothing(runs: dict[str, Document]) -> None:

@@ -121,8 +121,12 @@ def test_the_command_forecasts_imported_runs(folder: Path, capsys: pytest.Captur
     [
         ("edge", (), "mode edge drafts nothing; give the file of a speculative run"),
         ("sc", (), "the file does not have the count drafted and cloud_calls and correction"),
-        ("zh-speculative", (), "the draft length is None; give --k with a whole number from 1"),
-        ("zh-speculative", ("--k", "0"), "the draft length is 0; give --k with a whole number from 1"),
+        ("zh-speculative", (), "the draft length is None; python -m edgecloud_sd.forecast takes one from 1 with --k"),
+        (
+            "zh-speculative",
+            ("--k", "0"),
+            "the draft length is 0; python -m edgecloud_sd.forecast takes one from 1 with --k",
+        ),
         ("hybrid", ("--k", "20"), "drafts of k=20 tokens cannot give"),
         ("missing", (), "No such file"),
     ],

@@ -10,6 +10,8 @@ from typing import Any
 from bench import comparison, forecasts
 from bench.comparison import ClipRecord, Document
 from bench.report.page import DASH
+from edgecloud_sd.forecast.model import Forecast
+from edgecloud_sd.forecast.recorded import forecast_from_counts
 from edgecloud_sd.measure import traces
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing import link
@@ -19,6 +21,7 @@ OUTPUT_MEANING = (
     "lossless: the target's own tokens; lossless but for near-ties: half precision can break a tie differently; "
     "lossy: no such promise"
 )
+IMPORT_PROFILE = "published-as-run"  # the costs that an imported run is forecast with
 # name of a fact -> templates over the results of a cell
 FACTS = {
     "pair": ["{experiment_config[pair]}"],
@@ -165,6 +168,24 @@ def share_virtual_clock(a: Document, b: Document) -> bool:
     """Return whether both cells were timed by the same cost profile, so that their machines do not matter."""
     clocks = {get_experiment(document)["clock"] for document in (a, b)}
     return clocks == {"virtual"} and get_experiment(a)["profile_costs"] == get_experiment(b)["profile_costs"]
+
+
+def forecast_results(document: Document) -> dict[str, dict[str, Any]]:
+    """Return the forecast by case id, as `forecast_to_json` writes it, of a cell's results file."""
+    return forecast_imported(document) if "origin" in document else forecast_from_traces(document)
+
+
+def forecast_imported(document: Document) -> dict[str, dict[str, Any]]:
+    """Return the forecast of an imported speculative run by case id, from its counts and the costs as published."""
+    if get_experiment(document)["strategy"]["mode"] != "speculative":
+        return {}
+    try:
+        answer: Forecast | str = forecast_from_counts(document, profiles.load_profile(IMPORT_PROFILE))
+    except ValueError as error:
+        answer = f"no forecast: {error}"
+    saved = forecasts.forecast_to_json(answer)
+    sentence = f"With the costs of the profile {IMPORT_PROFILE}, from the counts of the file: {saved['sentence']}"
+    return {get_case_id(document): saved | ({"sentence": sentence} if saved["forecast"] else {})}
 
 
 def forecast_from_traces(document: Document) -> dict[str, dict[str, Any]]:

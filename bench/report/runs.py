@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.comparison import Document
-from bench.report.cells import forecast_from_traces, get_case_id
+from bench.report.cells import forecast_results, get_case_id
 from edgecloud_sd.measure import results
 
 USABLE_FILES = (
@@ -48,7 +48,7 @@ def read_run(path: Path) -> Run:
         return _read_benchmarks(path, content)
     if _get_nested(content, "experiment_config") is not None:
         _check_results(path, "this file", content, with_traces=True)
-        return Run(path.name, {get_case_id(content): content}, forecast_from_traces(content))
+        return Run(path.name, {get_case_id(content): content}, forecast_results(content))
     raise UnusableFile(f"{path}: contains neither benchmarks nor results; {USABLE_FILES}")
 
 

@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgecloud_sd.forecast.model import forecast
-from edgecloud_sd.forecast.recorded import counts_from_results, workload_from_counts
+from edgecloud_sd.forecast.recorded import forecast_from_counts
 from edgecloud_sd.forecast.sentence import forecast_sentence, format_seconds
 from edgecloud_sd.host.errors import errors_to_exit
 from edgecloud_sd.measure.results import read_results
@@ -42,18 +41,11 @@ def forecast_file(file: Path, profile: Profile, link: Link, k: int | None = None
     """
     try:
         document = read_results(file)
-        strategy = document["experiment_config"]["strategy"]
-        if strategy["mode"] != "speculative":
-            raise ValueError(f"mode {strategy['mode']} drafts nothing; give the file of a speculative run")
-        length = k if k is not None else strategy["k"]
-        if not isinstance(length, int) or length < 1:
-            raise ValueError(f"the draft length is {length}; give --k with a whole number from 1")
-        has_score = strategy["gate"] == "entropy"
-        workload = workload_from_counts(counts_from_results(document), length, int(has_score))
+        answer = forecast_from_counts(document, profile, link, k)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     recorded = document["metrics"]["figures"]["tpot"]
-    sentence = f"{file.name}, {profile.name}: {forecast_sentence(forecast(profile, link, workload))}"
+    sentence = f"{file.name}, {profile.name}: {forecast_sentence(answer)}"
     if recorded is None:
         return sentence
     return f"{sentence} Recorded after the first text: {format_seconds(recorded)} per token."

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgecloud_sd.forecast.model import Workload
+from edgecloud_sd.forecast.model import Forecast, Workload, forecast
+from edgecloud_sd.timing.link import NO_LINK, Link
+from edgecloud_sd.timing.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,21 @@ def counts_from_results(document: Mapping[str, Any]) -> RoundCounts:
     verifications = calls - (saved["unanswered_calls"] or 0)
     generations = len(document["detailed_results"])
     return RoundCounts(tokens, drafted, verifications, corrections, saved["bonus"] or 0, generations)
+
+
+def forecast_from_counts(
+    document: Mapping[str, Any], profile: Profile, link: Link = NO_LINK, k: int | None = None
+) -> Forecast:
+    """Return the forecast of a results file from its counts. `k` is for files that do not name their draft length.
+
+    Raise ValueError for a file that cannot be forecast.
+    """
+    strategy = document["experiment_config"]["strategy"]
+    if strategy["mode"] != "speculative":
+        raise ValueError(f"mode {strategy['mode']} drafts nothing; give the file of a speculative run")
+    length = k if k is not None else strategy["k"]
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"the draft length is {length}; python -m edgecloud_sd.forecast takes one from 1 with --k")
+    scores_per_token = int(strategy["gate"] == "entropy")
+    workload = workload_from_counts(counts_from_results(document), length, scores_per_token)
+    return forecast(profile, link, workload)
