@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,19 @@ from typing import Any
 import pytest
 from pytest_benchmark import plugin as pytest_benchmark
 
-from bench.cases import SETTINGS
+from bench.baselines import baseline_cases
+from bench.cases import SETTINGS, plain_params
+from bench.load import list_load_cases
 from bench.rows import row_metric
 from edgecloud_sd import config as options
 from edgecloud_sd.config import GROUPS, Option, Settings
+from edgecloud_sd.data.dataset import BadClip, find_manifest
 from edgecloud_sd.host.terminal import escape_unencodable
+from edgecloud_sd.pocket.clips import POCKET
+from edgecloud_sd.strategy import Strategy
 
 REQUIREMENTS = ("gpu",)  # markers that --require accepts
+EXTRAS = {"load": list_load_cases, "baselines": baseline_cases}  # bench/test_<name>.py, and its cases in a run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +32,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--config",
         metavar="FILE",
         help="YAML file of options; it overrides the defaults, and the command line overrides it",
+    )
+    run.addoption(
+        "--extra",
+        type=_read_extras,
+        metavar="LIST",
+        default=(),
+        help=f"benchmarks beside the captions: {', '.join(EXTRAS)} (default: none; naming their file runs them too)",
     )
     run.addoption("--resume", action="store_true", help="continue a stopped run: finished clips are not decoded again")
     run.addoption(
@@ -52,6 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
     is_benchmark = config.getoption("--benchmark-only")
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(config.rootpath / ("bench" if is_benchmark else "tests"))]
+    if _collects_benchmarks(config):
+        _check_benchmarks(config, config.stash[SETTINGS])
     # in front, because the last filter that matches wins: the lines of pytest.ini stay exceptions
     config.getini("filterwarnings").insert(0, "default" if is_benchmark else "error")
 
@@ -84,6 +100,27 @@ def pytest_benchmark_scale_unit(
     return scale
 
 
+def pytest_benchmark_group_stats(
+    config: Any, benchmarks: Iterable[dict[str, Any]], group_by: str
+) -> list[tuple[str | None, list[dict[str, Any]]]]:
+    """Group benchmarks as pytest-benchmark does, without rows of metrics unless nothing else is selected.
+
+    `pytest-benchmark compare` calls this hook too, and a saved run has some thirty metrics per benchmark.
+    """
+    rows = list(benchmarks)
+    shown = [row for row in rows if not row_metric(row["name"])] or rows
+    if hidden := len(rows) - len(shown):
+        print(f"(rows of metrics that are not shown: {hidden}; -k bleu4 shows one metric, -k ]: all)")
+    try:
+        groups: list[tuple[str | None, list[dict[str, Any]]]] = pytest_benchmark.pytest_benchmark_group_stats(
+            config, shown, group_by
+        )
+    except KeyError as error:
+        known = ", ".join(sorted(set.intersection(*(set(row["params"] or ()) for row in shown))))
+        raise SystemExit(f"--group-by {group_by}: not all benchmarks have {error}; they have {known}") from None
+    return groups
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test marked `gpu` on a machine without one, or fail it under `--require gpu`."""
     if item.get_closest_marker("gpu"):
@@ -98,6 +135,51 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def settings(pytestconfig: pytest.Config) -> Settings:
     """Return the settings from the defaults, the file of --config and the command line."""
     return pytestconfig.stash[SETTINGS]
+
+
+def _collects_benchmarks(config: pytest.Config) -> bool:
+    """Return whether the arguments of the run name the folder of the benchmarks, a part of it or a folder above it."""
+    bench = config.rootpath / "bench"
+    paths = [config.invocation_params.dir / arg.partition("::")[0] for arg in config.args]
+    return any(path.is_relative_to(bench) or bench.is_relative_to(path) for path in map(Path.resolve, paths))
+
+
+def _check_benchmarks(config: pytest.Config, settings: Settings) -> None:
+    """Raise UsageError for a run in which every benchmark would fail for the same reason."""
+    is_distributed = config.getoption("dist", "no") != "no"
+    is_disabled = config.getoption("benchmark_disable") and not config.getoption("benchmark_enable")
+    if (is_distributed or is_disabled) and not config.getoption("benchmark_skip"):
+        option = "-n" if is_distributed else "--benchmark-disable"
+        raise pytest.UsageError(f"{option}: a benchmark is timed and runs alone; leave it out, or name other tests")
+    names = plain_params(settings, Strategy("edge"), settings.language[0])
+    for grouping in config.getoption("benchmark_group_by").split(","):
+        kind, _, name = grouping.partition("param:")
+        if name and not kind and name not in names:
+            raise pytest.UsageError(f"--benchmark-group-by: no benchmark has {name!r}; they have {', '.join(names)}")
+    for extra in config.getoption("--extra"):
+        if not EXTRAS[extra](settings):
+            needs = " ".join((EXTRAS[extra].__doc__ or "").split("\n\n")[1].split())
+            raise pytest.UsageError(f"--extra: {extra} is not possible here. {needs}")
+    if settings.dataset_path != POCKET:
+        try:
+            find_manifest(Path(settings.dataset_path))
+        except BadClip as error:
+            raise pytest.UsageError(f"--dataset-path: {error}") from None
+    for name in ("edge_model", "cloud_model", "bertscore_model", "cloud_key_file"):
+        path = getattr(settings, name)
+        is_wanted = Path.is_file if name == "cloud_key_file" else Path.is_dir
+        looks_like_path = name == "cloud_key_file" or (path and path.startswith((".", "/", "~", "\\")))
+        if path and looks_like_path and not is_wanted(Path(path)):
+            kind = "file" if is_wanted is Path.is_file else "folder"
+            raise pytest.UsageError(f"--{name.replace('_', '-')}: {path}: no such {kind}")
+
+
+def _read_extras(text: str) -> tuple[str, ...]:
+    extras = tuple(text.split(","))
+    for extra in extras:
+        if extra not in EXTRAS:
+            raise pytest.UsageError(f"--extra: {extra!r} is not one of {', '.join(EXTRAS)}")
+    return extras
 
 
 def _add_option(group: pytest.OptionGroup, option: Option) -> None:

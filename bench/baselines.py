@@ -37,7 +37,6 @@ from edgecloud_sd.grid import has_speculative, strategies
 from edgecloud_sd.measure import intervals, metrics
 from edgecloud_sd.measure.intervals import Interval
 from edgecloud_sd.measure.summary import Metric
-from edgecloud_sd.models import pairs
 from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.session import Model, Session
 from edgecloud_sd.stopping import Stopping
@@ -113,7 +112,9 @@ class BaselineCase:
 
 
 def baseline_cases(settings: Settings) -> list[BaselineCase]:
-    """Return the one case of a run, or none without speculative cells, on a virtual clock or with a cloud elsewhere.
+    """Return the one case of a run, or none.
+
+    The baselines need speculative cells, the real clock, and the cloud in this process.
 
     The draft length is that of the run's first lossless cell of constant k. The language is the run's first.
     """
@@ -126,14 +127,6 @@ def baseline_cases(settings: Settings) -> list[BaselineCase]:
     )
     parts = ["baselines", *model_parts(settings), f"k{k}", *data_parts(settings, language)]
     return [BaselineCase("-".join(parts), k, language)]
-
-
-def is_left_out(settings: Settings) -> bool:
-    """Return whether a run of the whole suite skips this benchmark.
-
-    It skips every pair but `pocket`, because a clip in every way takes minutes with a large pair.
-    """
-    return settings.run_pair != pairs.PAIRS["pocket"] or not baseline_cases(settings)
 
 
 @dataclass(frozen=True)

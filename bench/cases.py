@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,24 @@ def case_id(settings: Settings, strategy: Strategy, link: Link, language: str) -
     return "-".join([*parts, *data_parts(settings, language)])
 
 
+def plain_params(
+    settings: Settings, strategy: Strategy, language: str, link: Link = NO_LINK, edges: int = 1
+) -> dict[str, Any]:
+    """Return the values for `--group-by param:NAME`. Every benchmark has the same names, and null without a meaning."""
+    values = strategy.to_json()
+    return {
+        "pair": settings.run_pair.name,
+        "dataset": dataset_name(settings),
+        "language": language,
+        "edge_dtype": settings.edge_dtype,
+        "cloud_dtype": settings.cloud_dtype,
+        "link": link.name,
+        "edges": edges,
+        "threshold": values.pop("entropy_threshold"),
+        **values,
+    }
+
+
 def model_parts(settings: Settings, mode: str = "speculative") -> list[str]:
     """Return the name of the pair, and the number formats of the sides that decode if one is not the usual one.
 
@@ -94,6 +113,13 @@ def _request_parts(settings: Settings, language: str) -> list[str]:
     if settings.caption_type != Settings.caption_type:
         parts.append(settings.caption_type)
     return parts
+
+
+def group_name(settings: Settings, subject: str | None = None) -> str | None:
+    """Return the group of a benchmark. Tables compare within a group, so another data set has groups of its own."""
+    is_usual = settings.dataset_path == Settings.dataset_path
+    parts = [subject, None if is_usual else f"data set {dataset_name(settings)}"]
+    return ", ".join(part for part in parts if part) or None
 
 
 def dataset_name(settings: Settings) -> str:

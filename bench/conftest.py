@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
 from tqdm import tqdm
 
-from bench import baselines, cases, load, rows, tables
+from bench import cases, rows, tables
 from bench.calibrate import measure_profile
 from bench.forecasts import forecast_to_json
 from bench.resume import SavedClips, count_cores
@@ -34,12 +33,9 @@ MEASURED_CLIPS = 3  # clips that --profile measure decodes
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out the benchmarks that the settings do not ask for, instead of a skipped case without parameters."""
-    settings = config.stash[cases.SETTINGS]
-    is_left_out = (collection_path.name == "test_load.py" and not load.list_load_cases(settings)) or (
-        collection_path.name == "test_baselines.py" and baselines.is_left_out(settings)
-    )
-    return True if is_left_out else None
+    """Leave out the benchmarks that need --extra. pytest does not ask about a file that the command line names."""
+    extra = collection_path.stem.removeprefix("test_")
+    return True if extra in ("load", "baselines") and extra not in config.getoption("--extra") else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -75,6 +71,12 @@ def _selected_cases(session: pytest.Session) -> list[cases.Case]:
     return [param["case"] for param in params if "case" in param]
 
 
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Stop if no benchmark can run, because all share what one of them cannot set up."""
+    if call.when == "setup" and call.excinfo:
+        item.session.shouldfail = "the benchmarks share what failed"
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Fail with one line for an expected failure of a fixture."""
@@ -86,15 +88,15 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_call(item: pytest.Function) -> Generator[None]:
     """Fail with one line for an expected failure of a benchmark.
 
-    A benchmark that failed or was stopped stays out of pytest-benchmark's files, whose rows are whole cells. Its limits
-    are lifted, because a report needs memory.
+    A benchmark that failed or was stopped stays out of pytest-benchmark's tables and files, whose rows are whole cells.
+    Its limits are lifted, because a report needs memory.
     """
     with errors_in_one_line():
         try:
             return (yield)
         except BaseException:
-            if isinstance(benchmark := item.funcargs.get("benchmark"), BenchmarkFixture):
-                benchmark.has_error = True
+            started = item.config._benchmarksession.benchmarks  # type: ignore[attr-defined]
+            started[:] = [stats for stats in started if stats.fullname != item.nodeid]
             if isinstance(process_limits := item.funcargs.get("process_limits"), ExitStack):
                 process_limits.close()
             raise

@@ -88,11 +88,12 @@ class LoadCase:
 
 
 def list_load_cases(settings: Settings) -> list[LoadCase]:
-    """Return the load cases of a run, in its first language.
+    """Return the load cases of a run in its first language, or none.
 
-    A run without speculative cells that escalate has none, and neither has one on a virtual clock. The load needs a
-    server. Without `--cloud-url` only the pocket pair gets one: this process has the cloud's model in memory already,
-    and a second copy of a large one may not fit.
+    The load needs speculative cells that escalate, the real clock, and --cloud-url or the pocket pair.
+
+    Without a server the pocket pair alone gets one: this process has the cloud's model in memory already, and a second
+    copy of a large one may not fit.
     """
     has_server = bool(settings.cloud_url) or settings.run_pair == pairs.PAIRS["pocket"]
     is_escalating = any(strategy.is_speculative and strategy.asks_cloud for strategy in strategies(settings))

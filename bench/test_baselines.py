@@ -7,6 +7,7 @@ tokens in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from bench.baselines import (
     prepare_clip,
     way_ratios,
 )
-from bench.cases import SETTINGS
+from bench.cases import SETTINGS, group_name, plain_params
 from bench.session import DataSet, Progress, errors_in_one_line, outcomes
 from edgecloud_sd.config import Settings
 from edgecloud_sd.data.dataset import Clip
@@ -71,8 +72,9 @@ def test_baselines(
         run_clock.advance(captions[-1]["speculative"].seconds)
 
     caption_in_every_way(ways, clips[0], prepared[0], 0, is_lossless)  # warm-up
-    numbers = iter(range(len(clips)))
-    benchmark.group = "compared with transformers"
+    numbers = chain(range(len(clips)), repeat(0))  # --benchmark-cprofile captions one clip once more
+    benchmark.params = plain_params(settings, baseline.strategy, baseline.language)
+    benchmark.group = group_name(settings, "compared with transformers")
     with garbage_collector_frozen():
         benchmark.pedantic(
             caption,
@@ -81,6 +83,7 @@ def test_baselines(
             rounds=len(clips),
             iterations=1,
         )
+    del captions[len(clips) :]
     benchmark.extra_info["baselines"] = describe_baselines(baseline, clips, captions, settings)
     outcomes(pytestconfig).baselines[baseline.id] = captions
 

@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.cases import SETTINGS
+from bench.cases import SETTINGS, group_name, plain_params
 from bench.load import (
     LOAD_CLIPS,
     LoadCase,
@@ -100,13 +100,15 @@ def test_load(
     def replay() -> None:
         replays.append(replay_rounds(assignments, make_verifier, is_exact))
 
-    benchmark.group = "many edges on one cloud"  # not comparable with the seconds of captions
+    benchmark.params = plain_params(settings, LOSSLESS_K4, load.language, edges=load.edges)
+    benchmark.group = group_name(settings, "many edges on one cloud")  # not comparable with the seconds of captions
     with load_errors_in_one_line():
         # a first round for each edge opens all sockets before anything is timed
         first_rounds = [[replace(captions[0], rounds=captions[0].rounds[:1])] for captions in assignments]
         replay_rounds(first_rounds, make_verifier, is_exact)
         with garbage_collector_frozen():
             benchmark.pedantic(replay, rounds=load.rounds, iterations=1)
+    del replays[load.rounds :]  # --benchmark-cprofile replays once more
     metrics = compute_load_metrics(replays)
     benchmark.extra_info["load"] = {
         "figures": metrics,

@@ -27,7 +27,7 @@ def pytest_load_initial_conftests(
         from edgecloud_sd.config import OPTIONS
 
         spellings = {f"--{name}" for option in OPTIONS for name in (option.name, option.name.replace("-", "_"))}
-        spellings.add("--config")
+        spellings |= {"--config", "--extra", "--require"}
         joined = join(args, spellings)
         # argparse takes an option that it does not know, and that has a space, for a folder of tests
         others = [arg for arg in joined if arg.partition("=")[0] not in spellings]

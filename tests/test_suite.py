@@ -28,7 +28,7 @@ from edgecloud_sd.pytest_plugin import join
 from edgecloud_sd.timing import profile
 from tests.support.suite import ROOT, arguments, run
 
-LOSSLESS = "speculative-pocket-always-k4-greedy-zh"
+LOSSLESS = "speculative-pocket-always-k4-greedy-manifest_chinese-zh"
 
 
 @pytest.fixture
@@ -48,7 +48,6 @@ def test_a_grid_prints_tables_writes_results_and_can_be_compared(
     monkeypatch.setattr("cpuinfo.get_cpu_info", dict)  # pytest-benchmark calls it, and it takes seconds
     result = run(
         pytester,
-        *("-k", "test_captioning"),  # the load benchmark would start a server
         *("--dataset_path", str(manifest), "--on-bad-clip", "skip", "--max-new-tokens", "12"),
         *("--mode", "edge,cloud,speculative", "--entropy-threshold", "1.5,0,inf", "--k", "4", "--rule", "greedy"),
         *("--output_name", "grid", "--benchmark-json", "saved.json", "--benchmark-save", "one"),
@@ -56,17 +55,17 @@ def test_a_grid_prints_tables_writes_results_and_can_be_compared(
     result.assert_outcomes(passed=5)
     result.stdout.fnmatch_lines(
         [
-            "*benchmark: 5 tests*",
+            "*benchmark 'data set manifest_chinese': 5 tests*",
             "*case*clips*" + "*".join(tables.SUMMARY_COLUMNS) + "*",
-            "edge-pocket-zh*",
-            "cloud-pocket-zh*",
-            "speculative-pocket-H1.5-k4-greedy-zh*",
+            "edge-pocket-manifest_chinese-zh*",
+            "cloud-pocket-manifest_chinese-zh*",
+            "speculative-pocket-H1.5-k4-greedy-manifest_chinese-zh*",
             f"{LOSSLESS}*",
             "*where the time goes*",
             "*does it pay?*",
-            f"{LOSSLESS}*[[]*, *[]]*",
+            f"{LOSSLESS} *",
             f"{LOSSLESS}: * as fast as the cloud alone *",
-            "wrote *grid-edge-pocket-zh.json",
+            "wrote *grid-edge-pocket-manifest_chinese-zh.json",
         ]
     )
     saved = json.loads((pytester.path / "saved.json").read_text(encoding="utf-8"))["benchmarks"]
@@ -74,6 +73,9 @@ def test_a_grid_prints_tables_writes_results_and_can_be_compared(
     command = str(Path(sys.executable).with_name("pytest-benchmark"))
     options = ["--storage", str(pytester.path / "saved"), "compare"]
     compared = subprocess.run([command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert f"test_captioning[{LOSSLESS}] " in compared.stdout, compared.stderr
+    assert "]:otps" not in compared.stdout
+    compared = subprocess.run([command, *options, "-k", "otps"], cwd=ROOT, capture_output=True, text=True)
     assert f"test_captioning[{LOSSLESS}]:otps" in compared.stdout, compared.stderr
 
 
@@ -95,13 +97,13 @@ def check_saved_rows(saved: list[dict[str, Any]], folder: Path) -> None:
     thresholds = {
         case: document["experiment_config"]["strategy"]["entropy_threshold"] for case, document in documents.items()
     }
-    assert thresholds["speculative-pocket-never-k4-greedy-zh"] is None
-    assert thresholds["speculative-pocket-H1.5-k4-greedy-zh"] == 1.5
+    assert thresholds["speculative-pocket-never-k4-greedy-manifest_chinese-zh"] is None
+    assert thresholds["speculative-pocket-H1.5-k4-greedy-manifest_chinese-zh"] == 1.5
     assert documents[LOSSLESS]["metrics"]["figures"]["cloud_call_rate"] == 1.0
     tokens = {
         case: [clip["token_ids"] for clip in document["detailed_results"]] for case, document in documents.items()
     }
-    assert tokens[LOSSLESS] == tokens["cloud-pocket-zh"] != tokens["edge-pocket-zh"]
+    assert tokens[LOSSLESS] == tokens["cloud-pocket-manifest_chinese-zh"] != tokens["edge-pocket-zh"]
     assert all("absent.wav" in document["skipped_clips"][0]["reason"] for document in documents.values())
 
 
@@ -118,7 +120,7 @@ def test_each_side_is_loaded_once_for_all_benchmarks(
         return load_model(checkpoint, *options)
 
     monkeypatch.setattr(load, "load_model", record_checkpoint)
-    result = run(pytester, "--max-samples", "1", "--max-new-tokens", "4", "--k", "1,2")
+    result = run(pytester, "--max-samples", "1", "--max-new-tokens", "4", "--k", "1,2", "--extra", "load,baselines")
     # edge, cloud, two k of two strategies; three loads, whose server loads its own model; one run of the baselines
     result.assert_outcomes(passed=2 + 4 + 3 + 1)
     assert sorted(checkpoints) == sorted([pipeline.pair.edge, pipeline.pair.cloud])
@@ -154,6 +156,17 @@ def test_a_run_of_one_cell_has_the_published_file_name_and_a_grid_has_a_file_per
         (["--k", "0"], "--k: '0' is not auto or a whole number of at least 1"),
         (["--mode", "edge,hybrid"], "--mode: 'hybrid' is not one of edge, cloud, speculative"),
         (["--config", "absent.yaml"], "absent.yaml: cannot be read"),
+        (["--dataset-path", "absent"], "--dataset-path: absent: no such manifest"),
+        (["--edge-model", "./absent"], "--edge-model: ./absent: no such folder"),
+        (["--cloud-model", "/absent"], "--cloud-model: /absent: no such folder"),
+        (["--benchmark-disable"], "--benchmark-disable: a benchmark is timed and runs alone; leave it out"),
+        (["--benchmark-group-by", "param:kk"], "--benchmark-group-by: no benchmark has 'kk'; they have pair, "),
+        (["--extra", "lod"], "--extra: 'lod' is not one of load, baselines"),
+        (["--extra", "load", "--mode", "edge"], "--extra: load is not possible here. The load needs speculative cells"),
+        (
+            ["--extra", "baselines", "--cloud-url", "auto"],
+            "--extra: baselines is not possible here. The baselines need",
+        ),
     ],
 )
 def test_a_bad_option_is_refused_before_anything_runs(
@@ -341,7 +354,7 @@ def test_a_saved_caption_that_is_not_the_clouds_own_fails_a_lossless_run(
     pipeline: Pipeline, pytester: pytest.Pytester
 ) -> None:
     file = pytester.path / "results" / "captioning.json"
-    options = ("--mode", "lossless", "--max-samples", "2", "--max-new-tokens", "8", "-k", "captioning")
+    options = ("--mode", "lossless", "--max-samples", "2", "--max-new-tokens", "8")
     assert run(pytester, *options).ret == pytest.ExitCode.OK
     document = json.loads(file.read_text(encoding="utf-8"))
     event = next(event for event in document["detailed_results"][1]["trace"]["events"] if event[1] == "committed")
@@ -349,7 +362,7 @@ def test_a_saved_caption_that_is_not_the_clouds_own_fails_a_lossless_run(
     event[2][0] += 1
     file.write_text(json.dumps(document), encoding="utf-8")
     result = run(pytester, *options, "--resume")
-    result.assert_outcomes(failed=1, deselected=result.parseoutcomes()["deselected"])
+    result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*_0001: the saved caption is not the cloud's own, though *"])
 
 
@@ -369,8 +382,8 @@ def test_a_second_run_with_the_same_results_file_is_refused_with_the_holder(
 @pytest.mark.slow
 def test_captions_under_rule_synthetic_have_no_quality(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
     options = ("--mode", "speculative", "--gate", "always", "--rule", "synthetic(0.5)", "--max-samples", "1")
-    result = run(pytester, *options, "--max-new-tokens", "8", "--output-name", "a", "-k", "captioning")
-    result.assert_outcomes(passed=1, deselected=result.parseoutcomes()["deselected"])
+    result = run(pytester, *options, "--max-new-tokens", "8", "--output-name", "a")
+    result.assert_outcomes(passed=1)
     metrics = results.read_results(pytester.path / "results" / "a.json")["metrics"]
     assert metrics["figures"]["bleu4"] is None
     assert metrics["reasons"]["bleu4"] == "rule synthetic(0.5) accepts tokens by chance, so captions mean nothing"
@@ -436,3 +449,47 @@ def test_a_run_goes_on_from_the_same_contents_only_however_their_folders_are_spe
         result.assert_outcomes(failed=1)
         result.stdout.fnmatch_lines([f"*captioning.json: is of another experiment ({difference} *"])
         file.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_saves_whole_cells_only_and_says_how_to_go_on(
+    pipeline: Pipeline, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpuinfo.get_cpu_info", dict)
+    trace = Pipeline.trace
+    calls: list[str] = []
+
+    def stop_in_the_second_cell(self: Pipeline, request: Any, strategy: Any, *args: Any, **options: Any) -> Any:
+        calls.append(strategy.mode)
+        if len(calls) == 7:  # an edge cell is done, then a warm-up, its check and one caption
+            raise KeyboardInterrupt
+        return trace(self, request, strategy, *args, **options)
+
+    monkeypatch.setattr(Pipeline, "trace", stop_in_the_second_cell)
+    options = ("--mode", "edge,cloud", "--max-samples", "2", "--max-new-tokens", "4", "--benchmark-json", "saved.json")
+    result = pytester.runpytest_inprocess("-s", *arguments(*options), no_reraise_ctrlc=True)
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    file = "results/captioning-cloud-pocket-zh.json.unfinished"
+    result.stdout.fnmatch_lines(
+        [f"stopped: 1 finished captions are kept in {file}: the same command with --resume goes on"]
+    )
+    assert "test_captioning[cloud" not in result.stdout.str()
+    saved = json.loads((pytester.path / "saved.json").read_text(encoding="utf-8"))["benchmarks"]
+    assert {row["param"] for row in saved} == {"edge-pocket-zh"}
+    run(pytester, *options, "--resume").assert_outcomes(passed=2)
+
+
+@pytest.mark.slow
+def test_profiles_need_one_more_call_which_is_no_caption(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
+    options = ("--mode", "speculative", "--max-samples", "1", "--max-new-tokens", "4", "--extra", "load,baselines")
+    result = run(pytester, *options, "--benchmark-cprofile", "tottime", "--benchmark-json", "saved.json")
+    result.assert_outcomes(passed=5)
+    saved = json.loads((pytester.path / "saved.json").read_text(encoding="utf-8"))["benchmarks"]
+    whole = [
+        row for row in saved if row["extra_info"].get("results") or row["extra_info"].keys() & {"load", "baselines"}
+    ]
+    assert len(whole) == 5
+    assert len(whole[1]["extra_info"]["results"]["detailed_results"]) == 1
+    assert {type(value) for row in saved for value in row["params"].values()} <= {str, int, float, type(None)}
+    assert len({frozenset(row["params"]) for row in saved}) == 1
+    assert [row["params"]["threshold"] for row in whole] == [None, 1.5, None, None, None]
