@@ -127,7 +127,7 @@ def cloud_tokens() -> dict[str, tuple[int, ...]]:
 
 
 @pytest.fixture(scope="session")
-def data(settings: Settings) -> Callable[[str], DataSet]:
+def data(settings: Settings, pytestconfig: pytest.Config) -> Callable[[str], DataSet]:
     """Return a function from a language to the data set of the run."""
     loaded: dict[str, DataSet] = {}
 
@@ -135,6 +135,9 @@ def data(settings: Settings) -> Callable[[str], DataSet]:
         if language not in loaded:
             with errors_in_one_line("\n(--on-bad-clip skip leaves bad clips out)"):
                 loaded[language] = DataSet(settings, language)
+            doubts = [f"warning: {doubt}" for clip in loaded[language].clips for doubt in clip.doubts]
+            session = outcomes(pytestconfig)
+            session.notes += [note for note in dict.fromkeys(doubts) if note not in session.notes]
         return loaded[language]
 
     return data_set

@@ -119,7 +119,7 @@ class DataSet:
         """The digest of the clips: their entries without paths, and their samples."""
         digest = hashlib.sha256()
         for clip in self.clips:
-            entry = {name: value for name, value in asdict(clip).items() if name != "audio_path"}
+            entry = {name: value for name, value in asdict(clip).items() if name not in ("audio_path", "doubts")}
             digest.update(json.dumps(entry, sort_keys=True).encode() + self.request(clip).samples.tobytes())
         return digest.hexdigest()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edgecloud_sd import config
 from edgecloud_sd.connect import connect
+from edgecloud_sd.data.dataset import read_audio
 from edgecloud_sd.events import Committed, Event, Trace
 from edgecloud_sd.grid import cells
 from edgecloud_sd.host import limits
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             transcription=options.transcription,
             task=settings.own_task(settings.language[0]),
         )
+        for doubt in read_audio(options.file).doubts:
+            print(f"warning: {doubt}", file=sys.stderr)
         is_coloured = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
         with connect(settings) as cloud, limits.apply_limits(settings.process_limits):
             pipeline = Pipeline.from_settings(settings, cloud)
@@ -65,7 +68,9 @@ def caption_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="edgecloud-sd", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     caption = commands.add_parser("caption", help="caption one audio file, streaming")
-    caption.add_argument("file", type=Path, help="wav, FLAC, MP3 or Ogg, with any sampling rate and channels")
+    caption.add_argument(
+        "file", type=Path, help="wav, FLAC, MP3, Ogg, AIFF, AU or CAF, with any sampling rate and channels"
+    )
     caption.add_argument("--transcription", help="the spoken words, for a prompt that may use them")
     caption.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="(default: %(default)s)")
     groups = {name: caption.add_argument_group(name) for name in config.GROUPS}

@@ -37,6 +37,12 @@ def test_the_caption_is_printed_and_its_counts_follow(
     assert re.search(r"^\d+ tokens \(\d+ accepted, .*\), \d+ cloud calls in \d+ rounds, [\d.]+ s$", printed.err, re.M)
 
 
+def test_a_doubt_about_the_audio_is_shown_once(wav: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soundfile.write(wav, [[0.5, -0.5], [-0.5, 0.5]] * 4000, 16_000)
+    main(["caption", str(wav), "--mode", "edge", "--max-new-tokens", "1"])
+    assert capsys.readouterr().err.count(f"warning: {wav}: has channels that cancel each other") == 1
+
+
 def test_the_example_in_the_readme_runs(
     wav: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

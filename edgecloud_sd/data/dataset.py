@@ -11,16 +11,20 @@ path is relative to the folder of the manifest, or else to the nearest folder ab
 
 from __future__ import annotations
 
+import mmap
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecloud_sd.data import containers
+from edgecloud_sd.data.doubts import find_doubts
 from edgecloud_sd.data.prompts import LANGUAGES, TASKS, look_up
 from edgecloud_sd.data.texts import (
     BadText,
@@ -35,6 +39,9 @@ from edgecloud_sd.host.stderr import silent_stderr
 SAMPLE_RATE = 16_000  # Hz, of the feature extractor of Qwen2.5-Omni
 MIN_CLIP_SECONDS = 0.025  # one window of the feature extractor (n_fft = 400 samples)
 MAX_CLIP_SECONDS = 300.0  # the longest audio that the feature extractor of Qwen2.5-Omni reads
+MAX_SAMPLE = 2.0**31  # integer PCM of 32 bits that was never scaled; above it the features may overflow
+BLOCK_FRAMES = 1 << 18
+UNKNOWN_FRAMES = 1 << 62  # libsndfile gives more for a stream without a length
 SECAP_CAPTIONS_FILE = "fid2captions.json"  # part of SECap's published layout
 CAPTION_TYPES = ("original", "audio_only")
 CAPTION_ADVICE = "choose another --language or --caption-type"
@@ -53,6 +60,7 @@ class Clip:
     transcription: str | None = None  # the spoken words, if they are part of the prompt
     dataset: str = ""
     index: int = 0
+    doubts: tuple[str, ...] = ()  # about its audio
 
 
 class BadClip(ValueError):
@@ -67,12 +75,25 @@ class SkippedClip:
     reason: str
 
 
+@dataclass(frozen=True)
+class Audio:
+    """The mono samples of a file at `SAMPLE_RATE`, and what is doubtful about them."""
+
+    samples: NDArray[np.float32]
+    doubts: tuple[str, ...] = ()  # each names the file
+
+
 def load_audio(file: str | Path) -> NDArray[np.float32]:
-    """Return mono samples at `SAMPLE_RATE` from a file that libsndfile reads (any wav, FLAC, MP3, Ogg).
+    """Return the samples of `read_audio`."""
+    return read_audio(file).samples
+
+
+def read_audio(file: str | Path) -> Audio:
+    """Return a whole file in a format of `containers.CHECKS` as libsndfile reads it.
 
     Samples are in [-1, 1], except those of float files that exceed it. Channels are averaged, and other rates are
-    resampled with soxr. Raise BadClip for a missing, corrupt or empty file, for one longer than `MAX_CLIP_SECONDS`, and
-    for samples that are not finite.
+    resampled with soxr. Raise BadClip for a missing, corrupt, cut or empty file, and for one longer than
+    `MAX_CLIP_SECONDS`. Raise it for samples that are not finite, or so large that arithmetic on them is not.
     """
     import soxr
 
@@ -83,42 +104,72 @@ def load_audio(file: str | Path) -> NDArray[np.float32]:
         raise BadClip(f"{path}: contains no audio (0 samples)")
     if not np.isfinite(samples).all():
         raise BadClip(f"{path}: contains samples that are not finite numbers")
-    mono = samples.mean(axis=1)
+    channels = samples.astype(np.float64)
+    if (peak := np.abs(channels).max()) > MAX_SAMPLE:
+        raise BadClip(f"{path}: reaches {peak:g}, and arithmetic on such samples is not finite; scale it to [-1, 1]")
+    mixed = mono = channels.mean(axis=1)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
         if not len(mono):
             raise BadClip(f"{path}: contains no audio (0 samples at {SAMPLE_RATE} Hz)")
-    return np.ascontiguousarray(mono, dtype=np.float32)
+    doubts = tuple(f"{path}: {doubt}" for doubt in find_doubts(channels, mixed))
+    return Audio(np.ascontiguousarray(mono, dtype=np.float32), doubts)
 
 
 def _read_samples(path: Path) -> tuple[NDArray[np.float32], int]:
-    """Return samples [frames, channels] and their rate in Hz. Raise BadClip for an unreadable or too long file."""
+    """Return samples [frames, channels] and their rate in Hz. Raise BadClip for a file that is unreadable or cut."""
     import soundfile
 
+    if os.path.isdir(path):
+        raise BadClip(f"{path}: is a folder, not an audio file")
     try:
         if not path.is_file():
             raise BadClip(f"{path}: no such audio file")
-        if _is_cut_off(path):
-            raise BadClip(f"{path}: cannot be read as audio (the file is shorter than its header says)")
-        with soundfile.SoundFile(path) as audio:
-            rate: int = audio.samplerate
-            if audio.frames > MAX_CLIP_SECONDS * rate:  # before allocating: a corrupt header may promise terabytes
-                seconds = audio.frames / rate
-                raise BadClip(f"{path}: lasts {seconds:.3f} s, and a clip may last {MAX_CLIP_SECONDS:g} s at most")
-            return audio.read(dtype="float32", always_2d=True), rate
+        if not path.stat().st_size:
+            raise BadClip(f"{path}: cannot be read as audio (the file is empty)")
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if kind := containers.find_foreign_format(content):
+                raise BadClip(f"{path}: cannot be read as audio ({kind}); {_conversion_hint(path)}")
+            with soundfile.SoundFile(path) as audio:
+                if audio.format not in containers.CHECKS:
+                    raise BadClip(f"{path}: cannot be read as audio ({audio.format_info}); {_conversion_hint(path)}")
+                if audio.format == "FLAC" and audio.frames > UNKNOWN_FRAMES:
+                    reason = "a FLAC stream without a length, which libsndfile cannot end"
+                    raise BadClip(f"{path}: cannot be read as audio ({reason}); {_conversion_hint(path)}")
+                if cut := containers.find_cut(content, audio.format):
+                    raise BadClip(f"{path}: cannot be read as audio ({cut})")
+                return _read_frames(path, audio), audio.samplerate
+    except BadClip:
+        raise
     except soundfile.LibsndfileError as error:
-        raise BadClip(f"{path}: cannot be read as audio ({error.error_string.strip()})") from error
-    except (OSError, TypeError) as error:  # TypeError: a raw file, which has no rate
-        raise BadClip(f"{path}: cannot be read as audio ({error})") from error
+        hint = f"; {_conversion_hint(path)}" if path.suffix.lower() in containers.FOREIGN_SUFFIXES else ""
+        raise BadClip(f"{path}: cannot be read as audio ({error.error_string.strip()}){hint}") from error
+    except (OSError, TypeError, ValueError, RuntimeError) as error:  # TypeError: a raw file, which has no rate
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise BadClip(f"{path}: cannot be read as audio ({reason})") from error
 
 
-def _is_cut_off(path: Path) -> bool:
-    """Return whether a wav file is shorter than its header says; libsndfile would read the rest without an error."""
-    with path.open("rb") as file:
-        head = file.read(12)
-    size = int.from_bytes(head[4:8], "little")
-    is_streamed = size == 0 or size >= 0x7FFFF000  # the writer did not know the length
-    return head[:4] == b"RIFF" and head[8:] == b"WAVE" and not is_streamed and path.stat().st_size < size + 8
+def _conversion_hint(path: Path) -> str:
+    source, target = (shlex.quote(str(name)) for name in (path, path.with_suffix(".wav").name))
+    return f"convert it: ffmpeg -i {source} -ar {SAMPLE_RATE} -ac 1 {target}"
+
+
+def _read_frames(path: Path, audio: Any) -> NDArray[np.float32]:
+    """Return every frame of an open file. Raise BadClip for one that is too long, or shorter than it promises."""
+    promised, limit = audio.frames, MAX_CLIP_SECONDS * audio.samplerate
+    blocks: list[NDArray[np.float32]] = []
+    # in blocks: a corrupt header may promise terabytes, and some codecs have no length
+    while not blocks or len(blocks[-1]) == BLOCK_FRAMES:
+        frames = promised if limit < promised < UNKNOWN_FRAMES else sum(map(len, blocks))
+        if frames > limit:
+            seconds = frames / audio.samplerate
+            raise BadClip(f"{path}: lasts {seconds:.3f} s or more, and a clip may last {MAX_CLIP_SECONDS:g} s at most")
+        blocks.append(audio.read(BLOCK_FRAMES, dtype="float32", always_2d=True))
+    samples = np.concatenate(blocks)
+    if audio.format != "MP3" and len(samples) < promised < UNKNOWN_FRAMES:  # MP3 counts the padding of its codec
+        count = f"{len(samples)} of the {promised} frames that its header promises"
+        raise BadClip(f"{path}: cannot be read as audio (the file has {count})")
+    return samples
 
 
 def find_manifest(path: Path) -> Path:
@@ -164,7 +215,7 @@ def load_manifest(
             if clip.file_id in file_ids:
                 raise BadClip(f"{place}, file_id: {clip.file_id!r} occurs twice")
             file_ids.add(clip.file_id)
-            _check_length(clip.audio_path)
+            clip = replace(clip, doubts=_check_audio(clip.audio_path).doubts)
         except BadClip as error:
             if on_bad_clip == "error":
                 raise
@@ -178,11 +229,13 @@ def load_manifest(
     return clips, skipped
 
 
-def _check_length(path: Path) -> None:
-    seconds = len(load_audio(path)) / SAMPLE_RATE
+def _check_audio(path: Path) -> Audio:
+    audio = read_audio(path)
+    seconds = len(audio.samples) / SAMPLE_RATE
     if not MIN_CLIP_SECONDS <= seconds <= MAX_CLIP_SECONDS:
         bounds = f"{MIN_CLIP_SECONDS} to {MAX_CLIP_SECONDS:g} s"
         raise BadClip(f"{path}: lasts {seconds:.3f} s, and a clip may last {bounds}")
+    return audio
 
 
 @contextmanager
@@ -297,4 +350,5 @@ def check_manifest(
         is_usable |= not skipped
         lines.append(f"{language}: {len(clips)} clips can be used, {len(skipped)} cannot")
         lines.extend(f"  {clip.file_id}: {clip.reason}" for clip in skipped)
+        lines.extend(f"  {clip.file_id}: warning: {doubt}" for clip in clips for doubt in clip.doubts)
     return is_usable, lines
