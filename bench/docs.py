@@ -10,6 +10,7 @@ from bench.load import LOAD_METRICS
 from edgecloud_sd import config
 from edgecloud_sd.config import Option
 from edgecloud_sd.measure.breakdown import PARTS
+from edgecloud_sd.measure.published_metrics import CLIP_METRICS, RUN_METRICS, PublishedMetric
 from edgecloud_sd.measure.summary import METRICS, Metric
 
 GENERATED = "<!-- `python -m bench.docs` writes this file. Do not edit it. -->"
@@ -21,6 +22,12 @@ equivalent cells of the grid once. [configs/default.yaml](configs/default.yaml) 
 METRICS_INTRODUCTION = """\
 N counts generated token ids. A rate over several clips is a ratio of sums. An undefined metric is null in the results
 file, which gives the reason."""
+
+
+PUBLISHED_INTRODUCTION = """\
+The section `published` of a results file has the metrics of the published project by its own names, nested as in its
+files. They are computed by its definitions, for which "theirs" names what cannot be the same. Our metrics above are
+defined otherwise: read the acceptance rate there, because the published one counts tokens that nobody verified."""
 
 
 def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -50,6 +57,8 @@ def metrics_page() -> str:
         f"## Parts of the latency breakdown\n\nThe parts add up to `total`.\n\n{parts}",
         f"## Load on the service (`bench/test_load.py`)\n\n{_metrics_table(LOAD_METRICS)}",
         f"## Baselines (`bench/test_baselines.py`)\n\n{_metrics_table(BASELINE_METRICS)}",
+        f"## Published names\n\n{PUBLISHED_INTRODUCTION}\n\n{_published_table(RUN_METRICS)}",
+        f"### Of a clip\n\n{_published_table(CLIP_METRICS)}",
     )
     return "\n\n".join(sections) + "\n"
 
@@ -70,6 +79,14 @@ def _meaning(option: Option) -> str:
 def _metrics_table(metrics: Mapping[str, Metric]) -> str:
     rows = ((f"`{name}`", metric.unit, metric.better or "", metric.meaning) for name, metric in metrics.items())
     return markdown_table(("metric", "unit", "better", "meaning"), rows)
+
+
+def _published_table(metrics: Mapping[str, PublishedMetric]) -> str:
+    rows = (
+        (f"`{name}`", metric.unit, metric.definition, f"`{metric.ours}`" if metric.ours else "")
+        for name, metric in metrics.items()
+    )
+    return markdown_table(("metric", "unit", "definition", "our nearest metric"), rows)
 
 
 PAGES: dict[str, Callable[[], str]] = {"OPTIONS.md": options_page, "METRICS.md": metrics_page}

@@ -25,6 +25,7 @@ from edgecloud_sd.host.files import write_whole
 from edgecloud_sd.host.limits import LimitsInForce
 from edgecloud_sd.host.utilization import Utilization
 from edgecloud_sd.measure import metrics, quality, traces
+from edgecloud_sd.measure.published_metrics import published_section
 from edgecloud_sd.measure.summary import ClipResult, Figures, Summary, max_or_none, mean_or_none, min_or_none
 
 SCHEMA_VERSION = 6
@@ -61,6 +62,7 @@ def results_document(
             },
             "reasons": summary.reasons,
         },
+        "published": published_section(results, summary, scores, experiment["strategy"], experiment["language"]),
         "detailed_results": clips,
         "skipped_clips": [asdict(clip) for clip in skipped],
     }
