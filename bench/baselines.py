@@ -165,6 +165,7 @@ def prepare_clip(pipeline: Pipeline, request: Request, strategy: Strategy, max_n
     import torch
 
     prompt = pipeline.prompt(request, strategy.mode)
+    pipeline.check_fits(prompt, strategy.mode, max_new_tokens)
     assert prompt.features is not None
     device, dtype = pipeline.cloud_model.thinker.device, pipeline.cloud_model.thinker.dtype
     ids = torch.tensor([prompt.ids], device=device)

@@ -366,6 +366,7 @@ class Pipeline:
         """
         import torch
 
+        check_type("link", link, Link, "write find_link('4g')")
         harness = Harness(profile, link, seed)
         with torch.inference_mode():
             return stamp(self.events(request, strategy, max_new_tokens, harness), harness.watch, on_finished)

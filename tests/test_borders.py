@@ -29,6 +29,7 @@ from tests.support.serving import served
 LIMIT = 67  # tokens; a clip of one second has a prompt of 59
 SAMPLES = clips.make_clip("evaluation", 4).samples
 CLOUD, LOSSLESS = Strategy("cloud"), Strategy("speculative", k=4)
+ADAPTIVE = Strategy(k=None, draft_ahead=4)
 NEVER = Strategy("speculative", gate.NEVER)
 OPTION = f"the limit --max-tokens of the cloud's server, {LIMIT} tokens: "
 MODEL = f"the maximum length of the cloud's model cloud, {LIMIT} tokens: "
@@ -138,7 +139,11 @@ def test_the_edge_captions_alone_if_the_cloud_is_dead_from_the_start(
     with connect(run) as cloud:
         offline = Pipeline.from_settings(run, cloud)
         offline.edge = pipeline.edge
-        for strategy in (replace(LOSSLESS, prefill=prefill), Strategy(gate=gate.entropy_gate(0.01), rule=Rank(3))):
+        for strategy in (
+            replace(LOSSLESS, prefill=prefill),
+            Strategy(gate=gate.entropy_gate(0.01), rule=Rank(3)),
+            ADAPTIVE,
+        ):
             trace = offline.trace(Request(SAMPLES), strategy)
             assert trace.tokens == alone
             assert "the cloud failed" in str(metrics.degraded_reason(trace))

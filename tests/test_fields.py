@@ -113,7 +113,9 @@ def test_a_bad_argument_of_a_caption_is_refused(pipeline: Pipeline, arguments: d
         pipeline.caption(SAMPLES, **arguments)
 
 
-def test_a_request_is_no_file(pipeline: Pipeline) -> None:
+def test_a_request_is_no_file_and_a_link_is_no_name(pipeline: Pipeline) -> None:
+    with pytest.raises(TypeError, match=r"link must be of type Link, not '4g': write find_link\('4g'\)"):
+        pipeline.trace(Request(SAMPLES), Strategy("edge"), link="4g")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"request must be of type Request, not 'speech.wav': write Request.of\(file\)"):
         pipeline.trace("speech.wav", Strategy("edge"))  # type: ignore[arg-type]
 

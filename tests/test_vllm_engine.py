@@ -21,12 +21,15 @@ from hypothesis import strategies as st
 from edgecloud_sd.acceptance import GREEDY, Rank, Synthetic
 from edgecloud_sd.cloud import vllm_engine
 from edgecloud_sd.cloud.batching import Batcher, EngineRequest, SamplingOptions, Stream
+from edgecloud_sd.cloud.engine import VLLM
 from edgecloud_sd.cloud.vllm_engine import VLLMModel, VLLMVerifier, collapse
 from edgecloud_sd.data import prompts
 from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import Committed, Prompt, Verdict
-from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.models import checkpoint
+from edgecloud_sd.stopping import Stopping, check_length
 from edgecloud_sd.verifier import LocalVerifier, Verification
+from tests.support.serving import ToyEngine
 from tests.support.strategies import VOCABULARY, Scene, ks, ranks, scenes, speculative
 from tests.support.toy import ToyModel, random_table
 
@@ -606,3 +609,12 @@ def test_a_number_format_that_vllm_lacks_is_refused() -> None:
         ValueError, match="--dtype: float64 does not work with --engine vllm: use one of float32, float16"
     ):
         vllm_engine.load_vllm("anything", "float64")
+
+
+def test_the_published_length_leaves_room_for_the_token_after_a_whole_draft(
+    toy: ToyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "weights_digest", lambda name: "")
+    identity = VLLM(run_directly(FakeVLLM(toy)), ToyEngine().identity.traits, "float32").identity
+    with pytest.raises(ValueError, match=r"model fake, 98 tokens: .*, or give the server another .* max_model_len$"):
+        check_length(60, 39, identity.length_limits)
