@@ -35,7 +35,9 @@ TASKS: dict[str, dict[str, str]] = {
 TRANSCRIPTION_FORMATS = {"chinese": "语音内容：{}", "english": "The speaker says: {}"}
 LANGUAGES = tuple(TASKS)
 PROMPT_TYPES = tuple(TASKS["english"])
-AUDIO_TOKEN = "<|AUDIO|>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+AUDIO_START, AUDIO_TOKEN, AUDIO_END = "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"
+CONTROL_TOKENS = (TURN_START, TURN_END, AUDIO_START, AUDIO_TOKEN, AUDIO_END)
 
 
 def look_up(table: Mapping[str, _T], value: str, name: str) -> _T:
@@ -45,24 +47,73 @@ def look_up(table: Mapping[str, _T], value: str, name: str) -> _T:
     return table[value]
 
 
+def refuse_text(text: str) -> str:
+    """Return why a text can be no part of a prompt, or an empty text if it can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"has a lone surrogate at {error.start}: remove it"
+    return ""
+
+
 def format_task(
     language: str, prompt_type: str = "default", transcription: str | None = None, task: str | None = None
 ) -> str:
     """Return the text of the user's turn: the transcription, if one is given, and the task.
 
     The task is that of the prompt type, or the text `task` instead. Raise ValueError for an unknown language or prompt
-    type.
+    type, and for a text that has no UTF-8 form.
     """
+    for name, text in (("transcription", transcription), ("task", task)):
+        if text and (reason := refuse_text(text)):
+            raise ValueError(f"{name} {reason}")
     shipped = look_up(look_up(TASKS, language, "language"), prompt_type, "prompt_type")
     task = shipped if task is None else task
     return f"{TRANSCRIPTION_FORMATS[language].format(transcription)}\n{task}" if transcription else task
 
 
+def chat_pieces(task: str, audio_tokens: int) -> list[str]:
+    """Return one user turn with `audio_tokens` placeholders, up to where the assistant's answer begins.
+
+    Control tokens are at the odd places. Text, which may be empty, is at the even ones.
+    """
+    audio = [AUDIO_START, "", *[AUDIO_TOKEN, ""] * audio_tokens, AUDIO_END]
+    user = ["user\n", *audio, task] if audio_tokens else [f"user\n{task}"]
+    system = ["", TURN_START, f"system\n{SYSTEM_PROMPT}", TURN_END, "\n"]
+    return [*system, TURN_START, *user, TURN_END, "\n", TURN_START, "assistant\n"]
+
+
 def format_chat(task: str, audio_tokens: int) -> str:
-    """Return one user turn with `audio_tokens` placeholders, up to where the assistant's answer begins."""
-    audio = f"<|audio_bos|>{AUDIO_TOKEN * audio_tokens}<|audio_eos|>" if audio_tokens else ""
-    system = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n"
-    return f"{system}<|im_start|>user\n{audio}{task}<|im_end|>\n<|im_start|>assistant\n"
+    """Return `chat_pieces` as one text."""
+    return "".join(chat_pieces(task, audio_tokens))
+
+
+def encode_chat(tokenizer: Any, task: str, audio_tokens: int) -> tuple[int, ...]:
+    """Return the ids of `chat_pieces`. The text of the task never gives a control token."""
+    pieces = chat_pieces(task, audio_tokens)
+    control_ids = dict(zip(CONTROL_TOKENS, tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)), strict=True))
+    plain = _plain_tokenizer(tokenizer)
+    ids: list[int] = []
+    for place, piece in enumerate(pieces):
+        if place % 2:
+            ids.append(control_ids[piece])
+        elif piece:
+            ids += plain.encode(piece, add_special_tokens=False).ids
+    return tuple(ids)
+
+
+def _plain_tokenizer(tokenizer: Any) -> Any:
+    """Return a tokenizer with the same ids for plain text, and without tokens that are matched as a whole.
+
+    `split_special_tokens` of transformers would still match added tokens that are not special.
+    """
+    from tokenizers import Tokenizer
+
+    backend = tokenizer.backend_tokenizer
+    plain = Tokenizer(backend.model)
+    plain.normalizer = backend.normalizer
+    plain.pre_tokenizer = backend.pre_tokenizer
+    return plain
 
 
 def count_audio_positions(frames: int) -> int:
@@ -120,5 +171,5 @@ def build_prompt(
     positions = count_audio_positions(features.shape[1])
     if positions < 1:
         raise ValueError(f"the clip has {len(samples)} samples, too few for one position of the audio encoder")
-    text = format_chat(format_task(language, prompt_type, transcription, task), positions)
-    return Prompt(tuple(tokenizer.encode(text, add_special_tokens=False)), features)
+    task = format_task(language, prompt_type, transcription, task)
+    return Prompt(encode_chat(tokenizer, task, positions), features)

@@ -216,7 +216,7 @@ def _draw_prompt_and_answer(example: Example, audio_tokens: int, tokens: Any, rn
     prompt_type = str(rng.choice(types, p=shares))
     transcription = example.transcription if prompt_type == "transcription" else None
     task = prompts.format_task(language, "default" if transcription else prompt_type, transcription)
-    prompt = tokens.encode(prompts.format_chat(task, audio_tokens))
+    prompt = list(prompts.encode_chat(tokens, task, audio_tokens))
     return prompt, tokens.encode(example.captions[language] + tokenizer.EOS)
 
 
