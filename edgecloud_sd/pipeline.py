@@ -22,7 +22,7 @@ from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import Event, Prepared, Prompt, Trace
 from edgecloud_sd.fields import check_type, whole_number
 from edgecloud_sd.forecast.adaptive_k import AdaptiveK
-from edgecloud_sd.models import checkpoint, devices, frontend, pairs
+from edgecloud_sd.models import checkpoint, devices, pairs, traits
 from edgecloud_sd.session import Model
 from edgecloud_sd.stopping import MAX_NEW_TOKENS, LengthLimit, Stopping, check_length
 from edgecloud_sd.strategy import LOSSLESS, Strategy
@@ -225,9 +225,9 @@ class Pipeline:
         return self.cloud.model
 
     def prepare(self, mode: str) -> Frontend:
-        """Load the sides that a mode needs, check that they are a pair, and return the front end for its prompts.
+        """Load the sides that a mode needs, check that they are a pair, and return the edge's front end.
 
-        Mode cloud loads no weights of the edge.
+        It builds the prompts of every mode, so that modes can be compared. Mode cloud loads no weights of the edge.
         """
         with self._lock:
             if mode not in self._ready:
@@ -252,11 +252,11 @@ class Pipeline:
         return strategy.load_mode, None
 
     def _load_sides(self, mode: str) -> tuple[Frontend, int]:
-        front: Frontend = self.edge if mode != "cloud" else (self.cloud.frontend or self._frontend())
+        front: Frontend = self.edge if mode != "cloud" or "edge" in vars(self) else self._frontend()
         parameters = [] if mode == "cloud" else [self.edge.thinker.num_parameters()]
         if mode != "edge":
             cloud = self.cloud.identity
-            frontend.check_pair(front.name, frontend.frontend_traits(front), cloud.name, cloud.traits)
+            traits.check_pair(front.name, traits.frontend_traits(front), cloud.name, cloud.traits)
             if cloud.has_dummy_weights != (self.pair.weights == pairs.DUMMY):
                 raise ValueError(
                     f"{cloud.name}, at the cloud, and {front.name} do not both have dummy weights: --weights"

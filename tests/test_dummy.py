@@ -20,7 +20,7 @@ from edgecloud_sd.config import resolve
 from edgecloud_sd.events import Prompt
 from edgecloud_sd.host import limits
 from edgecloud_sd.measure import quality
-from edgecloud_sd.models import dummy, frontend, hf, load, memory, pairs
+from edgecloud_sd.models import dummy, hf, load, memory, pairs, traits
 from edgecloud_sd.models.devices import DTYPES, QUANTISED_DTYPES
 from edgecloud_sd.models.pairs import DUMMY, PAIRS
 from edgecloud_sd.pipeline import Pipeline, Request
@@ -145,7 +145,7 @@ def test_tied_embeddings_are_one_tensor(folder: Path) -> None:
 
 def test_every_id_decodes_and_the_published_sides_are_a_pair() -> None:
     edge, cloud = (load.load_frontend(checkpoint, DUMMY) for checkpoint in (PUBLISHED.edge, PUBLISHED.cloud))
-    frontend.check_pair(edge.name, frontend.frontend_traits(edge), cloud.name, frontend.frontend_traits(cloud))
+    traits.check_pair(edge.name, traits.frontend_traits(edge), cloud.name, traits.frontend_traits(cloud))
     tokens = len(edge.tokenizer.tokenizer)
     wrapped = [300, 151_935 % tokens]
     assert edge.tokenizer.decode([7 * tokens + 300, 151_935]) == edge.tokenizer.tokenizer.decode(wrapped)

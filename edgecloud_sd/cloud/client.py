@@ -24,7 +24,7 @@ from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.cloud.retry import PATIENCE, PROBE_PATIENCE, REQUEST_TIMEOUT, AttemptFailed, Refused, Retries
 from edgecloud_sd.cloud.transport import MODEL_PATH, Transport, parse_server_timing
 from edgecloud_sd.events import Prompt, Verdict
-from edgecloud_sd.models.frontend import Traits
+from edgecloud_sd.models.traits import Traits
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault, Verifier
@@ -65,10 +65,6 @@ class Connection:
         """
         with self.breaker.guard() as is_probe:
             return self.new_retries(is_probe=is_probe).run(self._fetch_identity)
-
-    @property
-    def frontend(self) -> None:
-        """None, because the model runs elsewhere."""
 
     @property
     def local_parameters(self) -> int:
@@ -126,10 +122,13 @@ def _parse_identity(answer: bytes) -> Identity:
 
 
 def _is_of_another_version(answer: bytes) -> bool:
-    """Return whether an identity lacks a field of this version. Damage changes values and leaves no whole JSON."""
+    """Return whether an identity has the fields of another version. Damage changes values and leaves no whole JSON."""
     with suppress(ValueError, RecursionError):
         message = json.loads(answer)
-        return isinstance(message, dict) and "fingerprint" in message and not message.keys() >= IDENTITY_FIELDS
+        if isinstance(message, dict) and "fingerprint" in message:
+            traits = message.get("traits")
+            is_current = isinstance(traits, dict) and traits.keys() == Traits.__dataclass_fields__.keys()
+            return not (is_current and message.keys() >= IDENTITY_FIELDS)
     return False
 
 

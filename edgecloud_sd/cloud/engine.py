@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.cloud.local import LocalCloud
-from edgecloud_sd.models.frontend import Traits, frontend_traits
 from edgecloud_sd.models.pairs import REAL, checkpoint_name
+from edgecloud_sd.models.traits import Traits, frontend_traits
 from edgecloud_sd.verifier import Verifier
 
 if TYPE_CHECKING:

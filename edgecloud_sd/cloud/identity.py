@@ -9,8 +9,8 @@ from typing import Any
 
 from edgecloud_sd.acceptance import Rank, Rule
 from edgecloud_sd.events import Prompt
-from edgecloud_sd.models.frontend import Traits
 from edgecloud_sd.models.pairs import DUMMY
+from edgecloud_sd.models.traits import Traits
 from edgecloud_sd.stopping import LengthLimit
 
 FRAMES_PER_SECOND = 100  # in the log-mel spectrogram

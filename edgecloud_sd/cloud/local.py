@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.identity import Identity
-from edgecloud_sd.models.frontend import Frontend, frontend_traits
 from edgecloud_sd.models.pairs import REAL, checkpoint_name
+from edgecloud_sd.models.traits import frontend_traits
 from edgecloud_sd.session import Model
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import LocalVerifier, Verifier
@@ -24,10 +24,6 @@ class Cloud(Protocol):
     @property
     def identity(self) -> Identity:
         """The name, traits, dtype, vocabulary size and fingerprint. Raise CloudFault if the cloud fails."""
-
-    @property
-    def frontend(self) -> Frontend | None:
-        """The front end of the model, or None for a service elsewhere."""
 
     @property
     def local_parameters(self) -> int:
@@ -81,11 +77,6 @@ class LocalCloud:
             traits=frontend_traits(self.model),
             weights=checkpoint.weights_digest(self.checkpoint, self.weights),
         )
-
-    @property
-    def frontend(self) -> Frontend:
-        """The front end of the model."""
-        return self.model
 
     @property
     def local_parameters(self) -> int:

@@ -24,6 +24,13 @@ PIECE_BYTES, READ_BYTES = 2**26, 2**20  # pieces of a file are digested side by 
 SETTLED_NANOSECONDS = 2 * 10**9  # a file that changed more recently may change again under the same time stamp
 
 
+class DamagedFile(OSError):
+    """An error for a file of a checkpoint that cannot be used; the message names the file and the reason."""
+
+    def __init__(self, file: Path, reason: str) -> None:
+        super().__init__(f"{file}: {reason}, so the checkpoint cannot be loaded: copy or download it again")
+
+
 def find_folder(checkpoint: str | Path) -> Path:
     """Return the folder of a checkpoint: itself, or its snapshot of the hub. Raise OSError if there is none here."""
     folder = Path(checkpoint)
@@ -40,15 +47,22 @@ def find_folder(checkpoint: str | Path) -> Path:
 def find_weight_files(checkpoint: str | Path, names: tuple[str, ...] = WEIGHT_FILES[:1]) -> list[Path]:
     """Return the files with a checkpoint's weights, under the first of `names` that exists.
 
-    Raise OSError if this machine has none, and ValueError or KeyError for an index that cannot be read.
+    Raise FileNotFoundError if this machine has none, and DamagedFile for an index that cannot be read.
     """
     folder = find_folder(checkpoint)
     for name in names:
         if (folder / name).is_file():
             return [folder / name]
         if (index := folder / f"{name}.index.json").is_file():
-            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return [folder / part for part in sorted(set(parts.values()))]
+            try:
+                parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = [folder / part for part in sorted(set(parts.values()))]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise DamagedFile(index, "has no weight_map from tensors to files") from None
+            missing = [file.name for file in files if not file.is_file()]
+            if missing and Path(checkpoint).is_dir():  # the hub's cache may be in the middle of a download
+                raise DamagedFile(index, f"names {missing[0]}, which is missing")
+            return files
     raise FileNotFoundError(folder / names[0])
 
 
@@ -66,7 +80,7 @@ def weights_digest(checkpoint: str | Path, weights: str = REAL) -> str:
         adapters = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
         files = [*find_weight_files(checkpoint, WEIGHT_FILES), *adapters]
         parts = [_config_digest(folder), *(f"{file.name} {file_digest(file)}" for file in files)]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return ""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

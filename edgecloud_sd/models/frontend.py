@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgecloud_sd.data.dataset import SAMPLE_RATE
+from edgecloud_sd.data.prompts import AUDIO_TOKEN, CONTROL_TOKENS
 from edgecloud_sd.host.errors import explain_out_of_memory, is_out_of_memory
 from edgecloud_sd.models import checkpoint_settings, hub
+from edgecloud_sd.models.checkpoint import find_folder
 from edgecloud_sd.models.checkpoint_settings import NO_SETTINGS, CheckpointSettings
 
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")  # configurations that contain a thinker
@@ -26,48 +28,9 @@ class Frontend:
     extractor: Any
     eos: frozenset[int]
     audio_token: int  # id of the audio placeholder
+    audio_bos: int
+    audio_eos: int
     settings: CheckpointSettings = field(default=NO_SETTINGS, kw_only=True)
-
-
-@dataclass(frozen=True)
-class Traits:
-    """Properties that both sides of a pair must share, on whichever machines they run.
-
-    The vocabulary size is not one of them: the published checkpoints pad theirs differently.
-    """
-
-    tokenizer: str  # digest of every token and its id
-    eos: tuple[int, ...]  # ids that end a caption, in ascending order
-    audio_token: int  # id of the audio placeholder
-    mel_bins: int
-    hop_length: int  # samples
-    n_fft: int  # samples
-
-
-def frontend_traits(side: Frontend) -> Traits:
-    """Return the traits of a front end, or of a loaded model."""
-    vocabulary = json.dumps(side.tokenizer.get_vocab(), sort_keys=True)
-    return Traits(
-        tokenizer=hashlib.sha256(vocabulary.encode()).hexdigest(),
-        eos=tuple(sorted(side.eos)),
-        audio_token=side.audio_token,
-        mel_bins=side.extractor.feature_size,
-        hop_length=side.extractor.hop_length,
-        n_fft=side.extractor.n_fft,
-    )
-
-
-def check_pair(edge_name: str, edge: Traits, cloud_name: str, cloud: Traits) -> None:
-    """Raise ValueError if the sides differ in their tokenizers, their end-of-caption ids or their audio features."""
-    fields_by_name = {
-        "tokenizers": ("tokenizer",),
-        "end-of-caption ids": ("eos",),
-        "audio placeholders": ("audio_token",),
-        "mel spectrograms": ("mel_bins", "hop_length", "n_fft"),
-    }
-    for name, fields in fields_by_name.items():
-        if any(getattr(edge, field) != getattr(cloud, field) for field in fields):
-            raise ValueError(f"{edge_name} and {cloud_name} have different {name}, so they are not a pair")
 
 
 def read_frontend(checkpoint: str | Path) -> Frontend:
@@ -80,15 +43,71 @@ def read_frontend(checkpoint: str | Path) -> Frontend:
     name = str(checkpoint)
     if not Path(name).is_dir() and not hub.CHECKPOINT_NAME.fullmatch(name):
         raise ValueError(f"no checkpoint {name!r}: give a folder that exists, or a name on the hub as owner/name")
-    with one_line_errors(name):
+    _check_json_files(name)
+    with one_line_errors(name, "config.json"):
         config = load_config(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        extractor = WhisperFeatureExtractor.from_pretrained(name)
         thinker = thinker_config(config)
+    with one_line_errors(name, "tokenizer.json or tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        _check_tokenizer(tokenizer, thinker)
+    with one_line_errors(name, "preprocessor_config.json"):
+        _check_features(WhisperFeatureExtractor.get_feature_extractor_dict(name)[0])
+        extractor = WhisperFeatureExtractor.from_pretrained(name)
+    with one_line_errors(name, "generation_config.json"):
         generation = checkpoint_settings.read_generation_config(name)
         eos = checkpoint_settings.read_eos(generation, thinker, tokenizer)
         settings = checkpoint_settings.read_settings(generation, eos, thinker.text_config.vocab_size)
-    return Frontend(name, tokenizer, extractor, eos, thinker.audio_token_id, settings=settings)
+    return Frontend(
+        name,
+        tokenizer,
+        extractor,
+        eos,
+        thinker.audio_token_id,
+        thinker.audio_start_token_id,
+        thinker.audio_end_token_id,
+        settings=settings,
+    )
+
+
+def _check_json_files(name: str) -> None:
+    """Raise OSError, with its name, for a JSON file of a checkpoint that is no object in UTF-8.
+
+    `checkpoint_settings` checks its own file.
+    """
+    try:
+        folder = find_folder(name)
+    except OSError:  # the hub's checks guard a download
+        return
+    for file in sorted(set(folder.glob("*.json")) - {folder / checkpoint_settings.FILE}):
+        with one_line_errors(name, file.name):
+            if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+                raise ValueError("it must be a JSON object")
+
+
+def _check_tokenizer(tokenizer: Any, thinker: Any) -> None:
+    """Raise ValueError for a tokenizer that cannot write the chat format."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError("it is missing: use a checkpoint with a tokenizer of the tokenizers library")
+    vocabulary = tokenizer.get_vocab()
+    for token in CONTROL_TOKENS:
+        if token not in vocabulary:
+            raise ValueError(f"it has no token {token}, which the chat format needs: use the tokenizer of Qwen2.5-Omni")
+    if vocabulary[AUDIO_TOKEN] != thinker.audio_token_id:
+        raise ValueError(
+            f"its {AUDIO_TOKEN} is {vocabulary[AUDIO_TOKEN]}, and audio_token_id of config.json is "
+            f"{thinker.audio_token_id}: use the files of one checkpoint"
+        )
+
+
+def _check_features(settings: dict[str, Any]) -> None:
+    """Raise ValueError for settings of a feature extractor that have the wrong type or rate."""
+    for name in ("feature_size", "hop_length", "n_fft", "chunk_length", "sampling_rate"):
+        value = settings.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number above 0, not {value!r}")
+    rate = settings.get("sampling_rate", SAMPLE_RATE)
+    if rate != SAMPLE_RATE:
+        raise ValueError(f"sampling_rate must be {SAMPLE_RATE}, as of every clip, not {rate}")
 
 
 def load_config(name: str) -> Any:
@@ -107,21 +126,22 @@ def thinker_config(config: Any) -> Any:
 
 
 @contextmanager
-def one_line_errors(name: str) -> Iterator[None]:
-    """Turn any failure to load checkpoint `name` into an OSError of one line."""
+def one_line_errors(name: str, file: str = "") -> Iterator[None]:
+    """Turn any failure to load checkpoint `name` into an OSError of one line, which names `file` if it is given."""
     from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
 
     hub.prepare_hub(name)
     try:
         yield
-    # torch raises RuntimeError when memory runs out
-    except (OSError, ValueError, SafetensorError, StrictDataclassError, MemoryError, RuntimeError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
+    except Exception as error:  # the libraries raise errors of any type for a damaged file
+        lines = str(error).splitlines() or [""]
+        if isinstance(error, KeyError | TypeError | AttributeError):
+            lines = [f"it has not the expected fields ({type(error).__name__}: {lines[0]})"]
         if is_out_of_memory(error):
-            lines = [explain_out_of_memory(error)]
+            file, lines = "", [explain_out_of_memory(error)]
         elif hub_reason := hub.explain_hub_error(error):
-            lines = [hub_reason]
+            file, lines = "", [hub_reason]
         # a configuration error spreads over several lines, and its first one names no value
         reason = " ".join(map(str.strip, lines)) if isinstance(error, StrictDataclassError) else lines[0]
-        raise OSError(f"checkpoint {name!r} cannot be loaded: {reason}") from error
+        place = f"{file}: " if file and file not in reason else ""
+        raise OSError(f"checkpoint {name!r} cannot be loaded: {place}{reason or type(error).__name__}") from error

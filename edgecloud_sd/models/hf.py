@@ -184,6 +184,7 @@ def load_checkpoint(checkpoint: str | Path, device: str, dtype: str) -> HFModel:
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     front = read_frontend(checkpoint)
+    memory.check_weight_files(checkpoint)
     in_force = limits.read_limits()
     memory.check_checkpoint_fits(checkpoint, device, dtype, in_force.memory_bytes, in_force.monitored_bytes)
     # "auto" keeps the stored dtype: weights to quantise stay in the map of their file until each is quantised
@@ -195,7 +196,23 @@ def load_checkpoint(checkpoint: str | Path, device: str, dtype: str) -> HFModel:
         if missing := sorted(loading["missing_keys"]):
             raise OSError(f"it lacks {len(missing)} weights, {missing[0]} first")
         del loading
+        _check_sizes(front, thinker.config)
         thinker.model.visual = None  # a caption of speech needs no vision
         if dtype in QUANTISED_DTYPES:
             quantized.quantise(thinker, dtype)
     return HFModel(**vars(front), thinker=thinker.to(device).eval())
+
+
+def _check_sizes(front: Frontend, config: Any) -> None:
+    """Raise ValueError unless the weights have a row for each token and read the features of the extractor."""
+    tokens, rows = max(front.tokenizer.get_vocab().values()) + 1, config.text_config.vocab_size
+    if tokens > rows:
+        raise ValueError(
+            f"vocab_size of config.json is {rows}, and tokenizer.json has {tokens} ids: use one checkpoint"
+        )
+    bins, read = front.extractor.feature_size, config.audio_config.num_mel_bins
+    if bins != read:
+        raise ValueError(
+            f"feature_size of preprocessor_config.json is {bins}, and num_mel_bins of config.json is {read}: "
+            "use the files of one checkpoint"
+        )

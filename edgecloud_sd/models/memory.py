@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from edgecloud_sd.data.prompts import look_up
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.limits import format_gb
 from edgecloud_sd.models import quantized
-from edgecloud_sd.models.checkpoint import find_weight_files
+from edgecloud_sd.models.checkpoint import DamagedFile, find_weight_files
 from edgecloud_sd.models.devices import DTYPES, QUANTISED_DTYPES
 
 BYTES_PER_PARAMETER = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -139,7 +140,7 @@ def read_checkpoint_need(checkpoint: str | Path, dtype: str) -> MemoryNeed | Non
         files = find_weight_files(checkpoint)
         headers = [_read_header(file) for file in files]
         mapped = sum(file.stat().st_size for file in files)
-    except (OSError, ValueError):
+    except OSError:
         return None
     tensors = {name: tensor for header in headers for name, tensor in header.items()}
     if any(name.startswith("thinker.") for name in tensors):  # a whole Omni: its talker is not loaded
@@ -171,15 +172,31 @@ def count_loaded_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int
     )
 
 
+def check_weight_files(checkpoint: str | Path) -> None:
+    """Raise DamagedFile for a file of weights on this machine that is no whole safetensors."""
+    with suppress(FileNotFoundError):
+        for file in find_weight_files(checkpoint):
+            _read_header(file)
+
+
 def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the stored dtype and the shape of each tensor. Raise ValueError if the file is not safetensors.
+    """Return the stored dtype and the shape of each tensor. Raise DamagedFile if the file is no whole safetensors.
 
     The safetensors library would map the whole file even for its header, and a memory limit may refuse that.
     """
+    size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if length > file.stat().st_size:
-            raise ValueError(f"{file}: is not a safetensors file: download it again")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return {name: (tensor["dtype"], tuple(tensor["shape"])) for name, tensor in header.items()}
+        if not 8 < 8 + length <= size:
+            raise DamagedFile(file, "is not a safetensors file")
+        header = stream.read(length)
+    try:
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        end = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        shapes = {name: (tensor["dtype"], tuple(tensor["shape"])) for name, tensor in tensors.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise DamagedFile(file, "is not a safetensors file: its header cannot be read") from None
+    if end != size:
+        raise DamagedFile(file, f"has {size} bytes, and its header says {end}")
+    return shapes

@@ -20,7 +20,6 @@ from edgecloud_sd.verifier import Verifier
 class FakeCloud:
     """The parts of a cloud that a generation does not use."""
 
-    frontend: None = None
     local_parameters: int = 0
 
     @property

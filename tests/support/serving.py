@@ -16,13 +16,30 @@ from edgecloud_sd.cloud.engine import Engine
 from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.cloud.server import create_app
 from edgecloud_sd.cloud.sessions import ServiceLimits
-from edgecloud_sd.models.frontend import Traits
+from edgecloud_sd.models.traits import TOKENIZER_PARTS, Traits
 from edgecloud_sd.session import Model
 from edgecloud_sd.verifier import LocalVerifier, Verifier
 from tests.support.strategies import VOCABULARY
 from tests.support.toy import ToyModel, random_table
 
 AUDIO_TOKEN = 10**6  # outside the vocabulary, because prompts of toy models are text
+
+
+TOY_TRAITS = Traits(
+    **dict.fromkeys(TOKENIZER_PARTS, "toy"),
+    eos=(),
+    audio_token=AUDIO_TOKEN,
+    audio_bos=AUDIO_TOKEN,
+    audio_eos=AUDIO_TOKEN,
+    sampling_rate=16_000,
+    mel_bins=8,
+    mel_filters="toy",
+    hop_length=160,
+    n_fft=400,
+    max_samples=4_800_000,
+    padding_value=0.0,
+    dither=0.0,
+)
 
 
 @dataclass
@@ -40,7 +57,6 @@ class ToyEngine:
 
     @property
     def identity(self) -> Identity:
-        traits = Traits("toy", (), AUDIO_TOKEN, mel_bins=8, hop_length=160, n_fft=400)
         return Identity(
             self.name,
             "toy",
@@ -49,7 +65,7 @@ class ToyEngine:
             self.vocab_size,
             self.max_length,
             max_rank=self.max_rank,
-            traits=traits,
+            traits=TOY_TRAITS,
             synthetic=self.synthetic,
         )
 
