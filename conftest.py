@@ -13,6 +13,7 @@ from pytest_benchmark import plugin as pytest_benchmark
 from bench.baselines import baseline_cases
 from bench.cases import SETTINGS, plain_params
 from bench.load import list_load_cases
+from bench.regression import FAIL_RULES, RULE_HELP, FailRule, parse_fail_rule
 from bench.rows import row_metric
 from edgecloud_sd import config as options
 from edgecloud_sd.config import GROUPS, Option, Settings
@@ -41,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"benchmarks beside the captions: {', '.join(EXTRAS)} (default: none; naming their file runs them too)",
     )
     run.addoption("--resume", action="store_true", help="continue a stopped run: finished clips are not decoded again")
+    run.addoption("--fail-if", metavar="METRIC:LIMIT", action="append", default=[], help=RULE_HELP)
     run.addoption(
         "--require", choices=REQUIREMENTS, action="append", default=[], help="fail the tests with this marker, not skip"
     )
@@ -63,6 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[SETTINGS] = options.resolve(given, Path(file) if file else None)
     except options.ConfigError as error:
         raise pytest.UsageError(str(error)) from None
+    config.stash[FAIL_RULES] = _read_fail_rules(config)
     is_benchmark = config.getoption("--benchmark-only")
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(config.rootpath / ("bench" if is_benchmark else "tests"))]
@@ -76,6 +79,16 @@ def pytest_report_header(config: pytest.Config) -> str:
     """Name the settings of --config that mean nothing here."""
     file = config.getoption("--config")
     return options.note_unused_settings(Path(file)) if file else ""
+
+
+def _read_fail_rules(config: pytest.Config) -> list[FailRule]:
+    try:
+        rules = [parse_fail_rule(text) for text in config.getoption("--fail-if")]
+    except ValueError as error:
+        raise pytest.UsageError(f"--fail-if: {error}") from None
+    if rules and not config.getoption("benchmark_compare", None):
+        raise pytest.UsageError("--fail-if: needs an earlier run; name one with --benchmark-compare=NUMBER")
+    return rules
 
 
 def refuse_missing_packages(option: str, *packages: str) -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from bench import cases, rows, tables
 from bench.calibrate import measure_profile
 from bench.forecasts import forecast_to_json
+from bench.regression import FAIL_RULES, find_regressions
 from bench.resume import SavedClips, count_cores
 from bench.session import OUTCOMES, DataSet, Outcomes, Progress, errors_in_one_line, outcomes
 from edgecloud_sd.cloud.local import Cloud
@@ -290,6 +291,22 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 
 @pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run if a cell is worse than in the run of --benchmark-compare by more than a rule of --fail-if."""
+    if not (rules := session.config.stash[FAIL_RULES]):
+        return
+    run = outcomes(session.config)
+    compared = session.config._benchmarksession.compared_mapping.values()  # type: ignore[attr-defined]
+    documents = (row["extra_info"].get("results") for benchmarks in compared for row in benchmarks.values())
+    earlier = {document["experiment_config"]["case"]: document for document in documents if document}
+    run.regressions = list(find_regressions({case: earlier.get(case) for case in run.documents}, run.documents, rules))
+    if not run.documents:
+        run.regressions = ["no cell ran, so no rule could be checked"]
+    if run.regressions and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
 ) -> None:
@@ -300,6 +317,10 @@ def pytest_terminal_summary(
     for title, lines in session.sections(config.stash[cases.SETTINGS]):
         terminalreporter.section(title)
         for line in lines:
+            terminalreporter.write_line(line)
+    if session.regressions:
+        terminalreporter.section("--fail-if: worse than in the earlier run, or not to be checked", red=True)
+        for line in session.regressions:
             terminalreporter.write_line(line)
     for file in session.files:
         terminalreporter.write_line(f"wrote {file}")

@@ -47,6 +47,7 @@ class Outcomes:
     profile: Profile | None = None  # the costs of the virtual clock
     saved: SavedClips | None = None  # the clips of the latest captioning cell
     notes: list[str] = field(default_factory=list)  # lines for the end of the run
+    regressions: list[str] = field(default_factory=list)  # lines of --fail-if
 
     def sections(self, settings: Settings) -> Iterator[tuple[str, list[str]]]:
         """Yield the title and the lines of each section of the terminal summary."""

@@ -413,6 +413,53 @@ def test_an_unknown_trace_event_costs_the_forecast_but_not_the_report(tmp_path: 
     assert "- **H1 k2 greedy**: no forecast: not a saved trace: unknown event 'dreamt'" in markdown
 
 
+# several files
+
+
+def test_files_without_a_common_cell_are_joined_by_clip(tmp_path: Path) -> None:
+    files = [save(tmp_path / f"{mode}.json", [cell(mode)]) for mode in ("edge", "cloud", "speculative")]
+    _, markdown = write_report(tmp_path, *files)
+    assert "# edgecloud\\_sd: edge.json, cloud.json, speculative.json" in markdown
+    assert "Does not pay against the edge alone, the faster baseline: 0.50" in markdown
+
+
+def test_equal_cells_of_joined_files_are_told_apart_by_their_files(tmp_path: Path) -> None:
+    slow = cell("edge", [clip("clip0", "他", 9.0)])
+    files = [save(tmp_path / "a.json", grid()), save(tmp_path / "b.json", [slow])]
+    _, markdown = write_report(tmp_path, *files, "--join")
+    assert "edge-pocket-chinese (a.json)" in markdown
+    assert "edge-pocket-chinese (b.json)" in markdown
+
+
+def test_joined_cells_with_other_clips_or_machines_are_pointed_out(tmp_path: Path) -> None:
+    other = cell("cloud", [clip("clip0", "他", 9.0)], machine={"cores": 2})
+    files = [save(tmp_path / "a.json", [cell("edge")]), save(tmp_path / "b.json", [other])]
+    _, markdown = write_report(tmp_path, *files)
+    assert "1 of 5 clips are in every cell." in markdown
+    assert "The cells have different machines, so compare them with care." in markdown
+
+
+def test_a_file_that_is_given_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = save(tmp_path / "a.json", [cell("edge")])
+    assert "its cell edge-pocket-chinese is given twice; name each file once" in read_error(
+        capsys, file, file, "--join"
+    )
+
+
+def test_a_broken_rule_fails_the_command_after_the_report_is_written(tmp_path: Path) -> None:
+    files = [save(tmp_path / "a.json", [cell("edge")])]
+    files.append(save(tmp_path / "b.json", [cell("edge", figures={"bleu4": 0.4})]))
+    write_report(tmp_path, *files, "--fail-if", "bleu4:-0.2")
+    with pytest.raises(SystemExit, match=r"edge-pocket-chinese: bleu4 0.5 -> 0.4 breaks bleu4:-5%"):
+        write_report(tmp_path, *files, "--fail-if", "bleu4:-5%")
+    assert (tmp_path / "out" / "r.html").exists()
+
+
+def test_rules_need_two_files_with_a_common_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = save(tmp_path / "a.json", [cell("edge")])
+    assert "--fail-if compares two files" in read_error(capsys, file, "--fail-if", "bleu4:-0.2")
+
+
 # two files
 
 
@@ -502,12 +549,6 @@ def test_one_cell_that_does_not_share_the_virtual_clock_is_enough_to_refuse(
         [cell("edge", machine=OTHER_MACHINE, **virtual), cell("cloud", machine=OTHER_MACHINE, **settings)],
     )
     assert "different machines" in read_error(capsys, a, b)
-
-
-def test_files_without_a_cell_in_common_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, b = save(tmp_path / "a.json", [cell("edge")]), save(tmp_path / "b.json", [cell("cloud")])
-    line = read_error(capsys, a, b, "--different-machines")
-    assert "A (a.json) has edge-pocket-chinese, B (b.json) has cloud-pocket-chinese" in line
 
 
 def test_cells_without_a_clip_in_common_are_reported_without_a_picture(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def test_a_grid_prints_tables_writes_results_and_can_be_compared(
             "*where the time goes*",
             "*does it pay?*",
             f"{LOSSLESS} *",
-            f"{LOSSLESS}: * as fast as the cloud alone *",
+            f"- {LOSSLESS}: *against the *",
+            f"- forecast for {LOSSLESS}: * as fast as the cloud alone *",
             "wrote *grid-edge-pocket-manifest_chinese-zh.json",
         ]
     )
@@ -493,3 +494,19 @@ def test_profiles_need_one_more_call_which_is_no_caption(pipeline: Pipeline, pyt
     assert {type(value) for row in saved for value in row["params"].values()} <= {str, int, float, type(None)}
     assert len({frozenset(row["params"]) for row in saved}) == 1
     assert [row["params"]["threshold"] for row in whole] == [None, 1.5, None, None, None]
+
+
+def test_a_run_that_is_worse_than_an_earlier_one_fails(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
+    clock = ("--clock", "virtual", "--profile", "published")
+    options = ("--mode", "edge", "--max-samples", "2", "-k", "test_captioning", *clock)
+    run(pytester, *options, "--benchmark-save", "good").assert_outcomes(passed=1)
+    rules = ("--benchmark-compare", "0001", "--fail-if", "total:+10%", "--fail-if", "bleu1:-0.01")
+    same = run(pytester, *options, *rules)
+    assert same.ret == pytest.ExitCode.OK
+    worse = run(pytester, *options, *rules, "--max-new-tokens", "3")
+    assert worse.ret == pytest.ExitCode.TESTS_FAILED
+    worse.stdout.fnmatch_lines(
+        ["*--fail-if: worse than in the earlier run*", "edge-pocket-virtual-published-zh: bleu1 * breaks bleu1:-0.01*"]
+    )
+    alone = run(pytester, *options, "--fail-if", "total:+10%")
+    alone.stderr.fnmatch_lines(["*--fail-if: needs an earlier run; name one with --benchmark-compare=NUMBER*"])

@@ -22,6 +22,7 @@ OUTPUT_MEANING = (
     "lossy: no such promise"
 )
 IMPORT_PROFILE = "published-as-run"  # the costs that an imported run is forecast with
+MACHINE_KEYS = ("system", "machine", "cpu", "cores", "gpu")  # times compare only if these are equal
 # name of a fact -> templates over the results of a cell
 FACTS = {
     "pair": ["{experiment_config[pair]}"],

@@ -9,7 +9,7 @@ from bench import comparison
 from bench.comparison import Document
 from bench.report import pictures
 from bench.report.captions import list_different_captions
-from bench.report.cells import ReportCell, group_by_language, list_facts, share_virtual_clock
+from bench.report.cells import MACHINE_KEYS, ReportCell, group_by_language, list_facts, share_virtual_clock
 from bench.report.metric_text import (
     MAIN_METRICS,
     format_change,
@@ -33,7 +33,6 @@ from bench.report.page import (
 from bench.report.run_page import show_breakdown
 from bench.report.runs import Run, UnusableFile
 
-MACHINE_KEYS = ("system", "machine", "cpu", "cores", "gpu")  # times compare only if these are equal
 IGNORED_SETTINGS = ("output_name",)  # does not change what a cell does
 MAX_CPU_CHANGE = 0.1  # larger relative changes of CPU % are reported
 
@@ -65,14 +64,8 @@ def build_comparison_page(a: Run, b: Run, quality: str, max_clips: int) -> Page:
 
 
 def pair_documents(a: Run, b: Run) -> dict[str, tuple[Document, Document]]:
-    """Return the results of the cells in both files by case id. Raise UnusableFile if there is no such cell."""
-    pairs = {case: (document, b.cells[case]) for case, document in a.cells.items() if case in b.cells}
-    if not pairs:
-        raise UnusableFile(
-            f"A ({a.name}) has {_list_some(a.cells)}, B ({b.name}) has {_list_some(b.cells)}: they have no cell in "
-            "common; give two runs with the same options"
-        )
-    return pairs
+    """Return the results of the cells in both files by case id."""
+    return {case: (document, b.cells[case]) for case, document in a.cells.items() if case in b.cells}
 
 
 def check_machines(a: Run, b: Run) -> None:

@@ -9,7 +9,7 @@ from bench import comparison, payoff
 from bench.comparison import Document
 from bench.report import pictures
 from bench.report.captions import list_captions
-from bench.report.cells import OUTPUT_MEANING, ReportCell, group_by_language, list_facts
+from bench.report.cells import MACHINE_KEYS, OUTPUT_MEANING, ReportCell, group_by_language, list_facts
 from bench.report.metric_text import (
     MAIN_METRICS,
     explain_missing,
@@ -71,10 +71,33 @@ def describe_run(run: Run, groups: Mapping[str, Sequence[ReportCell]]) -> list[B
         ),
         Table(columns, rows, fold_title="The cells and their ids"),
     ]
+    warnings = [warning for cells in groups.values() for warning in _list_joining_differences(cells)]
+    blocks += [Paragraph(warning, is_warning=True) for warning in dict.fromkeys(warnings)]
     skipped = {clip["file_id"]: clip["reason"] for document in documents for clip in document["skipped_clips"]}
     if skipped:
         blocks += [Paragraph("Clips that were skipped:", is_warning=True), BulletList(list(skipped.items()))]
     return blocks
+
+
+def _list_joining_differences(cells: Sequence[ReportCell]) -> list[str]:
+    """Return what keeps the cells of joined files from being compared."""
+    warnings = []
+    documents = [cell.document for cell in cells]
+    clips = [set(cell.clips) for cell in cells]
+    common, every = set.intersection(*clips), set.union(*clips)
+    if common != every:
+        warnings.append(
+            f"{len(common)} of {len(every)} clips are in every cell. Speed-ups and differences use the clips that both "
+            "cells have; the other metrics are of all clips of a cell."
+        )
+    facts = {
+        "machines": [[document["environment"].get(key) for key in MACHINE_KEYS] for document in documents],
+        "score normalisations": [document["metrics"].get("score_normalisation") for document in documents],
+    }
+    for name, values in facts.items():
+        if any(value != values[0] for value in values):
+            warnings.append(f"The cells have different {name}, so compare them with care.")
+    return warnings
 
 
 def summarise_metrics(cells: Sequence[ReportCell]) -> list[Block]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,29 @@ class Run:
     cells: Mapping[str, Document]
     forecasts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     saved: str | None = None
+
+
+def join_runs(runs: Sequence[Run]) -> Run:
+    """Return the cells of several files as one run. Cells with one id get the names of their files.
+
+    Raise UnusableFile for a file that is given twice.
+    """
+    if len(runs) == 1:
+        return runs[0]
+    names = Counter(run.name for run in runs)
+    cases = Counter(case for run in runs for case in run.cells)
+    cells: dict[str, Document] = {}
+    known: dict[str, Mapping[str, Any]] = {}
+    for number, run in enumerate(runs, 1):
+        file = run.name if names[run.name] == 1 else f"{run.name}, file {number}"
+        for case, document in run.cells.items():
+            if any(document == other for earlier in runs[: number - 1] for other in earlier.cells.values()):
+                raise UnusableFile(f"{file}: its cell {case} is given twice; name each file once")
+            joined = case if cases[case] == 1 else f"{case} ({file})"
+            cells[joined] = document | {"experiment_config": document["experiment_config"] | {"case": joined}}
+            known |= {joined: run.forecasts[case]} if case in run.forecasts else {}
+    saved = "; ".join(dict.fromkeys(run.saved for run in runs if run.saved)) or None
+    return Run(", ".join(dict.fromkeys(run.name for run in runs)), cells, known, saved)
 
 
 def read_run(path: Path) -> Run:
