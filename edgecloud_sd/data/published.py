@@ -217,12 +217,8 @@ def _check_keys(place: str, value: Any, known: frozenset[str]) -> None:
         raise BadClip(f"{place}: must be an object, not {type(value).__name__}")
     for key in value:
         if key not in known:
-            raise BadClip(f"{place}: has the unknown key {key!r}; a file of a known generation has {_join(known)}")
-
-
-def _join(known: frozenset[str]) -> str:
-    """Return the keys of the top level alone, which are enough to tell a generation."""
-    return ", ".join(sorted(key for key in known if "." not in key))
+            problem = "no known generation of published files has it; remove it if its meaning does not matter"
+            raise BadClip(f"{place}: has the key {key!r}, and {problem}")
 
 
 def _skip_reason(place: str, flat: Mapping[str, Any]) -> str | None:
