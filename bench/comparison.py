@@ -106,17 +106,19 @@ def metric_value(document: Document, name: str) -> float | None:
 def find_baseline(ours: Document, mode: str, cells: Iterable[Document]) -> Document | None:
     """Return the cell of `mode` with the same pair, language, prompt, clock and profile.
 
-    The cloud alone must have the same link, and the edge alone the same limits.
+    The cloud alone must have the same link, and the edge alone the same limits. Files of other runs
+    may hold several such cells, and the first of those with the most common clips is taken.
     """
     same_keys = ["pair", "language", "prompt_digest", "with_transcription", "clock", "profile"] + (
         ["link"] if mode == "cloud" else ["max_cpu_cores", "max_memory_gb"]
     )
     own = ours["experiment_config"]
-    for document in cells:
-        experiment = document["experiment_config"]
-        if experiment["strategy"]["mode"] == mode and all(experiment.get(key) == own.get(key) for key in same_keys):
-            return document
-    return None
+
+    def is_comparable(experiment: dict[str, Any]) -> bool:
+        return experiment["strategy"]["mode"] == mode and all(experiment.get(key) == own.get(key) for key in same_keys)
+
+    baselines = [document for document in cells if is_comparable(document["experiment_config"])]
+    return max(baselines, key=lambda document: len(pair_clips(document, ours)), default=None)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -122,6 +122,12 @@ def test_an_edge_under_other_limits_is_no_baseline_of_a_limited_hybrid(tmp_path:
     assert comparison.find_baseline(hybrid, "edge", [*documents, twin]) is twin
 
 
+def test_the_baseline_of_several_is_the_one_with_the_most_common_clips(runs: dict[str, Document]) -> None:
+    edge = runs["edge"]
+    short = edge | {"detailed_results": edge["detailed_results"][:1]}
+    assert comparison.find_baseline(runs["speculative"], "edge", [short, edge, copy.deepcopy(edge)]) is edge
+
+
 def test_the_normalisation_before_scoring_can_be_chosen(tmp_path: Path) -> None:
     line = RECORDED_LINES[0] | {"reference": "\u5979\uff0c\u4ed6", "caption": "\u5979,\u4ed6"}  # a wide comma
     source, scores = write_lines(tmp_path / "zh.jsonl", [line]), {}

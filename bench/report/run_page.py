@@ -295,7 +295,7 @@ def list_forecasts(cells: Sequence[ReportCell], forecasts: Mapping[str, Mapping[
         if cell.mode == "speculative"
     ]
     intro = (
-        "Forecasts of the cost model, from the costs of this run. They are about the time per token after prefill, so "
-        "compare them with the speed-ups per token."
+        "Forecasts of the cost model, from the costs of this run unless a forecast names others. They are about the "
+        "time per token after prefill, so compare them with the speed-ups per token."
     )
     return [Paragraph(intro), BulletList(items)] if items else []
