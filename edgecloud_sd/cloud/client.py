@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -31,7 +32,7 @@ from edgecloud_sd.verifier import CloudFault, Verifier
 
 _T = TypeVar("_T")
 CLOSE_TIMEOUT = 1.0  # s for the request that closes a session
-IDENTITY_FIELDS = {"check", "fingerprint", *Identity.__dataclass_fields__}
+SAME_ANSWERS = 5  # damage would not give the same bytes so often
 SESSION = re.compile(r"[\w-]{1,64}", re.ASCII)  # the names that are safe in a path
 
 
@@ -64,7 +65,8 @@ class Connection:
         Raise CloudFault for a server that does not answer, and Refused for one that wants another key.
         """
         with self.breaker.guard() as is_probe:
-            return self.new_retries(is_probe=is_probe).run(self._fetch_identity)
+            answers: Counter[bytes] = Counter()
+            return self.new_retries(is_probe=is_probe).run(lambda: self._fetch_identity(answers))
 
     @property
     def local_parameters(self) -> int:
@@ -100,14 +102,15 @@ class Connection:
         self._closer.shutdown()
         self.transport.close()
 
-    def _fetch_identity(self) -> Identity:
+    def _fetch_identity(self, answers: Counter[bytes]) -> Identity:
+        """Return the identity. `answers` counts those that are none: one that stays the same is no damage."""
         answer = self.transport.call("GET", MODEL_PATH).content
         try:
             return _parse_identity(answer)
         except (ValueError, KeyError, TypeError, RecursionError):
             other_service = f"{self.url} is not an edgecloud_sd cloud of this version"
-            failure = Refused if _is_of_another_version(answer) else AttemptFailed
-            raise failure(other_service) from None
+            answers[answer] += 1
+            raise (Refused if answers[answer] >= SAME_ANSWERS else AttemptFailed)(other_service) from None
 
 
 def _parse_identity(answer: bytes) -> Identity:
@@ -119,17 +122,6 @@ def _parse_identity(answer: bytes) -> Identity:
     if identity.check != message["check"]:
         raise ValueError("the check does not match the other fields")
     return identity
-
-
-def _is_of_another_version(answer: bytes) -> bool:
-    """Return whether an identity has the fields of another version. Damage changes values and leaves no whole JSON."""
-    with suppress(ValueError, RecursionError):
-        message = json.loads(answer)
-        if isinstance(message, dict) and "fingerprint" in message:
-            traits = message.get("traits")
-            is_current = isinstance(traits, dict) and traits.keys() == Traits.__dataclass_fields__.keys()
-            return not (is_current and message.keys() >= IDENTITY_FIELDS)
-    return False
 
 
 @dataclass(frozen=True)

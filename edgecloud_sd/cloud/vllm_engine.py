@@ -18,6 +18,7 @@ from edgecloud_sd.acceptance import Rank, Rule
 from edgecloud_sd.cloud.batching import Batcher, EngineRequest, SamplingOptions, Stream
 from edgecloud_sd.data import prompts
 from edgecloud_sd.events import Prompt, Verdict
+from edgecloud_sd.models import hub
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import check_base
 
@@ -303,7 +304,7 @@ def load_vllm(checkpoint: str, dtype: str = "float32", flags: Mapping[str, objec
         # vLLM compiles when a request first asks for logits, so ask here and not while an edge waits.
         model.verifier(Rank(1)).open(Prompt((0, 0))).verify(0, [0], [0])
     except (OSError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = hub.explain_hub_error(error) or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"checkpoint {checkpoint!r} cannot be loaded by vLLM: {reason}") from error
     return model
 
