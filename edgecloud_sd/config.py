@@ -22,7 +22,7 @@ from edgecloud_sd.data.dataset import CAPTION_TYPES, ON_BAD_CLIP
 from edgecloud_sd.data.prompts import LANGUAGES, PROMPT_TYPES
 from edgecloud_sd.data.published_settings import PublishedSettings, is_published_group, translate_settings
 from edgecloud_sd.data.task_texts import TaskTexts, read_task_texts
-from edgecloud_sd.data.texts import BadText, parse_yaml, read_utf8
+from edgecloud_sd.data.texts import BadText, check_characters, parse_yaml, read_utf8
 from edgecloud_sd.host import limits
 from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION, NORMALISATIONS
 from edgecloud_sd.models import devices, pairs
@@ -79,6 +79,10 @@ class Option:
         if isinstance(value, list | tuple | dict):
             raise ConfigError(f"--{self.name}: takes one value, not {value!r}")
         text = str(value).strip()
+        try:
+            check_characters(text, f"--{self.name}")  # the results file could not name it
+        except BadText as error:
+            raise ConfigError(str(error)) from None
         try:
             return self.read(text)
         except ConfigError:  # its message is complete, and leaves out a password

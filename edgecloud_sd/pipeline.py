@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from edgecloud_sd.cloud.local import Cloud, LocalCloud
 from edgecloud_sd.data import audio, dataset, prompts
+from edgecloud_sd.data.texts import check_characters
 from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import Event, Prepared, Prompt, Trace
 from edgecloud_sd.fields import check_type, whole_number
@@ -58,6 +59,7 @@ class Request:
         prompts.format_task(self.language, self.prompt_type)  # raises ValueError
         if self.transcription is not None:
             check_type("transcription", self.transcription, str, "give the spoken words, or None")
+            check_characters(self.transcription, "transcription")
         object.__setattr__(self, "samples", audio.check_samples(self.samples))
 
     @classmethod

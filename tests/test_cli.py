@@ -37,6 +37,11 @@ def test_the_caption_is_printed_and_its_counts_follow(
     assert re.search(r"^\d+ tokens \(\d+ accepted, .*\), \d+ cloud calls in \d+ rounds, [\d.]+ s$", printed.err, re.M)
 
 
+def test_a_transcription_that_is_not_utf_8_is_refused_in_one_line(wav: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^error: transcription: has U\+DCFF, half of a character, at 1; "):
+        main(["caption", str(wav), "--mode", "edge", "--transcription", "a\udcff"])
+
+
 def test_a_doubt_about_the_audio_is_shown_once(wav: Path, capsys: pytest.CaptureFixture[str]) -> None:
     soundfile.write(wav, [[0.5, -0.5], [-0.5, 0.5]] * 4000, 16_000)
     main(["caption", str(wav), "--mode", "edge", "--max-new-tokens", "1"])

@@ -58,6 +58,11 @@ def test_names_in_a_file_may_have_hyphens_or_underscores(file: Path, name: str) 
     assert resolve({}, file).entropy_threshold == (0.5, math.inf)
 
 
+def test_a_byte_that_is_not_utf_8_is_refused_before_a_run() -> None:
+    with pytest.raises(ConfigError, match=r"^--dataset-path: has U\+DCFF, half of a character, at 3; "):
+        resolve({"dataset-path": "abc\udcff"})
+
+
 def test_the_dataset_type_of_the_published_guide_is_accepted() -> None:
     assert resolve({"dataset-type": "unified"}) == resolve({})
     with pytest.raises(ConfigError, match="--dataset-type: 'secap' is not one of unified"):

@@ -85,6 +85,9 @@ def test_half_an_mp3_is_refused_with_every_rate_of_bits(
     load(tmp_path_factory, b"ID3\x04\x00\x00\x00\x00\x00\x05hello" + content + b"TAG" + bytes(125))
     with pytest.raises(BadClip, match=containers.CUT):
         load(tmp_path_factory, content[: int(part * len(content))])
+    padding = bytes(1000) + b"\xff\xfb"  # its end looks like the beginning of a frame
+    assert containers.find_cut(padding + content, "MP3") is None
+    assert containers.find_cut(padding + content[: int(part * len(content))], "MP3") == containers.CUT
 
 
 def test_an_mp3_without_a_tag_must_end_with_a_whole_frame(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -135,6 +138,13 @@ def test_a_flac_stream_without_a_length_comes_with_the_command_that_converts_it(
     content[22:26] = bytes(4)
     with pytest.raises(BadClip, match=r"a FLAC stream without a length.*; convert it: ffmpeg"):
         load(tmp_path_factory, bytes(content))
+
+
+@pytest.mark.parametrize(("size", "is_whole"), [(2**64 - 1, True), (len(PCM), True), (len(PCM) + 1, False)])
+def test_an_rf64_file_has_its_size_in_the_first_chunk(size: int, is_whole: bool) -> None:
+    content = b"RF64\xff\xff\xff\xffWAVE" + chunk(b"ds64", struct.pack("<QQQI", size, size, size, 0)) + FMT
+    cut = containers.find_cut(content + chunk(b"data", PCM, 0xFFFF_FFFF), "RF64")
+    assert (cut is None) is is_whole
 
 
 def test_chained_ogg_streams_are_whole_if_each_has_its_end(tmp_path_factory: pytest.TempPathFactory) -> None:

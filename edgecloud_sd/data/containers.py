@@ -77,7 +77,7 @@ def _riff_chunks(content: Bytes, is_big: bool) -> Iterator[tuple[bytes, int, int
         if name == b"ds64":
             long_size = _number(content, start + 16, 8)
         if name == b"data" and size == 0xFFFFFFFF and long_size is not None:
-            size = long_size
+            size = 0 if long_size == 2**64 - 1 else long_size
         elif name in (b"data", b"SSND", b"BODY") and size >= STREAMED_SIZE:
             size = 0
         yield name, start + 8, size
@@ -151,7 +151,7 @@ def _is_ogg_cut(content: Bytes) -> bool:
 
 def _is_mp3_cut(content: Bytes) -> bool:
     """Return whether the last frame is cut off, or frames or bytes of the Xing or VBRI tag are missing."""
-    start = _skip_id3(content)
+    start = _find_mp3_frame(content, _skip_id3(content))
     end = len(content) - (128 if content[-128:-125] == b"TAG" else 0)
     first, frames = start, 0
     while start < end and (length := _mp3_frame_length(content, start)):
@@ -172,6 +172,17 @@ def _skip_id3(content: Bytes) -> int:
         for byte in content[start + 6 : start + 10]:
             size = size * 128 + byte
         start += 10 + size + (10 if _number(content, start + 5, 1) & 16 else 0)
+    return start
+
+
+def _find_mp3_frame(content: Bytes, start: int) -> int:
+    """Return the place of the first frame that another one follows, because padding may come before it."""
+    place = start
+    while place >= 0:
+        length = _mp3_frame_length(content, place)
+        if length and (_mp3_frame_length(content, place + length) or place + length >= len(content)):
+            return place
+        place = content.find(b"\xff", place + 1, len(content))
     return start
 
 
