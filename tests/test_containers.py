@@ -147,6 +147,15 @@ def test_an_rf64_file_has_its_size_in_the_first_chunk(size: int, is_whole: bool)
     assert (cut is None) is is_whole
 
 
+@pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
+def test_an_ogg_file_that_ends_with_a_whole_page_before_its_last_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, codec: str
+) -> None:
+    content = speech("OGG", codec)
+    with pytest.raises(BadClip, match=containers.CUT):
+        load(tmp_path_factory, content[: content.rfind(b"OggS")])
+
+
 def test_chained_ogg_streams_are_whole_if_each_has_its_end(tmp_path_factory: pytest.TempPathFactory) -> None:
     content = speech("OGG", "VORBIS")
     assert containers.find_cut(content * 2, "OGG") is None

@@ -251,7 +251,7 @@ def _read_entries(path: Path) -> list[tuple[str, Any]]:
     """Return place and value of each entry of a manifest. The values may hold characters that cannot be used."""
     with text_errors():
         text = read_utf8(path, "JSON")
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             return [(f"{path}, line {number}", entry) for number, entry in parse_json_lines(text, str(path))]
         entries = parse_json(text, str(path))
     if not isinstance(entries, list):
