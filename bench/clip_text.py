@@ -53,8 +53,8 @@ def describe_late_scores(clips: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def explain_no_escalation(strategy: Strategy, results: Sequence[ClipResult]) -> str | None:
-    """Return why no draft of a cell went to the cloud, or None if some did or the mode has no drafts."""
-    if not strategy.is_speculative or any(result.counts.cloud_calls for result in results):
+    """Return why the cloud verified no draft of a cell, or None if it did or the mode has no drafts."""
+    if not strategy.is_speculative or any(result.counts.answered_calls for result in results):
         return None
     if not strategy.gate.can_escalate:
         return "the gate never asks the cloud"

@@ -9,7 +9,20 @@ import pytest
 from bench.clip_text import describe_clip, describe_late_scores, explain_no_escalation
 from edgecloud_sd import gate
 from edgecloud_sd.data.dataset import Clip
-from edgecloud_sd.events import Committed, Degraded, Draft, Drafted, Escalated, Event, Finished, Opened, Prepared, Trace
+from edgecloud_sd.events import (
+    Committed,
+    Degraded,
+    Draft,
+    Drafted,
+    Escalated,
+    Event,
+    Finished,
+    Opened,
+    Prepared,
+    Trace,
+    Verdict,
+    Verified,
+)
 from edgecloud_sd.gate import Gate
 from edgecloud_sd.host.utilization import Utilization
 from edgecloud_sd.measure import quality
@@ -17,6 +30,7 @@ from edgecloud_sd.measure.summary import ClipResult, clip_result
 from edgecloud_sd.strategy import Strategy
 
 UNSURE = Drafted(Draft((2, 3), (0.5, 1.25)))
+ASKED = Escalated(UNSURE.draft, 0)
 
 
 def result_of(*events: Event) -> ClipResult:
@@ -57,9 +71,9 @@ def test_the_scores_of_the_whole_cell_follow_and_those_that_are_null_are_left_ou
     [
         (gate.entropy_gate(4), LOCAL, "no draft's entropy exceeded 4 nats; the largest was 1.25"),
         (gate.NEVER, LOCAL, "the gate never asks the cloud"),
-        (gate.ALWAYS, result_of(Degraded("no answer"), UNSURE, Committed((2, 3), "local"), Finished("eos")),
+        (gate.ALWAYS, result_of(UNSURE, ASKED, Degraded("no answer"), Committed((2, 3), "local"), Finished("eos")),
          "the cloud failed (no answer)"),
-        (gate.entropy_gate(1), result_of(UNSURE, Escalated(UNSURE.draft, 0), Finished("eos")), None),
+        (gate.entropy_gate(1), result_of(UNSURE, ASKED, Verified(UNSURE.draft, Verdict(2, 4)), Finished("eos")), None),
     ],
 )  # fmt: skip
 def test_a_cell_that_sent_nothing_says_why(rule: Gate, result: ClipResult, reason: str | None) -> None:

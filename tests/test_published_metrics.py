@@ -10,6 +10,7 @@ import pytest
 from edgecloud_sd.data.dataset import Clip
 from edgecloud_sd.events import (
     Committed,
+    Degraded,
     Draft,
     Drafted,
     Escalated,
@@ -36,6 +37,10 @@ ROUNDS: list[tuple[float, Event]] = [
 ]  # fmt: skip
 EDGE_ALONE: list[tuple[float, Event]] = [
     (0.5, Prepared(20)), (1.0, Opened("edge")), (1.5, Committed((2, 3), "local")), (1.5, Finished("eos")),
+]  # fmt: skip
+DEAD: list[tuple[float, Event]] = [
+    (0.5, Prepared(20)), (1.0, Opened("edge")), (2.0, Drafted(FIRST)), (2.0, Escalated(FIRST, 1)),
+    (3.0, Degraded("no answer")), (3.0, Committed((2, 3, 4), "local")), (3.0, Finished("length")),
 ]  # fmt: skip
 USED = Utilization(6.0, 3.0, 1073.741824, 2147.483648, None, None, {"gpu_percent": "no GPU", "gpu_memory_mb": "no GPU"})
 
@@ -135,3 +140,13 @@ def test_modes_without_drafts_have_no_rate_of_them() -> None:
     path = "metrics.speculative_decoding_metrics.avg_acceptance_rate"
     assert look_up(published, path) is None
     assert published["reasons"][path] == "only mode speculative sends drafts to a cloud"
+
+
+def test_a_call_without_an_answer_is_in_no_correction_rate() -> None:
+    path = "metrics.speculative_decoding_metrics.avg_correction_rate"
+    assert look_up(section(ROUNDS, DEAD), path) == 1.0
+    published = section(DEAD)
+    assert (
+        look_up(published, path) is look_up(published["detailed_results"][0], "latency_metrics.correction_rate") is None
+    )
+    assert published["reasons"][path] == "the cloud failed before it had verified a draft"

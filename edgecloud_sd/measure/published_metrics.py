@@ -165,8 +165,8 @@ _COUNTS = {
         "0 to 1", "total_accepted_tokens / total_draft_tokens: near 1 if little is verified",
         "", lambda clip: _over(clip.taken, clip.count("drafted"))),
     "correction_rate": PublishedMetric(
-        "0 to 1", "Corrections / cloud calls; theirs is 0 without a call",
-        "correction_rate", lambda clip: _over(clip.count("correction"), clip.count("cloud_calls")), NOT_VERIFIED),
+        "0 to 1", "Corrections / answered cloud calls; theirs is 0 without a call",
+        "correction_rate", lambda clip: clip.result.counts.correction_rate, NOT_VERIFIED),
     "token_level_cloud_rate": PublishedMetric(
         "0 to 1", "Verified draft tokens / N: rejected ones count, so it may exceed 1",
         "", lambda clip: _over(clip.count("verified"), clip.result.counts.tokens)),
@@ -317,8 +317,8 @@ RUN_METRICS = {
             "0 to 1", "total_accepted_tokens / total_draft_tokens, both summed: tokens that nobody verified count",
             "", _ratio_of("total_accepted_tokens", "total_draft_tokens")),
         "avg_correction_rate": PublishedMetric(
-            "0 to 1", "Corrections / cloud calls, both summed; theirs is 0 without a call",
-            "correction_rate", _ratio_of("total_corrections", "cloud_calls"), NOT_VERIFIED),
+            "0 to 1", "Corrections / answered cloud calls, both summed; theirs is 0 without a call",
+            "correction_rate", _figure("correction_rate"), NOT_VERIFIED),
         "avg_cloud_call_rate": PublishedMetric(
             "calls", "Cloud calls / clips, so no rate: the same as avg_cloud_calls", "", _mean_of("cloud_calls")),
         "avg_token_level_cloud_rate": PublishedMetric(
