@@ -16,7 +16,7 @@ from bench import cases, rows, tables
 from bench.calibrate import measure_profile
 from bench.forecasts import forecast_to_json
 from bench.regression import FAIL_RULES, find_regressions
-from bench.resume import SavedClips, count_cores
+from bench.resume import SavedClips, comparable_limits, keep_other_results
 from bench.session import OUTCOMES, DataSet, Outcomes, Progress, errors_in_one_line, outcomes
 from edgecloud_sd.cloud.local import Cloud
 from edgecloud_sd.config import MEASURE, Settings
@@ -202,7 +202,7 @@ def saved_clips(
     def open_saved(case: cases.Case, is_now: bool) -> SavedClips:
         digest = data(case.language).digest
         experiment = tables.describe_case(case, pipeline, settings, profile, digest)  # sets the threads of the case
-        in_force = count_cores(asdict(read_limits())) if is_now else None
+        in_force = comparable_limits(asdict(read_limits())) if is_now else None
         header = {"experiment": experiment, "environment": environment, "in_force": in_force}
         saved = SavedClips(tables.results_file(settings, case), header, resume)
         if not resume:
@@ -268,8 +268,9 @@ def report(
         experiment = tables.describe_case(case, pipeline, settings, profile, data.digest)
         document = results.results_document(experiment, captions, summary, scores, in_force, data.skipped)
         file = tables.results_file(settings, case)
-        results.write_results(file, document)
         session = outcomes(pytestconfig)
+        session.notes += keep_other_results(file, experiment)
+        results.write_results(file, document)
         session.captions[case.id] = (case, captions)
         session.summaries[case.id] = summary
         session.documents[case.id] = document

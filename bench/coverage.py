@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from bench.comparison import clip_bleu_counts, corpus_bleu_difference, pair_clips
 from edgecloud_sd.host.errors import errors_to_exit
+from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.measure import intervals, quality
 from edgecloud_sd.measure.intervals import Interval
 
@@ -130,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", type=Path, help="none, or the results files of two cells")
     parser.add_argument("--clips", default="20,50,200", help="numbers of clips (default: 20,50,200)")
     parser.add_argument("--repeats", type=int, default=1000, help="samples per table cell (default: 1000)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(hyphenate(arguments))
     if len(options.files) not in (0, 2):
         parser.error(f"takes no file or two results files, not {len(options.files)}")
     sizes = options.clips.split(",")

@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,11 @@ class SavedClips:
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise ResumeError(f"{file}: is no results file of this version ({reason}); leave out --resume") from error
-        saved = document | {"experiment": document["experiment_config"], "in_force": count_cores(document["in_force"])}
-        self._check(file, saved)
+        parts = document | {
+            "experiment": document["experiment_config"],
+            "in_force": comparable_limits(document["in_force"]),
+        }
+        self._check(file, parts)
         self.records = {clip["file_id"]: clip for clip in document["detailed_results"]}
 
     def _check(self, file: Path, saved: Record) -> None:
@@ -153,9 +157,29 @@ class SavedClips:
             )
 
 
-def count_cores(in_force: Record) -> Record:
-    """Return limits in force with the number of cores in place of their ids, which may change between two runs."""
-    return in_force | {"cores": in_force["cores"] and len(in_force["cores"])}
+def keep_other_results(file: Path, experiment: Record) -> list[str]:
+    """Rename the file at `file` unless it has results of the same case and data set. Return a note if it did."""
+    try:
+        saved = json.loads(file.read_bytes())["experiment_config"]
+        if all(saved.get(key) == experiment[key] for key in ("case", "dataset_digest")):
+            return []
+        owner = saved.get("case")
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, AttributeError):
+        owner = "another program"
+    names = (file.with_name(f"{file.name}.old{number or ''}") for number in count())
+    kept = file.replace(next(name for name in names if not name.exists()))
+    return [f"{file}: was of {owner}, and is kept as {kept.name}"]
+
+
+def comparable_limits(in_force: Record) -> Record:
+    """Return the limits of `LimitsInForce` as JSON, with the number of cores for their ids, and without measurements.
+
+    The ids of the cores may change between two runs, and the peak of the memory does.
+    """
+    limits = {name: value for name, value in in_force.items() if name not in ("peak_bytes", "excess_gb")}
+    return limits | {"cores": in_force["cores"] and len(in_force["cores"])}
 
 
 def _digest(value: Any) -> str:

@@ -14,6 +14,7 @@ from edgecloud_sd.events import Committed, Event, Trace
 from edgecloud_sd.grid import cells
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.errors import errors_to_exit
+from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.timing.clock import stream
@@ -39,7 +40,7 @@ CAPTION_OPTIONS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit with one line for input that cannot be used, and for any other expected failure."""
-    options = caption_parser().parse_args(arguments)
+    options = caption_parser().parse_args(hyphenate(arguments))
     given = {name: getattr(options, name.replace("-", "_")) for name in CAPTION_OPTIONS}
     with errors_to_exit():
         settings = config.resolve(given | {"mode": options.mode or "speculative", "shadow": "no"})

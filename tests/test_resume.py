@@ -6,6 +6,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.resume import ResumeError, SavedClips, SaveError
+from bench.resume import ResumeError, SavedClips, SaveError, comparable_limits, keep_other_results
 from edgecloud_sd.events import Prepared, Trace
+from edgecloud_sd.host.limits import LimitsInForce
 from edgecloud_sd.host.utilization import unmeasured
 from edgecloud_sd.measure import results
 
@@ -182,6 +184,35 @@ def test_the_file_of_another_experiment_is_refused_and_stays(
     with pytest.raises(ResumeError, match=rf"a\.json\.unfinished: is of another experiment \({difference}\)"):
         save_clips(tmp_path, header=header, resume=True)
     assert (tmp_path / "a.json.unfinished").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "owner"),
+    [
+        ('{"experiment_config": {"case": "a", "dataset_digest": "1"}}', None),
+        ('{"experiment_config": {"case": "b", "dataset_digest": "1"}}', "b"),
+        ('{"experiment_config": {"case": "a", "dataset_digest": "2"}}', "a"),
+        ('{"experiment_config": {"case": "a"}}', "a"),
+        ("[]", "another program"),
+        ("no json", "another program"),
+        (None, None),
+    ],
+)
+def test_results_of_another_case_or_data_set_are_kept(tmp_path: Path, content: str | None, owner: str | None) -> None:
+    file = tmp_path / "a.json"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    (tmp_path / "a.json.old").touch()
+    notes = keep_other_results(file, {"case": "a", "dataset_digest": "1"})
+    assert notes == ([f"{file}: was of {owner}, and is kept as a.json.old1"] if owner else [])
+    assert (tmp_path / "a.json.old1").exists() == (owner is not None)
+
+
+def test_limits_are_compared_without_measurements_and_ids_of_cores() -> None:
+    limits = LimitsInForce(cores=(2, 3), torch_threads=1, memory_bytes=None, monitored_bytes=100, peak_bytes=7)
+    later = replace(limits, cores=(0, 1), peak_bytes=9)
+    assert comparable_limits(asdict(limits)) == comparable_limits(asdict(later) | {"excess_gb": 0.0})
+    assert comparable_limits(asdict(limits)) != comparable_limits(asdict(replace(limits, monitored_bytes=101)))
 
 
 def test_a_results_file_of_another_version_is_refused(tmp_path: Path) -> None:

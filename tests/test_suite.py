@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench import cases, tables
-from bench.resume import SavedClips, count_cores
+from bench.resume import SavedClips, comparable_limits
 from bench.session import errors_in_one_line
 from edgecloud_sd import config
 from edgecloud_sd.host.files import hold_file
@@ -104,7 +104,7 @@ def check_saved_rows(saved: list[dict[str, Any]], folder: Path) -> None:
     tokens = {
         case: [clip["token_ids"] for clip in document["detailed_results"]] for case, document in documents.items()
     }
-    assert tokens[LOSSLESS] == tokens["cloud-pocket-manifest_chinese-zh"] != tokens["edge-pocket-zh"]
+    assert tokens[LOSSLESS] == tokens["cloud-pocket-manifest_chinese-zh"] != tokens["edge-pocket-manifest_chinese-zh"]
     assert all("absent.wav" in document["skipped_clips"][0]["reason"] for document in documents.values())
 
 
@@ -330,7 +330,7 @@ def test_a_resumed_run_decodes_only_the_missing_clips(pipeline: Pipeline, pytest
     assert results.read_results(file) == complete  # on the real clock equal times prove that nothing was decoded again
     # a run that was stopped while it wrote its second clip leaves such a file
     header = {"experiment": complete["experiment_config"], "environment": complete["environment"]}
-    stopped = SavedClips(file, header | {"in_force": count_cores(complete["in_force"])}, resume=False)
+    stopped = SavedClips(file, header | {"in_force": comparable_limits(complete["in_force"])}, resume=False)
     for clip in complete["detailed_results"]:
         stopped.add(clip)
     stopped.path.write_bytes(stopped.path.read_bytes()[:-50])

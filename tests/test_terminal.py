@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from edgecloud_sd.data import __main__
-from edgecloud_sd.host.terminal import escape_unencodable
+from edgecloud_sd.host.terminal import escape_unencodable, hyphenate
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,10 @@ def test_a_command_names_a_file_that_the_terminal_cannot_show(monkeypatch: pytes
     with pytest.raises(SystemExit, match="情"):
         __main__.main(["check", "情.json"])
     assert sys.stdout.errors == "backslashreplace"
+
+
+def test_names_of_options_take_underscores_and_values_keep_them() -> None:
+    given = ["caption", "a_b.wav", "--max_new_tokens=5", "--edge_model", "my_model", "--prompt_file=a_b", "-k_x", "--"]
+    assert hyphenate(given) == [
+        *("caption", "a_b.wav", "--max-new-tokens=5", "--edge-model", "my_model", "--prompt-file=a_b", "-k_x", "--"),
+    ]

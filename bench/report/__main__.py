@@ -21,12 +21,13 @@ from bench.report.run_page import build_run_page
 from bench.report.runs import Run, UnusableFile, join_runs, read_run
 from edgecloud_sd.host.errors import errors_to_exit
 from edgecloud_sd.host.files import write_whole
+from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.measure import quality
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the report that the command line asks for, or exit with one line that says why not."""
-    options = create_parser().parse_args(arguments)
+    options = create_parser().parse_args(hyphenate(arguments))
     with errors_to_exit():
         runs = [read_run(path) for path in options.files]
         page = build_page(runs, options)

@@ -23,6 +23,7 @@ from edgecloud_sd.cloud.local import LocalCloud
 from edgecloud_sd.cloud.sessions import ServiceLimits
 from edgecloud_sd.data.texts import BadText, parse_yaml
 from edgecloud_sd.host.errors import errors_to_exit
+from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.models import devices, pairs
 from edgecloud_sd.models.devices import choose_threads, use_threads
 
@@ -37,7 +38,7 @@ POSITIVE_OPTIONS = ("max_sessions", "idle_timeout", "max_audio_seconds", "max_to
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, and exit with one line for a bad option or any other expected failure."""
-    options = serve_parser().parse_args(arguments)
+    options = serve_parser().parse_args(hyphenate(arguments))
     logging.basicConfig(format="%(levelname)s: %(message)s")
     with errors_to_exit():
         serve(options)

@@ -11,11 +11,12 @@ from edgecloud_sd.data.dataset import CAPTION_TYPES, check_manifest
 from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.data.secap import import_secap
 from edgecloud_sd.host.errors import errors_to_exit
+from edgecloud_sd.host.terminal import hyphenate
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; exit with status 1 and one line for an error."""
-    options = _build_parser().parse_args(arguments)
+    options = _build_parser().parse_args(hyphenate(arguments))
     with errors_to_exit():
         if options.command == "secap":
             target = options.output or options.folder / "manifest.json"
@@ -57,7 +58,6 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument(
         "--caption-type",
-        "--caption_type",
         choices=CAPTION_TYPES,
         default=CAPTION_TYPES[0],
         help="references to check: the field caption, or <language>_caption (default: %(default)s)",

@@ -9,6 +9,7 @@ from pathlib import Path
 from edgecloud_sd.forecast.recorded import forecast_from_counts
 from edgecloud_sd.forecast.sentence import forecast_sentence, format_seconds
 from edgecloud_sd.host.errors import errors_to_exit
+from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.measure.results import read_results
 from edgecloud_sd.timing.link import Link, find_link
 from edgecloud_sd.timing.profile import PROFILE_NAMES, Profile, load_profile
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--link", default="none", help="link between edge and cloud (default: %(default)s)")
     parser.add_argument("--k", type=int, help="draft length of a run whose file does not have it")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(hyphenate(arguments))
     with errors_to_exit():
         profile, link = load_profile(options.profile), find_link(options.link)
         for file in options.files:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+from collections.abc import Sequence
 
 
 def escape_unencodable() -> None:
@@ -11,3 +13,9 @@ def escape_unencodable() -> None:
     for stream in {sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__}:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def hyphenate(arguments: Sequence[str] | None) -> list[str]:
+    """Return arguments (None: those of the process) with hyphens for underscores in the names of options."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), argument) for argument in given]

@@ -19,6 +19,7 @@ from edgecloud_sd.data.dataset import BadClip
 from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.data.published import RecordedClip, RecordedRun, read_recorded_runs
 from edgecloud_sd.host.errors import errors_to_exit
+from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.measure import metrics, quality, results
 from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION, NORMALISATIONS
 from edgecloud_sd.measure.summary import (
@@ -336,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=DEFAULT_NORMALISATION,
         help="the change to captions and references before they are scored, as in the suite (default: %(default)s)",
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(hyphenate(arguments))
     with errors_to_exit():
         written = import_files(
             options.files, options.output_dir, options.mode, options.bertscore_model, options.score_normalisation

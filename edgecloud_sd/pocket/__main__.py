@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from edgecloud_sd.host.errors import errors_to_exit
+from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.models.pairs import POCKET_WEIGHTS, Pair
 from edgecloud_sd.pocket import clips
 
@@ -15,7 +16,7 @@ MIN_CLIPS = 4  # two per language, so that each clip can be captioned from anoth
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; exit with one line for an error."""
     parser = _build_parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(hyphenate(arguments))
     if options.command == "evaluate" and options.clips < MIN_CLIPS:
         parser.error(f"--clips must be at least {MIN_CLIPS}, not {options.clips}")
     with errors_to_exit():
