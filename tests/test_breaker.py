@@ -90,6 +90,21 @@ def test_an_answer_between_two_failures_keeps_the_breaker_closed() -> None:
         assert run_call(breaker) == []
 
 
+def test_a_call_that_began_before_the_breaker_opened_does_not_open_it_again() -> None:
+    clock = Clock()
+    breaker = Breaker(clock)
+    early = breaker.guard()
+    early.__enter__()
+    for _ in range(BREAKER_FAILURES):
+        run_call(breaker, PatienceEnded("no answer"))
+    clock.now = BREAKER_SECONDS - 1
+    late = PatienceEnded("no answer")
+    assert not early.__exit__(PatienceEnded, late, None)
+    assert late.breaker_mark == ""
+    clock.now = BREAKER_SECONDS
+    assert run_call(breaker) == []
+
+
 def test_threads_that_fail_together_open_the_breaker_once() -> None:
     breaker = Breaker(Clock())
     with ThreadPoolExecutor(8) as threads:

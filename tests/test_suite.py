@@ -20,6 +20,7 @@ from bench.resume import SavedClips, comparable_limits
 from bench.session import errors_in_one_line
 from edgecloud_sd import config
 from edgecloud_sd.host.files import hold_file
+from edgecloud_sd.host.limits import read_limits
 from edgecloud_sd.measure import results
 from edgecloud_sd.models import hf, load, pairs
 from edgecloud_sd.pipeline import Pipeline
@@ -207,6 +208,26 @@ def test_an_expected_failure_of_a_caption_is_one_line(
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines([line, "(*the same command with --resume goes on)"])
     result.stdout.no_fnmatch_line("*Traceback*")
+
+
+@pytest.mark.slow
+def test_the_limits_of_a_benchmark_are_lifted_before_its_failure_is_reported(
+    pipeline: Pipeline, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits_at_report: list[int | None] = []
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(Pipeline, "trace", fail)
+
+    def note(error: Exception) -> None:
+        limits_at_report.append(read_limits().memory_bytes)
+
+    monkeypatch.setattr("bench.session.explain_error", note)
+    result = run(pytester, "-k", "test_captioning", "--mode", "edge", "--max-samples", "1", "--max-memory-gb", "64")
+    result.assert_outcomes(failed=1)
+    assert limits_at_report == [64 * 10**9, None]
 
 
 @pytest.mark.slow
