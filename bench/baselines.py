@@ -31,13 +31,13 @@ from typing import TYPE_CHECKING, Any
 from bench.cases import data_parts, model_parts
 from bench.tables import grid
 from edgecloud_sd.config import Settings
-from edgecloud_sd.decoder import decode
+from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import Prompt, Trace
 from edgecloud_sd.grid import has_speculative, strategies
 from edgecloud_sd.measure import intervals, metrics
 from edgecloud_sd.measure.intervals import Interval
 from edgecloud_sd.measure.summary import Metric
-from edgecloud_sd.pipeline import Pipeline, Request
+from edgecloud_sd.pipeline import Pipeline, Request, count_shared_ids
 from edgecloud_sd.session import Model, Session
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.strategy import Strategy
@@ -186,7 +186,8 @@ def record_passes(
     edge = _RecordingModel("edge", pipeline.edge, passes)
     cloud = _RecordingModel("cloud", pipeline.cloud_model, passes)
     stopping = Stopping(cloud.eos, max_new_tokens)
-    events = decode(prompt, strategy, stopping, edge, LocalVerifier(cloud, strategy.rule))
+    runtime = Runtime(shared_ids=count_shared_ids(pipeline.edge, pipeline.cloud_model.vocab_size))
+    events = decode(prompt, strategy, stopping, edge, LocalVerifier(cloud, strategy.rule), runtime)
     return Trace(tuple((0.0, event) for event in events)).tokens, tuple(passes)
 
 

@@ -43,12 +43,14 @@ class Runtime:
 
     `choose_k` gives the length of the next draft if the strategy has none. `background` starts a verification
     beside which the edge drafts ahead; None makes the edge wait. `finish_alone` lets the edge finish after a fault of
-    the cloud.
+    the cloud. `shared_ids` is the smaller of two vocabulary sizes, or None if they are equal. The edge drafts ids below
+    it alone, and reads a larger id of the cloud as the last of them.
     """
 
     choose_k: Callable[[], int] | None = None
     background: Background[Verdict] | None = None
     finish_alone: bool = False
+    shared_ids: int | None = None
 
 
 DEFAULT_RUNTIME = Runtime()
@@ -96,7 +98,7 @@ def _speculate(
     verification = cloud.open(prompt) if cloud else None
     escalates = strategy.gate if cloud else NEVER
     try:
-        drafter = Drafter(edge.open(prompt), stopping.eos, strategy.gate.score, strategy.draft_stop)
+        drafter = Drafter(edge.open(prompt), stopping.eos, strategy.gate.score, strategy.draft_stop, runtime.shared_ids)
         yield Opened("edge")
         while stopping.reason(context[1:]) is None:
             drafted = _next_draft(drafter, context, strategy, stopping, runtime)

@@ -13,6 +13,7 @@ class Drafter:
     """The greedy tokens of a session, one forward pass each. They stay for as long as the context agrees with them.
 
     `score` computes the gate's score, or is None if the gate reads none. `draft_stop` may end a draft early.
+    `shared_ids` is `Runtime.shared_ids`.
     """
 
     def __init__(
@@ -21,11 +22,13 @@ class Drafter:
         eos: frozenset[int],
         score: Score | None = None,
         draft_stop: DraftStop | None = None,
+        shared_ids: int | None = None,
     ) -> None:
         self._session = session
         self._eos = eos
         self._score = score
         self._draft_stop = draft_stop
+        self._shared_ids = shared_ids
         self._context: list[int] = []
         # Each list has one entry per token drafted after the context, except that scores may stay empty.
         self._tokens: list[int] = []
@@ -69,11 +72,18 @@ class Drafter:
         return tuple(self._tokens)
 
     def _draft_one(self) -> None:
-        logits = self._session.extend(self._tokens[-1:]) if self._tokens else sync(self._session, self._context)
-        self._tokens.append(int(logits.argmax().item()))
+        logits = self._session.extend(self._tokens[-1:]) if self._tokens else sync(self._session, self._read_context())
+        row = logits[0, : self._shared_ids]
+        self._tokens.append(int(row.argmax().item()))
         if self._score is not None:
-            self._scores.append(self._score(logits[0]))
-        self._ends_draft.append(self._draft_stop is not None and self._draft_stop(logits[0], self._scores))
+            self._scores.append(self._score(row))
+        self._ends_draft.append(self._draft_stop is not None and self._draft_stop(row, self._scores))
+
+    def _read_context(self) -> list[int]:
+        """Return the context as the draft model reads it. Its embedding may lack an id that the target wrote."""
+        if self._shared_ids is None:
+            return self._context
+        return [min(token, self._shared_ids - 1) for token in self._context]
 
     @property
     def _is_ended(self) -> bool:

@@ -103,11 +103,13 @@ def generation_events(
     adaptive_k: AdaptiveK | None = None,
     finish_alone: bool = False,
     fault: CloudFault | None = None,
+    shared_ids: int | None = None,
 ) -> Iterator[Event]:
     """Yield the events of one generation, from its features to its last token.
 
     Mode cloud needs no `edge`, and a strategy that never asks the cloud needs none. `adaptive_k` is for a strategy
-    without a k. `fault` is a failure of the cloud before this generation, which may `finish_alone`.
+    without a k. `fault` is a failure of the cloud before this generation, which may `finish_alone`. `shared_ids` is
+    `Runtime.shared_ids`.
     """
     harness = harness or Harness()
     prompt = harness.prepared(build_prompt)
@@ -130,11 +132,17 @@ def generation_events(
         choose_k=lengths.choose_k if lengths else None,
         background=harness.background_verification if strategy.draft_ahead else None,
         finish_alone=finish_alone,
+        shared_ids=shared_ids,
     )
     timed_edge = harness.edge(edge) if edge else None
     events = decode(prompt, harness.timed_strategy(strategy), stopping, timed_edge, verifier, runtime)
     observed = lengths.observe(events, harness.watch.seconds) if lengths else events
     yield from harness.with_corrections(observed)  # outside, so that adaptive k takes no correction for a step
+
+
+def count_shared_ids(edge: HFModel, cloud_size: int) -> int | None:
+    """Return `Runtime.shared_ids` of an edge and the vocabulary size of a cloud."""
+    return None if edge.vocab_size == cloud_size else min(edge.vocab_size, cloud_size)
 
 
 class Pipeline:
@@ -337,6 +345,7 @@ class Pipeline:
             adaptive_k=self.adaptive_k(strategy, request.language, harness.link, harness.profile),
             finish_alone=self.finish_alone,
             fault=fault,
+            shared_ids=count_shared_ids(self.edge, self.cloud.identity.vocab_size) if mode == "speculative" else None,
         )
         harness.watch.restart()  # whatever had to be loaded is loaded now
         return events
