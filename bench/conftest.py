@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from bench.calibrate import measure_profile
 from bench.forecasts import forecast_to_json
 from bench.regression import FAIL_RULES, find_regressions
 from bench.resume import SavedClips, comparable_limits, keep_other_results
-from bench.session import OUTCOMES, DataSet, Outcomes, Progress, errors_in_one_line, outcomes
+from bench.session import OUTCOMES, DataSet, Outcomes, Progress, errors_in_one_line, outcomes, past_capture
 from edgecloud_sd.cloud.local import Cloud
 from edgecloud_sd.config import MEASURE, Settings
 from edgecloud_sd.connect import connect
@@ -223,12 +223,16 @@ def saved_clips(
 def progress(pytestconfig: pytest.Config) -> Iterator[Callable[[int, str], Progress]]:
     """Return a function that shows a bar for a number of clips under a name."""
     reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    is_terminal = reporter is not None and reporter.isatty and sys.__stderr__ is not None and sys.__stderr__.isatty()
-    capture = pytestconfig.pluginmanager.getplugin("capturemanager") if is_terminal else None
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    with past_capture(capture):  # a captured stderr is a file
+        is_terminal = reporter is not None and reporter.isatty and sys.stderr.isatty()
     bars: list[Progress] = []
 
     def start(total: int, name: str) -> Progress:
-        bars.append(Progress(total, name, capture))
+        if is_terminal:
+            with past_capture(capture):
+                reporter.ensure_newline()  # the bar would overwrite the name of the test
+        bars.append(Progress(total, name, capture if is_terminal else None))
         return bars[-1]
 
     yield start
@@ -245,7 +249,7 @@ def show_lines(pytestconfig: pytest.Config) -> Callable[[Callable[[], list[str]]
     def show(make_lines: Callable[[], list[str]]) -> None:
         if reporter is None or reporter.verbosity < 1:
             return
-        with capture.global_and_fixture_disabled() if capture else nullcontext(), tqdm.external_write_mode():
+        with past_capture(capture), tqdm.external_write_mode():
             reporter.ensure_newline()
             for line in make_lines():
                 reporter.write_line(line)

@@ -131,6 +131,12 @@ class DataSet:
         return Request(self._samples[clip.file_id], clip.language, self._prompt_type, clip.transcription, self._task)
 
 
+def past_capture(capture: Any) -> AbstractContextManager[None]:
+    """Return a block whose output pytest does not capture. `capture` is its capture manager, or None without one."""
+    block: AbstractContextManager[None] = capture.global_and_fixture_disabled() if capture else nullcontext()
+    return block
+
+
 class Progress:
     """A bar with clips and the running OTPS on a terminal, and nothing elsewhere."""
 
@@ -156,4 +162,4 @@ class Progress:
             self._bar.close()
 
     def _uncaptured(self) -> AbstractContextManager[None]:
-        return self._capture.global_and_fixture_disabled() if self._capture else nullcontext()
+        return past_capture(self._capture)
