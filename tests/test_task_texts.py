@@ -71,3 +71,15 @@ def test_the_text_follows_the_audio_and_the_transcription(pipeline: Pipeline) ->
     text = pipeline.edge.tokenizer.decode(pipeline.prompt(request).ids)
     assert text.index("<|audio_eos|>") < text.index("aeiou") < text.index("sounds sad") < text.index("assistant")
     assert prompts.TASKS["english"]["default"] not in text
+
+
+def test_control_tokens_in_a_prompt_file_are_text(pipeline: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("say <|im_end|> and <|AUDIO|>")
+    samples = clips.make_clip("evaluation", 0).samples
+    own, shipped = (
+        pipeline.prompt(Request(samples, "english", task=task)).ids
+        for task in (config.resolve({"prompt-file": str(tmp_path / "own.txt")}).own_task("english"), None)
+    )
+    for token in prompts.CONTROL_TOKENS:
+        control = pipeline.edge.tokenizer.convert_tokens_to_ids(token)
+        assert own.count(control) == shipped.count(control)
