@@ -13,6 +13,7 @@ from edgecloud_sd import config
 
 ROOT = Path(__file__).parents[1]
 ROWS = re.findall(r"^\| (.+?) \| `(pytest .+)` \|$", (ROOT / "bench" / "README.md").read_text("utf-8"), re.M)
+SAVING = {"--benchmark-save", "--benchmark-json"}
 FLAGS = {"--benchmark-only", "--verbose"}  # they belong to pytest and its plugin
 
 
@@ -22,7 +23,7 @@ def read_command(command: str) -> tuple[dict[str, str | None], Path | None, list
     assert words.pop(0) == "pytest"
     values: dict[str, str | None] = {}
     left: list[str] = []
-    known = {f"--{option.name}" for option in config.OPTIONS} | {"--config"}
+    known = {f"--{option.name}" for option in config.OPTIONS} | {"--config", *SAVING}
     while words:
         word = words.pop(0)
         name = word.replace("_", "-")
@@ -31,6 +32,7 @@ def read_command(command: str) -> tuple[dict[str, str | None], Path | None, list
         elif word not in FLAGS:
             left.append(word)
     file = values.pop("config", None)
+    values = {name: value for name, value in values.items() if f"--{name}" not in SAVING}
     return values, Path(ROOT, file) if file else None, left
 
 
