@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,3 +165,13 @@ def test_a_tokenizer_without_some_merges_is_refused_in_every_mode_with_a_cloud(t
     shutil.copy(Path(PAIRS["pocket"].edge, "model.safetensors"), tmp_path / "edge")
     with pytest.raises(ValueError, match=r"different tokenizers \(merges\)"):
         Pipeline(find_pair("pocket", str(tmp_path / "edge"))).prepare(mode)
+
+
+def test_the_traits_of_a_server_are_compared_too(pipeline: Pipeline) -> None:
+    identity = pipeline.cloud.identity
+    served = replace(identity, traits=replace(identity.traits, decoder="another"))
+    sent = json.loads(json.dumps(asdict(served)))
+    assert sent["traits"].keys() == Traits.__dataclass_fields__.keys()
+    connection: Any = SimpleNamespace(identity=served)
+    with pytest.raises(ValueError, match=r"different tokenizers \(decoder\), so they are not a pair"):
+        pipeline.with_cloud(connection).prepare("cloud")

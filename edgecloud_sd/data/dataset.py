@@ -284,11 +284,8 @@ def _parse_entry(
     file_id = read_text("file_id")
     place = f"{path}, {file_id}"
     references = _parse_references(place, entry, language, caption_type)
-    transcription = None
-    if with_transcription:
-        own = read_text(f"{language}_transcription", False).strip()
-        common = read_text("transcription", False).strip()
-        transcription = own or common or None
+    # read in any case, so that a check of the manifest and every run agree about a clip
+    own, common = (read_text(field, False).strip() for field in (f"{language}_transcription", "transcription"))
     index = entry.get("index", number)
     if not isinstance(index, int) or isinstance(index, bool):
         raise BadClip(f"{place}, index: must be a whole number, not {index!r}")
@@ -297,7 +294,7 @@ def _parse_entry(
         audio_path=_find_audio(path, read_text("audio_path")),
         language=language,
         references=references,
-        transcription=transcription,
+        transcription=(own or common or None) if with_transcription else None,
         dataset=read_text("dataset", False),
         index=index,
     )
