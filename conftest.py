@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if not torch.cuda.is_available():
             reason = "needs an NVIDIA GPU"
             pytest.fail(reason) if "gpu" in item.config.getoption("--require") else pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
+    """End with one line if pytest-benchmark cannot write its file, as on a full disk."""
+    try:
+        return (yield)
+    except OSError as error:
+        if not _collects_benchmarks(session.config):
+            raise
+        reason = f"the saved benchmark cannot be written ({error}); the results files of all cells are kept"
+        raise pytest.exit.Exception(reason, returncode=pytest.ExitCode.TESTS_FAILED) from None
 
 
 @pytest.fixture(scope="session")

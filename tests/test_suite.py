@@ -531,3 +531,13 @@ def test_a_run_that_is_worse_than_an_earlier_one_fails(pipeline: Pipeline, pytes
     )
     alone = run(pytester, *options, "--fail-if", "total:+10%")
     alone.stderr.fnmatch_lines(["*--fail-if: needs an earlier run; name one with --benchmark-compare=NUMBER*"])
+
+
+@pytest.mark.slow
+def test_a_full_disk_for_the_saved_benchmark_is_one_line(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
+    result = run(pytester, "--mode", "edge", "--max-samples", "1", "--benchmark-json", "/dev/full")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stderr.fnmatch_lines(
+        ["*the saved benchmark cannot be written (*No space left on device); the results files*"]
+    )
+    assert (pytester.path / "results" / "captioning.json").is_file()
