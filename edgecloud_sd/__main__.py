@@ -13,7 +13,7 @@ from edgecloud_sd.data.dataset import read_audio
 from edgecloud_sd.events import Committed, Event, Trace
 from edgecloud_sd.grid import cells
 from edgecloud_sd.host import limits
-from edgecloud_sd.host.errors import errors_to_exit
+from edgecloud_sd.host.errors import errors_to_exit, warnings_in_one_line
 from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.pipeline import Pipeline, Request
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for doubt in read_audio(options.file).doubts:
             print(f"warning: {doubt}", file=sys.stderr)
         is_coloured = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
-        with connect(settings) as cloud, limits.apply_limits(settings.process_limits):
+        limited = limits.apply_limits(settings.process_limits)
+        with connect(settings) as cloud, warnings_in_one_line(), limited:
             pipeline = Pipeline.from_settings(settings, cloud)
             pipeline.prepare_for(strategy)
             events = pipeline.events(request, strategy, settings.max_new_tokens, Harness(link=link))

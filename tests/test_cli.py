@@ -119,3 +119,15 @@ def test_captioning_imports_no_library_of_the_server() -> None:
 def test_the_summary_names_the_fault_after_which_the_edge_finished_alone() -> None:
     trace = Trace(((0.1, Degraded("the cloud failed once")), (0.2, Committed((1,), "local")), (0.2, Finished("eos"))))
     assert summary_line(trace) == "1 token (1 local), 0.200 s, degraded, the edge finished alone: the cloud failed once"
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this limit")
+def test_a_monitored_limit_is_a_line_on_stderr_without_a_place_in_the_code(
+    wav: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["caption", str(wav), "--mode", "edge", "--max-memory-gb", "0.001", "--memory-limit", "monitor"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "--max-memory-gb" in line]
+    assert [line.split(": ")[0] for line in lines] == ["warning", "warning"]
+    assert "loads all the same" in lines[0]
+    assert " more than the 0.001 that are monitored" in lines[1]
