@@ -23,6 +23,7 @@ from edgecloud_sd.config import MEASURE, Settings
 from edgecloud_sd.connect import connect
 from edgecloud_sd.host.files import FileHeld, NoLock, hold_file
 from edgecloud_sd.host.limits import LimitsInForce, read_limits
+from edgecloud_sd.host.paths import hide_folders
 from edgecloud_sd.measure import quality, results
 from edgecloud_sd.measure.summary import ClipResult, summarise
 from edgecloud_sd.pipeline import Pipeline
@@ -289,10 +290,11 @@ def report(
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """Add a row per metric beside each captioning row, and the forecasts."""
+    """Add a row per metric beside each captioning row, and the forecasts. Folders of this machine stay out."""
     output_json["benchmarks"] += [row for saved in output_json["benchmarks"] for row in rows.metric_rows(saved)]
     forecasts = config.stash.get(OUTCOMES, Outcomes()).forecasts(config.stash[cases.SETTINGS])
     output_json["forecasts"] = {name: forecast_to_json(answer) for name, answer in forecasts.items()}
+    output_json |= hide_folders(output_json)
 
 
 @pytest.hookimpl(trylast=True)

@@ -18,6 +18,7 @@ from edgecloud_sd.acceptance import Synthetic
 from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.config import Settings
 from edgecloud_sd.forecast.model import Forecast
+from edgecloud_sd.host.paths import hide_folders
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.summary import Summary
 from edgecloud_sd.models.devices import AUTO, LOSSLESS_DTYPES
@@ -75,7 +76,7 @@ def describe_case(
             shared[name] = checkpoint_name(shared[name])
     if cloud:
         shared |= {"cloud_model": cloud.name, "cloud_device": cloud.device, "cloud_dtype": cloud.dtype}
-    return shared | {
+    experiment = shared | {
         "case": case.id,
         "pair": pipeline.pair.name,
         "edge_weights": pipeline.edge_weights if case.strategy.mode != "cloud" else None,
@@ -94,6 +95,8 @@ def describe_case(
         "profile_costs": asdict(profile) if profile else None,
         "output": output_promise(case.strategy, cloud.dtype if cloud else ""),
     }
+    hidden: dict[str, Any] = hide_folders(experiment)
+    return hidden
 
 
 def cloud_identity(strategy: Strategy, pipeline: Pipeline) -> Identity | None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from bench import cases, tables
+from bench.report.__main__ import main as write_report
 from bench.resume import SavedClips, comparable_limits
 from bench.session import errors_in_one_line
 from edgecloud_sd import config
@@ -302,6 +304,35 @@ def test_every_command_of_the_published_guide_is_understood(
             command.replace("$DATA", "pocket").replace("bench/configs", str(ROOT / "bench" / "configs")).split()[2:]
         )
         assert run(pytester, *options, "--collect-only", "-q").ret == pytest.ExitCode.OK, command
+
+
+@pytest.mark.slow
+def test_no_file_of_a_run_names_a_folder_of_this_machine(
+    pipeline: Pipeline, pytester: pytest.Pytester, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpuinfo.get_cpu_info", dict)
+    (pytester.path / "my costs").mkdir()
+    costs, weights = pytester.path / "my costs" / "own.yaml", pytester.path / "my models"
+    own = replace(profile.load_profile("published"), source=f"measured in {pytester.path}/runs")
+    profile.save_profile(own, costs)
+    shutil.copytree(pairs.POCKET_WEIGHTS / "edge", weights / "small")
+    (pytester.path / "task.txt").write_text("Describe the voice.", encoding="utf-8")
+    result = run(
+        pytester,
+        *("--dataset_path", str(manifest), "--on-bad-clip", "skip", "--max-new-tokens", "8", "--mode", "speculative"),
+        *("--clock", "virtual", "--profile", str(costs), "--edge-model", str(weights / "small")),
+        *("--prompt-file", str(pytester.path / "task.txt"), "--results-dir", str(pytester.path / "out")),
+        *("--benchmark-json", str(pytester.path / "saved.json")),
+    )
+    result.assert_outcomes(passed=1)
+    write_report([str(pytester.path / "saved.json"), "--output", str(pytester.path / "report.html")])
+    document = results.read_results(pytester.path / "out" / "captioning.json")
+    assert document["skipped_clips"][0]["reason"].startswith("absent.wav: no such audio file there")
+    assert document["experiment_config"]["edge_model"] == "small"
+    assert document["experiment_config"]["profile_costs"]["source"] == "measured in runs"
+    for name in ("out/captioning.json", "saved.json", "report.html", "report.md"):
+        text = (pytester.path / name).read_text(encoding="utf-8")
+        assert [folder for folder in (str(pytester.path), str(ROOT), str(Path.home())) if folder in text] == [], name
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ FACTS = {
     ],
     "cloud service": ["{experiment_config[cloud_url]}", "engine {experiment_config[cloud_engine]}"],
     "clock": ["{experiment_config[clock]}", "cost profile {experiment_config[profile]}"],
-    "data": ["{experiment_config[dataset_path]}"],
+    "data": ["{experiment_config[dataset_path]}", "digest {experiment_config[dataset_digest]:.12}"],
     "request": [
         "captions {experiment_config[caption_type]}",
         "prompt {experiment_config[prompt_type]}",
@@ -160,7 +160,7 @@ def list_facts(documents: Collection[Document]) -> dict[str, str]:
 
 def _fill_template(template: str, documents: Iterable[Document]) -> list[str]:
     """Return the different texts of a template, without cells that lack one of its values."""
-    fields = re.findall(r"\{(\w+)\[(\w+)\]\}", template)
+    fields = re.findall(r"\{(\w+)\[(\w+)\](?::[^}]*)?\}", template)
     complete = (document for document in documents if all(document[part].get(key) is not None for part, key in fields))
     return list(dict.fromkeys(template.format_map(document) for document in complete))
 

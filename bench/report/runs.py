@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.comparison import Document
 from bench.report.cells import forecast_results, get_case_id
+from edgecloud_sd.host.paths import hide_folders
 from edgecloud_sd.measure import results
 
 USABLE_FILES = (
@@ -62,7 +63,7 @@ def join_runs(runs: Sequence[Run]) -> Run:
 def read_run(path: Path) -> Run:
     """Return the run in a file. Raise UnusableFile for a file that is no complete run of this version."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = hide_folders(json.loads(path.read_text(encoding="utf-8")))
         json.dumps(content, ensure_ascii=False).encode("utf-8")  # refuses half a surrogate pair
     except OSError as error:
         raise UnusableFile(f"{path}: {error.strerror or error}; {USABLE_FILES}") from error

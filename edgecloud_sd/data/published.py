@@ -11,12 +11,13 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from edgecloud_sd.data.dataset import BadClip, SkippedClip, read_json, text_errors
 from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.data.texts import check_characters, has_visible_text, parse_json_lines, read_utf8
+from edgecloud_sd.host.paths import hide_folders
 from edgecloud_sd.strategy import MODES
 
 GIB_IN_MB = 1024**3 / 1e6  # the files count memory in GiB
@@ -280,14 +281,16 @@ def _count(place: str, flat: Mapping[str, Any], keys: Sequence[str]) -> int | No
 
 def _plain(value: Any) -> Any:
     """Return the value with null for numbers that JSON lacks, and absolute paths without their folders."""
+    return hide_folders(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with null for numbers that JSON lacks."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    is_path = isinstance(value, str) and value.startswith("/") and "\n" not in value
-    return PurePosixPath(value).name if is_path else value
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":  # scoring stands above this room, and so does the command

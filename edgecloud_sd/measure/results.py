@@ -23,6 +23,7 @@ from edgecloud_sd.events import Prepared, Trace
 from edgecloud_sd.host.cores import usable_cores
 from edgecloud_sd.host.files import write_whole
 from edgecloud_sd.host.limits import LimitsInForce
+from edgecloud_sd.host.paths import hide_folders
 from edgecloud_sd.host.utilization import Utilization
 from edgecloud_sd.measure import metrics, quality, traces
 from edgecloud_sd.measure.published_metrics import published_section
@@ -227,9 +228,12 @@ def _cpu_name() -> str | None:
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write the whole file or nothing. Raise ValueError for contents that violate the schema, and for NaN."""
+    """Write the whole file or nothing, without the folders of this machine.
+
+    Raise ValueError for contents that violate the schema, and for NaN.
+    """
     validate_results(results)
-    text = json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False)
+    text = json.dumps(hide_folders(results), ensure_ascii=False, indent=1, allow_nan=False)
     # a list of plain values goes on one line; JSON strings have no newline, so this changes no string
     text = re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
     write_whole(path, text + "\n")
