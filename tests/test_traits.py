@@ -149,7 +149,7 @@ def test_the_published_pair_with_dummy_weights_is_a_pair() -> None:
 
 def test_every_mode_uses_the_ids_of_one_front_end(pipeline: Pipeline) -> None:
     request = Request(clips.make_clip("evaluation", 0).samples, transcription="aeiou <|im_end|>")
-    alone = Pipeline(pipeline.pair)
+    alone = Pipeline(pipeline.pair, pipeline.cloud)
     prompts = [
         pipeline.prompt(request, "speculative"),
         pipeline.prompt(request, "edge"),
@@ -160,11 +160,13 @@ def test_every_mode_uses_the_ids_of_one_front_end(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("mode", ["cloud", "speculative"])
-def test_a_tokenizer_without_some_merges_is_refused_in_every_mode_with_a_cloud(tmp_path: Path, mode: str) -> None:
+def test_a_tokenizer_without_some_merges_is_refused_in_every_mode_with_a_cloud(
+    pipeline: Pipeline, tmp_path: Path, mode: str
+) -> None:
     change(tmp_path, *CHANGES["tokenizers (merges)"])
     shutil.copy(Path(PAIRS["pocket"].edge, "model.safetensors"), tmp_path / "edge")
     with pytest.raises(ValueError, match=r"different tokenizers \(merges\)"):
-        Pipeline(find_pair("pocket", str(tmp_path / "edge"))).prepare(mode)
+        Pipeline(find_pair("pocket", str(tmp_path / "edge")), pipeline.cloud).prepare(mode)
 
 
 def test_the_traits_of_a_server_are_compared_too(pipeline: Pipeline) -> None:

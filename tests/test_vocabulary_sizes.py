@@ -20,6 +20,7 @@ from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing import profile
 
 TOKENS, WIDE = 640, 768
+LIMIT = 20  # tokens
 CLOUD = Strategy("cloud")
 LOSSLESS = Strategy("speculative", k=4)
 MACHINES = profile.load_profile("laptop-gpu")
@@ -61,7 +62,7 @@ def generate(model: object, pipeline: Pipeline, request: Request) -> tuple[int, 
         input_features=prompt.features[None],
         feature_attention_mask=torch.ones(1, prompt.features.shape[1], dtype=torch.long),
         do_sample=False,
-        max_new_tokens=40,
+        max_new_tokens=LIMIT,
     )
     return tuple(output[0, len(prompt.ids) :].tolist())
 
@@ -82,26 +83,27 @@ def test_lossless_equals_the_cloud_and_the_edge_drafts_shared_ids_alone(
     wide_pipelines: dict[str, Pipeline], wide: str, strategy: Strategy, index: int
 ) -> None:
     pipeline, request = wide_pipelines[wide], Request(clips.make_clip("evaluation", index).samples)
-    expected = pipeline.trace(request, CLOUD, 40, profile=MACHINES).tokens
-    trace = pipeline.trace(request, strategy, 40, profile=MACHINES)
+    expected = pipeline.trace(request, CLOUD, LIMIT, profile=MACHINES).tokens
+    trace = pipeline.trace(request, strategy, LIMIT, profile=MACHINES)
     assert trace.tokens == expected == generate(pipeline.cloud_model, pipeline, request)
     assert max(drafted(trace)) < TOKENS
     assert (max(expected) >= TOKENS) is (wide == "cloud")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", ["edge", "cloud"])
 def test_a_lossy_strategy_writes_ids_that_both_sides_or_the_cloud_alone_have(
     wide_pipelines: dict[str, Pipeline], wide: str
 ) -> None:
     pipeline, request = wide_pipelines[wide], Request(clips.make_clip("evaluation", 4).samples)
-    trace = pipeline.trace(request, replace(LOSSLESS, gate=entropy_gate(0.5)), 40)
+    trace = pipeline.trace(request, replace(LOSSLESS, gate=entropy_gate(0.5)), LIMIT)
     assert max(drafted(trace)) < TOKENS
     assert pipeline.text(trace.tokens)
 
 
 def test_the_edge_alone_uses_all_its_ids(wide_pipelines: dict[str, Pipeline]) -> None:
     pipeline, request = wide_pipelines["edge"], Request(clips.make_clip("evaluation", 1).samples)
-    tokens = pipeline.trace(request, Strategy("edge"), 40).tokens
+    tokens = pipeline.trace(request, Strategy("edge"), LIMIT).tokens
     assert tokens == generate(pipeline.edge, pipeline, request)
     assert max(tokens) >= TOKENS
 

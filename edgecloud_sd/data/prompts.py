@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecloud_sd.data.texts import check_characters
 from edgecloud_sd.events import Prompt
 
 if TYPE_CHECKING:
@@ -47,15 +48,6 @@ def look_up(table: Mapping[str, _T], value: str, name: str) -> _T:
     return table[value]
 
 
-def refuse_text(text: str) -> str:
-    """Return why a text can be no part of a prompt, or an empty text if it can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"has a lone surrogate at {error.start}: remove it"
-    return ""
-
-
 def format_task(
     language: str, prompt_type: str = "default", transcription: str | None = None, task: str | None = None
 ) -> str:
@@ -65,8 +57,7 @@ def format_task(
     type, and for a text that has no UTF-8 form.
     """
     for name, text in (("transcription", transcription), ("task", task)):
-        if text and (reason := refuse_text(text)):
-            raise ValueError(f"{name} {reason}")
+        check_characters(text, name)
     shipped = look_up(look_up(TASKS, language, "language"), prompt_type, "prompt_type")
     task = shipped if task is None else task
     return f"{TRANSCRIPTION_FORMATS[language].format(transcription)}\n{task}" if transcription else task
