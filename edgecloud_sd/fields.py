@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import operator
 import reprlib
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -14,12 +13,9 @@ def whole_number(field: str, value: Any, least: int, advice: str = "") -> int:
 
     Raise TypeError for another type, with bool among them, and ValueError for a number below `least`.
     """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{field} must be a whole number{advice}, not {shorten(value)}") from None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{field} must be a whole number{advice}, not {shorten(value)}")
+    number = int(value)
     if number < least:
         raise ValueError(f"{field} must be at least {least}{advice}, not {number}")
     return number

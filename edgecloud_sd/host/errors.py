@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -115,14 +116,15 @@ def _explain_missing_package(module: str) -> ExpectedError | None:
 
 
 def _extras_by_module() -> dict[str, str]:
-    """Return the extra of this package that installs a module, by the module's name."""
-    extras: dict[str, str] = {}
+    """Return the smallest extra of this package that installs a module, by the module's name."""
+    pairs: list[tuple[str, str]] = []
     with suppress(metadata.PackageNotFoundError):
         for requirement in metadata.requires("edgecloud_sd") or ():
             match = re.match(r"([\w.-]+)(?:\[[\w,]+\])?[^;]*;.*extra == ['\"](\w+)['\"]", requirement)
             if match:
-                extras.setdefault(match[1].lower().replace("-", "_"), match[2])
-    return extras
+                pairs.append((match[1].lower().replace("-", "_"), match[2]))
+    sizes = Counter(extra for _, extra in pairs)
+    return dict(sorted(pairs, key=lambda pair: -sizes[pair[1]]))  # the last pair of a module stays
 
 
 def _drop_output() -> None:
