@@ -33,13 +33,14 @@ from edgecloud_sd.measure.summary import METRICS
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing import profile
 
-VOID = {"meta", "link", "br", "img", "input", "hr"}
+VOID = {"source", "meta", "link", "br", "img", "input", "hr"}
 SECTIONS = (
     "What was run", "Summary", "Where the time goes", "Latency against quality", "Acceptance by position",
     "Does it pay?", "Captions side by side",
 )  # fmt: skip
-PICTURES = ("draw_breakdown", "draw_latency_quality", "draw_acceptance", "draw_speedups")
+PICTURES = ("draw_breakdown", "draw_latency_quality", "draw_acceptance", "draw_accepted_lengths", "draw_speedups")
 IMAGE = r'src="data:image/svg\+xml;base64,([^"]+)"'
+ANY_IMAGE = IMAGE.replace("src", "src(?:set)?", 1)
 MACHINE = {"system": "Linux", "machine": "x86_64", "cpu": "Fast 9000", "cores": 8, "gpu": None}
 VERSIONS = {"python": "3.12.1", "torch": "2.13.0", "transformers": "5.23.0", "edgecloud_sd": "1", "commit": None}
 COUNTS = (
@@ -256,12 +257,12 @@ def test_each_language_has_its_own_sections(tmp_path: Path) -> None:
 def test_the_report_needs_nothing_from_outside(small_report: tuple[str, str]) -> None:
     parsed = ParsedPage(small_report[0])
     assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
-    svgs = [base64.b64decode(svg).decode() for svg in re.findall(IMAGE, small_report[0])]
-    text = "".join([re.sub(IMAGE, "", small_report[0]), *svgs])
+    svgs = [base64.b64decode(svg).decode() for svg in re.findall(ANY_IMAGE, small_report[0])]
+    text = "".join([re.sub(ANY_IMAGE, "", small_report[0]), *svgs])
     addresses = re.findall(r'\b(?:src|href|srcset|action)="([^"]*)"', text) + re.findall(r"url\(([^)]*)\)", text)
     assert addresses
     assert all(address.startswith("#") for address in addresses)
-    assert "http" not in re.sub(IMAGE, "", small_report[0])
+    assert "http" not in re.sub(ANY_IMAGE, "", small_report[0])
     assert parsed.tags["style"] == 1
     assert "@import" not in text
 
@@ -271,6 +272,34 @@ def test_pictures_have_a_description_and_all_ids_are_unique(small_report: tuple[
     assert len(re.findall(IMAGE + r' alt="[^"]{20,}"', small_report[0])) == parsed.tags["img"] == len(PICTURES)
     assert max(parsed.ids.values()) == 1
     assert set(re.findall(r'href="#([^"]+)', small_report[0])) <= set(parsed.ids)
+
+
+def test_each_picture_has_a_version_for_a_phone_with_the_same_words(small_report: tuple[str, str]) -> None:
+    pairs = re.findall(rf'<source media="[^"]+" {IMAGE.replace("src", "srcset", 1)}><img {IMAGE}', small_report[0])
+    assert len(pairs) == len(PICTURES)
+    for phone, desk in [[base64.b64decode(svg).decode() for svg in pair] for pair in pairs]:
+        widths = [float(re.search(r'<svg [^>]*width="([\d.]+)pt"', svg)[1]) for svg in (phone, desk)]  # type: ignore[index]
+        assert widths == [pytest.approx(72 * width) for width in (pictures.NARROW, pictures.WIDE)]
+        for label in ("H1 k2 greedy", "edge", "cloud"):
+            is_shown = [any(label in text for text in read_texts(svg)) for svg in (phone, desk)]
+            assert is_shown[0] == is_shown[1]
+
+
+def test_the_histogram_of_accepted_lengths_stands_beside_their_mean(tmp_path: Path) -> None:
+    document = cell("speculative", figures={"mean_acceptance_length": 2.4})
+    _, markdown = write_report(tmp_path, save(tmp_path / "a.json", [cell("edge"), document]))
+    assert "| cell | mean length | verifications | 0 accepted | 1 accepted | 2 accepted |" in markdown
+    assert "| H1 k2 greedy | 2.40 | 10 | 1 (10%) | 3 (30%) | 6 (60%) |" in markdown
+    texts = read_texts(pictures.draw_accepted_lengths([pictures.LengthCounts("H1 k2", [1, 3, 6], 2.4)], pictures.WIDE))
+    assert {"10%", "30%", "60%", "H1 k2", "mean length 2.40"} <= set(texts)
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+def test_a_cell_without_verifications_has_no_histogram(tmp_path: Path, lengths: list[int]) -> None:
+    document = cell("speculative")
+    document["metrics"]["speculative_decoding_metrics"]["accepted_lengths"] = lengths
+    _, markdown = write_report(tmp_path, save(tmp_path / "a.json", [document]))
+    assert "Accepted lengths" not in markdown
 
 
 def test_the_summary_has_every_measured_metric_and_reasons_for_the_others(small_report: tuple[str, str]) -> None:

@@ -25,10 +25,10 @@ from bench.report.page import (
     Column,
     Page,
     Paragraph,
-    Picture,
     Section,
     Table,
     list_sections,
+    make_picture,
 )
 from bench.report.run_page import show_breakdown
 from bench.report.runs import Run, UnusableFile
@@ -209,7 +209,7 @@ def show_changes(pairs: Sequence[CellPair], quality: str) -> list[Block]:
             "Speed-up of B over A: above 1, B is faster. 95% intervals are over clips. "
             f"{interval_limits(min(filter(None, clip_counts)))}"
         )
-        blocks = [Picture(pictures.draw_speedups(ranges), description, table)]
+        blocks = [make_picture(pictures.draw_speedups, ranges, description=description, numbers=table)]
     return [*blocks, *_warn_about_cpu(pairs)]
 
 

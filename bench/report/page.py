@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from bench.report import pictures
 from bench.report.differences import TextPart
 
 DASH = "-"
@@ -50,10 +51,11 @@ class BulletList:
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG picture, its description, and the numbers that it shows."""
+    """An SVG picture, the same one for a phone, its description, and the numbers that it shows."""
 
     kind: ClassVar[str] = "picture"
     svg: str
+    narrow_svg: str
     description: str
     numbers: Table
 
@@ -75,6 +77,11 @@ class ClipCaptions:
     title: str
     captions: Sequence[CaptionLine]
     language_code: str
+
+
+def make_picture(draw: Callable[..., str], *arguments: Any, description: str, numbers: Table) -> Picture:
+    """Return the picture that a function of `pictures` draws, in both widths."""
+    return Picture(draw(*arguments, pictures.WIDE), draw(*arguments, pictures.NARROW), description, numbers)
 
 
 Block = Table | Paragraph | BulletList | Picture | ClipCaptions

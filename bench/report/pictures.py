@@ -1,6 +1,7 @@
 """The pictures of a report, drawn by matplotlib as SVG on a light background of their own.
 
-Text stays text in the SVG. The same numbers give the same bytes with one version of matplotlib.
+A picture is drawn for a page that is `WIDE` or `NARROW`. Text stays text in the SVG. The same numbers give the same
+bytes with one version of matplotlib.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 MARKERS = "osD^vP*X"
 FRONT_STYLE: dict[str, Any] = {"color": INK, "alpha": 0.7, "linewidth": 1.1, "linestyle": DASHES[1]}
 NUMBER_STYLE: dict[str, Any] = {"zorder": 4, "bbox": {"facecolor": PAPER, "alpha": 0.7, "linewidth": 0, "pad": 0.5}}
-PICTURE_WIDTH = 9.0  # inches
+WIDE, NARROW = 9.0, 4.6  # inches of a picture on a desk, and on a phone
 STYLE: dict[Any, Any] = {  # the releases of matplotlib differ in the type of a key
     "svg.hashsalt": "edgecloud_sd",  # ids would be random without a salt
     "svg.fonttype": "none",
@@ -95,6 +96,15 @@ class Point:
 
 
 @dataclass(frozen=True)
+class LengthCounts:
+    """A cell's verifications by the number of draft tokens that they accepted, and its mean acceptance length."""
+
+    label: str
+    counts: Sequence[int]
+    mean: float | None
+
+
+@dataclass(frozen=True)
 class Line:
     """A cell's acceptance rate by position in the draft, and its strategy."""
 
@@ -105,31 +115,32 @@ class Line:
     k: str
 
 
-def draw_breakdown(bars: Sequence[Bar]) -> str:
+def draw_breakdown(bars: Sequence[Bar], width: float = WIDE) -> str:
     """Return stacked bars of ms per caption by part, with discarded draft hatched, without parts that are 0."""
     from matplotlib.patches import Patch
 
-    with _open_figure(1.2 + 0.34 * len(bars)) as (figure, axes):
+    columns, row, thickness = (6, 0.34, 0.72) if width == WIDE else (2, 0.5, 0.45)
+    with _open_figure(1.2 + row * len(bars) + 0.2 * (6 - columns), width) as (figure, axes):
         longest = max(1e3 * sum(bar.parts.values()) for bar in bars) or 1.0
         for y, bar in enumerate(bars):
             left = 0.0
             for part, ms, is_discarded in list_segments(bar):
-                axes.barh(y, ms, 0.72, left, linewidth=0.5, **_segment_style(part, is_discarded))
+                axes.barh(y, ms, thickness, left, linewidth=0.5, **_segment_style(part, is_discarded))
                 text = f"{ms:.0f}"
-                if not is_discarded and ms > 0.011 * (len(text) + 1) * longest:  # the text fits
+                if not is_discarded and ms > 0.1 / width * (len(text) + 1) * longest:  # the text fits
                     colour = "#ffffff" if _is_dark(PART_COLOURS[part]) else "#000000"
                     axes.text(left + ms / 2, y, text, ha="center", va="center", color=colour, size=8)
                 left += ms
             axes.text(left + 0.008 * longest, y, f"{left:.0f}", va="center", size=9, weight="bold")
-        _label_rows(axes, [bar.label for bar in bars], "ms per caption, mean over clips")
-        axes.set_xlim(0, 1.07 * longest)
+        _label_rows(axes, [bar.label for bar in bars], "ms per caption, mean over clips", width)
+        axes.set_xlim(0, (1 + 0.63 / width) * longest)
         handles = [
             Patch(label=f"{part.replace('_', ' ')}{', discarded' * is_discarded}", **_segment_style(part, is_discarded))
             for part in PARTS
             for is_discarded in (False, True)
             if any(segment[::2] == (part, is_discarded) for bar in bars for segment in list_segments(bar))
         ]
-        figure.legend(handles=handles, loc="outside upper left", ncols=6, columnspacing=1.2, handlelength=1.6)
+        figure.legend(handles=handles, loc="outside upper left", ncols=columns, columnspacing=1.2, handlelength=1.6)
         return _to_svg(figure)
 
 
@@ -152,12 +163,13 @@ def _is_dark(colour: str) -> bool:
     return 0.2126 * red * red + 0.7152 * green * green + 0.0722 * blue * blue < 0.18
 
 
-def draw_latency_quality(points: Sequence[Point], front: Sequence[int], quality: str) -> str:
+def draw_latency_quality(points: Sequence[Point], front: Sequence[int], quality: str, width: float = WIDE) -> str:
     """Return numbered points of quality over seconds per caption, with the Pareto front as steps.
 
-    A legend to the right names the numbers. The area of a circle shows the cloud call rate.
+    A legend to the right or below names the numbers. The area of a circle shows the cloud call rate.
     """
-    with _open_figure(max(4.4, 1.6 + 0.19 * len(points))) as (figure, axes):
+    height = max(4.4, 1.6 + 0.19 * len(points)) if width == WIDE else 4.6 + 0.2 * len(points)
+    with _open_figure(height, width) as (figure, axes):
         for point in points:
             look = _point_style(point.mode) | {"s": _marker_area(point.cloud_call_rate), "edgecolor": PAPER}
             axes.scatter(point.seconds, point.quality, linewidth=0.8, zorder=3, **look)
@@ -172,22 +184,27 @@ def draw_latency_quality(points: Sequence[Point], front: Sequence[int], quality:
         for (x, y), numbers in group_numbers(places).items():
             label = "\n".join(map(str, numbers))
             axes.annotate(label, (x, y), (0, 10), "axes fraction", "offset points", ha="center", size=9, **NUMBER_STYLE)
-        _add_point_legends(figure, points)
+        _add_point_legends(figure, points, width)
         return _to_svg(figure)
 
 
-def _add_point_legends(figure: Figure, points: Sequence[Point]) -> None:
-    """Explain the markers above the axes, the numbers to their right, and the areas of the circles below them."""
+def _add_point_legends(figure: Figure, points: Sequence[Point], width: float) -> None:
+    """Explain the markers above the axes, and the numbers and the areas of the circles beside and below them."""
     modes = [mode for mode in MODE_MARKERS if any(point.mode == mode for point in points)]
     keys = [*(_key(mode, **_point_style(mode)) for mode in modes), _key("Pareto front", **FRONT_STYLE)]
-    figure.legend(handles=keys, loc="outside upper left", ncols=len(keys))
+    figure.legend(handles=keys, loc="outside upper left", ncols=len(keys) if width == WIDE else 2)
     names = [_key(f"{number}  {point.label}", **_point_style(point.mode)) for number, point in enumerate(points, 1)]
-    figure.legend(handles=names, loc="outside right center", handletextpad=0.3)
+    circles = []
     if any(point.cloud_call_rate is not None for point in points):
         sizes = {f"{rate:.0%}": _marker_area(rate) ** 0.5 for rate in (0, 0.5, 1)}
-        circles = [_key(label, marker="o", color=SOFT, markersize=size) for label, size in sizes.items()]
-        keys = [_key("rounds that went to the cloud:"), *circles]
-        figure.legend(handles=keys, loc="outside lower left", ncols=4, handletextpad=0.4)
+        circles = [_key("rounds that went to the cloud:")]
+        circles += [_key(label, marker="o", color=SOFT, markersize=size) for label, size in sizes.items()]
+    if width != WIDE:
+        figure.legend(handles=[*names, *circles], loc="outside lower left", handletextpad=0.5)
+        return
+    figure.legend(handles=names, loc="outside right center", handletextpad=0.3)
+    if circles:
+        figure.legend(handles=circles, loc="outside lower left", ncols=4, handletextpad=0.4)
 
 
 def _point_style(mode: str) -> dict[str, Any]:
@@ -219,7 +236,7 @@ def _padded_range(values: Sequence[float]) -> tuple[float, float]:
     return low - padding, high + padding
 
 
-def draw_acceptance(lines: Sequence[Line]) -> str:
+def draw_acceptance(lines: Sequence[Line], width: float = WIDE) -> str:
     """Return the acceptance rate over the position in the draft: colour by gate, dashes by rule, marker by k."""
     same: dict[tuple[float, ...], list[Line]] = {}
     for line in lines:  # cells that differ only in the link have equal lines
@@ -227,7 +244,8 @@ def draw_acceptance(lines: Sequence[Line]) -> str:
     colours = _assign(SERIES_COLOURS, [line.gate for line in lines])
     dashes = _assign(DASHES, [line.rule for line in lines])
     markers = _assign(MARKERS, [line.k for line in lines])
-    with _open_figure(max(3.4, 1.0 + 0.2 * len(same))) as (figure, axes):
+    height = max(3.4, 1.0 + 0.2 * len(same)) if width == WIDE else 3.2 + 0.2 * len(same)
+    with _open_figure(height, width) as (figure, axes):
         for values, (line, *others) in same.items():
             axes.plot(
                 range(1, len(values) + 1),
@@ -243,7 +261,27 @@ def draw_acceptance(lines: Sequence[Line]) -> str:
         axes.set_xticks(range(1, max(map(len, same)) + 1))
         axes.set(ylim=(0, 1.02), xlabel="position in the draft", ylabel="share accepted")
         axes.grid()
-        figure.legend(loc="outside right upper", handlelength=3.2)
+        figure.legend(loc="outside right upper" if width == WIDE else "outside lower left", handlelength=3.2)
+        return _to_svg(figure)
+
+
+def draw_accepted_lengths(cells: Sequence[LengthCounts], width: float = WIDE) -> str:
+    """Return one histogram per cell: its verifications by the number of draft tokens that they accepted."""
+    with _open_figure(0.7 + (0.65 if width == WIDE else 0.8) * len(cells), width) as (figure, axes):
+        for y, cell in enumerate(cells):
+            shares = [count / sum(cell.counts) for count in cell.counts]
+            heights = [-0.55 * share / max(shares) for share in shares]  # the axis points down
+            axes.bar(range(len(shares)), heights, 0.8, y + 0.45, color=MODE_MARKERS["speculative"][1])
+            for x, (share, height) in enumerate(zip(shares, heights, strict=True)):
+                axes.text(x, y + 0.43 + height, f"{share:.0%}", ha="center", size=8)
+        means = ["" if cell.mean is None else f"mean length {cell.mean:.2f}" for cell in cells]
+        labels = [
+            (f"{cell.label}\n{mean}" if width == WIDE else f"{cell.label}, {mean}").strip("\n, ")
+            for cell, mean in zip(cells, means, strict=True)
+        ]
+        axes.set_xticks(range(max(len(cell.counts) for cell in cells)))
+        _label_rows(axes, labels, "draft tokens that a verification accepted; % of the cell's verifications", width)
+        axes.grid(False)
         return _to_svg(figure)
 
 
@@ -252,36 +290,40 @@ def _assign(looks: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
     return dict(zip(dict.fromkeys(names), itertools.cycle(looks), strict=False))
 
 
-def draw_speedups(rows: Sequence[tuple[str, Mapping[str, Interval | None]]]) -> str:
+def draw_speedups(rows: Sequence[tuple[str, Mapping[str, Interval | None]]], width: float = WIDE) -> str:
     """Return intervals of speed-ups, from (label, interval by name of the speed-up), one row per cell."""
     names = list(dict.fromkeys(name for _, intervals in rows for name in intervals))
     styles: dict[str, dict[str, Any]] = {
         name: {"color": colour, "marker": marker}
         for name, colour, marker in zip(names, itertools.cycle(SERIES_COLOURS), itertools.cycle(MARKERS), strict=False)
     }
-    with _open_figure(1.1 + len(rows) * (0.16 + 0.1 * len(names))) as (figure, axes):
+    label_room = 0.0 if width == WIDE else 0.22
+    with _open_figure(1.1 + len(rows) * (0.16 + label_room + 0.1 * len(names)), width) as (figure, axes):
         for y, (_, intervals) in enumerate(rows):
             for name, interval in intervals.items():
                 if interval is None:
                     continue
                 low = interval.value if interval.low is None else interval.low
                 high = interval.value if interval.high is None else interval.high
-                offset = (names.index(name) - (len(names) - 1) / 2) * 0.55 / len(names)
+                offset = label_room + (names.index(name) - (len(names) - 1) / 2) * (0.55 - label_room) / len(names)
                 error = [[interval.value - low], [high - interval.value]]
                 axes.errorbar(interval.value, y + offset, xerr=error, capsize=3, **styles[name])
         axes.axvline(1, color=INK, linewidth=1)
-        _label_rows(axes, [label for label, _ in rows], "times as fast, 95% interval; right of 1 is faster")
+        _label_rows(axes, [label for label, _ in rows], "times as fast, 95% interval; right of 1 is faster", width)
         keys = [_key(name, linestyle="-", **style) for name, style in styles.items()]
         figure.legend(handles=keys, loc="outside upper left", ncols=len(keys))
         return _to_svg(figure)
 
 
-def _label_rows(axes: Axes, labels: Sequence[str], xlabel: str) -> None:
-    """Label one row per cell, from top to bottom."""
-    axes.set_yticks(range(len(labels)), labels)
+def _label_rows(axes: Axes, labels: Sequence[str], xlabel: str, width: float) -> None:
+    """Label one row per cell, from top to bottom: at its left, or above it in a narrow picture."""
+    axes.set_yticks(range(len(labels)), labels if width == WIDE else [""] * len(labels))
+    if width != WIDE:
+        for y, label in enumerate(labels):
+            axes.text(0, y - 0.48, label, transform=axes.get_yaxis_transform(), va="top", size=9)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlabel(xlabel)
+    axes.set_xlabel(xlabel, wrap=True)
     axes.grid(axis="x")
 
 
@@ -293,8 +335,8 @@ def _key(label: str, **style: Any) -> Line2D:
 
 
 @contextmanager
-def _open_figure(height: float) -> Iterator[tuple[Figure, Axes]]:
-    """Yield an empty picture of this height in inches, in the style of the report and not of the user's matplotlib."""
+def _open_figure(height: float, width: float) -> Iterator[tuple[Figure, Axes]]:
+    """Yield an empty picture of this size in inches, in the style of the report and not of the user's matplotlib."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -303,7 +345,7 @@ def _open_figure(height: float) -> Iterator[tuple[Figure, Axes]]:
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(PICTURE_WIDTH, height), dpi=72, layout="constrained")  # one pixel per point
+        figure = Figure(figsize=(width, height), dpi=72, layout="constrained")  # one pixel per point
         yield figure, figure.add_subplot()
 
 

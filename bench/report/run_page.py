@@ -25,10 +25,10 @@ from bench.report.page import (
     Column,
     Page,
     Paragraph,
-    Picture,
     Section,
     Table,
     list_sections,
+    make_picture,
 )
 from bench.report.runs import Run
 from edgecloud_sd.measure.breakdown import PARTS
@@ -45,7 +45,7 @@ def build_run_page(run: Run, quality: str, max_clips: int) -> Page:
                 "Summary": summarise_metrics(cells),
                 "Where the time goes": show_breakdown(cells),
                 "Latency against quality": compare_latency_and_quality(cells, quality),
-                "Acceptance by position": show_acceptance(cells),
+                "Acceptance by position": [*show_acceptance(cells), *show_accepted_lengths(cells)],
                 "Does it pay?": [*show_payoff(cells, run.forecasts, quality), *list_forecasts(cells, run.forecasts)],
                 "Captions side by side": list_captions(cells, quality, max_clips),
             },
@@ -167,7 +167,8 @@ def show_breakdown(cells: Sequence[ReportCell]) -> list[Block]:
         Column("sum / wall", "sum of the parts / wall time by another clock; median over clips"),
         Column("worst clip", "the same ratio in the clip where it is furthest from 100%"),
     ]
-    return [Picture(pictures.draw_breakdown(bars), description, Table(columns, rows, fold_title="The numbers"))]
+    numbers = Table(columns, rows, fold_title="The numbers")
+    return [make_picture(pictures.draw_breakdown, bars, description=description, numbers=numbers)]
 
 
 def compare_latency_and_quality(cells: Sequence[ReportCell], quality: str) -> list[Block]:
@@ -210,8 +211,9 @@ def compare_latency_and_quality(cells: Sequence[ReportCell], quality: str) -> li
         Column("cloud calls", METRICS["cloud_call_rate"].meaning),
         Column("on the front", "no other cell is as fast and as good, and better in one of the two", is_text=True),
     ]
-    picture = pictures.draw_latency_quality(points, front, metric_name(quality))
-    return [Picture(picture, description, Table(columns, rows, fold_title="The numbers"))]
+    numbers = Table(columns, rows, fold_title="The numbers")
+    drawn = (pictures.draw_latency_quality, points, front, metric_name(quality))
+    return [make_picture(*drawn, description=description, numbers=numbers)]
 
 
 def _acceptance_line(cell: ReportCell, values: Sequence[float]) -> pictures.Line:
@@ -239,7 +241,42 @@ def show_acceptance(cells: Sequence[ReportCell]) -> list[Block]:
         "Share of the verified drafts with a token at this position in which the cloud accepted that token, and so all "
         "tokens before it. Colour: gate; dashes: rule; marker: k."
     )
-    return [Picture(pictures.draw_acceptance(lines), description, Table(columns, rows, fold_title="The numbers"))]
+    numbers = Table(columns, rows, fold_title="The numbers")
+    return [make_picture(pictures.draw_acceptance, lines, description=description, numbers=numbers)]
+
+
+def show_accepted_lengths(cells: Sequence[ReportCell]) -> list[Block]:
+    """Return a histogram of accepted lengths for each cell that has them. An imported run has none."""
+    shown = [
+        pictures.LengthCounts(cell.label, counts, cell.metric("mean_acceptance_length"))
+        for cell in cells
+        if sum(counts := cell.document["metrics"]["speculative_decoding_metrics"]["accepted_lengths"] or [])
+    ]
+    if not shown:
+        return []
+    longest = max(len(cell.counts) for cell in shown)
+    rows = [
+        [
+            cell.label,
+            format_metric("mean_acceptance_length", cell.mean),
+            str(sum(cell.counts)),
+            *(f"{count} ({count / sum(cell.counts):.0%})" for count in cell.counts),
+            *[DASH] * (longest - len(cell.counts)),
+        ]
+        for cell in shown
+    ]
+    columns = [
+        Column("cell"),
+        Column("mean length", METRICS["mean_acceptance_length"].meaning),
+        Column("verifications", "answered verifications of a draft"),
+        *(Column(f"{length} accepted") for length in range(longest)),
+    ]
+    description = (
+        "Accepted lengths: how many verifications of a cell accepted 0, 1, 2, ... draft tokens. The mean acceptance "
+        "length also counts the cloud's own token after the accepted ones, so it is up to 1 larger."
+    )
+    numbers = Table(columns, rows, fold_title="The numbers")
+    return [make_picture(pictures.draw_accepted_lengths, shown, description=description, numbers=numbers)]
 
 
 def show_payoff(cells: Sequence[ReportCell], forecasts: Mapping[str, Mapping[str, Any]], quality: str) -> list[Block]:
@@ -273,7 +310,7 @@ def show_payoff(cells: Sequence[ReportCell], forecasts: Mapping[str, Mapping[str
     )
     blocks: list[Block] = [
         BulletList(sentences),
-        Picture(pictures.draw_speedups(ranges), description, Table(columns, rows)),
+        make_picture(pictures.draw_speedups, ranges, description=description, numbers=Table(columns, rows)),
     ]
     if any(row[-2] == DASH for row in rows):
         reason = "edge or cloud is missing, or the gap between them is not larger than its noise."
