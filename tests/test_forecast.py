@@ -471,8 +471,8 @@ def test_at_its_break_even_points_the_loop_is_as_fast_as_the_cloud(
         assert seconds_per_token(machines, replace(link, rtt=0.0), workload) >= result.cloud - 1e-12
     if result.slowest_drafter is None:
         assert seconds_per_token(with_slower_edge(machines, -result.edge), link, workload) >= result.cloud - 1e-12
-    assert result.pays == (result.over_cloud > 1)
-    if result.pays:
+    assert result.beats_cloud == (result.over_cloud > 1)
+    if result.beats_cloud:
         assert result.largest_rtt is not None
         assert result.slowest_drafter is not None
         assert result.largest_rtt > link.rtt
@@ -532,10 +532,10 @@ def test_the_sentence_gives_the_ceilings_of_the_published_machines() -> None:
     assert round(result.ceiling_over_edge, 2) == 1.18
     assert round(result.ceiling_over_edge_without_bonus, 2) == 0.98
     sentence = forecast_sentence(result)
-    assert sentence.startswith("Does not pay: ")
+    assert sentence.startswith("Not faster than the cloud alone: ")
     assert "this k cannot exceed 1.18x the edge alone (0.98x without the bonus token)" in sentence
     assert f"and {result.ceiling_over_cloud:.2f}x the cloud alone." in sentence
-    assert not result.pays
+    assert not result.beats_cloud
 
 
 @pytest.mark.parametrize(("a", "name"), [(0.0, "sat"), (0.7, "4g"), (1.0, "none")])
@@ -563,11 +563,12 @@ def test_the_sentence_of_a_loop_that_pays_gives_speed_ups_best_k_and_break_even_
     assert result.slowest_drafter is not None
     assert 4 < result.best_k <= result.seen_k == 10
     for part in (
-        f"Pays: at k=4 a token takes {1e3 * result.token:.3g} ms, and with the cloud alone 40 ms. ",
+        f"Faster than the cloud alone: at k=4 a token takes {1e3 * result.token:.3g} ms, ",
+        " ms, and with the cloud alone 40 ms. ",
         f"This is {result.over_cloud:.2f}x as fast as the cloud alone and ",
         f" and {result.over_edge:.2f}x as fast as the edge alone.",
         f"The best is k={result.best_k} ({result.best_over_cloud:.2f}x the cloud alone).",
-        f"It pays up to a round trip of {1e3 * result.largest_rtt:.3g} ms (now 25 ms) ",
+        f"It stays faster up to a round trip of {1e3 * result.largest_rtt:.3g} ms (now 25 ms) ",
         f"or a draft model of {1e3 * result.slowest_drafter:.3g} ms per step (now 2 ms).",
     ):
         assert part in sentence
@@ -590,23 +591,21 @@ def test_the_sentence_of_a_loop_that_does_not_pay_names_each_change_that_would_s
     far = forecast(QUICK, links.find_link("sat"), geometric(4, 0.8))
     assert far.largest_rtt is not None
     assert far.slowest_drafter is None
-    condition = f"To pay, it needs a round trip below {1e3 * far.largest_rtt:.3g} ms (now 600 ms)."
+    condition = f"To be faster, it needs a round trip below {1e3 * far.largest_rtt:.3g} ms (now 600 ms)."
     assert forecast_sentence(far).endswith(condition)
     longer = forecast(QUICK, links.find_link("4g"), geometric(MAX_K, 0.9).with_k(1))
-    condition = (
-        f"To pay, it needs k={longer.best_k} ({longer.best_over_cloud:.2f}x the cloud alone) or a round trip below"
-    )
+    condition = f"needs k={longer.best_k} ({longer.best_over_cloud:.2f}x the cloud alone) or a round trip below"
     assert condition in forecast_sentence(longer)
     slow = forecast(replace(QUICK, edge=Costs(0, ((1, 0.5),))), links.NO_LINK, geometric(4, 0.8))
     assert slow.slowest_drafter is not None
-    condition = f"To pay, it needs a draft model below {1e3 * slow.slowest_drafter:.3g} ms per step (now 500 ms)."
+    condition = f"To be faster, it needs a draft model below {1e3 * slow.slowest_drafter:.3g} ms per step (now 500 ms)."
     assert forecast_sentence(slow).endswith(condition)
 
 
 def test_the_sentence_says_when_no_single_change_suffices() -> None:
     machines = replace(QUICK, edge=Costs(0, ((1, 0.5),)), queue=9.0)
     sentence = forecast_sentence(forecast(machines, links.NO_LINK, geometric(4, 0.1)))
-    assert sentence.endswith("To pay, it needs more than another k, a faster link or a faster draft model alone.")
+    assert sentence.endswith("To be faster, it needs more than another k, a faster link or a faster draft model alone.")
 
 
 def test_the_ceilings_of_a_low_gate_rate_include_local_tokens() -> None:
@@ -621,17 +620,17 @@ def test_a_loop_can_pay_per_token_but_not_per_generation() -> None:
     result = forecast(profile.load_profile("laptop-gpu"), links.NO_LINK, workload)
     assert result.caption is not None
     assert result.caption_cloud is not None
-    assert result.pays
+    assert result.beats_cloud
     assert result.caption == exactly(0.2 + 0.35 + 27 * result.token)
     assert result.caption_cloud == exactly(0.35 + 27 * 0.0387)
     assert result.caption_edge == exactly(0.2 + 27 * 0.018)
     sentence = forecast_sentence(result)
-    assert sentence.startswith("Pays after prefill, but not for captions this short: ")
+    assert sentence.startswith("Faster than the cloud alone after prefill, but not for captions this short: ")
     times = f"{result.caption:.3g} s with its prefill, and with the cloud alone {result.caption_cloud:.3g} s"
     assert f"A caption of 27 tokens takes {times}." in sentence
     longer = replace(workload, tokens_per_generation=60.0)
     longer_sentence = forecast_sentence(forecast(profile.load_profile("laptop-gpu"), links.NO_LINK, longer))
-    assert longer_sentence.startswith("Pays: ")
+    assert longer_sentence.startswith("Faster than the cloud alone: ")
 
 
 def test_the_sentence_gives_long_times_in_seconds() -> None:

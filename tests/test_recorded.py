@@ -111,7 +111,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_command_forecasts_imported_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(folder / "zh-speculative.json"), "--profile", "published-as-run", "--k", "5"])
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("zh-speculative.json, published-as-run: Does not pay: at k=5 a token takes 422 ms, ")
+    assert line.startswith(
+        "zh-speculative.json, published-as-run: Not faster than the cloud alone: at k=5 a token takes 422 ms, "
+    )
     assert line.endswith(" Recorded after the first text: 71.4 ms per token.")
     assert "bonus" not in line
 

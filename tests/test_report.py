@@ -54,7 +54,7 @@ PUBLISHED_LATENCIES = (
 )  # fmt: skip
 SPECULATIVE = Strategy("speculative", entropy_gate(1.0), k=2)
 SCORES = {"edge": 0.5, "cloud": 0.9, "speculative": 0.8}
-FORECASTS = {"speculative-pocket-H1-k2-greedy-chinese": "Pays: 2.00x as fast."}
+FORECASTS = {"speculative-pocket-H1-k2-greedy-chinese": "Faster than the cloud alone: 2.00x."}
 TEXTS = {"edge": "他很高兴，语速缓慢。", "cloud": "他很悲伤，语速缓慢。", "speculative": "他很悲伤，语速急促。"}
 
 
@@ -317,7 +317,7 @@ def test_speedups_quality_gap_and_forecast_are_shown(small_report: tuple[str, st
         intervals = " | ".join([rf"{ratio} \[{ratio}, {ratio}\]"] * 3)
         assert f"| H1 k2 greedy | {baseline} alone | {intervals} | {ratio} | 0.75 | lossy |" in markdown
     assert "- **H1 k2 greedy**: Does not pay against the edge alone, the faster baseline: 0.50" in markdown
-    assert "- **H1 k2 greedy**: Pays: 2.00x as fast." in markdown
+    assert "- **H1 k2 greedy**: Faster than the cloud alone: 2.00x." in markdown
 
 
 def test_captions_are_compared_with_the_caption_of_cloud_mode(small_report: tuple[str, str]) -> None:
@@ -430,7 +430,9 @@ def test_the_forecast_of_a_single_results_file_is_computed_from_its_traces(tmp_p
     file = tmp_path / "one.json"
     file.write_text(json.dumps(one))
     _, markdown = write_report(tmp_path, str(file))
-    assert re.search(r"^- \*\*H1 k2 greedy\*\*: Does not pay: .*the cloud alone 38\.7 ms", markdown, re.M)
+    assert re.search(
+        r"^- \*\*H1 k2 greedy\*\*: Not faster than the cloud alone: .*the cloud alone 38\.7 ms", markdown, re.M
+    )
     assert "Not decided: neither the edge alone nor the cloud alone captioned these clips" in markdown
 
 

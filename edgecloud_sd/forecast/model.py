@@ -306,7 +306,7 @@ class Forecast:
     caption_cloud: float | None  # s per generation of the cloud alone
 
     @property
-    def pays(self) -> bool:
+    def beats_cloud(self) -> bool:
         """True if a token takes less time than with the cloud alone, whose captions are at least as good."""
         return self.over_cloud > 1
 

@@ -1,4 +1,4 @@
-"""A forecast as text for users: if the loop pays, how fast it is, and where it breaks even."""
+"""A forecast as text for users: how fast the loop is beside the cloud alone, and where it breaks even."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ def forecast_sentence(forecast: Forecast) -> str:
         f"{_headline(forecast)}: {_token_seconds(forecast)}.",
         f"This is {_speed_ups(forecast)}.",
         *_generation_seconds(forecast),
-        *(_limits(forecast) if forecast.pays else _conditions(forecast)),
+        *(_limits(forecast) if forecast.beats_cloud else _conditions(forecast)),
     )
     return " ".join(sentences)
 
 
 def _headline(forecast: Forecast) -> str:
-    if not forecast.pays:
-        return "Does not pay"
+    if not forecast.beats_cloud:
+        return "Not faster than the cloud alone"
     if forecast.caption is None or forecast.caption_cloud is None or forecast.caption <= forecast.caption_cloud:
-        return "Pays"
-    return "Pays after prefill, but not for captions this short"
+        return "Faster than the cloud alone"
+    return "Faster than the cloud alone after prefill, but not for captions this short"
 
 
 def _token_seconds(forecast: Forecast) -> str:
@@ -45,13 +45,13 @@ def _generation_seconds(forecast: Forecast) -> list[str]:
 
 
 def _limits(forecast: Forecast) -> list[str]:
-    """Return the best k, and the break-even points of a loop that pays."""
+    """Return the best k, and the break-even points of a loop that beats the cloud alone."""
     best = "No other k is faster." if forecast.best_k == forecast.k else f"The best is {_best_k(forecast)}."
-    return [best, f"It pays up to {_join(_break_even_points(forecast, 'of'), 'or')}."]
+    return [best, f"It stays faster up to {_join(_break_even_points(forecast, 'of'), 'or')}."]
 
 
 def _conditions(forecast: Forecast) -> list[str]:
-    """Return the ceiling of a loop that does not pay, and each change that alone would make it pay."""
+    """Return the ceiling of a slower loop, and each change that alone would make it faster than the cloud alone."""
     without_bonus = f" ({forecast.ceiling_over_edge_without_bonus:.2f}x without the bonus token)"
     has_bonus = forecast.ceiling_over_edge != forecast.ceiling_over_edge_without_bonus
     ceiling = (
@@ -62,8 +62,8 @@ def _conditions(forecast: Forecast) -> list[str]:
     changes = [_best_k(forecast)] if forecast.best_over_cloud > 1 else []
     changes += _break_even_points(forecast, "below")
     if not changes:
-        return [ceiling, "To pay, it needs more than another k, a faster link or a faster draft model alone."]
-    return [ceiling, f"To pay, it needs {_join(changes, 'or')}."]
+        return [ceiling, "To be faster, it needs more than another k, a faster link or a faster draft model alone."]
+    return [ceiling, f"To be faster, it needs {_join(changes, 'or')}."]
 
 
 def _best_k(forecast: Forecast) -> str:
