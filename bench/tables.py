@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from tabulate import tabulate
 
 from bench import payoff
 from bench.cases import Case, cases, dataset_name
@@ -27,6 +26,7 @@ from edgecloud_sd.pipeline import Pipeline
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.profile import Profile
 
+MAX_TABLE_WIDTH = 140
 # heading -> name in summary.METRICS, format, factor from the metric's unit to the heading's
 SUMMARY_COLUMNS: dict[str, tuple[str, str, float]] = {
     "TTFT ms": ("ttft", ".1f", 1e3),
@@ -130,14 +130,17 @@ def why_meaningless(settings: Settings, case: Case) -> str | None:
 
 
 def render_summaries(summaries: Mapping[str, Summary]) -> str:
-    """Return a table with one row per case, and below it the reason for each dash."""
+    """Return a table with one row per case, and below it the ids of short names and the reason for each dash."""
+    labels = short_names(summaries)
+    summaries = {labels[case]: summary for case, summary in summaries.items()}
     rows = []
     for case, summary in summaries.items():
         values = [(summary.figures[metric], form, factor) for metric, form, factor in SUMMARY_COLUMNS.values()]
         cells = ["-" if value is None else format(value * factor, form) for value, form, factor in values]
         rows.append([case, str(summary.clips), *cells])
     table = grid(rows, ["case", "clips", *SUMMARY_COLUMNS])
-    return "\n".join([table, *_reasons(summaries), *_cloud_notes(summaries)])
+    legend = [f"{case} = {label}" for case, label in labels.items() if case != label]
+    return "\n".join([table, *legend, *_reasons(summaries), *_cloud_notes(summaries)])
 
 
 def render_breakdowns(summaries: Mapping[str, Summary]) -> str:
@@ -147,18 +150,18 @@ def render_breakdowns(summaries: Mapping[str, Summary]) -> str:
     attributes = {"discarded draft": "discarded"}
     if any(breakdown.hidden for breakdown in breakdowns):
         attributes |= {"round trip exposed": "exposed", "hidden": "hidden"}
-    rows = []
+    labels, rows = short_names(summaries), []
     for case, summary in summaries.items():
         seconds = [summary.breakdown.parts[part] for part in parts]
         seconds += [getattr(summary.breakdown, attribute) for attribute in attributes.values()]
         closures = (summary.closure_median, summary.closure_worst)
         rows.append(
-            [case]
+            [labels[case]]
             + [format(1e3 * value, ".1f") for value in seconds]
             + ["-" if closure is None else f"{closure:.2%}" for closure in closures]
         )
-    headings = [part.replace("_", " ") for part in parts]
-    return grid(rows, ["ms per caption", *headings, *attributes, "sum / wall", "worst clip"])
+    headings = [*(part.replace("_", " ") for part in parts), *attributes, "sum / wall", "worst clip"]
+    return grid(rows, ["ms per caption", *headings])
 
 
 def render_payoff(documents: Mapping[str, Document], forecasts: Mapping[str, Forecast | str]) -> str:
@@ -182,9 +185,37 @@ def render_payoff(documents: Mapping[str, Document], forecasts: Mapping[str, For
     return "\n".join([*table, *sentences, *answers])
 
 
+def short_names(cases: Iterable[str]) -> dict[str, str]:
+    """Return a short name for each case id: its parts that some other id lacks. Ids stay if names would be equal."""
+    parts = {case: case.split("-") for case in cases}
+    common = set.intersection(*map(set, parts.values())) if parts else set()
+    names = {}
+    for case, words in parts.items():
+        own = [word for word in words if word not in common]
+        is_told_by_details = len(own) > 1 and own[0] == "speculative"
+        names[case] = " ".join(own[is_told_by_details:])
+    is_usable = all(names.values()) and len(set(names.values())) == len(names)
+    return names if is_usable else {case: case for case in parts}
+
+
 def grid(rows: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
-    """Return a table for a terminal. The first column is aligned left, the others right."""
-    return tabulate(rows, headings, disable_numparse=True, colalign=["left"] + ["right"] * (len(headings) - 1))
+    """Return a table for a terminal. The first column is aligned left, the others right.
+
+    Columns are two blanks apart, or one in a table that would be wider than `MAX_TABLE_WIDTH`.
+    """
+    widths = [max(map(_shown_width, column)) for column in zip(headings, *rows, strict=True)]
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= MAX_TABLE_WIDTH else " "
+    lines = []
+    for row in (headings, ["-" * width for width in widths], *rows):
+        blanks = [" " * (width - _shown_width(text)) for text, width in zip(row, widths, strict=True)]
+        cells = [row[0] + blanks[0], *(blank + text for blank, text in zip(blanks[1:], row[1:], strict=True))]
+        lines.append(gap.join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _shown_width(text: str) -> int:
+    """Return the columns of a text on a terminal, where a Chinese character takes two."""
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
 def _cloud_notes(summaries: Mapping[str, Summary]) -> list[str]:

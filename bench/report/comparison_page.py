@@ -10,6 +10,7 @@ from bench.comparison import Document
 from bench.report import pictures
 from bench.report.captions import list_different_captions
 from bench.report.cells import MACHINE_KEYS, ReportCell, group_by_language, list_facts, share_virtual_clock
+from bench.report.label_words import list_label_words
 from bench.report.metric_text import (
     MAIN_METRICS,
     format_change,
@@ -43,7 +44,8 @@ def build_comparison_page(a: Run, b: Run, quality: str, max_clips: int) -> Page:
     """Return the comparison of two runs, with its sections once per language."""
     documents = pair_documents(a, b)
     groups = group_by_language(before for before, _ in documents.values())
-    sections = [Section("What is compared", describe_runs(a, b, documents))]
+    words = list_label_words(cell for cells in groups.values() for cell in cells)
+    sections = [Section("What is compared", [*describe_runs(a, b, documents), *words])]
     for language, cells in groups.items():
         pairs = [(cell, replace(cell, document=documents[cell.case_id][1])) for cell in cells]
         labelled = [

@@ -10,6 +10,7 @@ from bench.comparison import Document
 from bench.report import pictures
 from bench.report.captions import list_captions
 from bench.report.cells import MACHINE_KEYS, OUTPUT_MEANING, ReportCell, group_by_language, list_facts
+from bench.report.label_words import list_label_words
 from bench.report.metric_text import (
     MAIN_METRICS,
     explain_missing,
@@ -70,6 +71,7 @@ def describe_run(run: Run, groups: Mapping[str, Sequence[ReportCell]]) -> list[B
             [[name, value] for name, value in facts.items() if value != DASH],
         ),
         Table(columns, rows, fold_title="The cells and their ids"),
+        *list_label_words(cell for cells in groups.values() for cell in cells),
     ]
     warnings = [warning for cells in groups.values() for warning in _list_joining_differences(cells)]
     blocks += [Paragraph(warning, is_warning=True) for warning in dict.fromkeys(warnings)]

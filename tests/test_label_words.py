@@ -1,0 +1,44 @@
+"""The labels of a report's cells are explained in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.report.cells import ReportCell
+from bench.report.label_words import explain_labels
+from edgecloud_sd.acceptance import parse_rule
+from edgecloud_sd.gate import NEVER, entropy_gate, parse_draft_stop
+from edgecloud_sd.strategy import Strategy
+
+GATE = entropy_gate(1.5)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        (Strategy("edge"), ["the edge decodes alone"]),
+        (Strategy("cloud"), ["the cloud decodes alone"]),
+        (Strategy(), ["every draft", "at most 3 draft tokens", "its own most likely token"]),
+        (Strategy(gate=NEVER, k=None), ["no draft", "found while decoding", "own most likely"]),
+        (
+            Strategy(gate=GATE, rule=parse_rule("rank(20)"), draft_ahead=2, prefill="lazy"),
+            ["above 1.5 nats", "at most 3", "its 20 most likely tokens", "up to 2 tokens", "at the first escalation"],
+        ),
+        (
+            Strategy(rule=parse_rule("synthetic(0.7)"), draft_stop=parse_draft_stop("margin=0.3", GATE)),
+            ["every", "3", "by chance", "by less than 0.3"],
+        ),
+        (Strategy(gate=GATE, draft_stop=parse_draft_stop("entropy=2", GATE)), ["1.5", "3", "own", "above 2 nats"]),
+    ],
+)
+def test_every_part_of_a_label_has_a_meaning(strategy: Strategy, words: list[str]) -> None:
+    label = " ".join([*(strategy.details or [strategy.mode]), "4g"])
+    document = {"experiment_config": {"strategy": strategy.to_json(), "link": "4g"}}
+    terms = explain_labels([ReportCell(label, document)] * 2)
+    assert " ".join(term for term, _ in terms) == label
+    for (_, meaning), expected in zip(terms, [*words, "network link"], strict=True):
+        assert expected in meaning
+
+
+def test_an_imported_run_has_no_label_to_explain() -> None:
+    assert explain_labels([ReportCell("recorded-x", {"origin": {}})]) == []

@@ -1,0 +1,39 @@
+"""Tables on a terminal: short names of the cases, and widths."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.tables import MAX_TABLE_WIDTH, grid, short_names
+
+SPECULATIVE = "speculative-pocket-H1.5-k3-rank20-zh"
+
+
+@pytest.mark.parametrize(
+    ("cases", "names"),
+    [
+        ([SPECULATIVE], [SPECULATIVE]),
+        (["edge-pocket-zh", "cloud-pocket-zh", SPECULATIVE], ["edge", "cloud", "H1.5 k3 rank20"]),
+        (["edge-pocket-zh", "edge-pocket-en"], ["zh", "en"]),
+        ([SPECULATIVE, f"{SPECULATIVE}-4g"], [SPECULATIVE, f"{SPECULATIVE}-4g"]),  # one would have no name
+        (["edge-a-zh", "speculative-a-edge-zh"], ["edge-a-zh", "speculative-a-edge-zh"]),
+        ([], []),
+    ],
+)
+def test_a_short_name_has_the_parts_that_tell_cases_apart(cases: list[str], names: list[str]) -> None:
+    assert short_names(cases) == dict(zip(cases, names, strict=True))
+
+
+def test_a_table_is_aligned_also_with_chinese_names() -> None:
+    assert grid([["数据", "1.0"], ["b", "-"]], ["case", "a"]).splitlines() == [
+        "case    a",
+        "----  ---",
+        "数据  1.0",
+        "b       -",
+    ]
+
+
+def test_a_wide_table_has_narrower_gaps() -> None:
+    headings = ["x" * 10] * 12
+    assert len(grid([], headings).splitlines()[0]) == 131 <= MAX_TABLE_WIDTH
+    assert len(grid([], headings[:8]).splitlines()[0]) == 94
