@@ -278,6 +278,14 @@ def test_an_answer_of_another_service_that_stays_the_same_ends_a_run_in_a_second
     assert sum(delays) < 1
 
 
+@pytest.mark.parametrize("status", [200, 203, 206, 299])
+def test_a_service_whose_answers_all_differ_is_refused_too(status: int) -> None:
+    with CannedServer(lambda number: http_answer(status, b"<html>request %d" % number)) as server:
+        with connected(server.url) as connection, pytest.raises(Refused, match="is not an edgecloud_sd cloud"):
+            _ = connection.identity
+        assert len(server.heads) == 10
+
+
 def test_an_edge_that_may_finish_alone_does_so_after_a_refusal(narrow_url: str) -> None:
     edge = ToyModel(random_table(VOCABULARY, 1), frozenset())
     stopping, runtime = replace(SIX_TOKENS, max_new_tokens=12), Runtime(finish_alone=True)

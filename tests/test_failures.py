@@ -27,7 +27,9 @@ def problem(**fields: object) -> bytes:
 
 @pytest.mark.parametrize("status", [*range(100, 200), *range(202, 600), 999])
 def test_each_status_has_one_kind(status: int) -> None:
-    is_permanent = (status // 100 == 4 and status not in {404, 409, *PASSING}) or status in PERMANENT_5XX
+    is_permanent = (
+        status // 100 == 3 or (status // 100 == 4 and status not in {404, 409, *PASSING}) or status in PERMANENT_5XX
+    )
     expected = {404: "reopen", 409: "resend"}.get(status, "permanent" if is_permanent else "retry")
     failure = classify_failure(status, problem(), sent=SENT)
     assert failure.kind == expected
@@ -60,7 +62,7 @@ def test_a_refused_message_is_sent_again_only_if_it_was_damaged(status: int, bod
         (401, {}, "permanent", "--cloud-key-file"),
         (403, {}, "permanent", "--cloud-key-file"),
         (307, {"location": "https://other.example/"}, "permanent", "https://other.example/"),
-        (304, {}, "retry", "304"),
+        (304, {}, "permanent", "304 why, a redirect to no URL"),
         (503, {}, "retry", "503"),
     ],
 )

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +81,16 @@ def test_a_server_without_tls_at_an_https_url_ends_a_call_at_once() -> None:
             _ = connection.identity
 
 
+def test_certificates_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for content in (None, b"", b"no PEM"):
+        file = tmp_path / "authority.pem"
+        if content is not None:
+            file.write_bytes(content)
+        monkeypatch.setenv("SSL_CERT_FILE", str(file))
+        with pytest.raises(ValueError, match=r"authority\.pem cannot be read .*: set SSL_CERT_FILE"):
+            Connection("https://127.0.0.1:1")
+
+
 def test_the_wait_that_a_server_asks_for_is_slept() -> None:
     delays: list[float] = []
     busy = b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -119,7 +130,6 @@ GARBAGE = {
     "only preliminary": b"HTTP/1.1 100 Continue\r\n\r\n" * 100,
     "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
     "part of it": b"HTTP/1.1 206 Partial Content\r\nContent-Length: 2\r\n\r\n{}",
-    "not modified": b"HTTP/1.1 304 Not Modified\r\n\r\n",
     "nameless header": OK_HEAD + b": no name\r\n\r\n{}",
     "binary header": OK_HEAD + b"Server-Timing: \xff\xfe;dur=\xff\r\nContent-Length: 2\r\n\r\n{}",
     "two lengths": OK_HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
@@ -134,7 +144,6 @@ GARBAGE = {
     "a number without end": http_answer(200, b'{"accepted":' + b"9" * 5000 + b',"token":1,"check":1}\n'),
     "no number": http_answer(200, b'{"accepted":NaN,"token":Infinity,"check":1e5}\n'),
     "nested": http_answer(200, b"[" * 60_000 + b"\n"),
-    "a redirect without a target": b"HTTP/1.1 307 Go\r\nContent-Length: 0\r\n\r\n",
 }
 
 

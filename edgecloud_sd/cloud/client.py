@@ -33,6 +33,7 @@ from edgecloud_sd.verifier import CloudFault, Verifier
 _T = TypeVar("_T")
 CLOSE_TIMEOUT = 1.0  # s for the request that closes a session
 SAME_ANSWERS = 5  # damage would not give the same bytes so often
+OTHER_ANSWERS = 10  # damage would not hit so many answers
 SESSION = re.compile(r"[\w-]{1,64}", re.ASCII)  # the names that are safe in a path
 
 
@@ -103,14 +104,15 @@ class Connection:
         self.transport.close()
 
     def _fetch_identity(self, answers: Counter[bytes]) -> Identity:
-        """Return the identity. `answers` counts those that are none: one that stays the same is no damage."""
+        """Return the identity. `answers` counts those that are none: so many, or so many equal ones, are no damage."""
         answer = self.transport.call("GET", MODEL_PATH).content
         try:
             return _parse_identity(answer)
         except (ValueError, KeyError, TypeError, RecursionError):
             other_service = f"{self.url} is not an edgecloud_sd cloud of this version"
             answers[answer] += 1
-            raise (Refused if answers[answer] >= SAME_ANSWERS else AttemptFailed)(other_service) from None
+            is_other = answers[answer] >= SAME_ANSWERS or answers.total() >= OTHER_ANSWERS
+            raise (Refused if is_other else AttemptFailed)(other_service) from None
 
 
 def _parse_identity(answer: bytes) -> Identity:

@@ -61,8 +61,9 @@ def classify_failure(
         return Failure("resend", reason)
     if status in KEY_STATUSES:
         return Failure("permanent", f"the cloud refuses the key: {status} {detail}".strip() + " (see --cloud-key-file)")
-    if 300 <= status < 400 and (target := to_printable(headers.get("location", ""))):
-        return Failure("permanent", f"{reason}, a redirect to {target}: give the URL that it leads to as --cloud-url")
+    if 300 <= status < 400:
+        target = to_printable(headers.get("location", "")) or "no URL"
+        return Failure("permanent", f"{reason}, a redirect to {target}: give the cloud's own URL as --cloud-url")
     is_refusal = (400 <= status < 500 and status not in PASSING_4XX) or status in PERMANENT_5XX
     if is_refusal and (received is None or received == sent):
         return Failure("permanent", f"the cloud refuses the request: {status} {detail}".strip())

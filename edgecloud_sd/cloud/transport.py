@@ -7,6 +7,7 @@ which, and `cloud.retry` when the next one is due.
 from __future__ import annotations
 
 import math
+import os
 import ssl
 import time
 from collections.abc import Iterable, Iterator
@@ -61,7 +62,7 @@ class Transport:
         self._is_closed = False
         # httpcore follows no redirect, keeps no cookie, decompresses nothing and reads no proxy from the environment
         self._pool = httpcore2.ConnectionPool(
-            ssl_context=httpcore2.default_ssl_context() if self._base.scheme == "https" else None,
+            ssl_context=_read_certificates() if self._base.scheme == "https" else None,
             max_connections=None,
             keepalive_expiry=KEEP_ALIVE,
             network_backend=_Backend(),
@@ -101,13 +102,24 @@ class Transport:
         classify = partial(classify_failure, sent=sent, is_first_contact=path == MODEL_PATH)
         try:
             with self._pool.stream(method, url, headers=headers, content=body, extensions=timeouts) as response:
-                if response.status not in (200, 201, 204):
+                if not 200 <= response.status < 300:  # the readers of answers check their content too
                     problem = _read_problem_body(response)
                     raise _as_exception(classify(response.status, problem, headers=_read_headers(response)))
                 yield response
         except HTTP_ERRORS as error:
             was_sent = not isinstance(error, httpcore2.ConnectError | httpcore2.ConnectTimeout)
             raise _as_exception(classify(error=error), was_sent) from None
+
+
+def _read_certificates() -> ssl.SSLContext:
+    """Return the settings of TLS. Raise ValueError if the certificates that the environment names cannot be read."""
+    try:
+        return httpcore2.default_ssl_context()
+    except OSError as error:
+        file = os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR") or "of this system"
+        raise ValueError(
+            f"the trusted certificates {file} cannot be read ({error}): set SSL_CERT_FILE to a PEM file with them"
+        ) from None
 
 
 def _as_exception(failure: Failure, was_sent: bool = True) -> AttemptFailed | Refused:
