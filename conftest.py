@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"benchmarks beside the captions: {', '.join(EXTRAS)} (default: none; naming their file runs them too)",
     )
     run.addoption("--resume", action="store_true", help="continue a stopped run: finished clips are not decoded again")
-    run.addoption("--fail-if", metavar="METRIC:LIMIT", action="append", default=[], help=RULE_HELP)
+    run.addoption("--fail-if", "--fail_if", metavar="METRIC:LIMIT", action="append", default=[], help=RULE_HELP)
     run.addoption(
         "--require", choices=REQUIREMENTS, action="append", default=[], help="fail the tests with this marker, not skip"
     )

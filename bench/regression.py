@@ -49,7 +49,9 @@ def parse_fail_rule(text: str) -> FailRule:
     if name not in METRICS:
         raise ValueError(f"{text!r}: {name!r} is no metric; bench/METRICS.md lists them")
     if not match:
-        raise ValueError(f"{text!r}: the limit {limit!r} is not like -0.02, +0.5 or +10%")
+        raise ValueError(
+            f"{text!r}: the limit {limit!r} is not like -0.02 or +10%; write METRIC:LIMIT, as in bleu4:-0.02"
+        )
     sign, number, percent = match.groups()
     worse = {"higher": "-", "lower": "+"}.get(METRICS[name].better or "", sign)
     if sign != worse:
@@ -87,7 +89,8 @@ def _check_rule(case: str, base: Document, ours: Document, rule: FailRule) -> It
         reason = ours["metrics"]["reasons"].get(rule.metric, "no reason is given")
         yield f"{case}: {rule.metric} was {values[0]:.4g} and is not measured now ({reason}); rule {rule.text}"
     elif rule.is_broken(values[0], values[1]):
-        change = f"{values[0]:.4g} -> {values[1]:.4g}"
+        unit = "" if " to " in METRICS[rule.metric].unit else f" {METRICS[rule.metric].unit}"
+        change = f"{values[0]:.4g} -> {values[1]:.4g}{unit}"
         yield f"{case}: {rule.metric} {change} breaks {rule.text}{_interval(base, ours, rule.metric)}"
 
 

@@ -16,6 +16,8 @@ from collections.abc import Generator, Sequence
 
 import pytest
 
+RUN_OPTIONS = {"--config", "--extra", "--fail-if", "--fail_if", "--require"}  # options of conftest.py that take a value
+
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_load_initial_conftests(
@@ -27,7 +29,7 @@ def pytest_load_initial_conftests(
         from edgecloud_sd.config import OPTIONS
 
         spellings = {f"--{name}" for option in OPTIONS for name in (option.name, option.name.replace("-", "_"))}
-        spellings |= {"--config", "--extra", "--require"}
+        spellings |= RUN_OPTIONS
         joined = join(args, spellings)
         # argparse takes an option that it does not know, and that has a space, for a folder of tests
         others = [arg for arg in joined if arg.partition("=")[0] not in spellings]

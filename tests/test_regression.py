@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bench.regression import find_regressions, parse_fail_rule
+from edgecloud_sd.measure.summary import METRICS
 
 
 def document(figures: dict[str, float | None], clips: tuple[str, ...] = ("a", "b")) -> dict[str, Any]:
@@ -34,7 +35,8 @@ def test_a_rule_is_broken_beyond_its_limit(rule: str, before: float, after: floa
     cells = [{"cell": document({metric: value})} for value in (before, after)]
     lines = list(find_regressions(cells[0], cells[1], [parse_fail_rule(rule)]))
     assert bool(lines) == is_broken
-    assert all(line.startswith(f"cell: {metric} {before:.4g} -> {after:.4g} breaks {rule}") for line in lines)
+    change = f"cell: {metric} {before:.4g} -> {after:.4g} {METRICS[metric].unit}"
+    assert all(line.startswith(f"{change} breaks {rule}") for line in lines)
 
 
 @pytest.mark.parametrize(

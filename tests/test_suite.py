@@ -27,7 +27,7 @@ from edgecloud_sd.measure import results
 from edgecloud_sd.models import hf, load, pairs
 from edgecloud_sd.pipeline import Pipeline
 from edgecloud_sd.pocket import clips
-from edgecloud_sd.pytest_plugin import join
+from edgecloud_sd.pytest_plugin import RUN_OPTIONS, join
 from edgecloud_sd.timing import profile
 from tests.support.suite import ROOT, arguments, run
 
@@ -281,6 +281,12 @@ def test_each_option_is_joined_with_its_value() -> None:
     args = ["--k", "3", "-v", "--config=a.yaml", "--mode", "edge", "bench", "--k", "--mode"]
     joined = ["--k=3", "-v", "--config=a.yaml", "--mode=edge", "bench", "--k", "--mode"]
     assert join(args, {"--k", "--mode", "--config"}) == joined
+
+
+def test_every_option_of_a_run_that_takes_a_value_is_joined_with_it(pytestconfig: pytest.Config) -> None:
+    group = next(group for group in pytestconfig._parser._groups if group.name == "edgecloud_sd run")
+    with_value = [option for option in group.options if not isinstance(pytestconfig.getoption(option.dest), bool)]
+    assert {name for option in with_value for name in option.names()} == RUN_OPTIONS
 
 
 def test_the_table_in_the_readme_has_printed_headings_in_their_order() -> None:

@@ -86,8 +86,8 @@ class Retries:
         # a test's `sleep` may return at once, but its seconds count as well
         left = self._patience - max(time.monotonic() - self._start, self._slept)
         if left <= 0:
-            attempts = "once" if self._failures == 1 else f"{self._failures} times"
-            raise PatienceEnded(f"the cloud failed {attempts}, the last time with: {failure}") from failure
+            attempts = "" if self._failures == 1 else f" {self._failures} times, the last time with"
+            raise PatienceEnded(f"the cloud failed{attempts}: {failure}") from failure
         if failure.can_retry_at_once and self._failures <= 2:
             return
         seconds = min(max(retry_delay(self._failures), failure.retry_after or 0.0), left)
