@@ -8,8 +8,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "edgecloud_sd"
 LEVELS = {"core": 0, "data": 1, "host": 1, "models": 2, "timing": 2, "measure": 2, "forecast": 3, "cloud": 3}
-LEVELS |= {"top": 4, "pocket": 5, "bench": 6}
-TOP = {"pipeline", "config", "grid", "connect", "pytest_plugin", "__main__", "__init__"}
+LEVELS |= {"top": 4, "pocket": 5, "command": 6, "bench": 7}
+TOP = {"pipeline", "config", "grid", "connect", "pytest_plugin", "__init__"}
 FILES = {
     ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file
     for folder in (PACKAGE, PACKAGE.parent / "bench")
@@ -29,11 +29,20 @@ def imports(module: str) -> set[str]:
 
 
 def group(module: str) -> str:
-    """Return the group of a module: a folder of the package, its top or its core, or the benchmarks."""
+    """Return the group of a module: a folder of the package, its top or its core, its commands, or the benchmarks."""
     package, *parts = module.split(".")
     if package == "bench":
         return "bench"
+    if parts[-1:] == ["__main__"]:  # an entry point, in whatever room it stands
+        return "command"
     return parts[0] if len(parts) > 1 else "top" if parts[0] in TOP else "core"
+
+
+def test_no_module_of_the_package_is_loaded_by_a_name_in_a_text() -> None:
+    """A name in a text would hide an import. Only the package itself loads its public names so."""
+    hidden = ("import_module(", "resolve_name(", "__import__(")
+    users = [module for module, file in FILES.items() if any(call in file.read_text("utf-8") for call in hidden)]
+    assert users == ["edgecloud_sd.__init__"]
 
 
 def test_no_import_points_up() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pkgutil
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.data.secap import import_secap
 from edgecloud_sd.host.errors import errors_to_exit
 from edgecloud_sd.host.terminal import hyphenate
+from edgecloud_sd.pocket.clips import manifest_path
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -22,8 +22,6 @@ def main(arguments: list[str] | None = None) -> None:
             target = options.output or options.folder / "manifest.json"
             print(f"{import_secap(options.folder, target)} clips in {target}")
         else:
-            # a name, not an import: the room that synthesises the data set `pocket` is above this one
-            manifest_path = pkgutil.resolve_name("edgecloud_sd.pocket.clips:manifest_path")
             is_usable = False
             for language in options.language.split(","):
                 manifest = manifest_path(options.dataset, language)
