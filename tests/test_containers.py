@@ -75,6 +75,21 @@ def test_speech_that_was_cut_off_anywhere_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
+ID3 = b"ID3\x04\x00\x00\x00\x00\x00\x05hello"
+
+
+@pytest.mark.parametrize("container", [name for name in containers.CHECKS if name != "FLAC"])
+def test_a_tag_in_front_of_any_container_changes_no_answer(container: str) -> None:
+    content = speech(container, codec_of(container))
+    assert containers.find_cut(ID3 + content, container) is None
+    assert containers.find_cut(ID3 + content[: len(content) // 2], container) == containers.CUT
+
+
+def test_a_wav_with_a_tag_in_front_is_read(tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert load(tmp_path_factory, ID3 + speech("WAV", "PCM_16")) == len(make_clip("train", 3).samples)
+    assert containers.find_foreign_format(ID3 + b"\xff\xf1\x50\x80") == "AAC"
+
+
 @pytest.mark.parametrize("mode", ["CONSTANT", "AVERAGE", "VARIABLE"])
 @pytest.mark.parametrize("part", [0.3, 0.5, 0.9])
 def test_half_an_mp3_is_refused_with_every_rate_of_bits(
@@ -82,7 +97,7 @@ def test_half_an_mp3_is_refused_with_every_rate_of_bits(
 ) -> None:
     content = speech("MP3", "MPEG_LAYER_III", bitrate_mode=mode)
     load(tmp_path_factory, content)
-    load(tmp_path_factory, b"ID3\x04\x00\x00\x00\x00\x00\x05hello" + content + b"TAG" + bytes(125))
+    load(tmp_path_factory, ID3 + content + b"TAG" + bytes(125))
     with pytest.raises(BadClip, match=containers.CUT):
         load(tmp_path_factory, content[: int(part * len(content))])
     padding = bytes(1000) + b"\xff\xfb"  # its end looks like the beginning of a frame

@@ -48,13 +48,18 @@ class Bytes(Protocol):
 
 
 def find_cut(content: Bytes, container: str) -> str | None:
-    """Return why a file is not whole, or None if it is. `container` is libsndfile's name of a format in `CHECKS`."""
-    return CUT if CHECKS[container](content) else None
+    """Return why a file is not whole, or None if it is. `container` is libsndfile's name of a format in `CHECKS`.
+
+    libsndfile skips an ID3 tag in front of every container, so the checks do not see it.
+    """
+    start = _skip_id3(content)
+    return CUT if CHECKS[container](content[start:] if start else content) else None
 
 
 def find_foreign_format(content: Bytes) -> str | None:
     """Return the name of a format that libsndfile does not read, or None."""
-    return next((name for name, pattern in FOREIGN.items() if pattern.match(content[:16])), None)
+    start = _skip_id3(content)
+    return next((name for name, pattern in FOREIGN.items() if pattern.match(content[start : start + 16])), None)
 
 
 def _number(content: Bytes, start: int, size: int = 4, is_big: bool = False) -> int:
@@ -151,7 +156,7 @@ def _is_ogg_cut(content: Bytes) -> bool:
 
 def _is_mp3_cut(content: Bytes) -> bool:
     """Return whether the last frame is cut off, or frames or bytes of the Xing or VBRI tag are missing."""
-    start = _find_mp3_frame(content, _skip_id3(content))
+    start = _find_mp3_frame(content, 0)
     end = len(content) - (128 if content[-128:-125] == b"TAG" else 0)
     first, frames = start, 0
     while start < end and (length := _mp3_frame_length(content, start)):
