@@ -6,8 +6,8 @@ path among the arguments for a folder of tests. So `--dataset-path /elsewhere/ma
 `--dataset-path=/elsewhere/manifest.json` has no such effect. If a run of a checkout has lost its root, this plugin
 starts the run again with the second form and an explicit root.
 
-Every pytest run loads this module, in every project of an environment that has edgecloud_sd. It therefore imports the
-options only when it needs them.
+Every pytest run loads this module, in every project of an environment that has edgecloud_sd. It therefore imports
+nothing of the suite.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Generator, Sequence
 
 import pytest
 
-RUN_OPTIONS = {"--config", "--extra", "--fail-if", "--fail_if", "--require"}  # options of conftest.py that take a value
+FLAGS = {"--resume"}  # options of the suite without a value
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -26,15 +26,10 @@ def pytest_load_initial_conftests(
     """Start the run again with `--option=value` arguments if an option's path has moved the root folder."""
     checkout = early_config.invocation_params.dir
     if early_config.rootpath != checkout and (checkout / "bench" / "configs" / "default.yaml").is_file():
-        from edgecloud_sd.config import OPTIONS
-
-        spellings = {f"--{name}" for option in OPTIONS for name in (option.name, option.name.replace("-", "_"))}
-        spellings |= RUN_OPTIONS
-        joined = join(args, spellings)
-        # argparse takes an option that it does not know, and that has a space, for a folder of tests
-        others = [arg for arg in joined if arg.partition("=")[0] not in spellings]
-        names_no_tests = not parser.parse_known_args(others).file_or_dir
-        if names_no_tests:
+        # options of the suite or mistyped ones: no plugin has them
+        unknown = {arg for arg in parser.parse_known_and_unknown_args(list(args))[1] if arg.startswith("--")}
+        joined = join(args, unknown - FLAGS)
+        if unknown or not parser.parse_known_args(joined).file_or_dir:
             root = [f"--rootdir={checkout}", f"--config-file={checkout / 'pytest.ini'}"]
             raise SystemExit(pytest.main([*root, *joined]))
     return (yield)

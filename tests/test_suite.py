@@ -27,7 +27,7 @@ from edgecloud_sd.measure import results
 from edgecloud_sd.models import hf, load, pairs
 from edgecloud_sd.pipeline import Pipeline
 from edgecloud_sd.pocket import clips
-from edgecloud_sd.pytest_plugin import RUN_OPTIONS, join
+from edgecloud_sd.pytest_plugin import FLAGS, join
 from edgecloud_sd.timing import profile
 from tests.support.suite import ROOT, arguments, run
 
@@ -277,16 +277,28 @@ def test_an_option_may_name_a_path_outside_the_repository(
     )
 
 
+def test_a_mistyped_option_with_a_path_outside_is_named_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    options = ["--dataset-path", str(tmp_path), "--mode", "edge", "--resume", "--dataset-pth", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        pytest.main(["--benchmark-only", "--collect-only", "-p", "no:cacheprovider", *options])
+    assert stopped.value.code == pytest.ExitCode.USAGE_ERROR
+    assert f"unrecognized arguments: --dataset-pth={tmp_path}\n" in capsys.readouterr().err
+
+
 def test_each_option_is_joined_with_its_value() -> None:
     args = ["--k", "3", "-v", "--config=a.yaml", "--mode", "edge", "bench", "--k", "--mode"]
     joined = ["--k=3", "-v", "--config=a.yaml", "--mode=edge", "bench", "--k", "--mode"]
     assert join(args, {"--k", "--mode", "--config"}) == joined
 
 
-def test_every_option_of_a_run_that_takes_a_value_is_joined_with_it(pytestconfig: pytest.Config) -> None:
-    group = next(group for group in pytestconfig._parser._groups if group.name == "edgecloud_sd run")
-    with_value = [option for option in group.options if not isinstance(pytestconfig.getoption(option.dest), bool)]
-    assert {name for option in with_value for name in option.names()} == RUN_OPTIONS
+def test_every_option_of_the_suite_without_a_value_is_a_flag(pytestconfig: pytest.Config) -> None:
+    groups = [group for group in pytestconfig._parser._groups if group.name.startswith("edgecloud_sd")]
+    options = [option for group in groups for option in group.options]
+    flags = [option for option in options if isinstance(pytestconfig.getoption(option.dest), bool)]
+    assert {name for option in flags for name in option.names()} == FLAGS
 
 
 def test_the_table_in_the_readme_has_printed_headings_in_their_order() -> None:
