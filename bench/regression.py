@@ -6,6 +6,7 @@ a caption takes over 10 % longer. The report and a live run of the suite share t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class FailRule:
         """Return True if the change from `before` to `after` goes beyond the limit."""
         change = after - before
         allowed = abs(self.limit) * (abs(before) if self.is_relative else 1.0)
-        return (change if self.limit > 0 else -change) > allowed * (1 + 1e-9)
+        return change * math.copysign(1, self.limit) > allowed * (1 + 1e-9)  # a limit of 0 has a sign too
 
 
 def parse_fail_rule(text: str) -> FailRule:

@@ -26,6 +26,10 @@ def document(figures: dict[str, float | None], clips: tuple[str, ...] = ("a", "b
         ("ttft:+10%", 1.0, 1.1, False),
         ("ttft:+10%", 1.0, 1.2, True),
         ("ttft:+0", 1.0, 1.0, False),
+        ("ttft:+0", 1.0, 1.1, True),
+        ("ttft:+0%", 1.0, 0.9, False),
+        ("otps:-0%", 20.0, 19.0, True),
+        ("otps:-0", 20.0, 21.0, False),
         ("cpu_percent:-5", 50.0, 40.0, True),  # neither direction is better, so a rule may limit both
         ("cpu_percent:+5", 50.0, 60.0, True),
     ],
