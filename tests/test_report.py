@@ -28,6 +28,7 @@ from bench.report.render import to_markdown
 from edgecloud_sd.gate import entropy_gate
 from edgecloud_sd.host.errors import EXIT_INTERRUPTED
 from edgecloud_sd.measure.breakdown import PARTS
+from edgecloud_sd.measure.intervals import Interval
 from edgecloud_sd.measure.results import SCHEMA_VERSION
 from edgecloud_sd.measure.summary import METRICS
 from edgecloud_sd.strategy import Strategy
@@ -272,6 +273,14 @@ def test_pictures_have_a_description_and_all_ids_are_unique(small_report: tuple[
     assert len(re.findall(IMAGE + r' alt="[^"]{20,}"', small_report[0])) == parsed.tags["img"] == len(PICTURES)
     assert max(parsed.ids.values()) == 1
     assert set(re.findall(r'href="#([^"]+)', small_report[0])) <= set(parsed.ids)
+
+
+@pytest.mark.parametrize(("highs", "ticks"), [([1.5, 2.0], None), ([1.1, 80.0], ["0.1", "1", "10"])])
+def test_a_very_wide_interval_leaves_the_others_readable(highs: list[float], ticks: list[str] | None) -> None:
+    rows = [(f"cell {high}", {"over edge": Interval(1.0, 0.5 if high < 3 else 0.04, high)}) for high in highs]
+    texts = read_texts(pictures.draw_speedups(rows))
+    assert ticks is None or set(ticks) <= set(texts)
+    assert ("10" in texts) == (ticks is not None)
 
 
 def test_each_picture_has_a_version_for_a_phone_with_the_same_words(small_report: tuple[str, str]) -> None:

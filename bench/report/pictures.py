@@ -48,6 +48,7 @@ DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 MARKERS = "osD^vP*X"
 FRONT_STYLE: dict[str, Any] = {"color": INK, "alpha": 0.7, "linewidth": 1.1, "linestyle": DASHES[1]}
 NUMBER_STYLE: dict[str, Any] = {"zorder": 4, "bbox": {"facecolor": PAPER, "alpha": 0.7, "linewidth": 0, "pad": 0.5}}
+MAX_LINEAR_RATIO = 10  # the largest end of an interval to the smallest; above it, the axis is logarithmic
 WIDE, NARROW = 9.0, 4.6  # inches of a picture on a desk, and on a phone
 STYLE: dict[Any, Any] = {  # the releases of matplotlib differ in the type of a key
     "svg.hashsalt": "edgecloud_sd",  # ids would be random without a salt
@@ -299,6 +300,7 @@ def draw_speedups(rows: Sequence[tuple[str, Mapping[str, Interval | None]]], wid
     }
     label_room = 0.0 if width == WIDE else 0.22
     with _open_figure(1.1 + len(rows) * (0.16 + label_room + 0.1 * len(names)), width) as (figure, axes):
+        ends: list[float] = []
         for y, (_, intervals) in enumerate(rows):
             for name, interval in intervals.items():
                 if interval is None:
@@ -308,11 +310,24 @@ def draw_speedups(rows: Sequence[tuple[str, Mapping[str, Interval | None]]], wid
                 offset = label_room + (names.index(name) - (len(names) - 1) / 2) * (0.55 - label_room) / len(names)
                 error = [[interval.value - low], [high - interval.value]]
                 axes.errorbar(interval.value, y + offset, xerr=error, capsize=3, **styles[name])
+                ends += [low, high]
         axes.axvline(1, color=INK, linewidth=1)
+        if ends and min(ends) > 0 and max(ends) > MAX_LINEAR_RATIO * min(ends):
+            _scale_by_ratio(axes, max(ends) / min(ends))
         _label_rows(axes, [label for label, _ in rows], "times as fast, 95% interval; right of 1 is faster", width)
         keys = [_key(name, linestyle="-", **style) for name, style in styles.items()]
         figure.legend(handles=keys, loc="outside upper left", ncols=len(keys))
         return _to_svg(figure)
+
+
+def _scale_by_ratio(axes: Axes, ratio: float) -> None:
+    """Make the horizontal axis logarithmic with plain numbers, so that 0.1 and 10 are equally far from 1."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 100 else (1.0,)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _label_rows(axes: Axes, labels: Sequence[str], xlabel: str, width: float) -> None:
