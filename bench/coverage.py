@@ -22,7 +22,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.comparison import clip_bleu_counts, corpus_bleu_difference, pair_clips
-from edgecloud_sd.host.errors import errors_to_exit
+from edgecloud_sd.host.errors import errors_to_exit, to_one_line
 from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.measure import intervals, quality
 from edgecloud_sd.measure.intervals import Interval
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         comparisons = recorded_comparisons(*options.files) if options.files else synthetic_comparisons()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"the results files cannot be compared: {error}")
+        parser.error(f"the results files cannot be compared: {to_one_line(error)}")
     with errors_to_exit():
         print(render_coverage(comparisons, [int(size) for size in sizes], options.repeats))
     return 0

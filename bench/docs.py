@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.baselines import BASELINE_METRICS
 from bench.load import LOAD_METRICS
+from bench.tables import SUMMARY_COLUMNS
 from edgecloud_sd import config
 from edgecloud_sd.config import Option
 from edgecloud_sd.measure.breakdown import PARTS
@@ -18,10 +19,18 @@ OPTIONS_INTRODUCTION = """\
 An option marked `list` accepts several values, separated by commas. Several values make a grid, and the suite runs
 equivalent cells of the grid once. [configs/default.yaml](configs/default.yaml) has the defaults. A file given with
 `--config` overrides the defaults, and the command line overrides both. `pytest --help` also lists `--config`,
-`--resume` and `--require`, which control the run."""
+`--extra`, `--resume`, `--fail-if` and `--require`, which control the run. The default `none` of an option without a
+value of that name means that the option is not set."""
 METRICS_INTRODUCTION = """\
 N counts generated token ids. A rate over several clips is a ratio of sums. An undefined metric is null in the results
 file, which gives the reason."""
+COLUMNS_INTRODUCTION = """\
+A run prints some of these metrics in the table "captions", times in ms:"""
+COLUMNS_NOTES = """\
+The table "where the time goes" has the parts below that are not 0. Beside them, `discarded draft` is the part of
+`draft` that went into discarded tokens. `round trip exposed` and `hidden` are columns if the edge drafts ahead.
+`sum / wall` is the sum of the parts divided by the time of another clock: the median over clips, and the worst clip.
+The table "does it pay?" divides times of a baseline by those of the strategy: above 1, the strategy is faster."""
 
 
 PUBLISHED_INTRODUCTION = """\
@@ -54,6 +63,7 @@ def metrics_page() -> str:
         GENERATED,
         METRICS_INTRODUCTION,
         f"## Captions\n\n{_metrics_table(METRICS)}",
+        f"## Columns of the printed tables\n\n{COLUMNS_INTRODUCTION}\n\n{_headings_table()}\n\n{COLUMNS_NOTES}",
         f"## Parts of the latency breakdown\n\nThe parts add up to `total`.\n\n{parts}",
         f"## Load on the service (`bench/test_load.py`)\n\n{_metrics_table(LOAD_METRICS)}",
         f"## Baselines (`bench/test_baselines.py`)\n\n{_metrics_table(BASELINE_METRICS)}",
@@ -64,7 +74,7 @@ def metrics_page() -> str:
 
 
 def _options_table(options: Iterable[Option]) -> str:
-    rows = ((f"`--{option.name}`", option.default_text, _list_mark(option), _meaning(option)) for option in options)
+    rows = ((f"`--{option.name}`", option.default_text, _list_mark(option), option.meaning) for option in options)
     return markdown_table(("option", "default", "list", "meaning"), rows)
 
 
@@ -72,13 +82,14 @@ def _list_mark(option: Option) -> str:
     return "yes" if option.many else ""
 
 
-def _meaning(option: Option) -> str:
-    return f"{option.help} ({', '.join(option.choices)})" if option.choices else option.help
-
-
 def _metrics_table(metrics: Mapping[str, Metric]) -> str:
     rows = ((f"`{name}`", metric.unit, metric.better or "", metric.meaning) for name, metric in metrics.items())
     return markdown_table(("metric", "unit", "better", "meaning"), rows)
+
+
+def _headings_table() -> str:
+    rows = ((heading, f"`{metric}`") for heading, (metric, _, _) in SUMMARY_COLUMNS.items())
+    return markdown_table(("column", "metric"), rows)
 
 
 def _published_table(metrics: Mapping[str, PublishedMetric]) -> str:

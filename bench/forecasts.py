@@ -17,6 +17,8 @@ from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.link import Link
 from edgecloud_sd.timing.profile import Profile
 
+NO_CLOUD_STEP = "no forecast: no step of the cloud alone was timed; add mode cloud (--mode edge,cloud,speculative)"
+
 
 @dataclass(frozen=True)
 class DecodedCell:
@@ -57,9 +59,7 @@ def forecast_cells(
         observed = costs(cell.strategy.draft_ahead if shares_device else None)
         workload = estimate_workload(cell.traces, cell.strategy)
         if observed is None:
-            forecasts[name] = (
-                "no forecast: no step of the cloud alone was timed; add mode cloud (--mode edge,cloud,speculative)"
-            )
+            forecasts[name] = NO_CLOUD_STEP
         elif workload is None:
             forecasts[name] = "no forecast: no draft was verified"
         else:

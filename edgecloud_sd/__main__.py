@@ -74,7 +74,12 @@ def caption_parser() -> argparse.ArgumentParser:
         "file", type=Path, help="wav, FLAC, MP3, Ogg, AIFF, AU or CAF, with any sampling rate and channels"
     )
     caption.add_argument("--transcription", help="the spoken words, for a prompt that may use them")
-    caption.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="(default: %(default)s)")
+    caption.add_argument(
+        "--colour",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="give each token the colour of its origin; auto does so on a terminal (default: %(default)s)",
+    )
     groups = {name: caption.add_argument_group(name) for name in config.GROUPS}
     for option in config.OPTIONS:
         if option.name in ("mode", *CAPTION_OPTIONS):
@@ -126,7 +131,12 @@ def count(number: int, noun: str) -> str:
 def summary_line(trace: Trace) -> str:
     """Return the tokens by origin, the cloud calls and the seconds, in one line."""
     counts = metrics.counts(trace)
-    parts = [f"{getattr(counts, origin)} {origin}" for origin in COLOURS if getattr(counts, origin)]
+    numbers = {origin: getattr(counts, origin) for origin in COLOURS}
+    parts = [
+        count(number, origin) if origin == "correction" else f"{number} {origin}"
+        for origin, number in numbers.items()
+        if number
+    ]
     unanswered = f" ({counts.unanswered_calls} unanswered)" if counts.unanswered_calls else ""
     calls = f", {count(counts.cloud_calls, 'cloud call')}{unanswered} in {count(counts.rounds, 'round')}"
     calls = calls if counts.rounds else ""

@@ -99,11 +99,17 @@ class Option:
         )
 
     @property
+    def meaning(self) -> str:
+        """The help with its choices, unless it names all of them."""
+        if all(re.search(rf"\b{re.escape(choice)}\b", self.help) for choice in self.choices):
+            return self.help
+        return f"{self.help} ({', '.join(self.choices)})"
+
+    @property
     def help_text(self) -> str:
         """The help with its choices and its default."""
-        choices = f" ({', '.join(self.choices)})" if self.choices else ""
         grid = "; a comma-separated list makes a grid" if self.many else ""
-        return f"{self.help}{choices}{grid} (default: {self.default_text})"
+        return f"{self.meaning}{grid} (default: {self.default_text})"
 
 
 def _read_choice(text: str, choices: tuple[str, ...]) -> str:
@@ -372,8 +378,12 @@ class Settings:
         "format of the manifest; it has one value, which the published guide names",
         choices=("unified",),
     )
-    dataset_path: str = _option("data", "pocket", "pocket, a manifest file, or a folder with manifest.json")
-    max_samples: int | None = _option("data", None, "number of clips, from the first on", _read_count, optional=True)
+    dataset_path: str = _option(
+        "data", "pocket", "pocket (the clips that ship), a manifest file, or a folder with manifest.json or .jsonl"
+    )
+    max_samples: int | None = _option(
+        "data", None, "number of clips, from the first on; none takes all", _read_count, optional=True
+    )
     on_bad_clip: str = _option(
         "data", "error", "stop at a clip that cannot be used, or leave it out and list it", choices=ON_BAD_CLIP
     )

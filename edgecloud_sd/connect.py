@@ -12,7 +12,7 @@ from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.keys import read_keys
 from edgecloud_sd.cloud.local import Cloud, LocalCloud
 from edgecloud_sd.cloud.process import run_server
-from edgecloud_sd.cloud.retry import PATIENCE
+from edgecloud_sd.cloud.retry import PATIENCE, PatienceEnded
 from edgecloud_sd.data.dataset import MAX_CLIP_SECONDS
 from edgecloud_sd.grid import asks_cloud, strategies
 from edgecloud_sd.models.devices import AUTO
@@ -51,6 +51,9 @@ def connect(settings: Settings) -> Iterator[Cloud]:
         if asking and not may_fail:
             try:
                 _ = connection.identity
+            except PatienceEnded as fault:
+                advice = "start one there with python -m edgecloud_sd.cloud serve, or give another URL"
+                raise CloudFault(f"--cloud-url: {url}: {fault}; {advice}") from None
             except CloudFault as fault:
                 raise CloudFault(f"--cloud-url: {url}: {fault}") from None
         yield connection

@@ -121,6 +121,11 @@ def test_the_summary_names_the_fault_after_which_the_edge_finished_alone() -> No
     assert summary_line(trace) == "1 token (1 local), 0.200 s, degraded, the edge finished alone: the cloud failed once"
 
 
+def test_the_summary_counts_corrections_in_the_plural() -> None:
+    trace = Trace(((0.1, Committed((1,), "correction")), (0.2, Committed((2,), "correction")), (0.3, Finished("eos"))))
+    assert summary_line(trace) == "2 tokens (2 corrections), 0.300 s"
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this limit")
 def test_a_monitored_limit_is_a_line_on_stderr_without_a_place_in_the_code(

@@ -358,3 +358,9 @@ def test_an_automatic_cloud_is_on_the_gpu_in_half_precision_if_a_gpu_exists(monk
 
 def test_a_list_of_links_may_contain_custom_links() -> None:
     assert resolve({"link": "lan,rtt=40ms,up=5mbit,rtt=60ms"}).link == ("lan", "rtt=40ms,up=5mbit", "rtt=60ms")
+
+
+def test_the_help_of_an_option_names_its_choices_once() -> None:
+    meanings = {option.name: option.meaning for option in OPTIONS}
+    assert meanings["caption-type"].endswith("<language>_caption (audio_only)")
+    assert meanings["gate"] == "which drafts go to the cloud (entropy, always, never)"

@@ -560,7 +560,7 @@ def test_the_path_of_a_folder_is_its_manifest(folder: Path) -> None:
 def test_a_folder_without_a_manifest_is_refused_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(BadClip) as error:
         manifest_path(tmp_path, "chinese")
-    assert str(error.value) == f"{tmp_path}: contains no manifest.json"
+    assert str(error.value) == f"{tmp_path}: contains no manifest.json or manifest.jsonl"
 
 
 def test_a_folder_in_secaps_layout_gets_a_hint(secap: Path) -> None:

@@ -32,7 +32,7 @@ ALLOCATOR = (
 EXPECTED = [
     (ValueError("--k: bad\nvalue"), EXIT_FAILURE, ["--k: bad value"]),
     (ValueError(), EXIT_FAILURE, ["ValueError"]),
-    (OSError(28, "No space left on device", "a.json"), EXIT_FAILURE, ["No space left", "a.json"]),
+    (OSError(28, "No space left on device", "a.json"), EXIT_FAILURE, ["a.json: No space left on device"]),
     (FloatingPointError("not finite"), EXIT_FAILURE, ["not finite"]),
     (CloudFault("no answer"), EXIT_FAILURE, ["no answer"]),
     (MemoryError(), EXIT_FAILURE, ["memory is used up:", "--max-memory-gb"]),

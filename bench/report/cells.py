@@ -21,6 +21,10 @@ OUTPUT_MEANING = (
     "lossless: the target's own tokens; lossless but for near-ties: half precision can break a tie differently; "
     "lossy: no such promise"
 )
+NO_SAVED_FORECAST = (
+    "no forecast: the results file of one cell does not have the costs of the cloud alone; save the run with "
+    "--benchmark-save, and report that file"
+)
 IMPORT_PROFILE = "published-as-run"  # the costs that an imported run is forecast with
 MACHINE_KEYS = ("system", "machine", "cpu", "cores", "gpu")  # times compare only if these are equal
 # name of a fact -> templates over the results of a cell
@@ -202,6 +206,8 @@ def forecast_from_traces(document: Document) -> dict[str, dict[str, Any]]:
         )
         costs = experiment["profile_costs"] and profiles.profile_from_json(experiment["profile_costs"])
         answers = forecasts.forecast_cells({get_case_id(document): cell}, costs or None, on_one_device)
+        if forecasts.NO_CLOUD_STEP in answers.values():  # the file of mode cloud may be beside this one
+            answers = {get_case_id(document): NO_SAVED_FORECAST}
     except (ValueError, KeyError, TypeError) as error:  # this version may not know a trace or a link
         answers = {get_case_id(document): f"no forecast: {error}"}
     return {case: forecasts.forecast_to_json(answer) for case, answer in answers.items()}

@@ -48,7 +48,7 @@ def _build_parser() -> argparse.ArgumentParser:
         description="Read every clip of a manifest and list, for each language, the clips that cannot be used. "
         "The exit status is 1 unless some language can use every clip.",
     )
-    check.add_argument("dataset", help="pocket, a manifest file, or a folder with manifest.json, as in --dataset-path")
+    check.add_argument("dataset", help="a manifest file, a folder with one, or pocket, as in --dataset-path")
     check.add_argument(
         "--language",
         default=",".join(LANGUAGES),

@@ -173,16 +173,16 @@ def _read_frames(path: Path, audio: Any) -> NDArray[np.float32]:
 
 
 def find_manifest(path: Path) -> Path:
-    """Return a manifest file: `path` itself, or `manifest.json` in that folder. Raise BadClip if there is none."""
+    """Return a manifest file: `path` itself, or the one in that folder. Raise BadClip if there is none."""
     if path.is_dir():
         for name in MANIFEST_NAMES:
             if (path / name).is_file():
                 return path / name
         is_secap = (path / SECAP_CAPTIONS_FILE).is_file()
         hint = " (this is SECap's layout: run python -m edgecloud_sd.data secap on it)" if is_secap else ""
-        raise BadClip(f"{path}: contains no manifest.json{hint}")
+        raise BadClip(f"{path}: contains no manifest.json or manifest.jsonl{hint}")
     if not path.is_file():
-        raise BadClip(f"{path}: no such manifest; give a manifest file, a folder with manifest.json, or 'pocket'")
+        raise BadClip(f"{path}: no such manifest; give a manifest file, a folder with one, or 'pocket'")
     return path
 
 

@@ -80,7 +80,12 @@ def explain_out_of_memory(error: BaseException) -> str:
 
 
 def to_one_line(error: BaseException) -> str:
-    """Return the message of an error in one line, or the name of its type if it has none."""
+    """Return the message of an error in one line, or the name of its type if it has none.
+
+    An error of the operating system begins with the file, in place of its number.
+    """
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
