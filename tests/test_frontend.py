@@ -79,6 +79,31 @@ def test_a_damaged_file_is_named_in_one_line(
     assert reason in message
 
 
+@pytest.mark.parametrize(
+    ("part", "fields", "reason"),
+    [
+        (None, {"text_config": {}}, "output_dim 96 of the audio tower must equal hidden_size 3584"),
+        ("text_config", {"vocab_size": 641}, "vocab_size 641 and hidden_size 96 of config.json are not the shape"),
+        ("text_config", {"intermediate_size": 99}, "weight has the shape"),
+        ("text_config", {"num_attention_heads": 0}, "num_attention_heads must be at least 1, not 0"),
+        ("text_config", {"max_position_embeddings": -5}, "max_position_embeddings must be at least 1, not -5"),
+        ("text_config", {"rope_parameters": {"rope_theta": 1e4}}, "mrope_section [16, 24, 24] of rope_parameters must"),
+        ("audio_config", {"n_window": 0}, "n_window must be at least 1, not 0"),
+        ("audio_config", {"max_source_positions": 10}, "max_source_positions 10 must be at least n_window 100"),
+    ],
+)
+def test_dimensions_that_the_weights_or_the_model_cannot_have_are_named(
+    tmp_path: Path, part: str | None, fields: dict[str, object], reason: str
+) -> None:
+    folder = Path(shutil.copytree(PAIRS["pocket"].edge, tmp_path / "edge"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (config[part] if part else config).update(fields)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(OSError, match=r"cannot be loaded: .*config\.json") as caught:
+        load_model(folder)
+    assert reason in str(caught.value)
+
+
 def test_a_tokenizer_with_more_ids_than_the_weights_have_is_refused(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(PAIRS["pocket"].edge, tmp_path / "edge"))
     tokenizer = json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))

@@ -95,34 +95,8 @@ def load_dummy_config(checkpoint: str | Path) -> Any:
         raise ValueError(f"no dimensions of {str(checkpoint)!r}: give a folder with a config.json, or one of {names}")
     with frontend.one_line_errors(str(checkpoint)):
         config = frontend.thinker_config(frontend.load_config(str(published.get(str(checkpoint), checkpoint))))
-        _check_sizes(config)
+        frontend.check_dimensions(config)
     return config
-
-
-def _check_sizes(config: Any) -> None:
-    """Raise ValueError for inconsistent sizes that transformers reports late or without their names."""
-    text, audio = config.text_config, config.audio_config
-    sizes = {
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.intermediate_size,
-        "num_attention_heads": text.num_attention_heads,
-        "num_key_value_heads": text.num_key_value_heads,
-        "d_model": audio.d_model,
-        "encoder_attention_heads": audio.encoder_attention_heads,
-        "encoder_ffn_dim": audio.encoder_ffn_dim,
-    }
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, not {size}")
-    for whole, part in (
-        ("hidden_size", "num_attention_heads"),
-        ("num_attention_heads", "num_key_value_heads"),
-        ("d_model", "encoder_attention_heads"),
-    ):
-        if sizes[whole] % sizes[part]:
-            raise ValueError(f"{whole} {sizes[whole]} must be a multiple of {part} {sizes[part]}")
-    if audio.output_dim != text.hidden_size:
-        raise ValueError(f"output_dim {audio.output_dim} of the audio tower must equal hidden_size {text.hidden_size}")
 
 
 def _build_empty_thinker(config: Any) -> Any:

@@ -16,6 +16,7 @@ from edgecloud_sd.models import checkpoint_settings, hub
 from edgecloud_sd.models.checkpoint import find_folder
 from edgecloud_sd.models.checkpoint_settings import NO_SETTINGS, CheckpointSettings
 
+DEFAULT_SECTIONS = [16, 24, 24]  # those of transformers, if a configuration has no mrope_section
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")  # configurations that contain a thinker
 
 
@@ -47,6 +48,7 @@ def read_frontend(checkpoint: str | Path) -> Frontend:
     with one_line_errors(name, "config.json"):
         config = load_config(name)
         thinker = thinker_config(config)
+        check_dimensions(thinker)
     with one_line_errors(name, "tokenizer.json or tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         _check_tokenizer(tokenizer, thinker)
@@ -123,6 +125,44 @@ def load_config(name: str) -> Any:
 def thinker_config(config: Any) -> Any:
     """Return the thinker's part of a configuration; a whole Omni model has one part for each of its models."""
     return getattr(config, "thinker_config", config)
+
+
+def check_dimensions(thinker: Any) -> None:
+    """Raise ValueError for inconsistent sizes that transformers reports late or without their names."""
+    text, audio = thinker.text_config, thinker.audio_config
+    sizes = {
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "d_model": audio.d_model,
+        "encoder_attention_heads": audio.encoder_attention_heads,
+        "encoder_ffn_dim": audio.encoder_ffn_dim,
+        "n_window": audio.n_window,
+        "max_source_positions": audio.max_source_positions,
+        "max_position_embeddings": text.max_position_embeddings,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size}")
+    for whole, part in (
+        ("hidden_size", "num_attention_heads"),
+        ("num_attention_heads", "num_key_value_heads"),
+        ("d_model", "encoder_attention_heads"),
+    ):
+        if sizes[whole] % sizes[part]:
+            raise ValueError(f"{whole} {sizes[whole]} must be a multiple of {part} {sizes[part]}")
+    if audio.output_dim != text.hidden_size:
+        raise ValueError(f"output_dim {audio.output_dim} of the audio tower must equal hidden_size {text.hidden_size}")
+    if audio.max_source_positions < audio.n_window:
+        raise ValueError(
+            f"max_source_positions {audio.max_source_positions} must be at least n_window {audio.n_window}, which is "
+            "the number of positions in a window of the audio tower"
+        )
+    sections = (text.rope_parameters or {}).get("mrope_section", DEFAULT_SECTIONS)
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if 2 * sum(sections) != head_size:
+        raise ValueError(f"mrope_section {sections} of rope_parameters must sum to half of the head size {head_size}")
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from edgecloud_sd.models import memory, quantized
 from edgecloud_sd.models.cache import GROWTH, Cache
 from edgecloud_sd.models.checkpoint_settings import RowProcessors
 from edgecloud_sd.models.devices import QUANTISED_DTYPES, explain_not_finite
-from edgecloud_sd.models.frontend import Frontend, one_line_errors, read_frontend
+from edgecloud_sd.models.frontend import Frontend, load_config, one_line_errors, read_frontend, thinker_config
 from edgecloud_sd.models.text import TextModel
 from edgecloud_sd.session import check_truncation
 
@@ -184,15 +184,21 @@ def load_checkpoint(checkpoint: str | Path, device: str, dtype: str) -> HFModel:
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     front = read_frontend(checkpoint)
-    memory.check_weight_files(checkpoint)
+    text = thinker_config(load_config(front.name)).text_config
+    memory.check_weight_files(checkpoint, text.vocab_size, text.hidden_size)
     in_force = limits.read_limits()
     memory.check_checkpoint_fits(checkpoint, device, dtype, in_force.memory_bytes, in_force.monitored_bytes)
     # "auto" keeps the stored dtype: weights to quantise stay in the map of their file until each is quantised
     read_dtype = "auto" if dtype in QUANTISED_DTYPES else getattr(torch, dtype)
     with one_line_errors(front.name):
         thinker, loading = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-            front.name, dtype=read_dtype, output_loading_info=True
+            front.name, dtype=read_dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
+        for name, stored, configured in sorted(loading["mismatched_keys"]):
+            raise OSError(
+                f"{name} has the shape {list(stored)}, and config.json says {list(configured)}: "
+                "use the files of one checkpoint"
+            )
         if missing := sorted(loading["missing_keys"]):
             raise OSError(f"it lacks {len(missing)} weights, {missing[0]} first")
         del loading

@@ -20,6 +20,7 @@ from edgecloud_sd.models import quantized
 from edgecloud_sd.models.checkpoint import DamagedFile, find_weight_files
 from edgecloud_sd.models.devices import DTYPES, QUANTISED_DTYPES
 
+EMBEDDINGS = ("model.embed_tokens.weight", "thinker.model.embed_tokens.weight")  # thinker alone, whole Omni
 BYTES_PER_PARAMETER = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -172,11 +173,20 @@ def count_loaded_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int
     )
 
 
-def check_weight_files(checkpoint: str | Path) -> None:
-    """Raise DamagedFile for a file of weights on this machine that is no whole safetensors."""
+def check_weight_files(checkpoint: str | Path, vocab_size: int, hidden_size: int) -> None:
+    """Raise DamagedFile for a file of weights on this machine that is no whole safetensors.
+
+    Raise OSError for embeddings of another size: transformers would first fill a model of the configured size.
+    """
     with suppress(FileNotFoundError):
         for file in find_weight_files(checkpoint):
-            _read_header(file)
+            for name, (_, shape) in _read_header(file).items():
+                if name in EMBEDDINGS and shape != (vocab_size, hidden_size):
+                    raise OSError(
+                        f"checkpoint {str(checkpoint)!r} cannot be loaded: vocab_size {vocab_size} and hidden_size "
+                        f"{hidden_size} of config.json are not the shape {list(shape)} of the embeddings in "
+                        f"{file.name}: use the files of one checkpoint"
+                    )
 
 
 def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
