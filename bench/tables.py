@@ -139,8 +139,13 @@ def render_summaries(summaries: Mapping[str, Summary]) -> str:
         cells = ["-" if value is None else format(value * factor, form) for value, form, factor in values]
         rows.append([case, str(summary.clips), *cells])
     table = grid(rows, ["case", "clips", *SUMMARY_COLUMNS])
+    lengths = [
+        f"- accepted lengths ({label}): {describe_lengths(summary.accepted_lengths)}"
+        for label, summary in summaries.items()
+        if sum(summary.accepted_lengths)
+    ]
     legend = [f"{case} = {label}" for case, label in labels.items() if case != label]
-    return "\n".join([table, *legend, *_reasons(summaries), *_cloud_notes(summaries)])
+    return "\n".join([table, *legend, *_reasons(summaries), *_cloud_notes(summaries), *lengths])
 
 
 def render_breakdowns(summaries: Mapping[str, Summary]) -> str:
@@ -216,6 +221,13 @@ def grid(rows: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
 def _shown_width(text: str) -> int:
     """Return the columns of a text on a terminal, where a Chinese character takes two."""
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def describe_lengths(counts: Sequence[int]) -> str:
+    """Return the share of the verifications that accepted 0, 1, 2, ... draft tokens, from their counts."""
+    total = sum(counts)
+    shares = ", ".join(f"{length} in {count / total:.0%}" for length, count in enumerate(counts))
+    return f"{shares} of {total} verifications"
 
 
 def _cloud_notes(summaries: Mapping[str, Summary]) -> list[str]:

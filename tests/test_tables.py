@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.tables import MAX_TABLE_WIDTH, grid, short_names
+from bench.tables import MAX_TABLE_WIDTH, describe_lengths, grid, short_names
 
 SPECULATIVE = "speculative-pocket-H1.5-k3-rank20-zh"
 
@@ -37,3 +37,7 @@ def test_a_wide_table_has_narrower_gaps() -> None:
     headings = ["x" * 10] * 12
     assert len(grid([], headings).splitlines()[0]) == 131 <= MAX_TABLE_WIDTH
     assert len(grid([], headings[:8]).splitlines()[0]) == 94
+
+
+def test_accepted_lengths_are_shares_of_the_verifications() -> None:
+    assert describe_lengths([1, 3, 0, 6]) == "0 in 10%, 1 in 30%, 2 in 0%, 3 in 60% of 10 verifications"
