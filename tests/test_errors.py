@@ -15,8 +15,10 @@ from edgecloud_sd.host.errors import (
     EXIT_CLOSED_PIPE,
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
+    ExpectedError,
     errors_to_exit,
     explain_error,
+    explain_out_of_memory,
     is_out_of_memory,
 )
 from edgecloud_sd.host.stderr import silent_stderr
@@ -87,6 +89,21 @@ def test_the_reason_of_a_library_that_cannot_import_a_module_counts() -> None:
 @pytest.mark.parametrize("error", [ValueError("out of memory"), RuntimeError("the engine ran out of memory slots")])
 def test_only_a_failure_of_the_allocator_is_lack_of_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)
+
+
+def test_lack_of_memory_is_explained_once() -> None:
+    explained = explain_out_of_memory(MemoryError("Unable to allocate 9 GiB"))
+    line = f"checkpoint 'a' cannot be loaded: {explained}"
+    assert explain_error(OSError(line)) == ExpectedError(line)
+
+
+def test_a_command_without_stdout_ends_as_if_its_reader_had_closed_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit, match=str(EXIT_CLOSED_PIPE)), errors_to_exit():
+        pytest.fail("the command ran")
+    assert "has closed it" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_ends_a_command_with_its_status() -> None:

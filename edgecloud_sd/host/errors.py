@@ -23,6 +23,7 @@ CPU_MEMORY = re.compile(
     r"|failed to map segment|can't start new thread",
     re.IGNORECASE,
 )
+USED_UP = "is used up"
 GPU_MEMORY_ADVICE = (
     "choose a smaller number format (--edge-dtype or --cloud-dtype float16), a smaller model or another device; "
     "nvidia-smi shows the processes that use the GPU"
@@ -75,8 +76,10 @@ def explain_out_of_memory(error: BaseException) -> str:
     """Return the line for a failure for lack of memory."""
     place, advice = ("the GPU", GPU_MEMORY_ADVICE) if is_gpu_out_of_memory(error) else ("memory", CPU_MEMORY_ADVICE)
     text = to_one_line(error).removesuffix(".")
+    if USED_UP in text:  # the loader of a checkpoint has explained it, with the name of the checkpoint
+        return text
     reason = "" if text == type(error).__name__ else f" ({text})"
-    return f"{place} is used up{reason}: {advice}"
+    return f"{place} {USED_UP}{reason}: {advice}"
 
 
 def to_one_line(error: BaseException) -> str:
@@ -97,6 +100,8 @@ def errors_to_exit() -> Iterator[None]:
     """
     escape_unencodable()
     try:
+        if sys.stdout is None:  # closed before the start
+            raise BrokenPipeError
         yield
         sys.stdout.flush()
     except BaseException as error:
@@ -134,7 +139,7 @@ def _extras_by_module() -> dict[str, str]:
 
 def _drop_output() -> None:
     """Send the rest of stdout nowhere, or the interpreter would fail again when it flushes it at the end."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
