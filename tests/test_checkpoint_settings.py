@@ -199,6 +199,13 @@ def test_a_file_that_is_no_json_is_refused(folder: Path) -> None:
         load.load_frontend(folder)
 
 
+def test_a_link_to_a_missing_file_is_refused(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").symlink_to(folder / "absent")
+    with pytest.raises(OSError, match=r"generation_config\.json"):
+        load.load_frontend(folder)
+
+
 def test_neutral_values_are_no_settings(folder: Path) -> None:
     neutral: dict[str, object] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
     ignored: dict[str, object] = {"max_length": 9, "chat_format": "chatml", "temperature": 0.1, "penalty_alpha": 0}

@@ -43,6 +43,10 @@ DAMAGES: list[tuple[str, str | bytes | None, str]] = [
     ),
     (GENERATION, '{"eos_token_id": "x"}', "eos_token_id x must have ids of the vocabulary only"),
     (EXTRACTOR, '{"feature_size": "x"}', "feature_size must be a whole number above 0, not 'x'"),
+    (GENERATION, '{"eos_token_id": [2, 640]}', "eos_token_id [2, 640] must have ids of the vocabulary only, 0 to 639"),
+    (GENERATION, '{"eos_token_id": true}', "eos_token_id True must have ids"),
+    (EXTRACTOR, '{"dither": "x"}', "dither must be a number, not 'x'"),
+    (EXTRACTOR, '{"padding_value": NaN}', "padding_value must be a number, not nan"),
     (EXTRACTOR, '{"hop_length": 0}', "hop_length must be a whole number above 0, not 0"),
     (
         EXTRACTOR,

@@ -8,6 +8,7 @@ of logits, so they have no state that would have to roll back with a cache.
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -146,7 +147,7 @@ def read_generation_config(name: str) -> Any:
     try:
         return GenerationConfig.from_pretrained(name)
     except OSError:  # the file is optional
-        if (Path(name) / FILE).exists():
+        if os.path.lexists(Path(name) / FILE):  # a link to a file that is missing is no choice of defaults
             raise
     except (TypeError, AttributeError, KeyError) as error:  # the JSON is of another form
         raise ValueError(f"{FILE}: {_find_bad_field(Path(name) / FILE)} cannot be used: {error}") from error
@@ -212,7 +213,7 @@ def read_eos(config: Any, thinker_config: Any, tokenizer: Any) -> frozenset[int]
     """Return the ids that end a caption: those of the GenerationConfig or else of the thinker, and the tokenizer's.
 
     The published thinkers run on after the tokenizer's id if `generate` does not get it (QwenLM/Qwen2.5-Omni#371).
-    Raise ValueError for an id that is no whole number from 0.
+    Raise ValueError for an id that is no id of the thinker's vocabulary.
     """
     from transformers import GenerationConfig
 
@@ -220,8 +221,11 @@ def read_eos(config: Any, thinker_config: Any, tokenizer: Any) -> frozenset[int]
     if configured is None:  # the configuration of a whole Omni model hides that of its thinker
         configured = GenerationConfig.from_model_config(thinker_config).eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    if any(token is not None and (not isinstance(token, int) or token < 0) for token in ids):
-        raise ValueError(f"eos_token_id {_shorten(configured)} must have ids of the vocabulary only")
+    vocabulary = range(thinker_config.text_config.vocab_size)
+    if any(token is not None and (type(token) is not int or token not in vocabulary) for token in ids):
+        raise ValueError(
+            f"eos_token_id {_shorten(configured)} must have ids of the vocabulary only, 0 to {len(vocabulary) - 1}"
+        )
     return frozenset({*ids, tokenizer.eos_token_id}) - {None}
 
 
