@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from tabulate import SEPARATING_LINE, DataRow, Line, TableFormat, tabulate
+from wcwidth import wcswidth
 
 from bench import payoff
 from bench.cases import Case, cases, dataset_name
@@ -208,19 +210,21 @@ def grid(rows: Sequence[Sequence[str]], headings: Sequence[str]) -> str:
 
     Columns are two blanks apart, or one in a table that would be wider than `MAX_TABLE_WIDTH`.
     """
-    widths = [max(map(_shown_width, column)) for column in zip(headings, *rows, strict=True)]
-    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= MAX_TABLE_WIDTH else " "
-    lines = []
-    for row in (headings, ["-" * width for width in widths], *rows):
-        blanks = [" " * (width - _shown_width(text)) for text, width in zip(row, widths, strict=True)]
-        cells = [row[0] + blanks[0], *(blank + text for blank, text in zip(blanks[1:], row[1:], strict=True))]
-        lines.append(gap.join(cells).rstrip())
-    return "\n".join(lines)
+    wide, narrow = (_grid(rows, headings, gap) for gap in ("  ", " "))
+    return wide if wcswidth(wide.partition("\n")[0]) <= MAX_TABLE_WIDTH else narrow
 
 
-def _shown_width(text: str) -> int:
-    """Return the columns of a text on a terminal, where a Chinese character takes two."""
-    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+def _grid(rows: Sequence[Sequence[str]], headings: Sequence[str], gap: str) -> str:
+    cells, line = DataRow("", gap, ""), Line("", "-", gap, "")
+    layout = TableFormat(None, line, None, None, cells, cells, 0, None)
+    # headings as a row: tabulate makes columns wider than their headings
+    lines = tabulate(
+        [headings, SEPARATING_LINE, *rows],
+        tablefmt=layout,
+        disable_numparse=True,
+        colalign=["left"] + ["right"] * (len(headings) - 1),
+    )
+    return "\n".join(line.rstrip() for line in lines.splitlines())
 
 
 def describe_lengths(counts: Sequence[int]) -> str:
