@@ -8,7 +8,6 @@ population.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.comparison import clip_bleu_counts, corpus_bleu_difference, pair_clips
+from edgecloud_sd.data.dataset import read_json
 from edgecloud_sd.host.errors import errors_to_exit, to_one_line
 from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.measure import intervals, quality
@@ -81,7 +81,7 @@ def recorded_comparisons(base: Path, ours: Path) -> list[Comparison]:
 
     Raise OSError or ValueError for files that cannot be used.
     """
-    documents = [json.loads(path.read_text(encoding="utf-8")) for path in (base, ours)]
+    documents = [read_json(path) for path in (base, ours)]
     pairs = pair_clips(documents[0], documents[1])
     if not pairs:
         raise ValueError(f"{base.name} and {ours.name} have no clip in common: give two cells of one data set")
@@ -139,8 +139,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--clips takes whole numbers above 0 with commas between them, and --repeats one of them")
     try:
         comparisons = recorded_comparisons(*options.files) if options.files else synthetic_comparisons()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         parser.error(f"the results files cannot be compared: {to_one_line(error)}")
+    except (KeyError, TypeError, AttributeError) as error:
+        advice = "python -m edgecloud_sd.measure.imported reads those of other software"
+        parser.error(f"the files are no results files of this package ({to_one_line(error)} is missing); {advice}")
     with errors_to_exit():
         print(render_coverage(comparisons, [int(size) for size in sizes], options.repeats))
     return 0

@@ -15,6 +15,9 @@ UNREACHED = tuple(
 )
 
 
+OTHER_JSON = Path(coverage.__file__).parents[1] / "edgecloud_sd" / "measure" / "results.schema.json"  # JSON, no results
+
+
 @pytest.mark.slow
 def test_at_20_clips_the_intervals_cover_what_they_promise() -> None:
     for comparison in coverage.synthetic_comparisons(size=50_000):
@@ -61,6 +64,8 @@ def test_the_command_simulates_the_clips_of_two_results_files(
     [
         (["one.json"], "takes no file or two results files, not 1"),
         (["none.json", "none.json"], "none.json"),
+        ([__file__, __file__], "test_coverage.py: is not JSON"),
+        ([str(OTHER_JSON), str(OTHER_JSON)], "no results files of this package ('detailed_results' is missing)"),
         (["--clips", "0"], "--clips takes whole numbers above 0"),
     ],
 )

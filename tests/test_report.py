@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import json
 import re
 from collections import Counter
@@ -25,6 +26,7 @@ from bench.report.differences import caption_distance, mark_differences
 from bench.report.metric_text import format_change
 from bench.report.page import BulletList, Page, Paragraph, Section
 from bench.report.render import to_markdown
+from bench.report.runs import read_run
 from edgecloud_sd.gate import entropy_gate
 from edgecloud_sd.host.errors import EXIT_INTERRUPTED
 from edgecloud_sd.measure.breakdown import PARTS
@@ -607,6 +609,7 @@ NAN_CELL = cell("edge", [clip("a", "b", 1.0, trace={"events": [[0, "x", 0]], "sp
 BAD_FILES: dict[str, tuple[str, str]] = {
     "not JSON": ("{", "is not JSON"),
     "not UTF-8": (r'{"a": "\ud800"}', "is not JSON"),
+    "too deep": ("[" * 100_000, "is not JSON (maximum recursion depth"),
     "not an object": ("[1]", "contains neither benchmarks nor results"),
     "something else": ('{"a": 1}', "contains neither benchmarks nor results"),
     "no captions": ('{"benchmarks": [{"name": "x", "extra_info": {}}, 3]}', "none of its 2 benchmarks has captions"),
@@ -632,6 +635,12 @@ def test_an_unusable_file_is_named_and_the_old_report_stays(
         assert message in line
     assert output.read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "good.json", "r.html"]
+
+
+def test_a_file_with_a_byte_order_mark_is_reported(tmp_path: Path) -> None:
+    file = Path(save(tmp_path / "a.json", [cell("edge")]))
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    assert [*read_run(file).cells] == [cell("edge")["experiment_config"]["case"]]
 
 
 def test_an_absent_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,11 +63,11 @@ def join_runs(runs: Sequence[Run]) -> Run:
 def read_run(path: Path) -> Run:
     """Return the run in a file. Raise UnusableFile for a file that is no complete run of this version."""
     try:
-        content = hide_folders(json.loads(path.read_text(encoding="utf-8")))
+        content = hide_folders(json.loads(path.read_text(encoding="utf-8-sig")))
         json.dumps(content, ensure_ascii=False).encode("utf-8")  # refuses half a surrogate pair
     except OSError as error:
         raise UnusableFile(f"{path}: {error.strerror or error}; {USABLE_FILES}") from error
-    except ValueError as error:  # also of UTF-8
+    except (ValueError, RecursionError) as error:  # ValueError: also of UTF-8
         raise UnusableFile(f"{path}: is not JSON ({error}); {USABLE_FILES}") from error
     if isinstance(_get_nested(content, "benchmarks"), list):
         return _read_benchmarks(path, content)

@@ -245,7 +245,7 @@ def read_results(path: Path) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise ValueError(f"{path}: {constant} is not a JSON number: remove the file and run again")
 
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=refuse)
     validate_results(results)
     return results
 
