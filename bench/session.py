@@ -63,9 +63,10 @@ class Outcomes:
 
     def escalation_notes(self) -> Iterator[str]:
         """Yield a line for each speculative cell that sent nothing to the cloud, with the reason."""
+        labels = tables.short_names(self.summaries)
         for name, (case, results) in self.captions.items():
             if reason := explain_no_escalation(case.strategy, results):
-                yield f"- {name}: no draft was verified: {reason}"
+                yield f"- {labels.get(name, name)}: no draft was verified: {reason}"
 
     def forecasts(self, settings: Settings) -> dict[str, Forecast | str]:
         """Return the forecast of each speculative cell, or the reason why there is none."""

@@ -176,19 +176,21 @@ def render_payoff(documents: Mapping[str, Document], forecasts: Mapping[str, For
 
     The text is empty without speculative cases.
     """
-    rows, sentences = [], []
+    rows, sentences, labels = [], [], short_names(documents)
     for case, document in documents.items():
         if document["experiment_config"]["strategy"]["mode"] != "speculative":
             continue
         compared = payoff.payoffs(document, documents.values(), "bleu4")
         forecast = forecasts.get(case)
         numbers = None if forecast is None or isinstance(forecast, str) else asdict(forecast)
-        rows += [[case, *row] for row in payoff.payoff_rows(compared, numbers)]
-        sentences.append(f"- {case}: {payoff.payoff_sentence(compared, 'BLEU-4')}")
+        rows += [[labels[case], *row] for row in payoff.payoff_rows(compared, numbers)]
+        sentences.append(f"- {labels[case]}: {payoff.payoff_sentence(compared, 'BLEU-4')}")
     if not sentences:
         return ""
-    table = [grid(rows, ["times as fast as", "baseline", *payoff.SPEEDUPS])] if rows else []
-    answers = [f"- forecast for {case}: {answer_sentence(answer)}" for case, answer in forecasts.items()]
+    table = [grid(rows, ["case", "times as fast as", *payoff.SPEEDUPS])] if rows else []
+    answers = [
+        f"- forecast for {labels.get(case, case)}: {answer_sentence(answer)}" for case, answer in forecasts.items()
+    ]
     return "\n".join([*table, *sentences, *answers])
 
 
