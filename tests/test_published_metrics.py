@@ -139,7 +139,26 @@ def test_modes_without_drafts_have_no_rate_of_them() -> None:
     published = section(EDGE_ALONE, mode="edge", k=None)
     path = "metrics.speculative_decoding_metrics.avg_acceptance_rate"
     assert look_up(published, path) is None
-    assert published["reasons"][path] == "only mode speculative sends drafts to a cloud"
+    assert published["reasons"][path] == "this mode has no rounds"
+
+
+RATES = ("acceptance_rate", "correction_rate", "token_level_cloud_rate", "corrected_token_rate")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(f"detailed_results.latency_metrics.{name}" for name in RATES),
+        *(f"metrics.speculative_decoding_metrics.avg_{name}" for name in RATES),
+        "speculative_metrics.avg_acceptance_rate",
+    ],
+)
+def test_a_cloud_that_never_answered_has_no_rates(path: str) -> None:
+    published = section(DEAD)
+    is_clip = path.startswith("detailed_results.")
+    tree = published["detailed_results"][0] if is_clip else published
+    assert look_up(tree, path.removeprefix("detailed_results.")) is None
+    assert published["reasons"][path] == "the cloud failed before it had verified a draft"
 
 
 def test_a_call_without_an_answer_is_in_no_correction_rate() -> None:

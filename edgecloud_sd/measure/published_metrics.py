@@ -63,6 +63,12 @@ class PublishedClip:
         counts = self.result.counts
         return counts.local + counts.accepted + counts.correction if self.mode == "speculative" else None
 
+    @property
+    def is_unanswered(self) -> bool:
+        """True if the cloud was asked and never answered."""
+        counts = self.result.counts
+        return 0 < counts.cloud_calls == counts.unanswered_calls
+
     def count(self, name: str) -> int | None:
         """Return a count of `metrics.Counts`, or None in the modes edge and cloud."""
         value: int = getattr(self.result.counts, name)
@@ -82,6 +88,10 @@ class PublishedMetric:
 
 def _over(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
+
+
+def _rate(part: float | None, whole: float | None, clip: PublishedClip) -> float | None:
+    return None if clip.is_unanswered else _over(part, whole)  # a cloud that never answered has a rate of nothing
 
 
 def _spent(parts: Sequence[str], clip: PublishedClip) -> float:
@@ -163,15 +173,16 @@ _COUNTS = {
         "tokens", "Verified draft tokens", "", lambda clip: clip.count("verified")),
     "acceptance_rate": PublishedMetric(
         "0 to 1", "total_accepted_tokens / total_draft_tokens: near 1 if little is verified",
-        "", lambda clip: _over(clip.taken, clip.count("drafted"))),
+        "acceptance_rate", lambda clip: _rate(clip.taken, clip.count("drafted"), clip)),
     "correction_rate": PublishedMetric(
         "0 to 1", "Corrections / answered cloud calls; theirs is 0 without a call",
         "correction_rate", lambda clip: clip.result.counts.correction_rate, NOT_VERIFIED),
     "token_level_cloud_rate": PublishedMetric(
         "0 to 1", "Verified draft tokens / N: rejected ones count, so it may exceed 1",
-        "", lambda clip: _over(clip.count("verified"), clip.result.counts.tokens)),
+        "acceptance_rate", lambda clip: _rate(clip.count("verified"), clip.result.counts.tokens, clip)),
     "corrected_token_rate": PublishedMetric(
-        "0 to 1", "Corrections / N", "", lambda clip: _over(clip.count("correction"), clip.result.counts.tokens)),
+        "0 to 1", "Corrections / N",
+        "correction_rate", lambda clip: _rate(clip.count("correction"), clip.result.counts.tokens, clip)),
     "cloud_call_rate": PublishedMetric(
         "0 to 1", "Cloud calls / (draft tokens // k + 1), in place of the rounds",
         "", _cloud_call_rate, "modes edge and cloud verify nothing, and k may be adaptive"),
@@ -246,8 +257,10 @@ def _sum(name: str) -> Callable[[Sequence[PublishedClip], Summary], int | None]:
     return lambda clips, _: sum(values) if None not in (values := [metric.function(clip) for clip in clips]) else None
 
 
-def _ratio_of(part: str, whole: str) -> Callable[[Sequence[PublishedClip], Summary], float | None]:
-    return lambda clips, summary: _over(_sum(part)(clips, summary), _sum(whole)(clips, summary))
+def _acceptance_rate(clips: Sequence[PublishedClip], summary: Summary) -> float | None:
+    if all(clip.is_unanswered for clip in clips):
+        return None
+    return _over(_sum("total_accepted_tokens")(clips, summary), _sum("total_draft_tokens")(clips, summary))
 
 
 def _mean_of(name: str) -> Callable[[Sequence[PublishedClip], Summary], float | None]:
@@ -315,23 +328,24 @@ RUN_METRICS = {
         "avg_cloud_calls": PublishedMetric("calls", "Cloud calls / clips", "", _mean_of("cloud_calls")),
         "avg_acceptance_rate": PublishedMetric(
             "0 to 1", "total_accepted_tokens / total_draft_tokens, both summed: tokens that nobody verified count",
-            "", _ratio_of("total_accepted_tokens", "total_draft_tokens")),
+            "acceptance_rate", _acceptance_rate),
         "avg_correction_rate": PublishedMetric(
             "0 to 1", "Corrections / answered cloud calls, both summed; theirs is 0 without a call",
             "correction_rate", _figure("correction_rate"), NOT_VERIFIED),
         "avg_cloud_call_rate": PublishedMetric(
             "calls", "Cloud calls / clips, so no rate: the same as avg_cloud_calls", "", _mean_of("cloud_calls")),
         "avg_token_level_cloud_rate": PublishedMetric(
-            "0 to 1", "mean over clips of token_level_cloud_rate", "", _mean_of("token_level_cloud_rate")),
+            "0 to 1", "mean over clips of token_level_cloud_rate",
+            "acceptance_rate", _mean_of("token_level_cloud_rate")),
         "avg_corrected_token_rate": PublishedMetric(
-            "0 to 1", "mean over clips of corrected_token_rate", "", _mean_of("corrected_token_rate")),
+            "0 to 1", "mean over clips of corrected_token_rate", "correction_rate", _mean_of("corrected_token_rate")),
         "total_samples": PublishedMetric("clips", "Clips", "", lambda clips, _: len(clips)),
     }),
     **_under("speculative_metrics", {
         "avg_latency": PublishedMetric("s", "mean over clips of oet", "", _mean_of("oet")),
         "avg_tokens_per_second": PublishedMetric("tokens/s", "mean over clips of otps", "", _mean_of("otps")),
         "avg_acceptance_rate": PublishedMetric(
-            "0 to 1", "mean over clips of acceptance_rate", "", _mean_of("acceptance_rate")),
+            "0 to 1", "mean over clips of acceptance_rate", "acceptance_rate", _mean_of("acceptance_rate")),
         "avg_rounds": PublishedMetric("rounds", "Rounds / clips", "", _mean_of("total_rounds")),
         "total_tokens": PublishedMetric("tokens", "N, summed", "", _sum("output_tokens")),
         "total_cloud_calls": PublishedMetric("calls", "Cloud calls, summed", "", _sum("cloud_calls")),
