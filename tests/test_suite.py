@@ -567,6 +567,7 @@ def test_profiles_need_one_more_call_which_is_no_caption(pipeline: Pipeline, pyt
     assert [row["params"]["threshold"] for row in whole] == [None, 1.5, None, None, None]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_worse_than_an_earlier_one_fails(pipeline: Pipeline, pytester: pytest.Pytester) -> None:
     clock = ("--clock", "virtual", "--profile", "published")
     options = ("--mode", "edge", "--max-samples", "2", "-k", "test_captioning", *clock)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 PROC_SELF = Path("/proc/self")
@@ -18,10 +19,11 @@ def usable_cores() -> int:
     return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
 
 
+@cache  # every caption asks for the usable cores
 def read_cpu_quota(proc: Path = PROC_SELF) -> float | None:
     """Return the smallest CPU quota of this process's cgroups (version 1 or 2) in cores, or None without one.
 
-    A quota of 1.5 lets the process use 1.5 s of CPU time per second, on however many cores.
+    A quota of 1.5 lets the process use 1.5 s of CPU time per second, on however many cores. It is read once.
     """
     quotas = [quota for folder in _cgroup_folders(proc) if (quota := _read_quota(folder)) is not None]
     return min(quotas, default=None)
