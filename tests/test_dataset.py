@@ -389,6 +389,25 @@ def test_a_required_field_that_is_not_a_text_is_refused(folder: Path, field: str
     assert str(error.value) == f"{path}, entry 0, {field}: must be a text that is not empty, not {shown!r}"
 
 
+@pytest.mark.parametrize("field", ["file_id", "audio_path"])
+@pytest.mark.parametrize("value", ["a\nb", "a\x1b[31m", "a\0", "a\u2028b"], ids=ascii)
+def test_a_name_with_control_characters_is_refused(folder: Path, field: str, value: str) -> None:
+    path = write_manifest(folder, entry(**{field: value}))
+    with pytest.raises(BadClip) as error:
+        load_manifest(path, "chinese")
+    problem = "must be a text without line breaks and control characters"
+    assert str(error.value) == f"{path}, entry 0, {field}: {problem}, not {value!r}"
+
+
+@pytest.mark.parametrize("value", ["\ud800", "a\nb", ["a"], 3, ""], ids=ascii)
+def test_a_skipped_clip_without_a_usable_id_has_its_place_for_a_name(folder: Path, value: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps([entry(file_id=value), entry(file_id="b")]), encoding="ascii")
+    _, skipped = load_manifest(path, "chinese", on_bad_clip="skip")
+    assert [clip.file_id for clip in skipped] == ["entry 0"]
+    skipped[0].reason.encode()  # it can be written to a file
+
+
 @pytest.mark.parametrize("with_transcription", [True, False])  # a check of the manifest agrees with every run
 @pytest.mark.parametrize("field", ["dataset", "transcription", "chinese_transcription"])
 def test_an_optional_field_of_the_wrong_type_is_refused(folder: Path, field: str, with_transcription: bool) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 import shlex
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -220,7 +221,8 @@ def load_manifest(
             if on_bad_clip == "error":
                 raise
             file_id = entry.get("file_id") if isinstance(entry, dict) else None
-            skipped.append(SkippedClip(str(file_id or f"entry {number}"), str(error)))
+            has_name = isinstance(file_id, str) and file_id.isprintable()  # half a character is not printable either
+            skipped.append(SkippedClip(file_id if file_id and has_name else f"entry {number}", str(error)))
         else:
             clips.append(clip)
     if not clips:
@@ -281,7 +283,10 @@ def _parse_entry(
             raise BadClip(f"{start}, {field}: must be a text that is not empty, not {value!r}")
         return value
 
-    file_id = read_text("file_id")
+    file_id, audio_path = read_text("file_id"), read_text("audio_path")
+    for field, value in (("file_id", file_id), ("audio_path", audio_path)):
+        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in value):
+            raise BadClip(f"{start}, {field}: must be a text without line breaks and control characters, not {value!r}")
     place = f"{path}, {file_id}"
     references = _parse_references(place, entry, language, caption_type)
     # read in any case, so that a check of the manifest and every run agree about a clip
@@ -291,7 +296,7 @@ def _parse_entry(
         raise BadClip(f"{place}, index: must be a whole number, not {index!r}")
     return Clip(
         file_id=file_id,
-        audio_path=_find_audio(path, read_text("audio_path")),
+        audio_path=_find_audio(path, audio_path),
         language=language,
         references=references,
         transcription=(own or common or None) if with_transcription else None,
