@@ -19,6 +19,7 @@ from edgecloud_sd import config as options
 from edgecloud_sd.config import GROUPS, Option, Settings
 from edgecloud_sd.data.dataset import BadClip, find_manifest
 from edgecloud_sd.host.terminal import escape_unencodable
+from edgecloud_sd.models.hub import CHECKPOINT_NAME
 from edgecloud_sd.pocket.clips import POCKET
 from edgecloud_sd.strategy import Strategy
 
@@ -190,13 +191,19 @@ def _check_benchmarks(config: pytest.Config, settings: Settings) -> None:
             find_manifest(Path(settings.dataset_path))
         except BadClip as error:
             raise pytest.UsageError(f"--dataset-path: {error}") from None
-    for name in ("edge_model", "cloud_model", "bertscore_model", "cloud_key_file"):
+    if settings.cloud_key_file and not Path(settings.cloud_key_file).is_file():
+        raise pytest.UsageError(f"--cloud-key-file: {settings.cloud_key_file}: no such file")
+    for name in ("edge_model", "cloud_model", "bertscore_model"):
         path = getattr(settings, name)
-        is_wanted = Path.is_file if name == "cloud_key_file" else Path.is_dir
-        looks_like_path = name == "cloud_key_file" or (path and path.startswith((".", "/", "~", "\\")))
-        if path and looks_like_path and not is_wanted(Path(path)):
-            kind = "file" if is_wanted is Path.is_file else "folder"
-            raise pytest.UsageError(f"--{name.replace('_', '-')}: {path}: no such {kind}")
+        if path and not Path(path).is_dir() and not _is_hub_name(path, needs_owner=name != "bertscore_model"):
+            raise pytest.UsageError(f"--{name.replace('_', '-')}: {path}: no such folder")
+
+
+def _is_hub_name(text: str, needs_owner: bool) -> bool:
+    """Return whether a text may be a name on the hub. One that begins with `.` or an existing folder is a path."""
+    parent = Path(text).parent
+    is_path = text.startswith((".", "~")) or (parent != Path() and parent.is_dir())
+    return not is_path and bool(CHECKPOINT_NAME.fullmatch(text) or (not needs_owner and "/" not in text))
 
 
 def _read_extras(text: str) -> tuple[str, ...]:

@@ -119,7 +119,7 @@ def _read_choice(text: str, choices: tuple[str, ...]) -> str:
 
 
 def _read_count(text: str, least: int = 1, also: str = "") -> int:
-    if not re.fullmatch(r"\d+", text) or int(text) < least:
+    if not re.fullmatch("[0-9]+", text) or int(text) < least:
         raise ValueError(f"is not {also}a whole number of at least {least}")
     return int(text)
 
@@ -133,11 +133,16 @@ def _read_draft_stop(text: str) -> str:
     return text
 
 
-def _read_nats(text: str) -> float:
+def _read_float(text: str) -> float:
+    """Return the number that a text writes in plain digits, and NaN for any other text."""
     try:
-        value = float(text)
+        return float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
-        value = math.nan
+        return math.nan
+
+
+def _read_nats(text: str) -> float:
+    value = _read_float(text)
     if math.isnan(value):
         raise ValueError("is not a number of nats (inf and numbers below 0 are allowed)")
     return value
@@ -161,10 +166,7 @@ def _read_file_name(text: str) -> str:
 
 
 def _read_positive(text: str, unit: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _read_float(text)
     if not 0 < value < math.inf:
         raise ValueError(f"is not {unit} above 0")
     return value

@@ -163,6 +163,9 @@ def test_a_run_of_one_cell_has_the_published_file_name_and_a_grid_has_a_file_per
         (["--config", "absent.yaml"], "absent.yaml: cannot be read"),
         (["--dataset-path", "absent"], "--dataset-path: absent: no such manifest"),
         (["--edge-model", "./absent"], "--edge-model: ./absent: no such folder"),
+        (["--edge-model", "absent"], "--edge-model: absent: no such folder"),
+        (["--edge-model", "a/b/c"], "--edge-model: a/b/c: no such folder"),
+        (["--edge-model", "models/absent"], "--edge-model: models/absent: no such folder"),
         (["--cloud-model", "/absent"], "--cloud-model: /absent: no such folder"),
         (["--benchmark-disable"], "--benchmark-disable: a benchmark is timed and runs alone; leave it out"),
         (["--benchmark-group-by", "param:kk"], "--benchmark-group-by: no benchmark has 'kk'; they have pair, "),
@@ -177,6 +180,7 @@ def test_a_run_of_one_cell_has_the_published_file_name_and_a_grid_has_a_file_per
 def test_a_bad_option_is_refused_before_anything_runs(
     pytester: pytest.Pytester, options: list[str], message: str
 ) -> None:
+    pytester.mkdir("models")
     result = run(pytester, *options)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"*{message}*"])
