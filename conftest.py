@@ -196,7 +196,9 @@ def _check_benchmarks(config: pytest.Config, settings: Settings) -> None:
     for name in ("edge_model", "cloud_model", "bertscore_model"):
         path = getattr(settings, name)
         if path and not Path(path).is_dir() and not _is_hub_name(path, needs_owner=name != "bertscore_model"):
-            raise pytest.UsageError(f"--{name.replace('_', '-')}: {path}: no such folder")
+            raise pytest.UsageError(
+                f"--{name.replace('_', '-')}: {path}: no such folder; a name on the hub is like owner/name"
+            )
 
 
 def _is_hub_name(text: str, needs_owner: bool) -> bool:

@@ -85,7 +85,7 @@ def payoff_sentence(rows: Iterable[Payoff], metric_name: str) -> str:
     """Return in words if a strategy pays: against the faster of both baselines first, then against the other one."""
     ordered = sorted((row for row in rows if row.captions), key=lambda row: row.captions.value)  # type: ignore[union-attr]
     if not ordered:
-        return "Not decided: neither the edge alone nor the cloud alone captioned these clips."
+        return "Not decided: neither the edge alone nor the cloud alone captioned these clips; run them too."
     headline = {True: "Pays", False: "Does not pay", None: "Not decided"}[ordered[0].is_faster]
     faster = ", the faster baseline" if len(ordered) > 1 else ""
     sentences = [f"{headline} against the {ordered[0].baseline} alone{faster}: {_clause(ordered[0], metric_name)}."]

@@ -164,7 +164,7 @@ def render_breakdowns(summaries: Mapping[str, Summary]) -> str:
         closures = (summary.closure_median, summary.closure_worst)
         rows.append(
             [labels[case]]
-            + [format(1e3 * value, ".1f") for value in seconds]
+            + [milliseconds(value) for value in seconds]
             + ["-" if closure is None else f"{closure:.2%}" for closure in closures]
         )
     headings = [*(part.replace("_", " ") for part in parts), *attributes, "sum / wall", "worst clip"]
@@ -192,6 +192,11 @@ def render_payoff(documents: Mapping[str, Document], forecasts: Mapping[str, For
         f"- forecast for {labels.get(case, case)}: {answer_sentence(answer)}" for case, answer in forecasts.items()
     ]
     return "\n".join([*table, *sentences, *answers])
+
+
+def milliseconds(seconds: float) -> str:
+    """Return seconds in ms with one digit. A remainder that rounds to zero has no sign."""
+    return format(round(1e3 * seconds, 1) + 0.0, ".1f")
 
 
 def short_names(cases: Iterable[str]) -> dict[str, str]:

@@ -37,7 +37,10 @@ def row(baseline: str, captions: Interval, typical: Interval | None = None, diff
             "the same captions (BLEU-4 0.700). Against the cloud alone: 2.00 [1.50, 2.50] times as fast per caption, "
             "the same captions (BLEU-4 0.700).",
         ),
-        ([], "Not decided: neither the edge alone nor the cloud alone captioned these clips."),
+        (
+            [],
+            "Not decided: neither the edge alone nor the cloud alone captioned these clips; run them too.",
+        ),
     ],
 )
 def test_a_strategy_pays_if_it_beats_the_faster_baseline(rows: list[Payoff], text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.tables import MAX_TABLE_WIDTH, describe_lengths, grid, short_names
+from bench.tables import MAX_TABLE_WIDTH, describe_lengths, grid, milliseconds, short_names
 
 SPECULATIVE = "speculative-pocket-H1.5-k3-rank20-zh"
 
@@ -41,3 +41,8 @@ def test_a_wide_table_has_narrower_gaps() -> None:
 
 def test_accepted_lengths_are_shares_of_the_verifications() -> None:
     assert describe_lengths([1, 3, 0, 6]) == "0 in 10%, 1 in 30%, 2 in 0%, 3 in 60% of 10 verifications"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(-1e-9, "0.0"), (0.0, "0.0"), (0.01234, "12.3"), (-0.002, "-2.0")])
+def test_a_time_that_rounds_to_zero_has_no_sign(seconds: float, text: str) -> None:
+    assert milliseconds(seconds) == text
