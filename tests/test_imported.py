@@ -186,12 +186,18 @@ def test_files_with_equal_names_are_refused_before_anything_is_written(tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_never_overwrites_its_input(tmp_path: Path) -> None:
-    path = write_published(tmp_path / "edge.json", "streamed")
+@pytest.mark.parametrize("name", ["edge.json", "in/edge.json"])
+def test_the_command_overwrites_imported_runs_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    source, path = write_published(tmp_path / name, "streamed"), tmp_path / "edge.json"
+    if source != path:
+        path.write_text('{"experiment_config": {}}', encoding="utf-8")
     before = path.read_bytes()
-    with pytest.raises(SystemExit, match=r"edge\.json: would be overwritten; give another --output-dir"):
-        imported.main([str(path), "--output-dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"edge\.json: would be overwritten, and is no imported run"):
+        imported.main([str(source), "--output-dir", str(tmp_path)])
     assert path.read_bytes() == before
+    for _ in range(2):
+        imported.main([str(source), "--output-dir", str(tmp_path / "out")])
 
 
 def test_the_command_writes_a_file_for_each_run_and_names_it(

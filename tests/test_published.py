@@ -64,7 +64,7 @@ def test_settings_are_found_at_every_level_and_keep_no_folder(tmp_path: Path) ->
 
 
 def test_a_file_with_a_caption_a_line_gives_a_run_for_each_mode(tmp_path: Path) -> None:
-    runs = read_recorded_runs(write_lines(tmp_path / "zh.jsonl", RECORDED_LINES))
+    runs = read_recorded_runs(write_lines(tmp_path / "zh.JSONL", RECORDED_LINES))
     assert [(run.name, run.mode, len(run.clips)) for run in runs] == [
         ("zh-edge", "edge", 2),
         ("zh-cloud", "cloud", 2),

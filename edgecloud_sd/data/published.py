@@ -123,7 +123,7 @@ def read_recorded_runs(path: Path, mode: str | None = None) -> list[RecordedRun]
 
     Raise BadClip for a file of an unknown generation, for a bad value, and for a file without a caption.
     """
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return _read_lines(path, mode)
     content = read_json(path)
     _check_keys(f"{path}", content, FILE_KEYS)

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from edgecloud_sd.acceptance import Rank
-from edgecloud_sd.data.dataset import BadClip
+from edgecloud_sd.data.dataset import BadClip, read_json
 from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.data.published import RecordedClip, RecordedRun, read_recorded_runs
 from edgecloud_sd.host.errors import errors_to_exit
@@ -293,15 +293,16 @@ def import_files(
 ) -> list[tuple[Path, dict[str, Any]]]:
     """Write a results file for each run in the files, and return their paths and contents.
 
-    Nothing is written unless every file can be read. Raise BadClip for a file that cannot, and for equal names.
+    Nothing is written unless every file can be read. Raise BadClip for a file that cannot, for equal names,
+    and for a file in the folder that was not imported.
     """
     runs: dict[str, RecordedRun] = {}
     for file in files:
         for run in read_recorded_runs(file, mode):
             if run.name in runs:
                 raise BadClip(f"{file}: its run {run.name} has the name of one from another file; rename the file")
-            if (folder / f"{run.name}.json").resolve() == file.resolve():
-                raise BadClip(f"{file}: would be overwritten; give another --output-dir")
+            if (target := folder / f"{run.name}.json").exists() and not _is_imported(target):
+                raise BadClip(f"{target}: would be overwritten, and is no imported run; give another --output-dir")
             runs[run.name] = run
     written = []
     for name, run in tqdm(runs.items(), desc="scoring", unit="run", disable=None, leave=False):
@@ -313,6 +314,15 @@ def import_files(
             raise BadClip(f"{run.file}: {error}") from error
         written.append((path, document))
     return written
+
+
+def _is_imported(file: Path) -> bool:
+    """Return whether a file is one that `import_files` wrote, which can be written again."""
+    try:
+        content = read_json(file)
+    except (BadClip, OSError):
+        return False
+    return isinstance(content, dict) and "origin" in content
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
