@@ -8,10 +8,12 @@ from typing import Any
 
 from edgecloud_sd.__main__ import summary_line
 from edgecloud_sd.events import Drafted
+from edgecloud_sd.host.terminal import join_lines
 from edgecloud_sd.measure import metrics, quality
 from edgecloud_sd.measure.summary import ClipResult
 from edgecloud_sd.strategy import Strategy
 
+EMPTY = "(empty)"
 EARLY_SCORES = {**{f"bleu{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)}, "rouge_l": "ROUGE-L"}
 LATE_SCORES = {"meteor": "METEOR", "cider": "CIDEr", "bertscore_f1": "BERTScore F1"}  # for the whole cell at once
 
@@ -34,8 +36,8 @@ def describe_clip(result: ClipResult, place: str, normalisation: str, unscored: 
     shown = [f"{label} {scores[name]:.3f}" for name, label in EARLY_SCORES.items()]
     return [
         f"{result.clip.file_id} ({place})",
-        *(f"  reference: {_one_line(text)}" for text in result.clip.references),
-        f"  caption:   {_one_line(result.caption)}",
+        *(f"  reference: {join_lines(text) or EMPTY}" for text in result.clip.references),
+        f"  caption:   {join_lines(result.caption) or EMPTY}",
         f"  scores:    {unscored or ', '.join(shown)}",
         f"  times:     {', '.join(filter(None, times))}",
         f"  counts:    {summary_line(result.trace)}",
@@ -67,7 +69,3 @@ def explain_no_escalation(strategy: Strategy, results: Sequence[ClipResult]) -> 
 
 def _number(label: str, value: float | None, form: str, factor: float = 1) -> str:
     return "" if value is None else f"{label} {form.format(factor * value)}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split()) or "(empty)"

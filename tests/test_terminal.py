@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from edgecloud_sd.data import __main__
-from edgecloud_sd.host.terminal import escape_unencodable, hyphenate
+from edgecloud_sd.host.errors import errors_to_exit
+from edgecloud_sd.host.terminal import escape_unencodable, hyphenate, join_lines
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,12 @@ def test_a_command_names_a_file_that_the_terminal_cannot_show(monkeypatch: pytes
     with pytest.raises(SystemExit, match="情"):
         __main__.main(["check", "情.json"])
     assert sys.stdout.errors == "backslashreplace"
+
+
+def test_a_terminal_gets_no_control_character_of_a_users_text() -> None:
+    assert join_lines(" 高 \n兴\x1b[31m\0\x9b\u202e👨\u200d👩 ") == "高 兴\\x1b[31m\\x00\\x9b\\u202e👨\u200d👩"
+    with pytest.raises(SystemExit, match=r"^error: \\x1b\[31m"), errors_to_exit():
+        raise ValueError("\x1b[31m")
 
 
 def test_names_of_options_take_underscores_and_values_keep_them() -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 
-from edgecloud_sd.host.terminal import escape_unencodable
+from edgecloud_sd.host.terminal import escape_unencodable, join_lines
 from edgecloud_sd.verifier import CloudFault
 
 EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 130, 141  # 128 + SIGINT and SIGPIPE; argparse exits with 2
@@ -89,7 +89,7 @@ def to_one_line(error: BaseException) -> str:
     """
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return join_lines(str(error)) or type(error).__name__
 
 
 @contextmanager

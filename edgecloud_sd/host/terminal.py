@@ -7,12 +7,20 @@ import re
 import sys
 from collections.abc import Sequence
 
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # and the marks that reorder a line
+
 
 def escape_unencodable() -> None:
     """Print characters that stdout or stderr cannot encode as backslash escapes, in place of an error."""
     for stream in {sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__}:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def join_lines(text: str) -> str:
+    """Return a text in one line, with escapes for the control characters that a terminal would obey."""
+    line = " ".join(text.split())
+    return CONTROLS.sub(lambda character: character[0].encode("unicode_escape").decode(), line)
 
 
 def hyphenate(arguments: Sequence[str] | None) -> list[str]:
