@@ -143,5 +143,7 @@ def test_a_file_that_cannot_be_forecast_is_refused_by_name(
 def test_a_file_that_is_no_results_file_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(json.dumps({"a": 1}), encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"^error: .*other\.json: top level: "):
+    with pytest.raises(
+        SystemExit, match=r"^error: .*other\.json: top level: .*; give a results file .*import the file"
+    ):
         main([str(path), "--profile", "published"])

@@ -42,6 +42,10 @@ def forecast_file(file: Path, profile: Profile, link: Link, k: int | None = None
     """
     try:
         document = read_results(file)
+    except ValueError as error:
+        advice = "give a results file of this version, or import the file (python -m edgecloud_sd.measure.imported)"
+        raise ValueError(f"{file}: {error}; {advice}") from error
+    try:
         answer = forecast_from_counts(document, profile, link, k)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
