@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from edgecloud_sd.cloud.local import Cloud, LocalCloud
 from edgecloud_sd.data import audio, dataset, prompts
-from edgecloud_sd.data.texts import check_characters
 from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import Event, Prepared, Prompt, Trace
 from edgecloud_sd.fields import check_type, whole_number
@@ -56,10 +55,10 @@ class Request:
     def __post_init__(self) -> None:
         check_type("language", self.language, str, f"choose one of {', '.join(prompts.LANGUAGES)}")
         check_type("prompt_type", self.prompt_type, str, f"choose one of {', '.join(prompts.PROMPT_TYPES)}")
-        prompts.format_task(self.language, self.prompt_type)  # raises ValueError
-        if self.transcription is not None:
-            check_type("transcription", self.transcription, str, "give the spoken words, or None")
-            check_characters(self.transcription, "transcription")
+        for name, text in (("transcription", self.transcription), ("task", self.task)):
+            if text is not None:
+                check_type(name, text, str, "give a text, or None")
+        prompts.format_task(self.language, self.prompt_type, self.transcription, self.task)  # raises ValueError
         object.__setattr__(self, "samples", audio.check_samples(self.samples))
 
     @classmethod

@@ -84,6 +84,8 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (request(SAMPLES, language=["english"]), r"language must be of type str, not \['english'\]: choose one of chinese"),
     (request(SAMPLES, prompt_type=None), "prompt_type must be of type str, not None: choose one of"),
     (request(SAMPLES, transcription=5), "transcription must be of type str, not 5"),
+    (request(SAMPLES, task=5), "task must be of type str, not 5"),
+    (request(SAMPLES, task="\ud800"), r"task: has U\+D800, half of a character"),
     (lambda: Pipeline(threads=0), "threads must be at least 1, or None to choose by the size of the models, not 0"),
     (lambda: Pipeline(threads=-1), "threads must be at least 1"),
     (lambda: Pipeline.load(None), r"pair must be of type Pair, not None: write Pipeline.load\(name\)"),  # type: ignore[arg-type]
