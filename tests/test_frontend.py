@@ -83,6 +83,14 @@ def test_a_damaged_file_is_named_in_one_line(
     assert reason in message
 
 
+def test_weights_of_torch_that_cannot_be_read_are_refused_without_its_unsafe_advice(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(PAIRS["pocket"].edge, tmp_path / "edge"))
+    (folder / WEIGHTS).unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"no weights")
+    with pytest.raises(OSError, match="cannot be loaded: its weights are no file of torch: copy or download it again"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize(
     ("part", "fields", "reason"),
     [

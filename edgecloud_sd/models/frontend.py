@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -182,6 +183,8 @@ def one_line_errors(name: str, file: str = "") -> Iterator[None]:
         lines = str(error).splitlines() or [""]
         if isinstance(error, KeyError | TypeError | AttributeError):
             lines = [f"it has not the expected fields ({type(error).__name__}: {lines[0]})"]
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to load it without its checks
+            lines = ["its weights are no file of torch: copy or download it again, as safetensors if there are any"]
         if is_out_of_memory(error):
             file, lines = "", [explain_out_of_memory(error)]
         elif hub_reason := hub.explain_hub_error(error):
