@@ -18,6 +18,8 @@ TONE = (0.5 * np.sin(np.arange(1600) / 9)).astype(np.float32)
         (TONE.astype(np.float64), 0),
         (TONE.astype(np.float16), 1e-3),
         (np.round(TONE * 2**15).astype(np.int16), 1e-4),
+        (np.round(TONE * 2**15).astype(">i2"), 1e-4),
+        (TONE.astype(">f4"), 1e-6),
         (np.round(TONE.astype(np.float64) * 2**31).astype(np.int32), 1e-6),
         (np.round(TONE * 128 + 128).astype(np.uint8), 1e-2),
         (np.stack([TONE, TONE], axis=1), 0),

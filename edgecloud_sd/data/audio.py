@@ -59,6 +59,7 @@ def check_samples(samples: Any) -> NDArray[np.float32]:
 
 def _to_float(array: NDArray[Any]) -> NDArray[np.floating[Any]]:
     """Return the array as float, integers scaled to [-1, 1). Raise ValueError for a type that is no audio."""
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype in (np.int16, np.int32):
         scaled: NDArray[np.float64] = array.astype(np.float64) / 2.0 ** (8 * array.dtype.itemsize - 1)
         return scaled
