@@ -23,7 +23,7 @@ from bench.comparison import Document
 from bench.report import __main__ as report
 from bench.report import pictures
 from bench.report.differences import caption_distance, mark_differences
-from bench.report.metric_text import format_change
+from bench.report.metric_text import format_change, interval_limits
 from bench.report.page import BulletList, Page, Paragraph, Section
 from bench.report.render import to_markdown
 from bench.report.runs import read_run
@@ -792,3 +792,10 @@ def test_a_change_is_shown_in_percent_or_as_a_difference(
 def test_no_text_becomes_a_list_or_a_heading_in_markdown(text: str, markdown: str) -> None:
     page = Page("x", [Section("y", [Paragraph(text), BulletList([("", text)])])])
     assert to_markdown(page) == f"# x\n\n## y\n\n{markdown}\n\n- {markdown}\n"
+
+
+@pytest.mark.parametrize(
+    ("clips", "kinds"), [(2, "are not among these few"), (5, "are not among these few"), (20, "are fewer than 1 in 6")]
+)
+def test_the_limits_of_intervals_fit_the_number_of_clips(clips: int, kinds: str) -> None:
+    assert interval_limits(clips).endswith(f" nor kinds of clips that {kinds}.")

@@ -94,9 +94,11 @@ def interval_limits(clip_count: int) -> str:
 
     The share is the rule of three (Hanley and Lippman-Hand 1983): clips that are more rare may be missing from the run.
     """
+    share = clip_count // 3
+    kinds = f"that are fewer than 1 in {share}" if share > 1 else "that are not among these few"
     return (
         "The intervals cover the variation from clip to clip. They do not cover the variation of the machine between "
-        f"runs, nor kinds of clips that are fewer than 1 in {max(1, clip_count // 3)}."
+        f"runs, nor kinds of clips {kinds}."
     )
 
 
