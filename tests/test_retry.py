@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from edgecloud_sd.cloud.client import Connection
-from edgecloud_sd.cloud.retry import FIRST_DELAY, LONGEST_DELAY, AttemptFailed, Retries
+from edgecloud_sd.cloud.retry import FIRST_DELAY, LONGEST_DELAY, AttemptFailed, PatienceEnded, Retries
 from edgecloud_sd.verifier import CloudFault
 
 
@@ -79,9 +79,16 @@ def test_a_failure_is_reported_after_its_delay_even_when_the_sleep_is_interrupte
     assert order == ["sleep", "no answer"]
 
 
-@pytest.mark.parametrize(("asked", "slept"), [(20.0, 20.0), (90.0, 60.0), (None, 0.05)])
-def test_retry_after_lengthens_a_delay_as_far_as_patience_lasts(asked: float | None, slept: float) -> None:
+@pytest.mark.parametrize(("asked", "slept"), [(20.0, 20.0), (60.0 - 1e-3, 60.0), (None, 0.05)])
+def test_retry_after_lengthens_a_delay(asked: float | None, slept: float) -> None:
     delays: list[float] = []
-    Retries(60.0, delays.append).wait(AttemptFailed("the cloud answered 503", retry_after=asked))
+    Retries(61.0, delays.append).wait(AttemptFailed("the cloud answered 503", retry_after=asked))
     assert slept / 2 <= delays[0] <= slept
-    assert asked is None or delays == [pytest.approx(slept, abs=0.5)]
+    assert asked is None or delays == [asked]
+
+
+def test_a_wait_that_patience_does_not_allow_ends_a_call_at_once() -> None:
+    delays: list[float] = []
+    with pytest.raises(PatienceEnded, match=r"failed.* 503 \(it asks to wait 90 s, longer than the patience"):
+        Retries(60.0, delays.append).wait(AttemptFailed("the cloud answered 503", retry_after=90.0))
+    assert not delays

@@ -75,7 +75,7 @@ class Retries:
                 self.wait(failure)
 
     def wait(self, failure: AttemptFailed) -> None:
-        """Sleep before the next attempt. Raise PatienceEnded when patience is over."""
+        """Sleep before the next attempt. Raise PatienceEnded when patience is over, or will be when it may start."""
         try:
             self._delay(failure)
         finally:
@@ -85,12 +85,14 @@ class Retries:
         self._failures += 1
         # a test's `sleep` may return at once, but its seconds count as well
         left = self._patience - max(time.monotonic() - self._start, self._slept)
-        if left <= 0:
+        asked = failure.retry_after or 0.0
+        if left <= 0 or asked > left:
             attempts = "" if self._failures == 1 else f" {self._failures} times, the last time with"
-            raise PatienceEnded(f"the cloud failed{attempts}: {failure}") from failure
+            wait = f" (it asks to wait {asked:.0f} s, longer than the patience of this call)" if asked > left else ""
+            raise PatienceEnded(f"the cloud failed{attempts}: {failure}{wait}") from failure
         if failure.can_retry_at_once and self._failures <= 2:
             return
-        seconds = min(max(retry_delay(self._failures), failure.retry_after or 0.0), left)
+        seconds = max(min(retry_delay(self._failures), left), asked)
         self._slept += seconds
         self._sleep(seconds)
 
