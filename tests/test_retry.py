@@ -92,3 +92,8 @@ def test_a_wait_that_patience_does_not_allow_ends_a_call_at_once() -> None:
     with pytest.raises(PatienceEnded, match=r"failed.* 503 \(it asks to wait 90 s, longer than the patience"):
         Retries(60.0, delays.append).wait(AttemptFailed("the cloud answered 503", retry_after=90.0))
     assert not delays
+
+
+def test_a_call_without_patience_names_no_wait_that_nobody_asked_for() -> None:
+    with pytest.raises(PatienceEnded, match=r"^the cloud failed: gone$"):
+        Retries(0.0, lambda seconds: None).wait(AttemptFailed("gone"))

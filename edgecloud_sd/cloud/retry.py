@@ -84,9 +84,9 @@ class Retries:
     def _delay(self, failure: AttemptFailed) -> None:
         self._failures += 1
         # a test's `sleep` may return at once, but its seconds count as well
-        left = self._patience - max(time.monotonic() - self._start, self._slept)
+        left = max(self._patience - max(time.monotonic() - self._start, self._slept), 0.0)
         asked = failure.retry_after or 0.0
-        if left <= 0 or asked > left:
+        if left == 0 or asked > left:
             attempts = "" if self._failures == 1 else f" {self._failures} times, the last time with"
             wait = f" (it asks to wait {asked:.0f} s, longer than the patience of this call)" if asked > left else ""
             raise PatienceEnded(f"the cloud failed{attempts}: {failure}{wait}") from failure
