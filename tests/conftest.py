@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, so that n
 
 pytest_plugins = ["pytester"]
 
-settings.register_profile("default", deadline=None, max_examples=20)
+settings.register_profile("default", deadline=None, max_examples=10)
 settings.register_profile(  # tox: more examples, equal in each run, and no minutes spent on shrinking one
     "tox", deadline=None, max_examples=40, derandomize=True, phases=(Phase.explicit, Phase.generate, Phase.target)
 )

@@ -121,6 +121,7 @@ def test_a_faster_link_in_mid_run_shortens_drafts() -> None:
     assert run.fastest(near=run.last_k) < before / 2
 
 
+@pytest.mark.slow
 @given(st.floats(0.001, 0.1), st.floats(0.001, 0.5), st.floats(0.001, 0.2), st.integers(1, 12))
 def test_the_observed_costs_are_those_of_the_profile(step: float, base: float, slope: float, k: int) -> None:
     machines = Profile("drawn", Costs(0.1, ((1, step),)), Costs(0.1, ((1, base), (40, base + 39 * slope))), queue=0.25)

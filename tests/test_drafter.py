@@ -86,6 +86,7 @@ def test_drafting_ahead_changes_no_token_with_any_gate_rule_and_stop(
     assert commits(trace) == commits(expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=MANY)
 @given(drafting(), LIMITS, ANSWERS)
 def test_longer_drafts_after_drafting_ahead_change_no_lossless_token(

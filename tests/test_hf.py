@@ -194,6 +194,7 @@ def test_a_session_does_not_write_into_the_prefix_of_the_next(pipeline: Pipeline
     assert torch.equal(fresh.open(first).extend([first.last, 300, 301]), expected)
 
 
+@pytest.mark.slow
 def test_sessions_opened_by_several_threads_share_one_prefix(
     pipeline: Pipeline, fresh: hf.HFModel, prefill_lengths: list[int]
 ) -> None:

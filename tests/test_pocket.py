@@ -254,6 +254,7 @@ def test_the_tokenizer_in_the_repository_is_the_one_that_training_makes(pipeline
     assert pipeline.cloud_model.tokenizer.get_vocab() == pipeline.edge.tokenizer.get_vocab()
 
 
+@pytest.mark.slow
 def test_training_reduces_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     small = train.Recipe(1, 32, 32, 1, 16, steps=12, learning_rate=1e-2, tower_steps=2, batch=4, tower_batch=4)
     monkeypatch.setitem(train.RECIPES, "edge", small)

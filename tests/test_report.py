@@ -382,6 +382,7 @@ def test_text_of_a_file_is_never_markup(tmp_path: Path) -> None:
     assert not any(line.startswith("# b") for line in markdown.splitlines())
 
 
+@pytest.mark.slow
 def test_the_same_file_gives_the_same_bytes(tmp_path: Path, small_report: tuple[str, str]) -> None:
     assert write_report(tmp_path, save(tmp_path / "a.json", grid(), **FORECASTS), draw=True) == small_report
 
