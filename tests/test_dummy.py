@@ -38,7 +38,9 @@ def write_config(folder: Path, **text: Any) -> Path:
         "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, **text,
     }  # fmt: skip
-    config["text_config"]["rope_parameters"]["mrope_section"] = [2, 3, 3]
+    text = config["text_config"]
+    half = text["hidden_size"] // text["num_attention_heads"] // 2 if isinstance(text["hidden_size"], int) else 8
+    text["rope_parameters"]["mrope_section"] = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
     config["audio_config"] |= {
         "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "d_model": 32,
         "output_dim": config["text_config"]["hidden_size"],
