@@ -46,14 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = config.resolve(given | {"mode": options.mode or "speculative", "shadow": "no"})
         refuse_lists(settings)
         strategy, link = cells(settings)[0]
-        request = Request.of(
-            options.file,
+        audio = read_audio(options.file)
+        request = Request(
+            audio.samples,
             language=settings.language[0],
             prompt_type=settings.prompt_type,
             transcription=options.transcription,
             task=settings.own_task(settings.language[0]),
         )
-        for doubt in read_audio(options.file).doubts:
+        for doubt in audio.doubts:
             print(f"warning: {doubt}", file=sys.stderr)
         is_coloured = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
         limited = limits.apply_limits(settings.process_limits)

@@ -1,4 +1,4 @@
-"""Whole or cut off: the bytes that an audio file promises, compared with those that are there.
+"""Comparison of the bytes that an audio file promises with those that are there, which shows if it was cut off.
 
 libsndfile reads a file that was cut off without an error. Each container says in its own way how long it is:
 
