@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -17,6 +18,7 @@ FILES = {
 }
 
 
+@cache
 def imports(module: str) -> set[str]:
     """Return the modules of the project that `module` imports, wherever the import stands."""
     names: set[str] = set()
