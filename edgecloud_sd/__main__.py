@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"warning: {doubt}", file=sys.stderr)
         is_coloured = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
         limited = limits.apply_limits(settings.process_limits)
-        with connect(settings) as cloud, warnings_in_one_line(), limited:
+        with warnings_in_one_line(), connect(settings) as cloud, limited:
             pipeline = Pipeline.from_settings(settings, cloud)
             pipeline.prepare_for(strategy)
             events = pipeline.events(request, strategy, settings.max_new_tokens, Harness(link=link))

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from edgecloud_sd import wire
 from edgecloud_sd.cloud.client import Connection
-from edgecloud_sd.cloud.keys import read_keys
+from edgecloud_sd.cloud.keys import read_key, warn_if_others_can_read
 from edgecloud_sd.cloud.local import Cloud, LocalCloud
 from edgecloud_sd.cloud.process import run_server
 from edgecloud_sd.cloud.retry import PATIENCE, PatienceEnded
+from edgecloud_sd.cloud.url import warn_if_readable_on_the_way
 from edgecloud_sd.data.dataset import MAX_CLIP_SECONDS
 from edgecloud_sd.grid import asks_cloud, strategies
 from edgecloud_sd.models.devices import AUTO
@@ -36,7 +37,9 @@ def connect(settings: Settings) -> Iterator[Cloud]:
     with ExitStack() as stack:
         url, key = settings.cloud_url, None
         if settings.cloud_key_file:
-            key = read_keys(Path(settings.cloud_key_file))[0]
+            key = read_key(Path(settings.cloud_key_file))
+            warn_if_others_can_read(Path(settings.cloud_key_file))
+            warn_if_readable_on_the_way(url)
         if url == AUTO:
             # the server serves this run alone, so it takes whatever the data set may hold
             more = ["--max-audio-seconds", str(MAX_CLIP_SECONDS), "--max-tokens", str(wire.MAX_IDS)]

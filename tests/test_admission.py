@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from edgecloud_sd.cloud import admission
 from edgecloud_sd.cloud.admission import Admission
-from edgecloud_sd.cloud.keys import read_keys
+from edgecloud_sd.cloud.keys import read_key, read_keys, warn_if_others_can_read
 from edgecloud_sd.wire import JSON, OCTETS
 from tests.support.asgi import KEY, OTHER_KEY, Edge, run_scene, wait_until
 
@@ -254,8 +254,11 @@ def test_a_key_file_has_one_key_per_line(tmp_path: Path) -> None:
         ("# only a remark\n", "contains no key"),
         ("short\n", "key 1 must be 16 or more"),
         (f"{KEY}\n{'ключ' * 8}\n", "key 2 must be 16 or more"),
-        (f"{KEY} {KEY}\n", "key 1 must be"),
-        (f"{KEY}\x00\n", "key 1 must be"),
+        (f"{KEY} {KEY}\n", r"key 1 must be .* contains U\+0020"),
+        (f"{KEY}\x00\n", r"key 1 must be .* contains U\+0000"),
+        (f"\ufeff\ufeff{KEY}\n", r"key 1 must be .* contains a byte-order mark \(U\+FEFF\): save the file"),
+        (f"{KEY}\r\n\ufeff{OTHER_KEY}\r\n", r"key 2 must be .* contains a byte-order mark"),
+        (f"{KEY}\n#\n{OTHER_KEY}\n{KEY}  \n", "key 3 is the same as key 1: remove one"),
         ("\ud800" * 20, "cannot be read"),
         (None, "cannot be read"),
     ],
@@ -266,3 +269,23 @@ def test_a_key_file_without_a_safe_key_is_refused(tmp_path: Path, content: str |
         file.write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match=reason):
         read_keys(file)
+
+
+def test_the_key_file_of_a_client_has_one_key(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text(f"\ufeff{KEY}\r\n")
+    assert read_key(file) == KEY
+    file.write_text(f"{KEY}\n{OTHER_KEY}\n")
+    with pytest.raises(ValueError, match="contains 2 keys, and a client sends one"):
+        read_key(file)
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o640, 0o660, 0o622])
+def test_a_key_file_that_others_can_read_is_named_with_the_remedy(tmp_path: Path, mode: int) -> None:
+    file = tmp_path / "a key"
+    file.touch()
+    file.chmod(0o600)
+    warn_if_others_can_read(file)
+    file.chmod(mode)
+    with pytest.warns(UserWarning, match=rf"^key file {file}: .* \(mode 0{mode:o}\): chmod 600 '{file}'$"):
+        warn_if_others_can_read(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -9,8 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -186,18 +187,21 @@ def test_a_server_prints_its_url_and_stops_even_during_a_stream(cause: str, keys
 
 
 @pytest.mark.slow
-def test_a_server_for_one_run_stops_if_its_parent_dies() -> None:
+@pytest.mark.parametrize("cause", ["SIGKILL", "SIGTERM", "SIGHUP"])
+def test_a_server_for_one_run_ends_with_its_parent_and_leaves_no_file(cause: str, tmp_path: Path) -> None:
     code = "import sys, time; from edgecloud_sd.cloud import process\nwith process.run_server(sys.argv[1]) as server:\n"
     code += "    print(server.url, server.process.pid, flush=True)\n    time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code, POCKET], stdout=subprocess.PIPE, text=True) as parent:
+    command, environment = [sys.executable, "-c", code, POCKET], os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         url, pid = parent.stdout.readline().split()
         assert call(f"{url}/health") == b'{"status":"ok"}'
-        parent.kill()
+        parent.send_signal(getattr(signal, cause))
     deadline = time.monotonic() + 60
     while is_alive(int(pid)):
         assert time.monotonic() < deadline, "the server is still running"
         time.sleep(0.05)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
 def is_alive(pid: int) -> bool:
@@ -221,3 +225,86 @@ def test_a_server_for_one_run_without_its_model_raises_an_error() -> None:
     reason = "^the cloud's server did not start: error: no checkpoint 'nowhere'"
     with pytest.raises(OSError, match=reason), process.run_server("nowhere"):
         raise AssertionError("the server started")
+
+
+@pytest.fixture
+def fake_server(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], AbstractContextManager[process.Server]]:
+    """Return `run_server` with a Python program in place of the server, and with short deadlines."""
+    start = subprocess.Popen
+    monkeypatch.setattr(process, "STALLED_SECONDS", 0.3)
+    monkeypatch.setattr(process, "SERVER_START_SECONDS", 0.6)
+
+    def run(code: str) -> AbstractContextManager[process.Server]:
+        command = [sys.executable, "-IS", "-c", "import os, sys, time\n" + code]
+        monkeypatch.setattr(subprocess, "Popen", lambda _, **streams: start(command, **streams))
+        return process.run_server(POCKET)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (
+            "time.sleep(60)",
+            r"did not start within \d+ s, \d+ of them without any work, and was killed: its log is empty",
+        ),
+        ("print('wait', file=sys.stderr, flush=True); os.kill(os.getpid(), 19)", "without any work.*: wait$"),
+        ("while True: pass", "did not start within 1 s, 0 of them without any work, and was killed: its log is empty"),
+        ("print('ready', flush=True); time.sleep(60)", "without any work, and was killed"),
+        ("print('why\\n\\n', file=sys.stderr); os.close(1); sys.stdin.read()", "did not start: why$"),
+        ("os.write(1, bytes([255, 10]))", "did not start: its log is empty$"),
+        ("os.close(0); os.write(2, bytes([255, 10]))", "did not start: \ufffd$"),
+    ],
+)
+def test_a_server_that_does_not_start_is_given_up(
+    code: str, reason: str, fake_server: Callable[[str], AbstractContextManager[process.Server]]
+) -> None:
+    with pytest.raises(OSError, match=f"^the cloud's server .*{reason}"), fake_server(code):
+        raise AssertionError("the server started")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "warning"), [("sys.exit('why')", "(status 1): why"), ("os.kill(os.getpid(), 9)", "(status -9): its log is")]
+)
+def test_a_server_that_ends_during_the_run_is_named(
+    end: str, warning: str, fake_server: Callable[[str], AbstractContextManager[process.Server]]
+) -> None:
+    code = f"assert len(sys.stdin.readline()) > 40; print('http://here', flush=True); {end}"
+    line = rf"^the cloud's server ended during the run {re.escape(warning)}"
+    with pytest.warns(UserWarning, match=line), fake_server(code) as server:
+        server.process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_stop_is_killed_even_if_the_wait_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, fake_server: Callable[[str], AbstractContextManager[process.Server]]
+) -> None:
+    monkeypatch.setattr(process, "STOP_SECONDS", 0.1)
+    with fake_server("print('http://here', flush=True); time.sleep(60)") as server:
+        pass
+    assert server.process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("has_keys", "problem"),
+    [(True, "unencrypted: put a proxy with TLS in front"), (False, "--insecure lets everybody")],
+)
+def test_a_server_that_others_can_reach_gives_a_warning(has_keys: bool, problem: str) -> None:
+    with cli.open_socket("127.0.0.1", 0) as inner, cli.open_socket("0.0.0.0", 0, allow_remote=True) as outer:
+        cli.warn_about_exposure("127.0.0.1", inner, has_keys)
+        with pytest.warns(UserWarning, match=f"^--host 0.0.0.0: .*{problem}"):
+            cli.warn_about_exposure("0.0.0.0", outer, has_keys)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"), [(b"", "contains no key"), (b"\n", "contains no key"), (b"short", "key 1 must be")]
+)
+def test_a_key_on_stdin_is_checked_as_one_in_a_file(line: bytes, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{KEY}\r\nmore".encode())))
+    assert cli.load_keys(Path("-")) == (KEY,)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line)))
+    with pytest.raises(ValueError, match=f"^--api-key-file: the first line of stdin: {reason}"):
+        cli.load_keys(Path("-"))

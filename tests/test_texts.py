@@ -57,11 +57,20 @@ def test_a_byte_order_mark_is_no_text_in_any_file_of_a_user(tmp_path: Path) -> N
     assert load_profile(str(write("costs.yaml", PROFILE))).source == "不"
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "gbk"])
-def test_another_encoding_is_refused_with_the_file_and_advice(tmp_path: Path, encoding: str) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "reason"),
+    [
+        ("utf-16-le", "the byte-order mark of UTF-16"),
+        ("utf-16-be", "the byte-order mark of UTF-16"),
+        ("utf-32-le", "the byte-order mark of UTF-32"),
+        ("utf-32-be", "the byte-order mark of UTF-32"),
+        ("gb18030", ".*"),
+    ],
+)
+def test_another_encoding_is_refused_with_the_file_and_advice(tmp_path: Path, encoding: str, reason: str) -> None:
     path = tmp_path / "text.txt"
-    path.write_text("别过来", encoding=encoding)
-    with pytest.raises(BadText, match=r"text\.txt: is not text in UTF-8 \(byte 0: .*\); save it as UTF-8$"):
+    path.write_text("\ufeff别过来", encoding=encoding)
+    with pytest.raises(BadText, match=rf"text\.txt: is not text in UTF-8 \(byte \d: {reason}\); save it as UTF-8$"):
         read_utf8(path)
 
 

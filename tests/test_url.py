@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import pytest
 
 from edgecloud_sd.acceptance import GREEDY
@@ -9,6 +12,7 @@ from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.retry import Refused
 from edgecloud_sd.cloud.url import ServerUrl, parse_url
 from edgecloud_sd.config import ConfigError, resolve
+from edgecloud_sd.connect import connect
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import LocalVerifier
 from tests.support.canned import KEY, PROMPT, SIX_TOKENS, CannedServer, connected
@@ -128,3 +132,33 @@ def test_a_caption_is_generated_by_a_server_behind_a_path() -> None:
             assert list(verification.generate(SIX_TOKENS)) == expected
             verification.close()
     assert len(proxy.requests) == 4  # model, open, generate and, in the background, delete
+
+
+@pytest.mark.parametrize(
+    ("url", "is_exposed"),
+    [
+        ("http://127.0.0.1:1", False),
+        ("http://127.9.9.9", False),
+        ("http://[::1]:1", False),
+        ("http://[::ffff:127.0.0.1]:1", False),
+        ("http://LocalHost.:1", False),
+        ("https://cloud", False),
+        ("http://cloud", True),
+        ("http://127.0.0.1.cloud", True),
+        ("http://10.0.0.1:1", True),
+        ("http://[fe80::1%eth0]:1", True),
+    ],
+)
+def test_a_key_over_plain_http_beyond_this_machine_gives_a_warning(url: str, is_exposed: bool, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text(KEY)
+    file.chmod(0o600)
+    run = {"mode": "speculative", "shadow": "no", "on-cloud-fault": "edge", "cloud-url": url}
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with connect(resolve(run)):
+            assert not shown
+        with connect(resolve(run | {"cloud-key-file": str(file)})):
+            pass
+    lines = [f"--cloud-url {url}: the key and the audio cross the network unencrypted: use an https:// URL"]
+    assert [str(warning.message).partition(", of")[0] for warning in shown] == lines * is_exposed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ipaddress
 import logging
 import math
 import os
@@ -12,17 +11,19 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgecloud_sd.cloud import engine as engines
-from edgecloud_sd.cloud.keys import read_keys
+from edgecloud_sd.cloud.keys import parse_keys, read_keys, warn_if_others_can_read
 from edgecloud_sd.cloud.local import LocalCloud
 from edgecloud_sd.cloud.sessions import ServiceLimits
+from edgecloud_sd.cloud.url import is_loopback
 from edgecloud_sd.data.texts import BadText, parse_yaml
-from edgecloud_sd.host.errors import errors_to_exit
+from edgecloud_sd.host.errors import errors_to_exit, warnings_in_one_line
 from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.models import devices, pairs
 from edgecloud_sd.models.devices import choose_threads, use_threads
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, and exit with one line for a bad option or any other expected failure."""
     options = serve_parser().parse_args(hyphenate(arguments))
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    with errors_to_exit():
+    with errors_to_exit(), warnings_in_one_line():
         serve(options)
 
 
@@ -75,7 +76,7 @@ def _add_network_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--host", default=LOOPBACK, help=f"address to listen on {DEFAULT}")
     add("--port", type=int, default=8700, help=f"port; 0 takes a free one and prints it {DEFAULT}")
-    text = "file with the keys that clients must send, one per line; each key is one client"
+    text = "file with the keys that clients must send, one per line; each key is one client; - reads one line of stdin"
     add("--api-key-file", type=Path, metavar="FILE", help=text)
     text = "listen beyond loopback without a key, so that everybody who can reach the server may use it"
     add("--insecure", action="store_true", help=text)
@@ -101,7 +102,7 @@ def serve(options: argparse.Namespace) -> None:
     """
     from edgecloud_sd.cloud.server import create_app  # imports FastAPI, which --help does not need
 
-    keys = read_keys(options.api_key_file) if options.api_key_file else ()
+    keys = load_keys(options.api_key_file) if options.api_key_file else ()
     for name in POSITIVE_OPTIONS:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
@@ -116,6 +117,7 @@ def serve(options: argparse.Namespace) -> None:
         raise ValueError(f"--engine-option: {options.engine_option[0]} works only with --engine vllm")
     # A bad address fails here, before the minutes that loading may take.
     with open_socket(options.host, options.port, allow_remote=bool(keys) or options.insecure) as listening:
+        warn_about_exposure(options.host, listening, bool(keys))
         if options.until_stdin_closes:
             threading.Thread(target=stop_when_stdin_closes, daemon=True).start()
         device, dtype = devices.resolve_device(options.device, requested_dtype)
@@ -123,6 +125,27 @@ def serve(options: argparse.Namespace) -> None:
         if isinstance(engine, LocalCloud):
             use_threads(choose_threads(options.threads, [engine.local_parameters]))
         asyncio.run(run_app(create_app(engine, limits, keys), listening))
+
+
+def load_keys(path: Path) -> tuple[str, ...]:
+    """Return the keys of a file, or of the first line of stdin for `-`, which leaves no secret on the disk."""
+    if str(path) == "-":
+        line = sys.stdin.buffer.readline() if sys.stdin else b""
+        return parse_keys(line.decode("utf-8", "replace"), "--api-key-file: the first line of stdin")
+    keys = read_keys(path)
+    warn_if_others_can_read(path)
+    return keys
+
+
+def warn_about_exposure(host: str, listening: socket.socket, has_keys: bool) -> None:
+    """Warn about a server that other machines can reach, because it has no key or sends keys and audio in the clear."""
+    if is_loopback(listening.getsockname()[0]):
+        return
+    if has_keys:
+        problem = "keys and audio cross the network unencrypted: put a proxy with TLS in front"
+    else:
+        problem = "--insecure lets everybody who can reach it use this server: give --api-key-file instead"
+    warnings.warn(f"--host {host}: {problem}", stacklevel=2)
 
 
 async def run_app(app: FastAPI, listening: socket.socket) -> None:
@@ -167,7 +190,7 @@ def open_socket(host: str, port: int, allow_remote: bool = False) -> socket.sock
         if not 0 <= port < 2**16:  # the system would take a larger port modulo 65536
             raise OverflowError("ports are below 65536")
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        if not allow_remote and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+        if not allow_remote and not is_loopback(str(address[0])):
             raise ValueError(
                 f"--host: other machines can reach {host}: give --api-key-file, or --insecure to serve without a key"
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import warnings
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -44,3 +46,20 @@ def parse_url(text: str) -> ServerUrl:
     if parts.scheme not in ("http", "https") or not host or not is_plain or parts.query or parts.fragment:
         raise ValueError(f"{shown} is not a URL of a server; give http://host:port or https://host/prefix")
     return ServerUrl(parts.scheme, host, port, parts.path.rstrip("/"))
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach a host, an address or `localhost`. Another name may be anywhere."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host.rstrip(".").lower() == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def warn_if_readable_on_the_way(url: str) -> None:
+    """Warn about a URL with which a key crosses the network unencrypted."""
+    parts = parse_url(url)
+    if parts.scheme == "http" and not is_loopback(parts.host):
+        problem = "the key and the audio cross the network unencrypted: use an https:// URL, of a proxy with TLS"
+        warnings.warn(f"--cloud-url {url}: {problem}", stacklevel=3)

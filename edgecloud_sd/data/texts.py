@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import unicodedata
@@ -10,6 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+BYTE_ORDER_MARKS = {  # none is valid UTF-8; UTF-32 first, because its mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 BLANK_LETTERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols by category, without any ink
 
 
@@ -27,10 +34,14 @@ def has_visible_text(text: str) -> bool:
 
 def read_utf8(path: Path, kind: str = "text") -> str:
     """Return the text of a file without its byte-order mark. Raise BadText unless it is UTF-8, and OSError."""
+    content = path.read_bytes()
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        problem = f"is not {kind} in UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"
+        marked = (
+            f"the byte-order mark of {name}" for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)
+        )
+        problem = f"is not {kind} in UTF-8 (byte {error.start}: {next(marked, error.reason)}); save it as UTF-8"
         raise BadText(f"{path}: {problem}") from None
 
 
