@@ -211,6 +211,38 @@ def test_each_client_has_its_own_limit_of_running_requests() -> None:
     run_scene(scene())
 
 
+@pytest.mark.parametrize(
+    ("answers", "leaves", "undone"), [(True, False, 0), (True, True, 0), (False, True, 1), (False, False, 1)]
+)
+def test_an_application_is_cancelled_with_its_client_and_undoes_what_nobody_has_received(
+    answers: bool, leaves: bool, undone: int
+) -> None:
+    async def scene() -> None:
+        is_gone, undo, cancelled = asyncio.Event(), [], []
+
+        async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["if_unanswered"].append(lambda: undo.append(1))
+            if answers:
+                await PlainTextResponse("through")(scope, receive, send)
+            if leaves:
+                is_gone.set()
+                try:
+                    await asyncio.sleep(0.01 if answers else 60)
+                except asyncio.CancelledError:
+                    cancelled.append(1)
+                    raise
+            elif not answers:
+                raise LookupError
+
+        protected = Protected(inner)
+        response = await Edge(protected.app, KEY, is_gone).request("GET", "/")
+        assert response.status == (200 if answers else 0 if leaves else 500)
+        assert (len(undo), len(cancelled)) == (undone, int(leaves and not answers))
+        assert not protected.app._running_requests
+
+    run_scene(scene())
+
+
 def test_an_error_of_the_application_goes_to_the_log_and_not_to_the_client(caplog: pytest.LogCaptureFixture) -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise LookupError("/secret/path")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import socket
 import threading
+import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from safetensors.numpy import save
 from edgecloud_sd import wire
 from edgecloud_sd.acceptance import parse_rule
 from edgecloud_sd.cloud import server
+from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.fair_queue import Completed
 from edgecloud_sd.cloud.server import TokenLines
 from edgecloud_sd.cloud.sessions import ServiceLimits
@@ -39,6 +43,7 @@ from tests.support.asgi import (
     running_app,
     wait_until,
 )
+from tests.support.serving import served
 from tests.support.strategies import VOCABULARY
 from tests.support.toy import ToyModel, random_table
 
@@ -627,6 +632,131 @@ def test_the_next_call_waits_for_a_forward_pass_whose_client_has_gone() -> None:
             assert (await verifying).json == expected
 
     run_scene(scene())
+
+
+async def send_call(call: str, edge: Edge, session: EdgeSession) -> Response:
+    """Send one call on behalf of `edge`."""
+    session = replace(session, edge=edge)
+    if call == "open":
+        body = wire.encode_prompt(PROMPT)
+        return await edge.request("POST", open_path(body), body, OCTETS)
+    if call == "verify":
+        return await session.verify([3], 0, [1, 2])
+    return await (session.generate(9) if call == "generate" else session.close())
+
+
+@pytest.mark.parametrize("is_running", [False, True], ids=["queued", "running"])
+@pytest.mark.parametrize("call", ["open", "verify", "generate", "close"])
+def test_the_call_of_a_client_that_has_gone_leaves_nothing_behind(
+    call: str, is_running: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene() -> None:
+        engine = SpyEngine()
+        async with running_app(engine) as app:
+            session, other = await Edge(app).open(), await Edge(app, OTHER_KEY).open()
+            expected = (await session.verify([3], 0, [1, 2])).json
+            calls = list(engine.model.calls)
+            blocked = BlockedModel(engine.model)
+            running = [] if is_running else [asyncio.create_task(other.verify([3], 0, []))]
+            await wait_until(lambda: blocked.blocked_calls == len(running))
+            is_gone = asyncio.Event()
+            leaving = asyncio.create_task(send_call(call, Edge(app, KEY, is_gone), session))
+            queue = app.state.service._queue
+            await wait_until(lambda: leaving.done() or (blocked.blocked_calls == 1 and (is_running or queue._waiting)))
+            is_gone.set()
+            assert (await leaving).status == (204 if call == "close" and is_running else 0)
+            blocked.release.set()
+            for request in running:
+                await request
+            await wait_until(lambda: not app.state.service._background)
+            assert len(engine.model.calls) == len(calls) + 1 - (call == "close" and is_running)
+            assert "edgecloud_sessions 2.0" in await metrics(app) or call == "close"
+            again = await session.verify([3], 0, [1, 2])
+            assert (again.status, again.json) == ((404, UNKNOWN_SESSION) if call == "close" else (200, expected))
+            assert all(spy.is_closed for spy in engine.model.sessions[2:])
+
+    with caplog.at_level(logging.WARNING):
+        run_scene(scene())
+    assert not caplog.records
+
+
+def test_a_session_whose_answer_cannot_be_sent_is_closed() -> None:
+    async def scene() -> None:
+        async with running_app() as app:
+            for is_cut in (False, True):  # the connection breaks in the response, or before it
+                body = wire.encode_prompt(PROMPT)
+                requests: list[Any] = [{"type": "http.request", "body": body}]
+
+                async def receive(requests: list[Any] = requests) -> Any:
+                    if requests:
+                        return requests.pop()
+                    return await asyncio.Event().wait()
+
+                async def send(message: Any, is_cut: bool = is_cut) -> None:
+                    if is_cut or message["type"] == "http.response.body":
+                        raise OSError("the connection is broken")
+
+                path, _, query = open_path(body).partition("?")
+                headers = [(b"authorization", f"Bearer {KEY}".encode()), (b"content-type", OCTETS.encode())]
+                scope = {"type": "http", "method": "POST", "path": path, "query_string": query.encode()}
+                with pytest.raises(OSError, match="broken"):
+                    await app(scope | {"headers": headers}, receive, send)
+                await wait_until(lambda: not app.state.service._background)
+                assert "edgecloud_sessions 0.0" in await metrics(app)
+
+    run_scene(scene())
+
+
+def test_an_abandoned_verification_of_other_tokens_changes_no_later_verdict() -> None:
+    async def scene() -> None:
+        engine = SpyEngine()
+        async with running_app(engine) as app:
+            session, local = await Edge(app).open(), open_locally()
+            verdict = local.verify(0, [3], [])
+            await session.verify([3], 0, [])
+            blocked, is_gone = BlockedModel(engine.model), asyncio.Event()
+            gone = replace(session, edge=Edge(app, KEY, is_gone))
+            leaving = asyncio.create_task(gone.verify([4, 4, 4], 0, [1]))
+            await wait_until(lambda: blocked.blocked_calls == 1)
+            is_gone.set()
+            await leaving
+            blocked.release.set()
+            context = [3, verdict.token]
+            message = wire.build_verify_request(session.prompt_check, context, 1, [2, 2])
+            assert read_verdict(await session.verify(context, 1, [2, 2]), message) == local.verify(
+                1, context[1:], [2, 2]
+            )
+
+    run_scene(scene())
+
+
+def test_opens_whose_sockets_are_closed_at_once_leave_no_session() -> None:
+    engine = SpyEngine()
+    blocked = BlockedModel(engine.model)
+    body = wire.encode_prompt(PROMPT)
+    head = f"POST {open_path(body)} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {OCTETS}\r\n"
+    with served(engine) as url:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        sockets = [socket.create_connection(address) for _ in range(20)]
+        for connection in sockets:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        while not blocked.blocked_calls:
+            time.sleep(0.002)
+        for number, connection in enumerate(sockets):
+            connection.shutdown(socket.SHUT_WR if number % 2 else socket.SHUT_RDWR)
+        connection_of_metrics = Connection(url)
+        blocked.release.set()
+
+        def count_sessions() -> float:
+            text = connection_of_metrics.transport.call("GET", "/metrics").content.decode()
+            return float(re.findall(r"^edgecloud_sessions (\S+)", text, re.MULTILINE)[0])
+
+        while not all(session.is_closed for session in engine.model.sessions) or count_sessions():
+            time.sleep(0.002)
+        assert len(engine.model.calls) < 10
+        for connection in sockets:
+            connection.close()
+        connection_of_metrics.close()
 
 
 def test_other_paths_methods_and_protocols_are_refused() -> None:

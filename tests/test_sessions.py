@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgecloud_sd.cloud.sessions import NoRoom, OpenSession, Sessions, UnknownSession
+from edgecloud_sd.cloud.sessions import UNUSED_TIMEOUT, NoRoom, OpenSession, Sessions, UnknownSession
 from edgecloud_sd.events import Verdict
 from edgecloud_sd.stopping import Stopping
 
@@ -154,6 +154,19 @@ def test_idle_sessions_are_removed_and_busy_ones_stay() -> None:
     assert sessions.remove_idle() == [unused]
     assert unused.is_closed
     assert len(sessions) == 2
+
+
+def test_a_session_that_nobody_has_used_is_removed_earlier() -> None:
+    clock = Clock()
+    sessions = Sessions(3, 300.0, clock)
+    unused, used = OpenSession("a", 0, 1), OpenSession("a", 0, 1)
+    for session in (unused, used):
+        sessions.add(session)
+    sessions.get("a", used.name)
+    clock.now = UNUSED_TIMEOUT + 1
+    assert sessions.remove_idle() == [unused]
+    clock.now = 301
+    assert sessions.remove_idle() == [used]
 
 
 def test_no_call_starts_on_a_removed_session() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import anyio
+import anyio.lowlevel
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,7 +30,7 @@ class Admission:
 
     The client's name is a digest of its key, or its address if the server has no keys. The middleware also logs an
     error of the application; the client learns nothing about it. The scope also gets the checksum of the
-    request, as `received`.
+    request, as `received`, and an empty list, as `if_unanswered`.
     """
 
     app: ASGIApp
@@ -105,12 +107,7 @@ class Admission:
             detail = f"the body did not arrive within {BODY_SECONDS:g} s: try again"
             return await _refusal(408, detail)(scope, receive, send)
         scope["received"] = wire.request_checksum(scope["query_string"], bytes(body))
-        messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def replay() -> Message:
-            return messages.pop() if messages else await receive()
-
-        return await self.app(scope, replay, send)
+        return await run_while_connected(self.app, scope, bytes(body), receive, send)
 
     @cached_property
     def _digests(self) -> list[bytes]:
@@ -130,6 +127,44 @@ class Admission:
             if hmac.compare_digest(digest, key_digest):
                 client = key_digest.hex()
         return client
+
+
+async def run_while_connected(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+    """Run an application on a request whose body has arrived, and cancel it when the client goes away.
+
+    Call the functions that it has put into the list `if_unanswered` of the scope, unless its whole response was sent.
+    """
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    undo: list[Callable[[], None]] = scope.setdefault("if_unanswered", [])
+    client_has_gone, is_answered = asyncio.Event(), False
+
+    async def replay() -> Message:
+        if messages:
+            return messages.pop()
+        await client_has_gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send_unless_gone(message: Message) -> None:
+        nonlocal is_answered
+        await anyio.lowlevel.checkpoint()  # a client that has just gone cancels the request here
+        await send(message)
+        is_answered = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+    async def watch(running: anyio.CancelScope) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not is_answered:
+            client_has_gone.set()
+            running.cancel()
+
+    with anyio.CancelScope() as running:
+        watching = asyncio.create_task(watch(running))  # a task group would wrap the errors of the application
+        try:
+            await app(scope, replay, send_unless_gone)
+        finally:
+            watching.cancel()
+            for call in () if is_answered else undo:
+                call()
 
 
 def _refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:

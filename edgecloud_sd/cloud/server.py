@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
@@ -179,6 +180,7 @@ async def model(service: ServiceDependency) -> ModelInfo:
     },
 )
 async def open_prompt(
+    request: Request,
     service: ServiceDependency,
     client: ClientDependency,
     body: Annotated[bytes, Depends(read_octets)],
@@ -193,6 +195,7 @@ async def open_prompt(
     contains one placeholder per position of the audio encoder.
     """
     name, completed = await service.open(client, body, rule, check)
+    request.scope["if_unanswered"].append(partial(service.abandon, SessionKey(client, name)))
     return message_response(wire.dumps(wire.build_opened_message(name, service.fingerprint, check)), 201, completed)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -22,6 +23,7 @@ from edgecloud_sd.acceptance import Rule, parse_rule
 from edgecloud_sd.cloud.engine import Engine
 from edgecloud_sd.cloud.fair_queue import Completed, FairQueue
 from edgecloud_sd.cloud.sessions import (
+    UNUSED_TIMEOUT,
     OpenSession,
     ServiceError,
     ServiceLimits,
@@ -111,6 +113,7 @@ class CloudService:
         self._sessions = Sessions(limits.max_sessions, limits.idle_timeout)
         self._queue = FairQueue(engine.concurrency)
         self.metrics = ServiceMetrics(self._sessions)
+        self._background: set[asyncio.Task[None]] = set()  # asyncio itself keeps no reference to a task
 
     def describe_model(self) -> dict[str, Any]:
         """Return the facts about the model that a client compares with its own side."""
@@ -132,7 +135,11 @@ class CloudService:
             if evicted:
                 await self._close(evicted, client, "room")
             begin = partial(self._engine.verifier(accept).open, prompt)
-            completed = await self._run("open", session, partial(session.open, begin))
+            try:
+                completed = await self._run("open", session, partial(session.open, begin))
+            except asyncio.CancelledError:
+                self.abandon(SessionKey(client, session.name))
+                raise
         return session.name, completed
 
     async def verify(
@@ -154,7 +161,8 @@ class CloudService:
             self._check_length(session.prompt_tokens, len(context) - 1 + len(draft))  # the prompt has the first one
 
             def pass_forward(verification: Verification) -> Verdict:
-                return verification.verify(base, tokens, draft)
+                # An abandoned call may have left any tokens in the cache, so this one relies on none of them.
+                return verification.verify(0, context, draft)
 
             completed = await self._run("verify", session, partial(session.call, pass_forward))
             session.context = [*context, *draft[: completed.result.accepted]]
@@ -191,22 +199,35 @@ class CloudService:
         yield completed
 
     async def close(self, key: SessionKey) -> None:
-        """Close a session when its running request has ended."""
+        """Close a session when its running request has ended, even if this call is cancelled before."""
         session = self._sessions.get(*key)
-        async with self._sessions.use(session):
-            if session.is_closed:
-                raise UnknownSession
-            await self._close(session, session.owner)
+
+        async def close_after_request() -> None:
+            async with self._sessions.use(session):
+                if session.is_closed:
+                    raise UnknownSession
+                await self._close(session, session.owner)
+
+        await asyncio.shield(self._in_background(close_after_request()))
+
+    def abandon(self, key: SessionKey) -> None:
+        """Start to close a session whose name its client has not received."""
+        with suppress(UnknownSession):
+            session = self._sessions.get(*key)
+            self._sessions.remove(session)
+            self._in_background(self._close(session, session.owner, "unanswered"))
 
     async def close_idle_sessions(self) -> NoReturn:
         """Close sessions that are idle for longer than the timeout, until this task is cancelled."""
         while True:
-            await asyncio.sleep(min(max(self.limits.idle_timeout / 4, 0.05), 60.0))
+            await asyncio.sleep(max(min(self.limits.idle_timeout, UNUSED_TIMEOUT) / 4, 0.05))
             for session in self._sessions.remove_idle():
                 await self._close(session, session.owner, "idle")
 
     def shut_down(self) -> None:
         """Accept no more calls and free the model."""
+        for task in self._background:
+            task.cancel()
         self._queue.close()
         self._engine.close()
 
@@ -271,11 +292,26 @@ class CloudService:
         return completed
 
     async def _close(self, session: OpenSession, client: str, reason: str = "") -> None:
-        """Close a session in the turn of `client`. A reason marks a session that the server closes on its own."""
+        """Close a session in the turn of `client`, even if this call is cancelled before its turn.
+
+        A reason marks a session that the server closes on its own.
+        """
         self._sessions.remove(session)
         if reason:
             self.metrics.evictions.labels(reason).inc()
-        try:
-            await self._queue.run(client, session.close)
-        except Exception:
-            _logger.exception("a session could not be closed")
+
+        async def close() -> None:
+            try:
+                await self._queue.run(client, session.close)
+            except Exception:
+                _logger.exception("a session could not be closed")
+
+        await asyncio.shield(self._in_background(close()))
+
+    def _in_background(self, call: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a call that goes on even if nobody waits for it."""
+        task = asyncio.create_task(call)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # reading it stops a warning
+        return task

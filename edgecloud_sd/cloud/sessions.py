@@ -18,6 +18,9 @@ from edgecloud_sd.cloud.identity import FRAMES_PER_SECOND
 from edgecloud_sd.verifier import Verification
 
 _T = TypeVar("_T")
+# Seconds without a second request after which a new session is closed, because its client may never have received its
+# name. An edge asks later only if its own prefill takes so long, and then it opens the prompt again.
+UNUSED_TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class OpenSession:
     context: list[int] = field(default_factory=list)  # committed tokens that both sides know
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # for one request at a time
     last_used: float = 0.0  # the end of the latest request so far, in seconds on the clock of `Sessions`
+    is_used: bool = False  # a second request has named the session, so the client has received its name
     is_closed: bool = False  # no call may start
     _verification: Verification | None = None
     # A call goes on after its request was cancelled and has released `lock`: this lock keeps the next call waiting.
@@ -111,6 +115,7 @@ class OpenSession:
 class Sessions:
     """At most `limit` open sessions, each removed `idle_timeout` seconds after the end of its last request.
 
+    A session that nobody has used since it was opened is removed after `UNUSED_TIMEOUT` seconds, if that is earlier.
     `clock` returns seconds.
     """
 
@@ -160,6 +165,7 @@ class Sessions:
         if session is None or session.owner != owner:
             raise UnknownSession
         session.last_used = self._clock()
+        session.is_used = True
         return session
 
     @asynccontextmanager
@@ -177,9 +183,14 @@ class Sessions:
         self._by_name.pop(session.name, None)
 
     def remove_idle(self) -> list[OpenSession]:
-        """Remove and return the sessions whose last request ended longer ago than the idle timeout."""
-        deadline = self._clock() - self._idle_timeout
-        idle = [s for s in self._by_name.values() if s.last_used < deadline and not s.is_in_use]
+        """Remove and return the sessions whose last request ended longer ago than their timeout."""
+        now, unused_timeout = self._clock(), min(UNUSED_TIMEOUT, self._idle_timeout)
+
+        def is_idle(session: OpenSession) -> bool:
+            timeout = self._idle_timeout if session.is_used else unused_timeout
+            return session.last_used < now - timeout and not session.is_in_use
+
+        idle = [session for session in self._by_name.values() if is_idle(session)]
         for session in idle:
             self.remove(session)
         return idle

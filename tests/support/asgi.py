@@ -102,10 +102,11 @@ class Response:
 
 @dataclass(frozen=True)
 class Edge:
-    """A client of an application, identified by its key."""
+    """A client of an application, identified by its key. It goes away when `is_gone` is set."""
 
     app: ASGIApp
     key: str | None = KEY
+    is_gone: asyncio.Event | None = None
 
     async def request(
         self,
@@ -121,7 +122,7 @@ class Edge:
         """Send a request and return its response.
 
         `read` receives each part of the response's body; the client goes away when it returns False. With `may_fail`,
-        an error of the application ends the response, as a server would cut the connection.
+        an error of the application ends the response, as a server would cut the connection. No response has status 0.
         """
         path, _, query = path.partition("?")
         chunks = [body] if isinstance(body, bytes) else list(body)
@@ -129,7 +130,7 @@ class Edge:
             {"type": "http.request", "body": chunk, "more_body": number < len(chunks)}
             for number, chunk in enumerate(chunks, start=1)
         ]
-        is_gone = asyncio.Event()
+        is_gone = self.is_gone or asyncio.Event()
         responses: list[Message] = []
 
         async def receive() -> Message:
@@ -163,6 +164,8 @@ class Edge:
         except Exception:
             if not may_fail:
                 raise
+        if not responses:
+            return Response(0, {}, b"")
         start = responses[0]
         return Response(
             start["status"],
