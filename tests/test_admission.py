@@ -38,30 +38,51 @@ class Protected:
     """An application behind `Admission`, with the responses that it counts."""
 
     def __init__(
-        self, inner: App | None = None, keys: tuple[str, ...] = (KEY, OTHER_KEY), max_requests: int = 9
+        self,
+        inner: App | None = None,
+        keys: tuple[str, ...] = (KEY, OTHER_KEY),
+        max_requests: int = 9,
+        only_loopback: bool = False,
     ) -> None:
         self.inner = Inner()
         self.responses: list[tuple[str, int]] = []
         self.app = Admission(
-            inner or self.inner, keys, 100, 10, max_requests, lambda *response: self.responses.append(response)
+            inner or self.inner,
+            keys,
+            only_loopback,
+            100,
+            10,
+            max_requests,
+            lambda *response: self.responses.append(response),
         )
 
     def edge(self, key: str | None = KEY) -> Edge:
         return Edge(self.app, key)
 
 
-def test_only_health_needs_no_key() -> None:
+def test_only_the_health_of_the_server_needs_no_key() -> None:
     async def scene() -> None:
         protected = Protected()
         for key in (None, "", "k" * 42, "k" * 44, KEY.upper(), f"{KEY} "):
-            for path in ("/v1/model", "/metrics", "/docs", "/openapi.json", "/nothing", "/", "/health/", "/Health"):
+            for path in (
+                "/v1/model",
+                "/metrics",
+                "/docs",
+                "/openapi.json",
+                "/nothing",
+                "/",
+                "/health/",
+                "/Health",
+                "/health/x",
+            ):
                 response = await protected.edge(key).request("GET", path)
                 assert (response.status, response.json) == (
                     401,
                     {"detail": "this call needs a key: send it as a bearer token"},
                 )
                 assert response.headers["www-authenticate"] == "Bearer"
-            assert (await protected.edge(key).request("GET", "/health")).status == 200
+            for path in ("/health", "/health/live", "/health/ready"):
+                assert (await protected.edge(key).request("GET", path)).status == 200
         assert set(protected.inner.clients) == {None}
         for key in (KEY, OTHER_KEY):
             assert (await protected.edge(key).request("GET", "/nothing")).body == b"through"
@@ -111,6 +132,45 @@ def test_every_request_is_compared_with_every_key(monkeypatch: pytest.MonkeyPatc
     run_scene(scene())
 
 
+@pytest.mark.parametrize("scheme", ["Bearer ", "bearer ", "BEARER ", "bEaReR    "])
+def test_the_scheme_of_a_key_is_in_any_case_and_before_any_number_of_blanks(scheme: str) -> None:
+    async def scene() -> None:
+        protected = Protected()
+        for key, status in [(KEY, 200), (OTHER_KEY, 200), ("x" * 43, 401), (KEY.upper(), 401), (f"{KEY} x", 401)]:
+            headers = [(b"authorization", f"{scheme}{key}".encode())]
+            assert (await protected.edge(None).request("GET", "/", headers=headers)).status == status
+        assert len({client for client in protected.inner.clients if client}) == 2
+
+    run_scene(scene())
+
+
+@pytest.mark.parametrize("path", ["/", "/health"])
+def test_a_request_with_two_keys_is_refused_and_its_connection_closed(path: str) -> None:
+    async def scene() -> None:
+        for key in (KEY, OTHER_KEY, "x" * 43):
+            protected = Protected()
+            headers = [(b"authorization", f"Bearer {key}".encode())]
+            response = await protected.edge().request("GET", path, headers=headers)
+            assert (response.status, response.headers["connection"]) == (400, "close")
+            assert response.json == {"detail": "authorization: send this header once, not 2 times"}
+            assert protected.inner.clients == []
+
+    run_scene(scene())
+
+
+@pytest.mark.parametrize(("only_loopback", "status"), [(True, 421), (False, 200)])
+def test_only_a_server_without_keys_on_loopback_refuses_another_host(only_loopback: bool, status: int) -> None:
+    async def scene() -> None:
+        protected = Protected(only_loopback=only_loopback)
+        for path in ("/", "/health"):
+            response = await protected.edge().request("GET", path, headers=[(b"host", b"evil.example:8700")])
+            assert response.status == status
+            assert ("connection" in response.headers) == only_loopback
+            assert (await protected.edge().request("GET", path, headers=[(b"host", b"[::1]:8700")])).status == 200
+
+    run_scene(scene())
+
+
 def test_without_keys_each_address_is_a_client() -> None:
     async def scene() -> None:
         protected = Protected(keys=())
@@ -122,7 +182,11 @@ def test_without_keys_each_address_is_a_client() -> None:
 
 @pytest.mark.parametrize(
     ("path", "content_type", "max_bytes"),
-    [("/", OCTETS, 100), ("/", JSON, 10), ("/", "", 10), ("/", "nonsense", 10), ("/health", OCTETS, 0)],
+    [
+        *[("/", content_type, 100) for content_type in (OCTETS, f"{OCTETS.title()} ; a=b", f"{OCTETS};+json")],
+        *[("/", content_type, 10) for content_type in (JSON, "", "nonsense", f"{OCTETS}+json", f"{OCTETS}X")],
+        ("/health", OCTETS, 0),
+    ],
 )
 def test_a_body_is_read_up_to_its_limit(path: str, content_type: str, max_bytes: int) -> None:
     async def scene() -> None:

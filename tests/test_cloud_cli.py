@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import pytest
@@ -184,6 +184,28 @@ def test_a_server_prints_its_url_and_stops_even_during_a_stream(cause: str, keys
         assert code in {"SIGTERM": (-15,), "SIGINT": (130, -2, 0), "stdin": (-15,)}[cause]
         assert server.stderr is not None
         assert "KeyboardInterrupt" not in server.stderr.read()
+
+
+@pytest.mark.slow
+def test_a_server_that_gets_sigterm_is_not_ready() -> None:
+    with serving() as (server, url):
+        assert call(f"{url}/health/ready") == b'{"status":"ok"}'
+        server.send_signal(signal.SIGTERM)
+        with pytest.raises((HTTPError, ConnectionError, URLError), match=r"503|refused|reset|without response"):
+            call(f"{url}/health/ready")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--insecure"]])
+def test_a_server_without_keys_on_loopback_refuses_another_host_unless_insecure(arguments: list[str]) -> None:
+    with serving(*arguments) as (_, url):
+        request = Request(f"{url}/v1/model", headers={"Host": "evil.example"})
+        if arguments:
+            assert urlopen(request, timeout=60).status == 200
+        else:
+            with pytest.raises(HTTPError, match="421"):
+                urlopen(request, timeout=60)
+        assert b'"engine":"transformers"' in call(f"{url}/v1/model".replace("127.0.0.1", "localhost"))
 
 
 @pytest.mark.slow

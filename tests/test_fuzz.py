@@ -172,13 +172,13 @@ class Attacker:
                 b"0" * 300_000,
             )
         )
-        content_type = self.random.choice((JSON, "", "application/xml", "multipart/form-data", "a" * 999))
+        content_type = self.random.choice((JSON, "", "application/xml", f"{OCTETS}+json", "a" * 999))
         call = self.random.choice(("verify", "generate", "x"))
         return WireRequest("POST", f"/v1/sessions/{name}/{call}", body, content_type)
 
     def other_request(self) -> WireRequest:
         path = self.random.choice(
-            ("/", "/v1", "/v1/sessions/", "/docs", "/metrics", "/v1/model", "/..%2f..", "/" + "x" * 5000)
+            ("/", "/v1", "/v1/sessions/", "/health/ready", "/metrics", "/v1/model", "/..%2f..", "/" + "x" * 5000)
         )
         method = self.random.choice(("GET", "POST", "PUT", "HEAD", "OPTIONS", "BREW"))
         return WireRequest(method, path, key=self.random.choice((KEY, "wrong", "k" * 42)))
@@ -270,6 +270,8 @@ def break_protocol(random: Random, port: int, sessions: list[tuple[str, int]]) -
             b"GET / HTTP/1.1\r\n" + key + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
             b"POST / HTTP/1.1\r\n" + key + b"Content-Length: -1\r\n\r\n",
             b"POST / HTTP/1.1\r\n" + key + b"Content-Length: 9\r\nContent-Length: 7\r\n\r\n",
+            b"POST / HTTP/1.1\r\n" + key + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            b"GET / HTTP/1.1\r\n" + key + key.partition(b"Host")[0] + b"\r\n",
             b"POST / HTTP/1.1\r\n" + key + b"Content-Length: %s\r\n\r\n" % (b"9" * 5000),
             b"POST / HTTP/1.1\r\n" + key + b"Content-Length: 999999999999\r\n\r\n",
             b"POST / HTTP/1.1\r\n" + key + b"Content-Length: 100\r\n\r\nhalf",

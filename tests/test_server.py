@@ -769,13 +769,19 @@ def test_other_paths_methods_and_protocols_are_refused() -> None:
                 ("GET", "//evil.example/..", 404),
                 ("GET", "/v1/sessions", 405),
                 ("PUT", "/v1/model", 405),
-                ("HEAD", "/health", 405),
+                ("HEAD", "/v1/sessions", 405),
+                ("OPTIONS", "/health", 405),
                 ("OPTIONS", "/v1/model", 405),
+                ("GET", "/docs", 404),  # a page that runs a script of another host
+                ("GET", "/docs/oauth2-redirect", 404),
                 ("BREW", "/v1/model", 405),
                 ("GET", "/health", 200),
+                *[("HEAD", path, 200) for path in ("/health", "/health/ready", "/v1/model", "/metrics")],
             ]:
                 response = await edge.request(method, path)
                 assert response.status == status, (method, path)
+                expected = {"/v1/sessions": "POST"}.get(path, "GET, HEAD")
+                assert response.headers.get("allow") == (expected if status == 405 else None)
                 assert response.status == 200 or response.json in (
                     {"detail": "Not Found"},
                     {"detail": "Method Not Allowed"},
@@ -796,6 +802,48 @@ def test_other_paths_methods_and_protocols_are_refused() -> None:
                     send,
                 )
                 assert [message["type"] for message in messages] == ["websocket.close"]
+
+    run_scene(scene())
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        *[(content_type, 200) for content_type in (JSON, JSON.upper(), f"{JSON};", f"{JSON} ; charset=utf-8")],
+        *[(content_type, 415) for content_type in ("", "text/plain", OCTETS, f"{JSON}x", "application/x+json")],
+    ],
+)
+def test_a_message_is_read_only_with_the_media_type_of_json(content_type: str, status: int) -> None:
+    async def scene() -> None:
+        async with running_app() as app:
+            session = await Edge(app).open()
+            message = wire.dumps(wire.build_verify_request(session.prompt_check, [3], 0, [1]))
+            for call in ("verify", "generate"):
+                for body in (message, b"{"):
+                    response = await session.edge.request("POST", f"{session.path}/{call}", body, content_type)
+                    if status == 415:
+                        received = wire.request_checksum(b"", body)
+                        detail = {"detail": "content-type: the body must be application/json", "received": received}
+                        assert (response.status, response.json) == (415, detail)
+                    else:
+                        is_read = body == message and call == "verify"
+                        assert response.status == (200 if is_read else 422)
+
+    run_scene(scene())
+
+
+def test_a_server_that_is_about_to_stop_is_live_and_not_ready() -> None:
+    async def scene() -> None:
+        async with running_app() as app:
+            edge = Edge(app, None)
+            for path in ("/health", "/health/live", "/health/ready"):
+                assert (await edge.request("GET", path)).json == {"status": "ok"}
+            app.state.service.is_closing = lambda: True
+            for path in ("/health", "/health/live"):
+                assert (await edge.request("GET", path)).status == 200
+            response = await edge.request("GET", "/health/ready")
+            assert (response.status, response.headers["retry-after"]) == (503, "1")
+            assert response.json == {"detail": "the server is shutting down"}
 
     run_scene(scene())
 
@@ -841,6 +889,8 @@ def test_the_openapi_document_has_every_call_and_the_key() -> None:
             routes = {f"{method} {path}" for path, methods in document["paths"].items() for method in methods}
             assert routes == {
                 "get /health",
+                "get /health/live",
+                "get /health/ready",
                 "get /metrics",
                 "get /v1/model",
                 "post /v1/sessions",
@@ -850,8 +900,8 @@ def test_the_openapi_document_has_every_call_and_the_key() -> None:
             }
             assert document["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
             assert document["security"] == [{"key": []}]
-            assert document["paths"]["/health"]["get"]["security"] == []
-            assert (await Edge(app).request("GET", "/docs")).status == 200
+            for path in ("/health", "/health/live", "/health/ready"):
+                assert document["paths"][path]["get"]["security"] == []
             session = await Edge(app).open()
             body = wire.encode_prompt(PROMPT)
             opened = await Edge(app).request("POST", open_path(body), body, OCTETS)

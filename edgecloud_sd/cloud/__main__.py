@@ -116,7 +116,8 @@ def serve(options: argparse.Namespace) -> None:
     if engine_options and options.engine != "vllm":
         raise ValueError(f"--engine-option: {options.engine_option[0]} works only with --engine vllm")
     # A bad address fails here, before the minutes that loading may take.
-    with open_socket(options.host, options.port, allow_remote=bool(keys) or options.insecure) as listening:
+    allow_remote = bool(keys) or options.insecure
+    with open_socket(options.host, options.port, allow_remote) as listening:
         warn_about_exposure(options.host, listening, bool(keys))
         if options.until_stdin_closes:
             threading.Thread(target=stop_when_stdin_closes, daemon=True).start()
@@ -124,7 +125,7 @@ def serve(options: argparse.Namespace) -> None:
         engine = engines.load_engine(options.engine, options.model, device, dtype, engine_options, options.weights)
         if isinstance(engine, LocalCloud):
             use_threads(choose_threads(options.threads, [engine.local_parameters]))
-        asyncio.run(run_app(create_app(engine, limits, keys), listening))
+        asyncio.run(run_app(create_app(engine, limits, keys, allow_remote), listening))
 
 
 def load_keys(path: Path) -> tuple[str, ...]:
@@ -151,6 +152,7 @@ def warn_about_exposure(host: str, listening: socket.socket, has_keys: bool) -> 
 async def run_app(app: FastAPI, listening: socket.socket) -> None:
     """Serve an application on a socket, and print its URL when it is ready."""
     server = _uvicorn_server(app)
+    app.state.service.is_closing = lambda: server.should_exit
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)

@@ -18,9 +18,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgecloud_sd import wire
+from edgecloud_sd.cloud.headers import find_ambiguity, find_foreign_page, parse_bearer, parse_media_type
 
 _logger = logging.getLogger(__name__)
-OPEN_PATHS = ("/health",)  # need no key
+OPEN_PATHS = ("/health", "/health/live", "/health/ready")  # need no key
 BODY_SECONDS = 60.0  # for a body to arrive
 
 
@@ -35,6 +36,7 @@ class Admission:
 
     app: ASGIApp
     keys: Sequence[str]
+    only_loopback: bool  # refuse the requests of web pages of other hosts
     max_prompt_bytes: int  # limit for a body of octets
     max_message_bytes: int  # limit for any other body
     max_requests: int  # limit for one client at once
@@ -63,6 +65,11 @@ class Admission:
             await _refusal(500, "internal error")(scope, receive, send_counted)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        problem = find_ambiguity(scope.get("http_version", "1.1"), scope["headers"])
+        if self.only_loopback:
+            problem = problem or find_foreign_page(scope["headers"])
+        if problem:
+            return await _refusal(problem.status, problem.detail, {"Connection": "close"})(scope, receive, send)
         headers = dict(scope["headers"])
         client = self._identify_client(scope, headers)
         if scope["path"] in OPEN_PATHS:
@@ -73,7 +80,7 @@ class Admission:
         if self._running_requests[client] >= self.max_requests:
             detail = f"this client has {self.max_requests} requests running, the most allowed: try again"
             return await _refusal(429, detail, {"Retry-After": "1"})(scope, receive, send)
-        is_prompt = headers.get(b"content-type", b"").lower().startswith(wire.OCTETS.encode())
+        is_prompt = parse_media_type(headers.get(b"content-type", b"").decode("latin-1")) == wire.OCTETS
         scope["client_name"] = client
         with self._count_running(client):
             max_bytes = self.max_prompt_bytes if is_prompt else self.max_message_bytes
@@ -111,7 +118,7 @@ class Admission:
 
     @cached_property
     def _digests(self) -> list[bytes]:
-        return [hashlib.sha256(f"Bearer {key}".encode()).digest() for key in self.keys]
+        return [hashlib.sha256(key.encode()).digest() for key in self.keys]
 
     def _identify_client(self, scope: Scope, headers: dict[bytes, bytes]) -> str | None:
         """Return the client's name, or None for a wrong key.
@@ -121,7 +128,7 @@ class Admission:
         if not self.keys:
             address = scope.get("client")
             return str(address[0]) if address else "local"
-        digest = hashlib.sha256(headers.get(b"authorization", b"")).digest()
+        digest = hashlib.sha256(parse_bearer(headers.get(b"authorization", b""))).digest()
         client = None
         for key_digest in self._digests:
             if hmac.compare_digest(digest, key_digest):

@@ -7,7 +7,7 @@ late or misdirected request therefore changes nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field, StrictInt
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -24,6 +25,7 @@ from edgecloud_sd import acceptance, wire
 from edgecloud_sd.cloud.admission import Admission
 from edgecloud_sd.cloud.engine import Engine
 from edgecloud_sd.cloud.fair_queue import Completed
+from edgecloud_sd.cloud.headers import parse_media_type
 from edgecloud_sd.cloud.service import (
     CloudService,
     ContextMismatch,
@@ -47,7 +49,7 @@ ERROR_STATUSES: dict[type[ServiceError], int] = {
     ModelOutOfMemory: 503,
 }
 MESSAGE_STATUSES = (400, 413, 415, 422)  # the message is at fault, or was damaged on its way
-COMMON_STATUSES = (400, 401, 408, 413, 422, 429, 500, 501, 503)  # error statuses that every call can return
+COMMON_STATUSES = (400, 401, 403, 408, 413, 421, 422, 429, 500, 501, 503)  # error statuses that every call can return
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(max_length=wire.MAX_IDS, fail_fast=True)]
@@ -137,11 +139,30 @@ async def get_session_key(client: ClientDependency, session: str) -> SessionKey:
 SessionDependency = Annotated[SessionKey, Depends(get_session_key)]
 
 
+def require_media_type(request: Request, media_type: str) -> None:
+    """Raise HTTPException 415 for a body of another media type."""
+    if parse_media_type(request.headers.get("content-type", "")) != media_type:
+        raise HTTPException(415, f"content-type: the body must be {media_type}")
+
+
 async def read_octets(request: Request) -> bytes:
     """Return the body of the request. Raise HTTPException 415 for another media type than octets."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != wire.OCTETS:
-        raise HTTPException(415, f"content-type: the body must be {wire.OCTETS}")
+    require_media_type(request, wire.OCTETS)
     return await request.body()
+
+
+class MessageRoute(APIRoute):
+    """A route with a JSON message. It refuses another media type before FastAPI, which would read some of them."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the handler of a request."""
+        handle = super().get_route_handler()
+
+        async def handle_message(request: Request) -> Response:
+            require_media_type(request, wire.JSON)
+            return await handle(request)
+
+        return handle_message
 
 
 def document_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -150,11 +171,21 @@ def document_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 router = APIRouter()
+messages = APIRouter(route_class=MessageRoute)
 
 
 @router.get("/health", openapi_extra={"security": []})
+@router.get("/health/live", openapi_extra={"security": []})
 async def health() -> dict[str, str]:
-    """Return ok if the server is up. This call needs no key."""
+    """Return ok if the process answers. This call needs no key."""
+    return {"status": "ok"}
+
+
+@router.get("/health/ready", openapi_extra={"security": []}, responses=document_problems())
+async def ready(service: ServiceDependency) -> dict[str, str]:
+    """Return ok if the model is loaded and the service takes calls. This call needs no key."""
+    if service.is_closing():
+        raise HTTPException(503, "the server is shutting down", {"Retry-After": "1"})
     return {"status": "ok"}
 
 
@@ -199,17 +230,17 @@ async def open_prompt(
     return message_response(wire.dumps(wire.build_opened_message(name, service.fingerprint, check)), 201, completed)
 
 
-@router.post("/v1/sessions/{session}/verify", response_model=VerdictBody, responses=document_problems(404, 409))
+@messages.post("/v1/sessions/{session}/verify", response_model=VerdictBody, responses=document_problems(404, 409, 415))
 async def verify(service: ServiceDependency, session: SessionDependency, message: VerifyBody) -> Response:
     """Verify a draft in one forward pass. A repeated request returns the same verdict."""
     completed = await service.verify(session, message.base, message.tokens, message.draft, message.check)
     return message_response(wire.dumps(wire.build_verdict_message(completed.result, message.check)), 200, completed)
 
 
-@router.post(
+@messages.post(
     "/v1/sessions/{session}/generate",
     response_class=StreamingResponse,
-    responses=document_problems(404, 409)
+    responses=document_problems(404, 409, 415)
     | {200: {"content": {wire.LINES: {}}, "description": "one line per token, and one at the end"}},
 )
 async def generate(service: ServiceDependency, session: SessionDependency, message: GenerateBody) -> StreamingResponse:
@@ -284,7 +315,10 @@ async def refuse_invalid_message(request: Request, error: RequestValidationError
 
 async def refuse_http(request: Request, error: StarletteHTTPException) -> JSONResponse:
     """Return the response to a request that no route takes."""
-    return _problem(request, error.status_code, str(error.detail), error.headers)
+    headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"  # see CloudAPI
+    return _problem(request, error.status_code, str(error.detail), headers)
 
 
 def _problem(request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -297,6 +331,12 @@ class CloudAPI(FastAPI):
     """An application whose OpenAPI document names the key that `Admission` requires."""
 
     requires_key = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request. HEAD is answered as GET, and uvicorn leaves the body out."""
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await super().__call__(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document."""
@@ -316,10 +356,13 @@ async def run_service(app: FastAPI) -> AsyncIterator[None]:
     service.shut_down()
 
 
-def create_app(engine: Engine, limits: ServiceLimits | None = None, keys: Sequence[str] = ()) -> FastAPI:
+def create_app(
+    engine: Engine, limits: ServiceLimits | None = None, keys: Sequence[str] = (), allow_remote: bool = False
+) -> FastAPI:
     """Return the application that serves a model.
 
-    Without keys, everybody who can reach the server may use it, and each address is one client.
+    Without keys, each address is one client, and everybody who can reach the server may use it. It then refuses every
+    Host and Origin that is not of loopback, unless `allow_remote`.
     """
     service = CloudService(engine, limits or ServiceLimits())
     app = CloudAPI(
@@ -327,6 +370,7 @@ def create_app(engine: Engine, limits: ServiceLimits | None = None, keys: Sequen
         description=__doc__ or "",
         version="1",
         lifespan=run_service,
+        docs_url=None,  # its page would run a script of another host
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -335,6 +379,7 @@ def create_app(engine: Engine, limits: ServiceLimits | None = None, keys: Sequen
     app.add_middleware(
         Admission,
         keys=tuple(keys),
+        only_loopback=not keys and not allow_remote,
         max_prompt_bytes=service.limits.max_prompt_bytes(service.identity.traits.mel_bins),
         max_message_bytes=wire.MAX_MESSAGE,
         max_requests=service.limits.max_sessions + EXTRA_REQUESTS,
@@ -344,4 +389,5 @@ def create_app(engine: Engine, limits: ServiceLimits | None = None, keys: Sequen
     app.exception_handler(RequestValidationError)(refuse_invalid_message)
     app.exception_handler(StarletteHTTPException)(refuse_http)
     app.include_router(router)
+    app.include_router(messages)
     return app
