@@ -316,14 +316,15 @@ class Settings:
     cloud_timeout: float = _option(
         "cloud",
         REQUEST_TIMEOUT,
-        "seconds that one request to a server may take",
+        "seconds that one request to a server, or one token of a stream, may take at most",
         partial(_read_positive, unit="a number of seconds"),
     )
     on_cloud_fault: str = _option(
         "cloud",
         "wait",
-        "after a failed request: try again for a minute (wait), try for 2 s and let the edge finish the caption, "
-        "marked degraded (edge), or end the run (error)",
+        "a call of the cloud that fails or hangs is given up after 60 s, attempts included, and ends the run (wait); "
+        "after 2 s, and the edge finishes the caption, marked degraded (edge); or at the first failure, after "
+        "--cloud-timeout at most, and ends the run (error)",
         choices=tuple(PATIENCE),
     )
     max_cpu_cores: int | None = _option(

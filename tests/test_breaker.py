@@ -90,6 +90,13 @@ def test_an_answer_between_two_failures_keeps_the_breaker_closed() -> None:
         assert run_call(breaker) == []
 
 
+def test_a_cloud_that_is_full_is_there_so_its_refusals_close_the_breaker() -> None:
+    breaker = Breaker(Clock())
+    for _ in range(3 * BREAKER_FAILURES):
+        assert run_call(breaker, PatienceEnded("no answer")) == []
+        assert run_call(breaker, PatienceEnded("429", is_busy=True)) == []
+
+
 def test_a_call_that_began_before_the_breaker_opened_does_not_open_it_again() -> None:
     clock = Clock()
     breaker = Breaker(clock)

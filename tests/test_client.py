@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +15,7 @@ from edgecloud_sd import wire
 from edgecloud_sd.acceptance import GREEDY, Rank, Rule, Synthetic
 from edgecloud_sd.cloud import client
 from edgecloud_sd.cloud.client import Connection, RemoteVerification
-from edgecloud_sd.cloud.retry import Refused
+from edgecloud_sd.cloud.retry import CONFIRMATIONS, Refused
 from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import Degraded, Verdict
 from edgecloud_sd.stopping import Stopping
@@ -115,7 +117,7 @@ def test_a_service_without_the_path_of_the_identity_is_refused_at_once() -> None
     with CannedServer(lambda number: http_answer(404, b"<html>")) as server, connected(server.url) as connection:
         with pytest.raises(Refused, match="is not an edgecloud_sd cloud of this version"):
             _ = connection.identity
-        assert len(server.heads) == 1
+        assert len(server.heads) == CONFIRMATIONS
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -450,6 +452,24 @@ def test_closing_a_session_never_fails(url: str, answer: bytes | None, monkeypat
         verification.close()
         connection.close()  # waits until the request was answered
         assert len(bad.heads) == (answer is not None)
+
+
+def test_closing_waits_a_bounded_time_for_all_sessions_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "CLOSE_TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        connection = Connection(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for number in range(40):
+            connection.close_session(f"session{number}")
+        start = time.monotonic()
+        connection.close()
+        assert time.monotonic() - start < 1
+
+
+def test_a_healthy_server_is_told_of_every_session_that_ends(proxy: Proxy) -> None:
+    with connected(proxy.url) as connection:
+        for number in range(40):
+            connection.close_session(f"session{number}")
+    assert sorted(endpoints(proxy)) == sorted(f"session{number}" for number in range(40))
 
 
 def test_closing_a_session_of_a_closed_connection_does_not_fail(url: str) -> None:

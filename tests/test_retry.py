@@ -7,7 +7,18 @@ import socket
 import pytest
 
 from edgecloud_sd.cloud.client import Connection
-from edgecloud_sd.cloud.retry import FIRST_DELAY, LONGEST_DELAY, AttemptFailed, PatienceEnded, Retries
+from edgecloud_sd.cloud.retry import (
+    CONFIRMATIONS,
+    FIRST_DELAY,
+    LONGEST_DELAY,
+    PATIENCE,
+    PROBE_PATIENCE,
+    REQUEST_TIMEOUT,
+    AttemptFailed,
+    PatienceEnded,
+    Refused,
+    Retries,
+)
 from edgecloud_sd.verifier import CloudFault
 
 
@@ -60,7 +71,7 @@ def test_the_time_of_the_attempts_counts_against_patience(monkeypatch: pytest.Mo
 def test_two_failures_that_change_the_next_attempt_cause_no_delay(kind: str) -> None:
     delays: list[float] = []
     retries = Retries(60.0, delays.append)
-    failure = AttemptFailed("the cloud answered 404", **{kind: True})
+    failure = AttemptFailed("the cloud answered 404", **{kind: True})  # type: ignore[arg-type]
     for expected in (0, 0, 1, 2):
         retries.wait(failure)
         assert len(delays) == expected
@@ -97,3 +108,60 @@ def test_a_wait_that_patience_does_not_allow_ends_a_call_at_once() -> None:
 def test_a_call_without_patience_names_no_wait_that_nobody_asked_for() -> None:
     with pytest.raises(PatienceEnded, match=r"^the cloud failed: gone$"):
         Retries(0.0, lambda seconds: None).wait(AttemptFailed("gone"))
+
+
+MOST = {"edge": 2.0, "wait": 60.0, "error": REQUEST_TIMEOUT}  # s for a call, as cloud/README.md promises
+
+
+@pytest.mark.parametrize("policy", MOST)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0], ids=lambda share: f"{share:.0%} of its time")
+@pytest.mark.parametrize("retry_after", [None, 1.0])
+def test_no_call_takes_longer_than_its_policy_promises(
+    policy: str, share: float, retry_after: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt fails after a share of the time that it may take."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    def attempt() -> None:
+        spend(share * min(retries.attempt_seconds(), REQUEST_TIMEOUT))
+        raise AttemptFailed("no answer", retry_after=retry_after)
+
+    retries = Retries(PATIENCE[policy], spend)
+    with pytest.raises(PatienceEnded):
+        retries.run(attempt)
+    assert now[0] <= MOST[policy]
+    if PATIENCE[policy]:
+        assert now[0] >= 0.4 * MOST[policy]  # patience is not given up early
+
+
+def test_one_attempt_of_a_probe_is_bounded_even_without_patience() -> None:
+    connection = Connection("http://127.0.0.1:1", patience=0.0)
+    assert connection.new_retries(is_probe=True).attempt_seconds() == PROBE_PATIENCE
+    assert connection.new_retries().attempt_seconds() > REQUEST_TIMEOUT
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("answers", "patience", "attempts"),
+    [
+        (["401", "401", "401"], 60.0, CONFIRMATIONS),
+        (["401", "", "301", "401", "", "401"], 60.0, 6),  # two damaged answers beside three that agree
+        (["401"], 0.0, 1),
+    ],
+)
+def test_a_final_answer_without_a_proof_is_final_when_it_has_come_three_times(
+    answers: list[str], patience: float, attempts: int
+) -> None:
+    verdicts, delays = iter(answers), list[float]()
+
+    def attempt() -> None:
+        raise AttemptFailed("the key is refused", verdict=next(verdicts))
+
+    with pytest.raises(Refused, match=r"^the key is refused$"):
+        Retries(patience, delays.append).run(attempt)
+    assert list(verdicts) == answers[attempts:]
+    assert len(delays) == answers[:attempts].count("")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from edgecloud_sd import wire
 from edgecloud_sd.acceptance import GREEDY
 from edgecloud_sd.cloud import retry
 from edgecloud_sd.cloud.client import Connection
-from edgecloud_sd.cloud.retry import Refused
+from edgecloud_sd.cloud.retry import CONFIRMATIONS, Refused
 from edgecloud_sd.cloud.transport import LARGEST_ANSWER, parse_server_timing
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault
@@ -67,12 +68,61 @@ def test_a_name_that_does_not_resolve_ends_a_call_at_once(monkeypatch: pytest.Mo
         _ = connection.identity
 
 
+def test_look_ups_that_hang_end_with_patience_and_share_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    release, lookups = threading.Event(), list[object]()
+
+    def hang(*arguments: object, **options: object) -> None:
+        lookups.append(arguments)
+        release.wait(10)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure")
+
+    monkeypatch.setattr("socket.getaddrinfo", hang)
+    with connected("http://cloud.invalid:1", patience=0.1, timeout=0.03) as connection:
+        start = time.monotonic()
+        with pytest.raises(CloudFault, match=r"failed \d+ times.*cloud.invalid took too long to resolve"):
+            _ = connection.identity
+        assert time.monotonic() - start < 1
+        release.set()
+    assert len(lookups) == 1
+
+
+def test_the_next_address_of_a_name_is_tried_within_the_deadline(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = int(url.rpartition(":")[2])
+    resolve = socket.getaddrinfo
+
+    def resolve_to_two(host: str, *arguments: object, **options: object) -> object:
+        hosts = ["127.0.0.2", "127.0.0.1"] if host == "cloud.invalid" else [host]  # nobody listens at the first
+        return [place for name in hosts for place in resolve(name, port, type=socket.SOCK_STREAM)]
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve_to_two)
+    with connected(f"http://cloud.invalid:{port}", patience=0.0) as connection:
+        assert connection.identity.name == "toy"
+
+
+@pytest.mark.parametrize("status", [301, 304, 400, 401, 403, 404, 405, 413, 501, 511])
+def test_one_damaged_status_ends_no_call(status: int) -> None:
+    opened = http_answer(201, wire.dumps(wire.build_opened_message("open", TOY.fingerprint, PROMPT_CHECK)))
+    damaged = http_answer(status, b'{"session":"open"}')
+    with CannedServer(lambda number: opened if number == 2 else damaged) as server, connected(server.url) as connection:
+        CALLS["open"](connection)
+        assert len(server.heads) == CONFIRMATIONS
+
+
+def test_another_service_in_place_of_the_cloud_ends_a_call_and_a_lost_session_does_not() -> None:
+    lost = http_answer(404, b'{"detail":"the session does not exist"}')
+    with CannedServer(lambda number: lost if number < 5 else http_answer(404, b"<html>")) as server:
+        with connected(server.url) as connection, pytest.raises(Refused, match=r"is not an edgecloud_sd cloud"):
+            CALLS["verify"](connection)
+        assert len(server.heads) == 5 + CONFIRMATIONS
+
+
 def test_a_server_without_tls_at_an_https_url_ends_a_call_at_once() -> None:
     def answer(listening: socket.socket) -> None:
-        client, _ = listening.accept()
-        with client:
-            client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-            client.recv(1)
+        for _ in range(CONFIRMATIONS):
+            client, _ = listening.accept()
+            with client:
+                client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                client.recv(1)
 
     with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as threads:
         threads.submit(answer, listening)
@@ -180,7 +230,7 @@ def test_a_redirect_is_not_followed_and_its_target_gets_no_key(status: int, call
             pytest.raises(Refused, match=f"{status}, a redirect to {target.url}"),
         ):
             call(connection)
-        assert len(server.heads) == 1
+        assert len(server.heads) == CONFIRMATIONS
     assert target.heads == []
 
 
@@ -228,6 +278,23 @@ def test_an_endless_answer_is_left_after_a_bounded_number_of_bytes(part: str, ca
         call(connection)
     assert most / 100 > LARGEST_ANSWER
     assert server.sent_bytes < most
+
+
+@every_call
+@pytest.mark.parametrize("start", [b"", OK_HEAD, CHUNKED_HEAD], ids=["no answer", "half a head", "no line"])
+def test_a_call_that_hangs_ends_with_patience_whatever_one_request_may_take(start: bytes, call: Call) -> None:
+    is_over = threading.Event()
+
+    def answer(number: int) -> Iterator[bytes]:
+        yield start
+        is_over.wait(10)
+
+    with CannedServer(answer) as server, connected(server.url, patience=0.04, timeout=60.0) as connection:
+        begin = time.monotonic()
+        with pytest.raises(CloudFault, match="the cloud failed"):
+            call(connection)
+        assert time.monotonic() - begin < 0.5
+        is_over.set()
 
 
 TRICKLES = {

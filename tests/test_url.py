@@ -116,7 +116,7 @@ def test_the_path_of_a_request_follows_the_path_of_the_url(text: str, host: str,
     ):
         with pytest.raises(Refused):
             _ = connection.identity
-        (head,) = server.heads
+        head = server.heads[0]
     assert head.startswith(f"GET {target} HTTP/1.1\r\n".encode())
     assert f"\r\nHost: {host.format(port=server.port)}\r\n".encode() in head
 

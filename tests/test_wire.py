@@ -263,7 +263,7 @@ def test_the_sizes_charged_to_a_link_are_within_5_percent_of_the_bytes_on_a_sock
             assert up == pytest.approx(wire.REQUEST_HEAD + len(request), rel=0.05)
             assert down == pytest.approx(wire.ANSWER_HEAD + len(answer.content), rel=0.05)
         request = wire.dumps(wire.build_generate_request(prompt_check, [], (), 20))
-        with connection.transport.stream(f"{path}/generate", request) as (_, stream):
+        with connection.transport.stream(f"{path}/generate", request, lambda: 10.0) as (_, stream):
             lines = [len(line) + 1 for line in stream]
         up, down = tap.take_sizes()
         assert up == pytest.approx(wire.REQUEST_HEAD + len(request), rel=0.05)

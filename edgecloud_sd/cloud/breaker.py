@@ -47,7 +47,9 @@ class Breaker:
         try:
             yield is_probe
         except PatienceEnded as failure:
-            if self._count_failure(str(failure), is_probe):
+            if failure.is_busy:
+                self.note_answer()
+            elif self._count_failure(str(failure), is_probe):
                 failure.breaker_mark = BREAKER_OPENED
             raise
         except BaseException:

@@ -8,6 +8,7 @@ shows that it belongs to the request, so a caption is either right or absent.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections import Counter
@@ -23,7 +24,7 @@ from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.breaker import Breaker
 from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.cloud.retry import PATIENCE, PROBE_PATIENCE, REQUEST_TIMEOUT, AttemptFailed, Refused, Retries
-from edgecloud_sd.cloud.transport import MODEL_PATH, Transport, parse_server_timing
+from edgecloud_sd.cloud.transport import MODEL_PATH, SESSIONS_PATH, Transport, parse_server_timing
 from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.models.traits import Traits
 from edgecloud_sd.stopping import Stopping
@@ -31,7 +32,8 @@ from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault, Verifier
 
 _T = TypeVar("_T")
-CLOSE_TIMEOUT = 1.0  # s for the request that closes a session
+CLOSE_TIMEOUT = 2.0  # s for the request that closes a session, and for all that wait at the end
+CLOSERS = 4  # such requests at once
 SAME_ANSWERS = 5  # damage would not give the same bytes so often
 OTHER_ANSWERS = 10  # damage would not hit so many answers
 SESSION = re.compile(r"[\w-]{1,64}", re.ASCII)  # the names that are safe in a path
@@ -57,7 +59,8 @@ class Connection:
         self.breaker = Breaker()
         self._patience = patience
         self._sleep = sleep
-        self._closer = ThreadPoolExecutor(1, thread_name_prefix="close-session")
+        self._closer = ThreadPoolExecutor(CLOSERS, thread_name_prefix="close-session")
+        self._closing_ends = math.inf
 
     @cached_property
     def identity(self) -> Identity:
@@ -67,7 +70,8 @@ class Connection:
         """
         with self.breaker.guard() as is_probe:
             answers: Counter[bytes] = Counter()
-            return self.new_retries(is_probe=is_probe).run(lambda: self._fetch_identity(answers))
+            retries = self.new_retries(is_probe=is_probe)
+            return retries.run(lambda: self._fetch_identity(answers, retries.attempt_seconds()))
 
     @property
     def local_parameters(self) -> int:
@@ -86,26 +90,31 @@ class Connection:
     ) -> Retries:
         """Return the attempts at a new call, with this connection's patience, or with less of it for a probe."""
         patience = min(self._patience, PROBE_PATIENCE) if is_probe else self._patience
-        return Retries(patience, self._sleep, on_failure)
+        return Retries(patience, self._sleep, on_failure, PROBE_PATIENCE if is_probe else math.inf)
 
     def close_session(self, session: str) -> None:
         """Tell the server in the background and only once. The server itself closes a session that is not used."""
 
         def delete() -> None:
+            left = min(CLOSE_TIMEOUT, self._closing_ends - time.monotonic())
             with suppress(AttemptFailed, Refused):
-                self.transport.call("DELETE", f"/v1/sessions/{session}", timeout=CLOSE_TIMEOUT)
+                self.transport.call("DELETE", f"{SESSIONS_PATH}/{session}", seconds=left)
 
         with suppress(RuntimeError):  # the connection is closed already
             self._closer.submit(delete)
 
     def close(self) -> None:
-        """Wait until the sessions are closed, then close the sockets, even those on which another thread waits."""
+        """Wait `CLOSE_TIMEOUT` at most until the sessions are closed, then close the sockets.
+
+        This ends the calls of other threads too.
+        """
+        self._closing_ends = time.monotonic() + CLOSE_TIMEOUT
         self._closer.shutdown()
         self.transport.close()
 
-    def _fetch_identity(self, answers: Counter[bytes]) -> Identity:
+    def _fetch_identity(self, answers: Counter[bytes], seconds: float) -> Identity:
         """Return the identity. `answers` counts those that are none: so many, or so many equal ones, are no damage."""
-        answer = self.transport.call("GET", MODEL_PATH).content
+        answer = self.transport.call("GET", MODEL_PATH, seconds=seconds).content
         try:
             return _parse_identity(answer)
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -148,6 +157,7 @@ class RemoteVerification:
         self._rule = verifier.rule
         self._body = wire.encode_prompt(prompt)
         self._prompt_check = wire.prompt_checksum(self._body, self._rule.text)
+        self._retries = self._connection.new_retries()  # the attempts at the call that runs
         self._session: str | None = None
         self._was_opened = False
         self._is_closed = False
@@ -175,7 +185,7 @@ class RemoteVerification:
         generated = list(output)
         self._agreed = 0  # the server's cache will contain its own tokens
         with self._guarded() as is_probe:
-            retries, note_loss = self._new_retries(is_probe)
+            self._retries, note_loss = self._new_retries(is_probe)
             while stopping.reason(generated) is None:
                 try:
                     self._ensure_open(note_loss)
@@ -184,11 +194,11 @@ class RemoteVerification:
                             generated.append(token)
                             self._connection.breaker.note_answer()
                             yield token
-                            retries, note_loss = self._new_retries()
+                            self._retries, note_loss = self._new_retries()
                 except AttemptFailed as failure:
                     if stopping.reason(generated) is not None:
                         return
-                    retries.wait(failure)
+                    self._retries.wait(failure)
 
     def close(self) -> None:
         """Close the session in the background. A call that another thread is trying again raises CloudFault."""
@@ -200,13 +210,13 @@ class RemoteVerification:
     def _call(self, call: Callable[[], _T]) -> _T:
         """Return the result of `call` on an open session, tried again after a failure."""
         with self._guarded() as is_probe:
-            retries, note_loss = self._new_retries(is_probe)
+            self._retries, note_loss = self._new_retries(is_probe)
 
             def attempt() -> _T:
                 self._ensure_open(note_loss)
                 return call()
 
-            return retries.run(attempt)
+            return self._retries.run(attempt)
 
     @contextmanager
     def _guarded(self) -> Iterator[bool]:
@@ -231,6 +241,10 @@ class RemoteVerification:
 
         return self._connection.new_retries(on_failure, is_probe), note_loss
 
+    def _attempt_seconds(self) -> float:
+        """Return the seconds for an attempt at the call that runs, or at the next token of a stream."""
+        return self._retries.attempt_seconds()
+
     def _ensure_open(self, note_loss: Callable[..., None]) -> None:
         """Open the prompt unless it has a session. The time of a second opening counts as lost."""
         if self._is_closed:
@@ -243,25 +257,26 @@ class RemoteVerification:
                 note_loss(again=True)
 
     def _open(self) -> None:
-        path = f"/v1/sessions?rule={self._rule.text}&check={self._prompt_check}"
+        path = f"{SESSIONS_PATH}?rule={self._rule.text}&check={self._prompt_check}"
         answer = self._post(path, self._body, wire.OCTETS)
         session, model = _read(lambda: wire.read_opened(answer, self._prompt_check))
         if not SESSION.fullmatch(session):
             raise AttemptFailed("the answer names no valid session")
         if model != self._connection.identity.fingerprint:
+            self._connection.close_session(session)
             raise Refused(f"{self._connection.url} now serves another model than when this run began; start a new run")
         self._session = session
 
     def _verify(self, draft: Sequence[int]) -> Verdict:
         request = wire.build_verify_request(self._prompt_check, self._context, self._agreed, draft)
-        answer = self._post(f"/v1/sessions/{self._session}/verify", wire.dumps(request), wire.JSON)
+        answer = self._post(f"{SESSIONS_PATH}/{self._session}/verify", wire.dumps(request), wire.JSON)
         return _read(lambda: wire.read_verdict(answer, len(draft), request.check))
 
     def _post(self, path: str, body: bytes, content: str) -> bytes:
         """Return the answer to one attempt, and note its time and its bytes."""
         self._harness.send_up(wire.REQUEST_HEAD + len(body))
         start = self._harness.watch.seconds()
-        answer = self._connection.transport.call("POST", path, body, content)
+        answer = self._connection.transport.call("POST", path, body, content, self._attempt_seconds())
         self._note_answer(start, answer.timing)
         self._harness.send_down(wire.ANSWER_HEAD + len(answer.content))
         return answer.content
@@ -284,7 +299,8 @@ class RemoteVerification:
         start = self._harness.watch.seconds()
         generated: list[int] = []
         has_ended = False
-        with self._connection.transport.stream(f"/v1/sessions/{self._session}/generate", body) as (timing, lines):
+        path = f"{SESSIONS_PATH}/{self._session}/generate"
+        with self._connection.transport.stream(path, body, self._attempt_seconds) as (timing, lines):
             self._note_answer(start, timing)
             for token in self._read_stream(lines, generated, request.check):
                 is_complete = stopping.reason([*output, *generated]) is not None

@@ -15,6 +15,7 @@ from typing import Literal
 PASSING_4XX = (408, 423, 425, 429)  # too slow, locked, too early, too many
 PERMANENT_5XX = (501, 505, 506, 508, 510, 511)  # the service never answers this request otherwise
 KEY_STATUSES = (401, 403)
+NO_SUCH_PATH = ("", "Not Found")  # details of a 404 that no cloud gives for a session
 LONGEST_RETRY_AFTER = 86_400.0  # s, so that no header can hold a client for longer
 # TLS errors of a broken connection. All others are of the certificate or of the two ends' settings.
 PASSING_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError, ssl.SSLWantReadError)
@@ -26,12 +27,14 @@ class Failure:
     """The kind and the reason of a failed attempt.
 
     Another attempt may succeed unchanged (`retry`), with a new session (`reopen`) or with the whole context (`resend`).
-    After a `permanent` failure none can. `retry_after` is the time in s that the server asks for.
+    After a `permanent` failure none can, unless the answer was damaged on its way. `is_proven` says that it was not.
+    `retry_after` is the time in s that the server asks for.
     """
 
     kind: Literal["retry", "reopen", "resend", "permanent"]
     reason: str
     retry_after: float | None = None
+    is_proven: bool = False
 
 
 def classify_failure(
@@ -42,18 +45,20 @@ def classify_failure(
     headers: Mapping[str, str] | None = None,
     sent: int | None = None,
     is_first_contact: bool = False,
+    names_session: bool = True,
 ) -> Failure:
     """Return the kind of a failure: of an answer with an error `status` and its body, or of an exception.
 
     `sent` is `wire.request_checksum` of the request. A refusal that names another one is of a message that was damaged
-    on its way. `is_first_contact` marks the request for the server's identity. `headers` have lower-case names.
+    on its way. `is_first_contact` marks the request for the server's identity, and `names_session` one whose path has a
+    session, which may be lost. `headers` have lower-case names.
     """
     if status is None:
         return _classify_error(error, is_first_contact)
     headers = headers or {}
     detail, received = _read_problem(body)
     reason = f"the cloud answered {status} {detail}".strip()
-    if status == 404 and is_first_contact:
+    if status == 404 and (is_first_contact or (not names_session and detail in NO_SUCH_PATH)):
         return Failure("permanent", f"{reason}; it is not an edgecloud_sd cloud of this version: check --cloud-url")
     if status == 404:
         return Failure("reopen", reason)
@@ -66,7 +71,8 @@ def classify_failure(
         return Failure("permanent", f"{reason}, a redirect to {target}: give the cloud's own URL as --cloud-url")
     is_refusal = (400 <= status < 500 and status not in PASSING_4XX) or status in PERMANENT_5XX
     if is_refusal and (received is None or received == sent):
-        return Failure("permanent", f"the cloud refuses the request: {status} {detail}".strip())
+        reason = f"the cloud refuses the request: {status} {detail}".strip()
+        return Failure("permanent", reason, is_proven=received is not None)
     return Failure("retry", reason, parse_retry_after(headers.get("retry-after", ""), datetime.now(timezone.utc)))
 
 

@@ -48,7 +48,7 @@ ERROR_STATUSES: dict[type[ServiceError], int] = {
     NotFinite: 501,
     ModelOutOfMemory: 503,
 }
-MESSAGE_STATUSES = (400, 413, 415, 422)  # the message is at fault, or was damaged on its way
+MESSAGE_STATUSES = (400, 413, 415, 422, 501)  # final for this message, unless it was damaged on its way
 COMMON_STATUSES = (400, 401, 403, 408, 413, 421, 422, 429, 500, 501, 503)  # error statuses that every call can return
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]

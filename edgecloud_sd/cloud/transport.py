@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import ssl
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +27,10 @@ from edgecloud_sd.cloud.retry import AttemptFailed, Refused
 from edgecloud_sd.cloud.url import parse_url
 
 MODEL_PATH = "/v1/model"  # the path of the first request to a server
+SESSIONS_PATH = "/v1/sessions"  # to open a session; each session has a path under it
 KEEP_ALIVE = 60.0  # s for which the pool keeps an unused connection; the server keeps its end longer
 CONNECT_TIMEOUT = 5.0  # s, and at most the time left to the request
 LARGEST_ANSWER = 2**16  # bytes of an answer, or of one line of a stream: real ones have a few hundred
-WRITE_SIZE = 2**16  # bytes per write to a socket
 HTTP_ERRORS = (  # the errors of httpcore that the server or the network causes
     httpcore2.TimeoutException,
     httpcore2.NetworkError,
@@ -49,7 +52,7 @@ class Transport:
     """A pool of HTTP connections to one server, for any number of threads.
 
     `timeout` is the seconds from the start of a request to the last byte of its answer. For a stream it is the seconds
-    between two lines. Raise ValueError for a malformed URL.
+    between two lines. A call may give fewer `seconds`. Raise ValueError for a malformed URL.
     """
 
     def __init__(self, url: str, key: str | None, timeout: float) -> None:
@@ -69,17 +72,20 @@ class Transport:
         )
 
     def call(
-        self, method: str, path: str, body: bytes | None = None, content: str = "", timeout: float = math.inf
+        self, method: str, path: str, body: bytes | None = None, content: str = "", seconds: float = math.inf
     ) -> Answer:
         """Return the whole answer to one request, whose body has the media type `content`."""
-        deadline = _Deadline(min(timeout, self._timeout))
+        deadline = _Deadline(lambda: min(seconds, self._timeout))
         with self._request(method, path, body, content, deadline) as response:
             return Answer(_read_body(response), _timing_header(response))
 
     @contextmanager
-    def stream(self, path: str, body: bytes) -> Iterator[tuple[str, Iterator[bytes]]]:
-        """Post a JSON request, and yield the answer's Server-Timing header and an iterator over its lines."""
-        deadline = _Deadline(self._timeout)
+    def stream(self, path: str, body: bytes, seconds: Callable[[], float]) -> Iterator[tuple[str, Iterator[bytes]]]:
+        """Post a JSON request, and yield the answer's Server-Timing header and an iterator over its lines.
+
+        `seconds` is called anew for each line.
+        """
+        deadline = _Deadline(lambda: min(seconds(), self._timeout))
         with self._request("POST", path, body, wire.JSON, deadline) as response:
             yield _timing_header(response), _read_lines(response, deadline)
 
@@ -99,16 +105,20 @@ class Transport:
         headers = [*self._headers, (b"Content-Type", content.encode())] if content else self._headers
         timeouts = {"timeout": dict.fromkeys(("connect", "read", "write"), deadline)}
         sent = wire.request_checksum(path.partition("?")[2].encode(), body or b"")
-        classify = partial(classify_failure, sent=sent, is_first_contact=path == MODEL_PATH)
+        names_session = path.startswith(f"{SESSIONS_PATH}/")
+        classify = partial(
+            classify_failure, sent=sent, is_first_contact=path == MODEL_PATH, names_session=names_session
+        )
         try:
             with self._pool.stream(method, url, headers=headers, content=body, extensions=timeouts) as response:
                 if not 200 <= response.status < 300:  # the readers of answers check their content too
                     problem = _read_problem_body(response)
-                    raise _as_exception(classify(response.status, problem, headers=_read_headers(response)))
+                    failure = classify(response.status, problem, headers=_read_headers(response))
+                    raise _as_exception(failure, response.status)
                 yield response
         except HTTP_ERRORS as error:
             was_sent = not isinstance(error, httpcore2.ConnectError | httpcore2.ConnectTimeout)
-            raise _as_exception(classify(error=error), was_sent) from None
+            raise _as_exception(classify(error=error), type(error).__name__, was_sent) from None
 
 
 def _read_certificates() -> ssl.SSLContext:
@@ -122,8 +132,9 @@ def _read_certificates() -> ssl.SSLContext:
         ) from None
 
 
-def _as_exception(failure: Failure, was_sent: bool = True) -> AttemptFailed | Refused:
-    if failure.kind == "permanent":
+def _as_exception(failure: Failure, answer: int | str, was_sent: bool = True) -> AttemptFailed | Refused:
+    """Return the exception for a failure, which is an answer with a status or an error with a name."""
+    if failure.kind == "permanent" and failure.is_proven:
         return Refused(failure.reason)
     return AttemptFailed(
         failure.reason,
@@ -131,6 +142,8 @@ def _as_exception(failure: Failure, was_sent: bool = True) -> AttemptFailed | Re
         context_differs=failure.kind == "resend",
         was_sent=was_sent,
         retry_after=failure.retry_after,
+        verdict=str(answer) if failure.kind == "permanent" else "",
+        is_busy=answer == 429,
     )
 
 
@@ -195,12 +208,12 @@ class _Deadline:
     timeout object on unchanged, so one deadline can bound them all.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: Callable[[], float]) -> None:
         self._seconds = seconds
         self.renew()
 
     def renew(self) -> None:
-        self._end = time.monotonic() + self._seconds
+        self._end = time.monotonic() + self._seconds()
 
     def remaining(self, error: type[Exception]) -> float:
         """Return the seconds left, or raise `error` if the moment has passed."""
@@ -210,8 +223,51 @@ class _Deadline:
         return seconds
 
 
+class _Resolver:
+    """Look-ups of host names with a time limit, which the operating system does not have.
+
+    Look-ups of one name share a thread, so that those that hang do not pile up.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: dict[tuple[str, int], futures.Future[list[str]]] = {}
+
+    def find_addresses(self, host: str, port: int, seconds: float) -> list[str]:
+        """Return the addresses of a host in the order of the system. Raise ConnectTimeout or ConnectError."""
+        with self._lock:
+            future = self._running.get((host, port))
+            if future is None:
+                future = self._running[host, port] = futures.Future()
+                threading.Thread(target=self._resolve, args=(host, port, future), daemon=True).start()
+        futures.wait([future], seconds)
+        if not future.done():
+            raise httpcore2.ConnectTimeout(f"the name {host} took too long to resolve")
+        try:
+            return future.result()
+        except OSError as error:
+            raise httpcore2.ConnectError(error) from error
+
+    def _resolve(self, host: str, port: int, future: futures.Future[list[str]]) -> None:
+        try:
+            places: list[tuple[Any, ...]] = [
+                place[4] for place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            ]
+            # a link-local address of IPv6 needs its interface, the last of four parts
+            names = [f"{place[0]}%{place[3]}" if any(place[3:]) else str(place[0]) for place in places]
+            future.set_result(list(dict.fromkeys(names)))
+        except Exception as error:  # noqa: BLE001 - the future raises it for whoever waits
+            future.set_exception(error)
+        finally:
+            with self._lock:
+                del self._running[host, port]
+
+
 class _Backend(httpcore2.NetworkBackend):
     """Sockets whose timeouts are `_Deadline` objects."""
+
+    def __init__(self) -> None:
+        self._resolver = _Resolver()
 
     def connect_tcp(
         self,
@@ -221,8 +277,17 @@ class _Backend(httpcore2.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.NetworkStream:
-        seconds = min(timeout.remaining(httpcore2.ConnectTimeout), CONNECT_TIMEOUT)
-        return _Stream(httpcore2.SyncBackend().connect_tcp(host, port, seconds, local_address, socket_options))
+        """Connect to the first address that answers. An address takes at most its share of the time left."""
+        addresses = self._resolver.find_addresses(host, port, timeout.remaining(httpcore2.ConnectTimeout))
+        failure: Exception = httpcore2.ConnectError(f"the name {host} has no address")
+        for place, address in enumerate(addresses):
+            share = timeout.remaining(httpcore2.ConnectTimeout) / (len(addresses) - place)
+            try:
+                connect = httpcore2.SyncBackend().connect_tcp
+                return _Stream(connect(address, port, min(share, CONNECT_TIMEOUT), local_address, socket_options))
+            except (httpcore2.ConnectTimeout, httpcore2.ConnectError) as error:
+                failure = error
+        raise failure
 
 
 class _Stream(httpcore2.NetworkStream):
@@ -233,8 +298,17 @@ class _Stream(httpcore2.NetworkStream):
         return self._stream.read(max_bytes, timeout.remaining(httpcore2.ReadTimeout))
 
     def write(self, buffer: bytes, timeout: Any = None) -> None:
-        for start in range(0, len(buffer), WRITE_SIZE):
-            self._stream.write(buffer[start : start + WRITE_SIZE], timeout.remaining(httpcore2.WriteTimeout))
+        """Send all bytes. httpcore would give each part that the socket takes the whole time."""
+        connection = self._stream.get_extra_info("socket")
+        rest = memoryview(buffer)
+        while rest:
+            connection.settimeout(timeout.remaining(httpcore2.WriteTimeout))
+            try:
+                rest = rest[connection.send(rest) :]
+            except TimeoutError as error:
+                raise httpcore2.WriteTimeout(error) from error
+            except OSError as error:
+                raise httpcore2.WriteError(error) from error
 
     def close(self) -> None:
         self._stream.close()
