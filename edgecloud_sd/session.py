@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from edgecloud_sd.steps import RowLimit, Steps, no_limit, run_steps, split_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +44,22 @@ class Model(Protocol):
         """Encode the audio and prefill all prompt tokens but the last."""
 
 
+@runtime_checkable
+class SteppedModel(Model, Protocol):
+    """A model that can prefill in steps."""
+
+    def open_steps(self, prompt: Prompt, limit: RowLimit) -> Steps[Session]:
+        """Open a prompt as `open` does, in passes within `limit`."""
+
+
+def open_steps(model: Model, prompt: Prompt, limit: RowLimit) -> Steps[Session]:
+    """Open a prompt, in one step if the model cannot do it in several."""
+    if isinstance(model, SteppedModel):
+        return (yield from model.open_steps(prompt, limit))
+    yield len(prompt.ids)
+    return model.open(prompt)
+
+
 def check_truncation(length: int, cached: int) -> None:
     """Raise the ValueError of `Session.truncate`."""
     if not 0 <= length <= cached:
@@ -54,14 +72,32 @@ def sync(session: Session, context: Sequence[int], rows: int = 1) -> Tensor:
     The cache is truncated to the longest common prefix that leaves these rows to compute, then extended by the rest.
     Return [rows, vocab_size]. Row i is for the token that follows context[len(context) - rows + i].
     """
+    return run_steps(sync_steps(session, context, rows))
+
+
+def sync_steps(
+    session: Session, context: Sequence[int], rows: int = 1, limit: RowLimit = no_limit, prompt_length: int = 0
+) -> Steps[Tensor]:
+    """Do the work of `sync` in passes within `limit`, for a session after a prompt of `prompt_length` tokens."""
     if not 1 <= rows <= len(context):
         raise ValueError(f"cannot return {rows} rows of a context of {len(context)} tokens")
     cached = session.tokens
     common = 0
-    limit = min(len(cached), len(context) - rows)
-    while common < limit and cached[common] == context[common]:
+    most = min(len(cached), len(context) - rows)
+    while common < most and cached[common] == context[common]:
         common += 1
     if common < len(cached):
         session.truncate(common)
-    logits = session.extend(context[common:])
-    return logits if len(logits) == rows else logits[-rows:]  # a view would cost time in the usual case
+    logits: list[Tensor] = []
+    first_row = prompt_length + len(context) - rows
+    for part in split_rows(prompt_length + common, prompt_length + len(context), limit):
+        yield part.stop - part.start
+        new = session.extend(context[part.start - prompt_length : part.stop - prompt_length])
+        if part.stop > first_row:
+            # a view would cost time in the usual case
+            logits.append(new if part.start >= first_row else new[first_row - part.start :])
+    if len(logits) == 1:
+        return logits[0]
+    import torch
+
+    return torch.cat(logits)

@@ -12,7 +12,8 @@ import numpy as np
 
 from edgecloud_sd.acceptance import Rule, uniform
 from edgecloud_sd.events import Prompt, Verdict
-from edgecloud_sd.session import Model, Session, sync
+from edgecloud_sd.session import Model, Session, open_steps, sync, sync_steps
+from edgecloud_sd.steps import RowLimit, Steps, no_limit, run_steps
 from edgecloud_sd.stopping import Stopping
 
 
@@ -49,43 +50,82 @@ class Verifier(Protocol):
         """Begin with a prompt. `Verification.wait` returns when the prompt is prefilled."""
 
 
+class SteppedVerification(Verification, Protocol):
+    """A verification on a server, which runs other clients' work between two steps.
+
+    An abandoned call may leave part of its work in the cache. Later calls then have base 0.
+    """
+
+    def verify_steps(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Steps[Verdict]:
+        """Verify as `verify` does."""
+
+    def feed_steps(self, output: Sequence[int]) -> Steps[None]:
+        """Do the work of `generate` that comes before its first token."""
+
+
+class SteppedVerifier(Verifier, Protocol):
+    """A verifier on a server."""
+
+    def open_steps(self, prompt: Prompt) -> Steps[SteppedVerification]:
+        """Open a prompt and prefill it."""
+
+
 @dataclass(frozen=True)
 class LocalVerifier:
-    """A model in this process as the cloud, with one acceptance rule."""
+    """A model in this process as the cloud, with one acceptance rule. Its steps are passes within `limit`."""
 
     model: Model
     rule: Rule
+    limit: RowLimit = no_limit
 
     def open(self, prompt: Prompt) -> LocalVerification:
         """Encode and prefill the prompt."""
         return LocalVerification(self.model.open(prompt), prompt, self.rule)
 
+    def open_steps(self, prompt: Prompt) -> Steps[LocalVerification]:
+        """Encode and prefill the prompt in steps."""
+        session = yield from open_steps(self.model, prompt, self.limit)
+        return LocalVerification(session, prompt, self.rule, self.limit)
+
 
 class LocalVerification:
     """Verification on a session of this process."""
 
-    def __init__(self, session: Session, prompt: Prompt, rule: Rule) -> None:
+    def __init__(self, session: Session, prompt: Prompt, rule: Rule, limit: RowLimit = no_limit) -> None:
         self._session = session
         self._prompt = prompt
         self._rule = rule
+        self._limit = limit
         self._committed = 0  # cached tokens that the edge knows to be committed
 
     def wait(self) -> None:
         """Return at once: `open` has prefilled the prompt."""
 
     def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
-        """Verify in one forward pass over `tokens` and `draft`."""
+        """Verify in one forward pass over `tokens` and `draft`, if it is within the limit."""
+        return run_steps(self.verify_steps(base, tokens, draft))
+
+    def verify_steps(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Steps[Verdict]:
+        """Verify in passes within the limit."""
         check_base(base, self._committed)
         context = [*self._session.tokens[:base], *tokens, *draft]
         first = base + len(tokens)
         uniforms = (uniform(self._seed, place) for place in range(first, first + len(draft)))
-        verdict = self._rule(draft, sync(self._session, context, rows=len(draft) + 1), uniforms)
+        logits = yield from sync_steps(self._session, context, len(draft) + 1, self._limit, len(self._prompt.ids) - 1)
+        verdict = self._rule(draft, logits, uniforms)
         self._committed = first + verdict.accepted
         return verdict
 
     @cached_property
     def _seed(self) -> bytes:
         return prompt_seed(self._prompt)
+
+    def feed_steps(self, output: Sequence[int]) -> Steps[None]:
+        """Feed the context but its last token, which `generate` feeds."""
+        self._committed = 0
+        if output:
+            context = [self._prompt.last, *output[:-1]]
+            yield from sync_steps(self._session, context, 1, self._limit, len(self._prompt.ids) - 1)
 
     def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
         """Yield greedy tokens."""

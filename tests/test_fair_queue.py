@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -44,7 +45,7 @@ def test_a_client_with_many_calls_delays_only_its_own() -> None:
             await asyncio.sleep(0)
         work.may_end.set()
         assert [(await task).result for task in tasks] == names
-        assert work.started == ["a0", "b0", "a1", "c0", "b1", "a2", "a3"]
+        assert work.started == ["a0", "b0", "c0", "a1", "b1", "a2", "a3"]
         queue.close()
 
     run_scene(scene())
@@ -93,6 +94,72 @@ def test_every_call_runs_in_its_clients_order_and_within_the_number_of_threads(
                 assert earlier.count(other_owner) <= earlier.count(owner) + 1
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 64)), min_size=1, max_size=40))
+def test_clients_that_wait_have_used_the_same_cost_but_for_a_call_of_each(calls: list[tuple[str, int]]) -> None:
+    used = dict.fromkeys("abc", 0)
+    left = Counter(client for client, _ in calls)
+    largest = max(cost for _, cost in calls)
+
+    def call(client: str, cost: int) -> None:
+        used[client] += cost
+        left[client] -= 1
+        waiting = [used[other] for other in "abc" if left[other]]
+        assert max(waiting, default=0) - min(waiting, default=0) <= 2 * largest
+
+    async def scene() -> None:
+        queue = FairQueue(1)
+        queue._free_threads = 0  # until all calls wait
+        tasks = [asyncio.create_task(queue.run(client, partial(call, client, cost), cost)) for client, cost in calls]
+        await asyncio.sleep(0)
+        queue._give_next_turn()
+        await asyncio.gather(*tasks)
+        queue.close()
+
+    run_scene(scene())
+
+
+@pytest.mark.parametrize("others", ["g", "gh"])
+def test_a_small_call_waits_for_one_large_call_of_each_other_client(others: str) -> None:
+    async def scene() -> None:
+        queue, work = FairQueue(1), Work()
+        work.may_end.set()
+
+        def has_started(number: int) -> bool:
+            return len(work.started) > number
+
+        greedy = [asyncio.create_task(queue.run(name, work.call(name), 64)) for name in others * 20]
+        for number in range(4):
+            await wait_until(partial(has_started, 3 * number))
+            before = len(work.started)
+            await queue.run("polite", work.call("polite"), 5)
+            assert len(work.started[before:]) <= len(others) + 2, work.started  # the last one may follow it
+        await asyncio.gather(*greedy)
+        assert queue._used.keys() <= {*others, "polite"}
+        queue.close()
+
+    run_scene(scene())
+
+
+def test_a_client_that_arrives_late_has_neither_debt_nor_credit() -> None:
+    async def scene() -> None:
+        queue, work = FairQueue(1), Work()
+        for number in range(5):
+            work.may_end.set()
+            await queue.run("a", work.call(f"alone{number}"), 100)
+        work.may_end.clear()
+        running = asyncio.create_task(queue.run("a", work.call("a0"), 10))
+        await wait_until(lambda: "a0" in work.started)
+        rest = [asyncio.create_task(queue.run(name[0], work.call(name), 10)) for name in ("a1", "b0", "b1", "b2", "a2")]
+        await asyncio.sleep(0)
+        work.may_end.set()
+        await asyncio.gather(running, *rest)
+        assert work.started[5:] == ["a0", "b0", "a1", "b1", "a2", "b2"]
+        queue.close()
+
+    run_scene(scene())
+
+
 def test_a_cancelled_waiting_call_leaves_the_queue() -> None:
     async def scene() -> None:
         queue, work = FairQueue(1), Work()
@@ -116,12 +183,13 @@ def test_a_call_that_is_cancelled_with_its_turn_passes_the_turn_on() -> None:
     async def scene() -> None:
         queue = FairQueue(1)
         queue._free_threads = 0
-        first, second = (asyncio.create_task(queue._wait_for_turn("a")) for _ in range(2))
+        first, second = (asyncio.create_task(queue._wait_for_turn("a", 1.0)) for _ in range(2))
         await asyncio.sleep(0)
         queue._give_next_turn()
         first.cancel()  # after its turn has come, and before it continues
         await second
         assert first.cancelled()
+        assert queue._used["a"] == 1.0  # the cancelled call costs nothing
         queue.close()
 
     run_scene(scene())

@@ -31,11 +31,12 @@ from edgecloud_sd.events import (
     Verdict,
     Verified,
 )
+from edgecloud_sd.steps import Steps
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.strategy import LOSSLESS
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
-from edgecloud_sd.verifier import LocalVerifier, Verification, Verifier
+from edgecloud_sd.verifier import LocalVerifier, SteppedVerifier, Verification, Verifier
 from tests.support.serving import ToyEngine, served
 from tests.support.strategies import VOCABULARY
 from tests.support.toy import ToyModel, random_table
@@ -191,7 +192,7 @@ class ReplacingEngine(ToyEngine):
     model: ToyModel = CLOUD
     replace_verification: Callable[[Verification], Verification] = field(default=lambda verification: verification)
 
-    def verifier(self, rule: Rule) -> Verifier:
+    def verifier(self, rule: Rule) -> SteppedVerifier:
         return _ReplacingVerifier(super().verifier(rule), self)
 
 
@@ -200,8 +201,26 @@ class _ReplacingVerifier:
     verifier: Verifier
     engine: ReplacingEngine
 
-    def open(self, prompt: Prompt) -> Verification:
-        return self.engine.replace_verification(self.verifier.open(prompt))
+    def open(self, prompt: Prompt) -> _OneStep:
+        return _OneStep(self.engine.replace_verification(self.verifier.open(prompt)))
+
+    def open_steps(self, prompt: Prompt) -> Steps[_OneStep]:
+        yield 1
+        return self.open(prompt)
+
+
+class _OneStep:
+    """A verification whose calls are one step each."""
+
+    def __init__(self, inner: Verification) -> None:
+        self.wait, self.verify, self.generate, self.close = inner.wait, inner.verify, inner.generate, inner.close
+
+    def verify_steps(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Steps[Verdict]:
+        yield 1
+        return self.verify(base, tokens, draft)
+
+    def feed_steps(self, output: Sequence[int]) -> Steps[None]:
+        yield from ()
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from edgecloud_sd.cloud.sessions import UNUSED_TIMEOUT, NoRoom, OpenSession, Sessions, UnknownSession
 from edgecloud_sd.events import Verdict
+from edgecloud_sd.steps import Steps
 from edgecloud_sd.stopping import Stopping
 
 
@@ -21,13 +22,19 @@ class FakeVerification:
     """A verification that counts its calls of `close`."""
 
     times_closed = 0
-    has_waited = False
 
     def wait(self) -> None:
-        self.has_waited = True
+        pass
 
     def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
         return Verdict(0, 0)
+
+    def verify_steps(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Steps[Verdict]:
+        yield from ()
+        return Verdict(0, 0)
+
+    def feed_steps(self, output: Sequence[int]) -> Steps[None]:
+        yield from ()
 
     def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
         return iter(())
@@ -171,27 +178,26 @@ def test_a_session_that_nobody_has_used_is_removed_earlier() -> None:
 
 def test_no_call_starts_on_a_removed_session() -> None:
     session, fake = OpenSession("a", 0, 1), FakeVerification()
-    session.open(lambda: fake)
-    assert fake.has_waited  # the prompt is prefilled before the client gets a response
-    assert session.call(lambda verification: verification.verify(0, [1], [])) == Verdict(0, 0)
+    session.verification = fake
+    assert session.call(lambda: session.opened.verify(0, [1], [])) == Verdict(0, 0)
     Sessions(1, 1.0).remove(session)  # at once, because `close` may have to wait
     with pytest.raises(UnknownSession):
-        session.call(lambda verification: verification.verify(0, [1], []))
+        session.call(lambda: None)
     session.close()
     session.close()
     assert fake.times_closed == 1
     with pytest.raises(UnknownSession):
-        session.call(lambda verification: verification.verify(0, [1], []))
+        session.call(lambda: None)
     with pytest.raises(UnknownSession):
-        session.open(lambda: fake)
+        _ = session.opened
 
 
 def test_closing_waits_for_the_running_call() -> None:
     session, fake = OpenSession("a", 0, 1), FakeVerification()
-    session.open(lambda: fake)
+    session.verification = fake
     has_started, may_end = threading.Event(), threading.Event()
 
-    def call(verification: object) -> int:
+    def call() -> int:
         has_started.set()
         assert may_end.wait(60)
         return fake.times_closed
@@ -236,9 +242,8 @@ def test_a_call_that_its_request_has_left_behind_keeps_its_session() -> None:
     sessions = Sessions(1, 10.0, clock)
     session = OpenSession("a", 0, 1)
     sessions.add(session)
-    session.open(FakeVerification)
 
-    def call(verification: object) -> list[OpenSession]:
+    def call() -> list[OpenSession]:
         clock.now += 60
         return sessions.remove_idle()
 

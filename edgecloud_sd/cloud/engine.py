@@ -10,7 +10,7 @@ from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.cloud.local import LocalCloud
 from edgecloud_sd.models.pairs import REAL, checkpoint_name
 from edgecloud_sd.models.traits import Traits, frontend_traits
-from edgecloud_sd.verifier import Verifier
+from edgecloud_sd.verifier import SteppedVerifier
 
 if TYPE_CHECKING:
     from edgecloud_sd.cloud.vllm_engine import VLLMModel
@@ -29,8 +29,8 @@ class Engine(Protocol):
     def concurrency(self) -> int:
         """Return the number of calls that the engine can run at once."""
 
-    def verifier(self, rule: Rule) -> Verifier:
-        """Return a verifier with this acceptance rule."""
+    def verifier(self, rule: Rule) -> SteppedVerifier:
+        """Return a verifier with this acceptance rule. It works in steps, between which the server takes turns."""
 
     def close(self) -> None:
         """Stop the engine and free its model."""
@@ -69,7 +69,7 @@ class VLLM:
         """Return the number of requests in one batch."""
         return self.model.concurrency
 
-    def verifier(self, rule: Rule) -> Verifier:
+    def verifier(self, rule: Rule) -> SteppedVerifier:
         """Return a verifier. Raise ValueError for a rule that needs more logits than vLLM returns."""
         return self.model.verifier(rule)
 

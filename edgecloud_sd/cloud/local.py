@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, overload
 
 from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.models.pairs import REAL, checkpoint_name
 from edgecloud_sd.models.traits import frontend_traits
 from edgecloud_sd.session import Model
+from edgecloud_sd.steps import limit_rows, limit_rows_on_gpu
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import LocalVerifier, Verifier
 
@@ -84,9 +85,19 @@ class LocalCloud:
         count: int = self.model.thinker.num_parameters()
         return count
 
+    @overload
+    def verifier(self, rule: Rule, harness: Harness) -> Verifier: ...
+    @overload
+    def verifier(self, rule: Rule) -> LocalVerifier: ...
     def verifier(self, rule: Rule, harness: Harness | None = None) -> Verifier:
-        """Return the verifier of one generation, timed if it has a harness. A server measures its calls itself."""
-        return local_verifier(self.model, rule, harness) if harness else LocalVerifier(self.model, rule)
+        """Return the verifier of one generation, timed by its harness.
+
+        Without one, return a server's verifier. The server measures its calls itself, and runs them in steps.
+        """
+        if harness:
+            return local_verifier(self.model, rule, harness)
+        is_on_cpu = self.model.text.device.type == "cpu"
+        return LocalVerifier(self.model, rule, limit_rows if is_on_cpu else limit_rows_on_gpu)
 
     def close(self) -> None:
         """Do nothing: the memory goes with this object."""

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from edgecloud_sd import wire
 from edgecloud_sd.cloud.identity import FRAMES_PER_SECOND
-from edgecloud_sd.verifier import Verification
+from edgecloud_sd.verifier import SteppedVerification
 
 _T = TypeVar("_T")
 # Seconds without a second request after which a new session is closed, because its client may never have received its
@@ -79,35 +79,34 @@ class OpenSession:
     last_used: float = 0.0  # the end of the latest request so far, in seconds on the clock of `Sessions`
     is_used: bool = False  # a second request has named the session, so the client has received its name
     is_closed: bool = False  # no call may start
-    _verification: Verification | None = None
+    verification: SteppedVerification | None = None  # None until its prompt is prefilled
     # A call goes on after its request was cancelled and has released `lock`: this lock keeps the next call waiting.
     _call_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def opened(self) -> SteppedVerification:
+        """The verification of the prompt."""
+        if self.verification is None:
+            raise UnknownSession
+        return self.verification
 
     @property
     def is_in_use(self) -> bool:
         """True while a request runs, or a call that its request has left behind."""
         return self.lock.locked() or self._call_lock.locked()
 
-    def open(self, begin: Callable[[], Verification]) -> None:
-        """Start a verification and block until its prompt is prefilled. Raise UnknownSession if closed before."""
+    def call(self, use: Callable[[], _T]) -> _T:
+        """Return `use()`, which may block. Raise UnknownSession if the session was closed before."""
         with self._call_lock:
             if self.is_closed:
                 raise UnknownSession
-            self._verification = begin()
-            self._verification.wait()
-
-    def call(self, use: Callable[[Verification], _T]) -> _T:
-        """Return `use(verification)`, which may block. Raise UnknownSession if the session was closed before."""
-        with self._call_lock:
-            if self.is_closed or self._verification is None:
-                raise UnknownSession
-            return use(self._verification)
+            return use()
 
     def close(self) -> None:
         """Free the memory of the session. Block until its running call has ended."""
         self.is_closed = True
         with self._call_lock:
-            verification, self._verification = self._verification, None
+            verification, self.verification = self.verification, None
             if verification is not None:
                 verification.close()
 

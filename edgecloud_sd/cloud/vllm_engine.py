@@ -19,6 +19,7 @@ from edgecloud_sd.cloud.batching import Batcher, EngineRequest, SamplingOptions,
 from edgecloud_sd.data import prompts
 from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.models import hub
+from edgecloud_sd.steps import Steps
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import check_base
 
@@ -83,6 +84,13 @@ class VLLMVerifier:
             prompts.check_placeholders(prompt, self.model.placeholder)
         return VLLMVerification(self.model, prompt, self.rule)
 
+    def open_steps(self, prompt: Prompt) -> Steps[VLLMVerification]:
+        """Open and prefill a prompt in one step: vLLM itself divides long passes between its requests."""
+        yield len(prompt.ids)
+        verification = self.open(prompt)
+        verification.wait()
+        return verification
+
 
 class VLLMVerification:
     """A verification whose every request contains the whole context. It stores only the committed ids."""
@@ -113,6 +121,15 @@ class VLLMVerification:
         verdict = self._verify_rows(context, draft)
         self._agreed = context[: base + len(tokens) + verdict.accepted]
         return verdict
+
+    def verify_steps(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Steps[Verdict]:
+        """Verify in one step."""
+        yield len(tokens) + len(draft)
+        return self.verify(base, tokens, draft)
+
+    def feed_steps(self, output: Sequence[int]) -> Steps[None]:
+        """Do nothing, because a request of `generate` contains its whole context."""
+        yield from ()
 
     def generate(self, stopping: Stopping, output: Sequence[int] = ()) -> Iterator[int]:
         """Yield vLLM's greedy tokens. Raise RuntimeError if the output does not fit the model's maximum length."""

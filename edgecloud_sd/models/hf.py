@@ -11,7 +11,7 @@ and values for two clips. The model computes those once and copies them into eac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -31,20 +31,21 @@ from edgecloud_sd.models.devices import QUANTISED_DTYPES, explain_not_finite
 from edgecloud_sd.models.frontend import Frontend, load_config, one_line_errors, read_frontend, thinker_config
 from edgecloud_sd.models.text import TextModel
 from edgecloud_sd.session import check_truncation
+from edgecloud_sd.steps import RowLimit, Steps, no_limit, run_steps, split_rows
 
 # Bounds on the memory for shared prefixes, because clients of a server choose their own. The chat format
 # gives a single prefix of 16 ids with the pocket pair's tokenizer.
 MAX_PREFIXES, MAX_PREFIX_LENGTH = 8, 64
+FRAMES_PER_ROW = 25  # frames that the pocket pair's encoder takes in about the time of one row of its cloud
 
 
 class HFSession:
     """One prompt on a thinker, with its KV cache. `tokens` starts with the last token of the prompt, once it is fed."""
 
-    @torch.inference_mode()
-    def __init__(self, model: HFModel, prompt: Prompt) -> None:
+    def __init__(self, model: HFModel, prompt: Prompt, cache: Cache) -> None:
         self._model = model
         self._device = model.text.device
-        self._cache = model.prefill(prompt)
+        self._cache = cache
         self.tokens: list[int] = []
         self._process = model.row_processors(prompt)
         if self._device.type == "cuda":
@@ -88,7 +89,13 @@ class HFModel(Frontend):
 
     def open(self, prompt: Prompt) -> HFSession:
         """Encode the audio once and prefill all but the last prompt token."""
-        return HFSession(self, prompt)
+        return run_steps(self.open_steps(prompt))
+
+    @torch.inference_mode()
+    def open_steps(self, prompt: Prompt, limit: RowLimit = no_limit) -> Steps[HFSession]:
+        """Open a prompt as `open` does, in passes within `limit`."""
+        cache = yield from self._prefill_steps(prompt, limit)
+        return HFSession(self, prompt, cache)
 
     @property
     def vocab_size(self) -> int:
@@ -131,11 +138,17 @@ class HFModel(Frontend):
 
     def prefill(self, prompt: Prompt) -> Cache:
         """Encode the audio and return a cache of all but the last prompt token."""
+        return run_steps(self._prefill_steps(prompt, no_limit))
+
+    def _prefill_steps(self, prompt: Prompt, limit: RowLimit) -> Steps[Cache]:
         end = len(prompt.ids) - 1
         shared = self.shared_prefix(prompt)
         cache = self._prefix_cache(shared).copy(end + GROWTH) if shared else self.text.new_cache(end + GROWTH)
         if cache.length < end:
-            self.text.fill_cache(self.embed_prompt(prompt)[0, cache.length : end], cache)
+            embeddings = yield from self._embed_steps(prompt, limit)
+            for part in split_rows(cache.length, end, limit):
+                yield part.stop - part.start
+                self.text.fill_cache(embeddings[0, part], cache)
         return cache
 
     def shared_prefix(self, prompt: Prompt) -> tuple[int, ...]:
@@ -163,6 +176,9 @@ class HFModel(Frontend):
 
     def embed_prompt(self, prompt: Prompt) -> Tensor:
         """Return [1, len(prompt.ids), hidden]: text embeddings, with the audio encoder's output at the placeholders."""
+        return run_steps(self._embed_steps(prompt, no_limit))
+
+    def _embed_steps(self, prompt: Prompt, limit: RowLimit) -> Steps[Tensor]:
         thinker, device = self.thinker, self.text.device
         ids = torch.tensor([prompt.ids], device=device)
         embeddings = self.embed(ids)
@@ -170,9 +186,23 @@ class HFModel(Frontend):
             return embeddings
         is_audio = ids[0] == self.audio_token
         prompts.check_placeholders(prompt, self.audio_token)
-        lengths = torch.tensor([prompt.features.shape[1]], device=device)
-        audio = thinker.model.audio_tower(prompt.features.to(device, thinker.dtype), feature_lens=lengths)
-        return embeddings.masked_scatter(is_audio[None, :, None], audio.last_hidden_state.to(embeddings.dtype))
+        features = prompt.features.to(device, thinker.dtype)
+        audio = []
+        for part in self._split_frames(features.shape[1], limit):
+            frames = part.stop - part.start
+            yield math.ceil(frames / FRAMES_PER_ROW)
+            lengths = torch.tensor([frames], device=device)
+            audio.append(thinker.model.audio_tower(features[:, part], feature_lens=lengths).last_hidden_state)
+        return embeddings.masked_scatter(is_audio[None, :, None], torch.cat(audio).to(embeddings.dtype))
+
+    def _split_frames(self, frames: int, limit: RowLimit) -> Iterator[slice]:
+        """Yield the parts of the audio, one for each pass of the encoder.
+
+        The encoder convolves and attends within a window, and pools two positions. A part is an even number of windows.
+        """
+        two_windows = 4 * self.thinker.config.audio_config.n_window
+        part = max(FRAMES_PER_ROW * limit(0) // two_windows, 1) * two_windows
+        return split_rows(0, frames, lambda begin: part)
 
 
 def load_checkpoint(checkpoint: str | Path, device: str, dtype: str) -> HFModel:

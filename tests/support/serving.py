@@ -18,7 +18,7 @@ from edgecloud_sd.cloud.server import create_app
 from edgecloud_sd.cloud.sessions import ServiceLimits
 from edgecloud_sd.models.traits import TOKENIZER_PARTS, Traits
 from edgecloud_sd.session import Model
-from edgecloud_sd.verifier import LocalVerifier, Verifier
+from edgecloud_sd.verifier import LocalVerifier, SteppedVerifier
 from tests.support.strategies import VOCABULARY
 from tests.support.toy import ToyModel, random_table
 
@@ -69,7 +69,7 @@ class ToyEngine:
             synthetic=self.synthetic,
         )
 
-    def verifier(self, rule: Rule) -> Verifier:
+    def verifier(self, rule: Rule) -> SteppedVerifier:
         return LocalVerifier(self.model, rule)
 
     def close(self) -> None:
