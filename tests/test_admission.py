@@ -95,12 +95,14 @@ def test_only_the_health_of_the_server_needs_no_key() -> None:
     run_scene(scene())
 
 
-def test_no_body_is_read_without_the_key() -> None:
+def test_no_body_is_waited_for_without_the_key_and_the_connection_closes() -> None:
     async def scene() -> None:
-        async def receive() -> Message:
-            raise AssertionError("the body was read")
-
         sent: list[Message] = []
+
+        async def receive() -> Message:
+            assert len(sent) == 2, "the body was read before the answer"
+            assert sent[1]["body"]
+            return {"type": "http.disconnect"}
 
         async def send(message: Message) -> None:
             sent.append(message)
@@ -108,6 +110,8 @@ def test_no_body_is_read_without_the_key() -> None:
         scope = {"type": "http", "method": "POST", "path": "/v1/sessions", "headers": [(b"content-length", b"9")]}
         await Protected().app(scope, receive, send)
         assert sent[0]["status"] == 401
+        assert (b"connection", b"close") in sent[0]["headers"]
+        assert sent[-1] == {"type": "http.response.body", "body": b""}
 
     run_scene(scene())
 
@@ -194,7 +198,7 @@ def test_a_body_is_read_up_to_its_limit(path: str, content_type: str, max_bytes:
         largest = b"x" * max_bytes
         assert (await protected.edge().request("POST", path, [largest[:3], largest[3:]], content_type)).status == 200
         assert protected.inner.bodies == [largest]
-        for body in (largest + b"x", [largest, b"x", *[b"never read"] * 3]):
+        for body in (largest + b"x", [largest, b"x", *[b"dropped"] * 3]):
             response = await protected.edge().request("POST", path, body, content_type)
             assert (response.status, response.json) == (413, {"detail": f"the body is larger than {max_bytes} bytes"})
         # The length in the header has no effect.
@@ -207,7 +211,8 @@ def test_a_body_is_read_up_to_its_limit(path: str, content_type: str, max_bytes:
 
 
 def test_a_slow_body_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(admission, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(admission, "LINGER_SECONDS", 0.05)
 
     async def scene() -> None:
         protected = Protected()
@@ -223,8 +228,35 @@ def test_a_slow_body_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         headers = [(b"authorization", f"Bearer {KEY}".encode())]
         await protected.app({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive, send)
         assert sent[0]["status"] == 408
+        assert (b"connection", b"close") in sent[0]["headers"]
         assert protected.inner.bodies == []
         assert not protected.app._running_requests
+
+    run_scene(scene())
+
+
+def test_a_body_may_take_as_long_as_it_comes_at_the_lowest_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "BODY_SECONDS", 0.01)
+    monkeypatch.setattr(admission, "BODY_BYTES_PER_SECOND", 1)
+
+    async def scene() -> None:
+        protected = Protected()
+        parts = [b"x" * 60, b"y"]  # the first part gives the second one a minute
+
+        async def receive() -> Message:
+            if len(parts) == 1:
+                await asyncio.sleep(0.03)
+            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        headers = [(b"authorization", f"Bearer {KEY}".encode()), (b"content-type", OCTETS.encode())]
+        scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": headers}
+        await protected.app(scope, receive, send)
+        assert (sent[0]["status"], protected.inner.bodies) == (200, [b"x" * 60 + b"y"])
 
     run_scene(scene())
 

@@ -29,10 +29,10 @@ from edgecloud_sd.models import devices, pairs
 from edgecloud_sd.models.devices import choose_threads, use_threads
 
 if TYPE_CHECKING:
-    import uvicorn
     from fastapi import FastAPI
 
 LOOPBACK = "127.0.0.1"
+BACKLOG = 1024  # connections that the system keeps until they are accepted
 DEFAULT = "(default: %(default)s)"  # argparse fills it in
 POSITIVE_OPTIONS = ("max_sessions", "idle_timeout", "max_audio_seconds", "max_tokens", "threads")
 
@@ -151,35 +151,23 @@ def warn_about_exposure(host: str, listening: socket.socket, has_keys: bool) -> 
 
 async def run_app(app: FastAPI, listening: socket.socket) -> None:
     """Serve an application on a socket, and print its URL when it is ready."""
-    server = _uvicorn_server(app)
-    app.state.service.is_closing = lambda: server.should_exit
-    serving = asyncio.create_task(server.serve(sockets=[listening]))
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.01)
-    if server.started:
-        host, port = listening.getsockname()[:2]
-        print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    await serving
-
-
-def _uvicorn_server(app: FastAPI) -> uvicorn.Server:
     import uvicorn
 
-    from edgecloud_sd.cloud.transport import KEEP_ALIVE
+    from edgecloud_sd.cloud import connections
 
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        # An address identifies a client without a key, so the client must not be able to set it in a header.
-        proxy_headers=False,
-        ws="none",
-        timeout_keep_alive=int(KEEP_ALIVE) + 15,
-        timeout_graceful_shutdown=5,
-    )
-    return uvicorn.Server(config)
+    descriptors = connections.raise_descriptor_limit()
+    limits = connections.ConnectionLimits().fit(descriptors, connections.count_open_descriptors())
+    server = uvicorn.Server(connections.ServerConfig(app, limits))
+    app.state.service.is_closing = lambda: server.should_exit
+    with connections.bounded_log():
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        if server.started:
+            listening.listen(BACKLOG)  # asyncio has set it to the number that it accepts at once
+            host, port = listening.getsockname()[:2]
+            print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        await serving
 
 
 def open_socket(host: str, port: int, allow_remote: bool = False) -> socket.socket:
@@ -201,7 +189,7 @@ def open_socket(host: str, port: int, allow_remote: bool = False) -> socket.sock
             listening = stack.enter_context(socket.socket(family, kind, socket.IPPROTO_TCP))
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)
-            listening.listen(1024)
+            listening.listen(BACKLOG)
             stack.pop_all()
     except (OSError, OverflowError, UnicodeError) as error:
         raise OSError(f"cannot listen on {host}:{port} ({error}): choose another --port, or 0 for a free one") from None

@@ -22,7 +22,26 @@ from edgecloud_sd.cloud.headers import find_ambiguity, find_foreign_page, parse_
 
 _logger = logging.getLogger(__name__)
 OPEN_PATHS = ("/health", "/health/live", "/health/ready")  # need no key
-BODY_SECONDS = 60.0  # for a body to arrive
+BODY_SECONDS = 30.0  # for a body to arrive, and longer as it arrives:
+BODY_BYTES_PER_SECOND = 1024  # the slowest uplink for which the prompt of a 60 s clip (1.5 MB) is still waited
+LINGER_SECONDS = 2.0  # for the rest of a refused request, before its connection closes
+
+
+class ClosingRefusal(JSONResponse):
+    """An error after which the connection closes, because the rest of its request may never arrive.
+
+    The rest is dropped for a short time first. A connection that closes at once can destroy the answer on its way.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the whole answer, drop the rest of the request, and let the server close."""
+        self.headers["Connection"] = "close"
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with anyio.move_on_after(LINGER_SECONDS):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+                pass
+        await send({"type": "http.response.body", "body": b""})
 
 
 @dataclass(frozen=True)
@@ -69,14 +88,15 @@ class Admission:
         if self.only_loopback:
             problem = problem or find_foreign_page(scope["headers"])
         if problem:
-            return await _refusal(problem.status, problem.detail, {"Connection": "close"})(scope, receive, send)
+            return await ClosingRefusal({"detail": problem.detail}, problem.status)(scope, receive, send)
         headers = dict(scope["headers"])
         client = self._identify_client(scope, headers)
         if scope["path"] in OPEN_PATHS:
             return await self._forward(scope, 0, receive, send)
         if client is None:
             detail = "this call needs a key: send it as a bearer token"
-            return await _refusal(401, detail, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            refusal = ClosingRefusal({"detail": detail}, 401, {"WWW-Authenticate": "Bearer"})
+            return await refusal(scope, receive, send)
         if self._running_requests[client] >= self.max_requests:
             detail = f"this client has {self.max_requests} requests running, the most allowed: try again"
             return await _refusal(429, detail, {"Retry-After": "1"})(scope, receive, send)
@@ -99,20 +119,23 @@ class Admission:
     async def _forward(self, scope: Scope, max_bytes: int, receive: Receive, send: Send) -> None:
         """Pass a request on when its whole body has arrived. Drop it if its client goes away before."""
         body = bytearray()
-        try:
-            with anyio.fail_after(BODY_SECONDS):
-                while True:
-                    message = await receive()
-                    if message["type"] != "http.request":
-                        return None
-                    body += message.get("body", b"")
-                    if len(body) > max_bytes:
-                        return await _refusal(413, f"the body is larger than {max_bytes} bytes")(scope, receive, send)
-                    if not message.get("more_body"):
-                        break
-        except TimeoutError:
-            detail = f"the body did not arrive within {BODY_SECONDS:g} s: try again"
-            return await _refusal(408, detail)(scope, receive, send)
+        refusal = None
+        more_body = True
+        with anyio.move_on_after(BODY_SECONDS if max_bytes else LINGER_SECONDS) as time_limit:
+            while more_body and not refusal:
+                message = await receive()
+                if message["type"] != "http.request":
+                    return None
+                chunk, more_body = message.get("body", b""), message.get("more_body", False)
+                body += chunk
+                time_limit.deadline += len(chunk) / BODY_BYTES_PER_SECOND
+                if len(body) > max_bytes:
+                    refusal = ClosingRefusal({"detail": f"the body is larger than {max_bytes} bytes"}, 413)
+        if more_body and not refusal:
+            detail = f"the body came slower than {BODY_BYTES_PER_SECOND} bytes per second: try again"
+            refusal = ClosingRefusal({"detail": detail}, 408)
+        if refusal:
+            return await refusal(scope, receive if more_body else _end_request, send)
         scope["received"] = wire.request_checksum(scope["query_string"], bytes(body))
         return await run_while_connected(self.app, scope, bytes(body), receive, send)
 
@@ -172,6 +195,10 @@ async def run_while_connected(app: ASGIApp, scope: Scope, body: bytes, receive: 
             watching.cancel()
             for call in () if is_answered else undo:
                 call()
+
+
+async def _end_request() -> Message:
+    return {"type": "http.disconnect"}
 
 
 def _refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:

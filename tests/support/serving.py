@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from edgecloud_sd.acceptance import Rule
+from edgecloud_sd.cloud.connections import ConnectionLimits, Room, ServerConfig
 from edgecloud_sd.cloud.engine import Engine
 from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.cloud.server import create_app
@@ -79,19 +81,18 @@ class ToyEngine:
 @contextmanager
 def served(engine: Engine, limits: ServiceLimits | None = None, keys: Sequence[str] = ()) -> Iterator[str]:
     """Yield the URL of a server on loopback, and stop the server at the end."""
+    with running_server(create_app(engine, limits, keys)) as (url, _):
+        yield url
+
+
+@contextmanager
+def running_server(app: ASGIApp, limits: ConnectionLimits | None = None) -> Iterator[tuple[str, Room]]:
+    """Yield the URL of a server of an application, and the server's connections."""
     # asyncio turns Nagle's algorithm off only if the protocol is named, as in `cloud.__main__.open_socket`.
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.bind(("127.0.0.1", 0))
     listening.listen(1024)
-    config = uvicorn.Config(
-        create_app(engine, limits, keys),
-        log_level="critical",
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=1,
-    )
+    config = ServerConfig(app, limits, log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listening],), name="server")
     thread.start()
@@ -99,7 +100,8 @@ def served(engine: Engine, limits: ServiceLimits | None = None, keys: Sequence[s
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.005)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        listening.listen(1024)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", config.room
     finally:
         server.should_exit = True
         thread.join()

@@ -1,0 +1,332 @@
+"""The connections of a server: deadlines for the client's end, caps on their number, and a bounded log.
+
+Uvicorn reads and answers the requests. This module only watches how long a connection waits for its client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from itertools import chain
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from edgecloud_sd.cloud.admission import LINGER_SECONDS
+from edgecloud_sd.cloud.transport import KEEP_ALIVE
+
+_logger = logging.getLogger(__name__)
+ACCEPTS_AT_ONCE = 16  # connections that asyncio accepts before it serves any, so their descriptors need to be spare
+SPARE_DESCRIPTORS = 4 * ACCEPTS_AT_ONCE + 32  # a connection over a cap lives for up to 4 turns of the event loop
+REPEAT_SECONDS = 10.0  # between two lines of the log about the same kind of event
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+class Wait(Enum):
+    """The event that a connection waits for."""
+
+    FIRST_BYTE = "the first byte"
+    HEADERS = "the rest of the headers"
+    REST = "the rest of a request that is answered already"
+    REQUEST = "another request"
+    BODY = "a body"  # `Admission` has its deadline
+    READER = "the client to read its answer"
+    ANSWER = "the answer of this server"
+
+
+CLOSED_FIRST = (Wait.FIRST_BYTE, Wait.HEADERS, Wait.REST, Wait.REQUEST)  # to make room for a new connection
+CLOSED_NEXT = (Wait.BODY, Wait.READER)  # if none of those waits
+DEADLINES = {  # seconds of a wait after which its connection is closed
+    Wait.FIRST_BYTE: 10.0,
+    Wait.HEADERS: 10.0,  # from their first byte on, whatever follows
+    Wait.REST: LINGER_SECONDS,
+    Wait.REQUEST: KEEP_ALIVE + 15,  # longer than a client keeps its end
+    Wait.READER: 30.0,  # from a full buffer of the system on, until nothing waits for room in it
+}
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """The deadlines and the caps of one server."""
+
+    deadlines: Mapping[Wait, float] = field(default_factory=lambda: DEADLINES)
+    connections: int = 1024  # at once
+    address_connections: int = 512  # at once, from one address: a proxy or 64 edges behind one NAT need fewer
+
+    def fit(self, descriptors: float, used: int) -> ConnectionLimits:
+        """Return limits that `descriptors` are enough for. Raise OSError if they leave room for no connection."""
+        room = descriptors - used - SPARE_DESCRIPTORS
+        if room >= self.connections:
+            return self
+        advice = "raise it with ulimit -n or LimitNOFILE"
+        if room < 2:
+            raise OSError(f"the limit of {descriptors} open files leaves none for connections: {advice}")
+        _logger.warning(
+            "the limit of %d open files leaves %d for connections at once, not %d: %s",
+            *(descriptors, room, self.connections, advice),
+        )
+        return replace(self, connections=int(room), address_connections=min(self.address_connections, int(room) // 2))
+
+
+class Room:
+    """The open connections of one server, and the choice of those that close to make room for others."""
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self.limits = limits
+        self._networks: dict[BoundedProtocol, str] = {}
+        self._counts: Counter[str] = Counter()  # connections by network
+        # Connections that may close, in the order in which their present wait began.
+        self._candidates: tuple[dict[BoundedProtocol, None], ...] = ({}, {})
+
+    def __len__(self) -> int:
+        return len(self._networks)
+
+    def __iter__(self) -> Iterator[BoundedProtocol]:
+        return iter(list(self._networks))
+
+    def enter(self, connection: BoundedProtocol, address: str) -> bool:
+        """Add a connection, and close the one that waits longest if a cap requires it. Return False without room."""
+        network = find_network(address)
+        is_crowded = self._counts[network] >= self.limits.address_connections
+        if is_crowded or len(self) >= self.limits.connections:
+            closed = self._choose_closed(network if is_crowded else None)
+            _logger.warning(
+                "too many connections: %s",
+                f"closed one that waited for {closed.wait.value}" if closed else "refused a new one",
+            )
+            if closed is None:
+                return False
+            self.leave(closed)
+            closed.transport.abort()
+        self._networks[connection] = network
+        self._counts[network] += 1
+        return True
+
+    def note(self, connection: BoundedProtocol) -> None:
+        """Note that the connection has begun its present wait."""
+        if connection in self._networks:
+            for waits, candidates in zip((CLOSED_FIRST, CLOSED_NEXT), self._candidates, strict=True):
+                candidates.pop(connection, None)
+                if connection.wait in waits:
+                    candidates[connection] = None
+
+    def leave(self, connection: BoundedProtocol) -> None:
+        """Remove a connection. It may be removed twice, or not be in the room."""
+        network = self._networks.pop(connection, None)
+        if network is not None:
+            self._counts[network] -= 1
+            if not self._counts[network]:
+                del self._counts[network]
+            for candidates in self._candidates:
+                candidates.pop(connection, None)
+
+    def _choose_closed(self, network: str | None) -> BoundedProtocol | None:
+        """Return the connection that waits longest, in this network or anywhere."""
+        for connection in chain(*self._candidates):
+            if network in (None, self._networks[connection]):
+                return connection
+        return None
+
+
+def find_network(address: str) -> str:
+    """Return the address, or for IPv6 its network of 64 bits: a machine there has all of them."""
+    with suppress(ValueError):
+        ip = ipaddress.ip_address(address)
+        if isinstance(ip, ipaddress.IPv6Address):
+            return str(ip.ipv4_mapped or ip.packed[:8].hex())
+    return address
+
+
+class BoundedProtocol(H11Protocol):
+    """An HTTP connection of uvicorn that ends when its client takes too long."""
+
+    config: ServerConfig
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.wait = Wait.ANSWER
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Watch a connection, or refuse it if there is no room."""
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every byte that waits
+        if self.config.room.enter(self, self.client[0] if self.client else ""):
+            self._follow()
+        else:
+            transport.write(BUSY)
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget a connection."""
+        super().connection_lost(exc)
+        self.config.room.leave(self)
+        self._stop_timer()
+
+    def data_received(self, data: bytes) -> None:
+        """Read a part of a request."""
+        super().data_received(data)
+        self._follow()
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request."""
+        super().on_response_complete()
+        self._follow()
+
+    def pause_writing(self) -> None:
+        """Stop the answer, because the client does not read."""
+        super().pause_writing()
+        self._follow()
+
+    def resume_writing(self) -> None:
+        """Continue the answer."""
+        super().resume_writing()
+        self._follow()
+
+    def _follow(self) -> None:
+        """Start the deadline of a wait that is new. One that goes on keeps its deadline."""
+        wait = self._read_wait()
+        if wait is self.wait:
+            return
+        self.wait = wait
+        self._stop_timer()
+        seconds = self.config.room.limits.deadlines.get(wait)
+        if seconds is not None:
+            # A transport that is closed instead would first send what the client does not read.
+            self._timer = self.loop.call_later(seconds, self.transport.abort)
+        self.config.room.note(self)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _read_wait(self) -> Wait:
+        theirs, ours = self.conn.their_state, self.conn.our_state
+        if self.flow.write_paused:
+            return Wait.READER
+        if theirs is h11.SEND_BODY:
+            return Wait.BODY if ours is h11.SEND_RESPONSE else Wait.REST
+        if theirs is not h11.IDLE:
+            return Wait.ANSWER
+        if self.conn.trailing_data[0]:
+            return Wait.HEADERS
+        return Wait.REQUEST if self.cycle else Wait.FIRST_BYTE
+
+
+class ServerConfig(uvicorn.Config):
+    """The settings of uvicorn for this server."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: ConnectionLimits | None = None,
+        log_level: str = "warning",
+        timeout_graceful_shutdown: int = 5,
+    ) -> None:
+        self.room = Room(limits or ConnectionLimits())
+        super().__init__(
+            app,
+            http=BoundedProtocol,  # named, because uvicorn would choose httptools and uvloop if they are installed
+            loop="asyncio",
+            ws="none",
+            backlog=ACCEPTS_AT_ONCE,
+            log_level=log_level,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            # An address identifies a client without a key, so the client must not be able to set it in a header.
+            proxy_headers=False,
+            timeout_keep_alive=math.ceil(self.room.limits.deadlines[Wait.REQUEST]),
+            timeout_graceful_shutdown=timeout_graceful_shutdown,
+        )
+
+
+class RepeatFilter(logging.Filter):
+    """A filter that passes a repeated warning once per `REPEAT_SECONDS`, with the number that it has dropped.
+
+    `clock` returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._passed: dict[object, tuple[float, int]] = {}  # time of the last line, and the number dropped since
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record is written to the log."""
+        if record.levelno != logging.WARNING:
+            return True
+        now = self._clock()
+        last, dropped = self._passed.get(record.msg, (-math.inf, 0))
+        if now - last < REPEAT_SECONDS:
+            self._passed[record.msg] = (last, dropped + 1)
+            return False
+        self._passed[record.msg] = (now, 0)
+        if dropped:
+            record.msg = f"{record.msg} ({dropped} more like it in {now - last:.0f} s)"
+        return True
+
+
+@contextmanager
+def bounded_log() -> Iterator[None]:
+    """Bound the lines that clients can cause in the log of the running event loop, of uvicorn and of this module."""
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if context["message"].startswith("socket.accept()"):
+            _logger.warning("a connection cannot be accepted now (%s): raise ulimit -n", context["exception"])
+        else:
+            loop.default_exception_handler(context)
+
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(handle)
+    repeat_filter = RepeatFilter()
+    loggers = [_logger, *map(logging.getLogger, ("uvicorn.error", "asyncio"))]
+    for logger in loggers:
+        logger.addFilter(repeat_filter)
+    try:
+        yield
+    finally:
+        loop.set_exception_handler(None)
+        for logger in loggers:
+            logger.removeFilter(repeat_filter)
+
+
+def raise_descriptor_limit() -> float:
+    """Raise the limit on open files as far as this process may, and return it: infinity if there is none."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return math.inf
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS refuses an unlimited number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit
+
+
+def count_open_descriptors() -> int:
+    """Return the number of open files of this process, or a usual number if the system does not tell."""
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return 64
