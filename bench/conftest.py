@@ -93,15 +93,15 @@ def pytest_runtest_call(item: pytest.Function) -> Generator[None]:
     A benchmark that failed or was stopped stays out of pytest-benchmark's tables and files, whose rows are whole cells.
     Its limits are lifted, because a report needs memory.
     """
-    with errors_in_one_line():
-        try:
+    try:
+        with errors_in_one_line():
             return (yield)
-        except BaseException:
-            started = item.config._benchmarksession.benchmarks  # type: ignore[attr-defined]
-            started[:] = [stats for stats in started if stats.fullname != item.nodeid]
-            if isinstance(process_limits := item.funcargs.get("process_limits"), ExitStack):
-                process_limits.close()
-            raise
+    except BaseException:
+        if isinstance(process_limits := item.funcargs.get("process_limits"), ExitStack):
+            process_limits.close()
+        started = item.config._benchmarksession.benchmarks  # type: ignore[attr-defined]
+        started[:] = [stats for stats in started if stats.fullname != item.nodeid]
+        raise
 
 
 @pytest.fixture(scope="session")

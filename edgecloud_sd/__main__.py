@@ -12,7 +12,6 @@ from edgecloud_sd.connect import connect
 from edgecloud_sd.data.dataset import read_audio
 from edgecloud_sd.events import Committed, Event, Trace
 from edgecloud_sd.grid import cells
-from edgecloud_sd.host import limits
 from edgecloud_sd.host.errors import errors_to_exit, warnings_in_one_line
 from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.measure import metrics
@@ -57,12 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for doubt in audio.doubts:
             print(f"warning: {doubt}", file=sys.stderr)
         is_coloured = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
-        limited = limits.apply_limits(settings.process_limits)
-        with warnings_in_one_line(), connect(settings) as cloud, limited:
+        with warnings_in_one_line(), connect(settings) as cloud:
             pipeline = Pipeline.from_settings(settings, cloud)
-            pipeline.prepare_for(strategy)
-            events = pipeline.events(request, strategy, settings.max_new_tokens, Harness(link=link))
-            trace = print_caption(events, lambda tokens: pipeline.text(tokens, strategy.mode), is_coloured)
+            # inside, the explanation of an error can name the limit
+            with pipeline.limited(settings.process_limits), errors_to_exit():
+                pipeline.prepare_for(strategy)
+                events = pipeline.events(request, strategy, settings.max_new_tokens, Harness(link=link))
+                trace = print_caption(events, lambda tokens: pipeline.text(tokens, strategy.mode), is_coloured)
         print(summary_line(trace), file=sys.stderr)
 
 

@@ -7,6 +7,7 @@ caption = pipeline.caption("speech.wav", language="english", strategy=Strategy("
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import Event, Prepared, Prompt, Trace
 from edgecloud_sd.fields import check_type, whole_number
 from edgecloud_sd.forecast.adaptive_k import AdaptiveK
+from edgecloud_sd.host.limits import Limits, LimitsInForce, apply_limits
 from edgecloud_sd.models import checkpoint, devices, pairs, traits
 from edgecloud_sd.session import Model
 from edgecloud_sd.stopping import MAX_NEW_TOKENS, LengthLimit, Stopping, check_length
@@ -219,7 +221,15 @@ class Pipeline:
         """The edge's model. It loads when it is first needed."""
         from edgecloud_sd.models.load import load_model  # help texts must not wait for torch
 
-        return load_model(self.pair.edge, self._edge_device, self._edge_dtype, self.pair.weights)
+        front = vars(self).get("front_end")
+        return load_model(self.pair.edge, self._edge_device, self._edge_dtype, self.pair.weights, front)
+
+    @cached_property
+    def front_end(self) -> Frontend:
+        """The edge's front end without its weights."""
+        from edgecloud_sd.models.load import load_frontend
+
+        return load_frontend(self.pair.edge, self.pair.weights)
 
     @cached_property
     def edge_weights(self) -> str:
@@ -232,6 +242,21 @@ class Pipeline:
         if not isinstance(self.cloud, LocalCloud):
             raise ValueError(f"{self.cloud.identity.name} runs elsewhere, not in this process")
         return self.cloud.model
+
+    @contextmanager
+    def limited(self, limits: Limits) -> Iterator[LimitsInForce]:
+        """Hold this process, as the edge, to limits in the block: loading and decoding. Raise LimitError.
+
+        Libraries and the front end load before, because their code may abort the process when memory ends. Their memory
+        counts.
+        """
+        if limits.memory_gb is not None:
+            from edgecloud_sd.models.load import import_libraries
+
+            import_libraries()
+            _ = self.front_end
+        with apply_limits(limits) as in_force:
+            yield in_force
 
     def prepare(self, mode: str) -> Frontend:
         """Load the sides that a mode needs, check that they are a pair, and return the edge's front end.
@@ -261,7 +286,7 @@ class Pipeline:
         return strategy.load_mode, None
 
     def _load_sides(self, mode: str) -> tuple[Frontend, int]:
-        front: Frontend = self.edge if mode != "cloud" or "edge" in vars(self) else self._frontend()
+        front: Frontend = self.edge if mode != "cloud" or "edge" in vars(self) else self.front_end
         parameters = [] if mode == "cloud" else [self.edge.thinker.num_parameters()]
         if mode != "edge":
             cloud = self.cloud.identity
@@ -276,12 +301,6 @@ class Pipeline:
                 dummy.check_vocab_sizes(self.edge.vocab_size, cloud.vocab_size)
             parameters.append(self.cloud.local_parameters)
         return front, devices.choose_threads(self._threads, parameters)
-
-    def _frontend(self) -> Frontend:
-        """Return the edge's front end without its weights."""
-        from edgecloud_sd.models.load import load_frontend
-
-        return load_frontend(self.pair.edge, self.pair.weights)
 
     def prompt(self, request: Request, mode: str = "speculative") -> Prompt:
         """Return the prompt of a request: its features, and its ids."""

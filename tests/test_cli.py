@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -18,6 +19,32 @@ from edgecloud_sd.pocket import __main__ as pocket
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
+
+# One process for all limits, because its libraries take seconds to import. Each limit has a process forked from it.
+SWEEP = """
+import json, os, sys
+from edgecloud_sd.__main__ import main
+from edgecloud_sd.host.limits import memory_in_use
+from edgecloud_sd.models.load import import_libraries
+
+import_libraries()
+for extra in range(1_000_000, 120_000_000, 6_900_000):
+    read_end, write_end = os.pipe()
+    if not (child := os.fork()):
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open(write_end, "w")
+        try:
+            main([*sys.argv[1:], "--max-memory-gb", str((memory_in_use() + extra) / 1e9)])
+        except SystemExit as error:
+            print(error.code, file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
+        sys.stderr.flush()
+        os._exit(0)
+    os.close(write_end)
+    with open(read_end) as lines:
+        printed = lines.read()
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), printed]))
+"""
 
 
 @pytest.fixture
@@ -136,3 +163,20 @@ def test_a_monitored_limit_is_a_line_on_stderr_without_a_place_in_the_code(
     assert [line.split(": ")[0] for line in lines] == ["warning", "warning"]
     assert "loads all the same" in lines[0]
     assert " more than the 0.001 that are monitored" in lines[1]
+
+
+@pytest.mark.slow
+def test_every_memory_limit_is_enough_or_is_named_in_one_line(wav: Path) -> None:
+    samples, rate = soundfile.read(wav)
+    soundfile.write(wav, list(samples[: 3 * rate]) * 20, rate)
+    command = [sys.executable, "-c", SWEEP, "caption", str(wav), "--mode", "edge", "--max-new-tokens", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+    places = {"loaded": 0, "cannot be loaded": 0, "in a caption": 0}
+    for status, printed in outcomes:
+        assert printed.count("\n") == 1, printed
+        assert status == 0 or (status == 1 and re.match("error: .*--max-memory-gb", printed)), (status, printed)
+        places["loaded"] += status == 0
+        places["cannot be loaded"] += "cannot be loaded" in printed
+        places["in a caption"] += bool(re.match(r"error: --max-memory-gb: \S+ is used up \((?!checkpoint)", printed))
+    assert all(places.values()), places

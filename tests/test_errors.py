@@ -15,7 +15,6 @@ from edgecloud_sd.host.errors import (
     EXIT_CLOSED_PIPE,
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
-    ExpectedError,
     errors_to_exit,
     explain_error,
     explain_out_of_memory,
@@ -24,6 +23,7 @@ from edgecloud_sd.host.errors import (
 from edgecloud_sd.host.stderr import silent_stderr
 from edgecloud_sd.measure import quality
 from edgecloud_sd.models import devices, memory
+from edgecloud_sd.models.frontend import one_line_errors
 from edgecloud_sd.verifier import CloudFault
 from tests.support.suite import ROOT
 
@@ -37,18 +37,22 @@ EXPECTED = [
     (OSError(28, "No space left on device", "a.json"), EXIT_FAILURE, ["a.json: No space left on device"]),
     (FloatingPointError("not finite"), EXIT_FAILURE, ["not finite"]),
     (CloudFault("no answer"), EXIT_FAILURE, ["no answer"]),
-    (MemoryError(), EXIT_FAILURE, ["memory is used up:", "--max-memory-gb"]),
-    (RuntimeError(ALLOCATOR), EXIT_FAILURE, ["memory is used up (", "--max-memory-gb"]),
-    (OSError(12, "Cannot allocate memory"), EXIT_FAILURE, ["memory is used up (", "--max-memory-gb"]),
+    (MemoryError(), EXIT_FAILURE, ["memory is used up:", "choose a smaller model"]),
+    (RuntimeError(ALLOCATOR), EXIT_FAILURE, ["memory is used up (", "choose a smaller model"]),
+    (OSError(12, "Cannot allocate memory"), EXIT_FAILURE, ["memory is used up (", "choose a smaller model"]),
     (torch.OutOfMemoryError(CUDA), EXIT_FAILURE, ["the GPU is used up (CUDA", "--cloud-dtype float16", "nvidia-smi"]),
     (RuntimeError("CUDA error: out of memory"), EXIT_FAILURE, ["the GPU is used up", "nvidia-smi"]),
     (ModuleNotFoundError("No module", name="fastapi.routing"), EXIT_FAILURE, ["fastapi", "edgecloud_sd[cloud]"]),
     (ModuleNotFoundError("No module", name="strange"), EXIT_FAILURE, ["pip install strange"]),
+    (RuntimeError("could not create a primitive"), EXIT_FAILURE, ["memory is used up (could not create a primitive)"]),
+    (SystemError("error return without exception set"), EXIT_FAILURE, ["memory is used up (error return"]),
+    (RuntimeError("can't start new thread"), EXIT_FAILURE, ["memory is used up (can't start new thread)"]),
     (KeyboardInterrupt(), EXIT_INTERRUPTED, ["interrupted"]),
     (BrokenPipeError(), EXIT_CLOSED_PIPE, ["has closed it"]),
 ]
 BUGS = [
     *(KeyError("klingon"), IndexError("9"), TypeError("x"), AttributeError("x"), AssertionError(), ZeroDivisionError()),
+    *(SystemError("a bug"), RuntimeError("could not create a primitive descriptor for a softmax")),
     *(RuntimeError("the engine died"), ImportError("cannot import name 'x'"), RecursionError()),
     *(ModuleNotFoundError("No module", name="edgecloud_sd.nothing"), ModuleNotFoundError("No module")),
 ]
@@ -91,10 +95,38 @@ def test_only_a_failure_of_the_allocator_is_lack_of_memory(error: Exception) -> 
     assert not is_out_of_memory(error)
 
 
-def test_lack_of_memory_is_explained_once() -> None:
-    explained = explain_out_of_memory(MemoryError("Unable to allocate 9 GiB"))
-    line = f"checkpoint 'a' cannot be loaded: {explained}"
-    assert explain_error(OSError(line)) == ExpectedError(line)
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (MemoryError("Unable to allocate 9 GiB"), "Unable to allocate 9 GiB"),
+        (OSError(12, "Cannot allocate memory"), "12"),
+    ],
+)
+@pytest.mark.parametrize("is_explicit", [True, False])
+def test_lack_of_memory_is_known_behind_the_error_of_a_library(
+    cause: Exception, reason: str, is_explicit: bool
+) -> None:
+    error = KeyError("a field")
+    setattr(error, "__cause__" if is_explicit else "__context__", cause)
+    explained = explain_error(error, 0.5)
+    assert explained is not None
+    assert explained.line.startswith("--max-memory-gb: 0.5 is used up (")
+    assert reason in explained.line
+    error.__suppress_context__ = True
+    assert is_out_of_memory(error) == is_explicit
+    assert not is_out_of_memory(SystemExit(explained.line))
+
+
+def test_lack_of_memory_in_a_load_names_the_checkpoint_and_the_limit() -> None:
+    with pytest.raises(MemoryError) as caught, one_line_errors("a"):
+        raise ValueError("Unable to allocate 9 GiB")
+    explained = explain_error(caught.value, 16)
+    assert explained is not None
+    assert explained.line.startswith("--max-memory-gb: 16 is used up (checkpoint 'a' cannot be loaded: Unable to alloc")
+
+
+def test_lack_of_gpu_memory_names_no_limit() -> None:
+    assert "--max-memory-gb" not in explain_out_of_memory(torch.OutOfMemoryError(CUDA), 16)
 
 
 def test_a_command_without_stdout_ends_as_if_its_reader_had_closed_it(

@@ -25,7 +25,9 @@ from edgecloud_sd.host.limits import (
     Limits,
     LimitsInForce,
     apply_limits,
+    lift_memory_limit,
     memory_in_use,
+    memory_limit_paused,
     read_limits,
     read_thread_cores,
 )
@@ -219,6 +221,20 @@ def test_an_allocation_fails_only_beyond_the_limit_and_inside_the_block() -> Non
             bytes(300 * MB)
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
     bytes(300 * MB)
+
+
+def test_a_memory_limit_is_paused_and_lifted_inside_its_block() -> None:
+    before = soft_limit()
+    assert lift_memory_limit() is None
+    with memory_limit_paused(), apply_limits(Limits(memory_gb=64)):
+        with memory_limit_paused():
+            assert soft_limit() == before
+        assert soft_limit() == 64 * 10**9
+        with memory_limit_paused():
+            assert lift_memory_limit() == 64
+        assert soft_limit() == before
+        assert lift_memory_limit() is None
+    assert soft_limit() == before
 
 
 def test_a_block_that_fails_restores_the_old_limits(kernel: FakeKernel, torch: FakeTorch) -> None:

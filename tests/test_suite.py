@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bench.report.__main__ import main as write_report
 from bench.resume import SavedClips, comparable_limits
 from bench.session import errors_in_one_line
 from edgecloud_sd import config
+from edgecloud_sd.events import Trace
 from edgecloud_sd.host.files import hold_file
 from edgecloud_sd.host.limits import read_limits
 from edgecloud_sd.measure import results
@@ -122,7 +124,7 @@ def test_each_side_is_loaded_once_for_all_benchmarks(
 
     def record_checkpoint(checkpoint: str, *options: str) -> hf.HFModel:
         checkpoints.append(checkpoint)
-        return load_model(checkpoint, *options)
+        return load_model(checkpoint, *options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(load, "load_model", record_checkpoint)
     result = run(pytester, "--max-samples", "1", "--max-new-tokens", "4", "--k", "1,2", "--extra", "load,baselines")
@@ -201,7 +203,7 @@ def test_a_histogram_without_its_packages_is_refused_before_anything_runs(
     [
         (FloatingPointError("not finite in float32"), "*_0000: not finite in float32"),
         (torch.OutOfMemoryError("CUDA out of memory."), "*_0000: the GPU is used up (CUDA out of memory): *"),
-        (MemoryError(), "*_0000: memory is used up: *--max-memory-gb*"),
+        (MemoryError(), "*_0000: memory is used up: choose a smaller model*"),
     ],
 )
 def test_an_expected_failure_of_a_caption_is_one_line(
@@ -224,17 +226,43 @@ def test_the_limits_of_a_benchmark_are_lifted_before_its_failure_is_reported(
     limits_at_report: list[int | None] = []
 
     def fail(*arguments: object, **options: object) -> None:
+        limits_at_report.append(read_limits().memory_bytes)
         raise KeyError("a bug")
 
     monkeypatch.setattr(Pipeline, "trace", fail)
 
-    def note(error: Exception) -> None:
+    def note(error: Exception, limit_gb: float | None) -> None:
         limits_at_report.append(read_limits().memory_bytes)
 
     monkeypatch.setattr("bench.session.explain_error", note)
     result = run(pytester, "-k", "test_captioning", "--mode", "edge", "--max-samples", "1", "--max-memory-gb", "64")
     result.assert_outcomes(failed=1)
-    assert limits_at_report == [64 * 10**9, None]
+    assert limits_at_report == [64 * 10**9, None, None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lack", [MemoryError(), RuntimeError("can't start new thread"), RuntimeError("could not create a primitive")]
+)
+def test_a_memory_limit_that_a_caption_reaches_is_named_and_finished_cells_and_clips_are_kept(
+    lack: Exception, pipeline: Pipeline, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, trace = count(), Pipeline.trace
+
+    def fail_in_the_second_cell(*arguments: Any, **options: Any) -> Trace:
+        if next(calls) == 5:  # a cell is a warm-up and two clips
+            raise lack
+        return trace(*arguments, **options)
+
+    monkeypatch.setattr(Pipeline, "trace", fail_in_the_second_cell)
+    options = ["--mode", "edge", "--language", "english,chinese", "--max-samples", "2", "--max-memory-gb", "64"]
+    result = run(pytester, "-k", "test_captioning", "-v", "--benchmark-json", "saved.json", *options)
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*--max-memory-gb: 64 is used up*", "(1 finished captions are kept in *"])
+    result.stdout.no_fnmatch_line("*INTERNALERROR*")
+    rows = json.loads((pytester.path / "saved.json").read_text())["benchmarks"]
+    assert len(rows[0]["extra_info"]["results"]["detailed_results"]) == 2
+    assert all(row["params"]["language"] == "english" for row in rows)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 
+from edgecloud_sd.host.limits import MEMORY_OPTION, lift_memory_limit
 from edgecloud_sd.host.terminal import escape_unencodable, join_lines
 from edgecloud_sd.verifier import CloudFault
 
@@ -20,15 +21,16 @@ OWN_MODULES = ("edgecloud_sd", "bench", "tests")
 GPU_MEMORY = re.compile(r"(CUDA|HIP|XPU|MPS)\b.*out of memory", re.IGNORECASE | re.DOTALL)
 CPU_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|not enough memory|unable to allocate|bad_alloc"
-    r"|failed to map segment|can't start new thread",
+    r"|failed to map segment|can't start new thread"
+    r"|could not (create a primitive|create a memory object|execute a primitive)$"  # all that oneDNN says
+    r"|error return without exception set|returned NULL without setting an exception",  # an extension did not check
     re.IGNORECASE,
 )
-USED_UP = "is used up"
 GPU_MEMORY_ADVICE = (
     "choose a smaller number format (--edge-dtype or --cloud-dtype float16), a smaller model or another device; "
     "nvidia-smi shows the processes that use the GPU"
 )
-CPU_MEMORY_ADVICE = "choose a smaller model or number format, or raise --max-memory-gb if it is given"
+CPU_MEMORY_ADVICE = "choose a smaller model or number format"
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,19 @@ class ExpectedError:
     status: int = EXIT_FAILURE
 
 
-def explain_error(error: BaseException) -> ExpectedError | None:
-    """Return the line and the exit status of an expected failure, or None for a bug."""
+def explain_error(error: BaseException, limit_gb: float | None = None) -> ExpectedError | None:
+    """Return the line and the exit status of an expected failure, or None for a bug.
+
+    `limit_gb` is the memory limit under which it failed, as `limits.lift_memory_limit` returns it.
+    """
     if isinstance(error, KeyboardInterrupt):
         return ExpectedError("interrupted", EXIT_INTERRUPTED)
     if isinstance(error, BrokenPipeError):
         return ExpectedError("the reader of the output has closed it", EXIT_CLOSED_PIPE)
     if isinstance(error, ImportError) and error.__cause__:  # a library hides the reason why it cannot import a module
-        return explain_error(error.__cause__)
-    if is_out_of_memory(error):
-        return ExpectedError(explain_out_of_memory(error))
+        return explain_error(error.__cause__, limit_gb)
+    if lack := find_out_of_memory(error):
+        return ExpectedError(explain_out_of_memory(lack, limit_gb))
     if isinstance(error, ModuleNotFoundError):
         return _explain_missing_package((error.name or "").partition(".")[0])
     if isinstance(error, ValueError | OSError | FloatingPointError | CloudFault):
@@ -58,10 +63,21 @@ def explain_error(error: BaseException) -> ExpectedError | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a call failed for lack of memory, of the CPU or of a GPU."""
-    if isinstance(error, MemoryError) or is_gpu_out_of_memory(error):
-        return True
-    # torch raises a plain RuntimeError on a CPU, and an operating system OSError or ImportError
-    return isinstance(error, RuntimeError | OSError | ImportError) and bool(CPU_MEMORY.search(str(error)))
+    return find_out_of_memory(error) is not None
+
+
+def find_out_of_memory(error: BaseException) -> BaseException | None:
+    """Return the lack of memory, of the CPU or of a GPU, that an error is or comes from; None without one.
+
+    Libraries wrap it in errors of any type. torch raises a plain RuntimeError, and an operating system OSError.
+    """
+    links: list[BaseException] = []
+    link: BaseException | None = error if isinstance(error, Exception) else None
+    while link is not None:
+        if isinstance(link, MemoryError) or is_gpu_out_of_memory(link) or CPU_MEMORY.search(str(link)):
+            links.append(link)
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return next((link for link in links if isinstance(link, MemoryError)), links[0] if links else None)
 
 
 def is_gpu_out_of_memory(error: BaseException) -> bool:
@@ -69,17 +85,18 @@ def is_gpu_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     if torch and isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and bool(GPU_MEMORY.search(str(error)))
+    return isinstance(error, RuntimeError | MemoryError) and bool(GPU_MEMORY.search(str(error)))
 
 
-def explain_out_of_memory(error: BaseException) -> str:
-    """Return the line for a failure for lack of memory."""
-    place, advice = ("the GPU", GPU_MEMORY_ADVICE) if is_gpu_out_of_memory(error) else ("memory", CPU_MEMORY_ADVICE)
+def explain_out_of_memory(error: BaseException, limit_gb: float | None = None) -> str:
+    """Return the line for a lack of memory, which names the memory limit that was in force, if any."""
     text = to_one_line(error).removesuffix(".")
-    if USED_UP in text:  # the loader of a checkpoint has explained it, with the name of the checkpoint
-        return text
     reason = "" if text == type(error).__name__ else f" ({text})"
-    return f"{place} {USED_UP}{reason}: {advice}"
+    if is_gpu_out_of_memory(error):
+        return f"the GPU is used up{reason}: {GPU_MEMORY_ADVICE}"
+    if limit_gb is not None:
+        return f"{MEMORY_OPTION}: {limit_gb:g} is used up{reason}: raise it, or {CPU_MEMORY_ADVICE}"
+    return f"memory is used up{reason}: {CPU_MEMORY_ADVICE}"
 
 
 def to_one_line(error: BaseException) -> str:
@@ -105,7 +122,7 @@ def errors_to_exit() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BaseException as error:
-        expected = explain_error(error)
+        expected = explain_error(error, lift_memory_limit())
         if expected is None:
             raise
         if expected.status == EXIT_CLOSED_PIPE:

@@ -70,9 +70,10 @@ def apply_limits(limits: Limits) -> Iterator[LimitsInForce]:
     """Limit this process in the block and yield the limits in force. The end of the block restores the old ones.
 
     Every thread is pinned to the first `cpu_cores` cores that the process may use, and torch gets at most as many
-    intra-op threads. Beyond the memory limit, a soft one, torch raises RuntimeError and Python MemoryError. Threads and
-    processes that start in the block inherit both; each process has the memory limit for itself. A memory limit that is
-    monitored refuses nothing. If the process exceeds it, the end of the block warns once, with the excess.
+    intra-op threads. Beyond the memory limit, a soft one, allocations fail; `errors.is_out_of_memory` knows their
+    errors. Threads and processes that start in the block inherit both; each process has the memory limit for itself. A
+    memory limit that is monitored refuses nothing. If the process exceeds it, the end of the block warns once, with the
+    excess.
 
     Raise LimitError for too many cores and for a memory limit below the use. Raise it also if the system lacks a
     limit, refuses it or does not enforce it.
@@ -240,6 +241,42 @@ def _check_system(gigabytes: float) -> None:
         raise LimitError(f"{MEMORY_OPTION}: {gigabytes:g} {NEEDS_LINUX}")
 
 
+# one for each block that this process is in: the limit in GB, and the soft and hard limits in bytes before it
+_enforced: list[tuple[float, tuple[int, int]]] = []
+
+
+def lift_memory_limit() -> float | None:
+    """Lift the memory limit of `apply_limits` for the rest of its block. Return it in GB, or None without one.
+
+    To explain a failure and to report need memory, so call this before either.
+    """
+    if not _enforced:
+        return None
+    import resource
+
+    (_, before), (gigabytes, _) = _enforced[0], _enforced[-1]
+    resource.setrlimit(resource.RLIMIT_DATA, before)
+    _enforced.clear()
+    return gigabytes
+
+
+@contextmanager
+def memory_limit_paused() -> Iterator[None]:
+    """Lift the memory limit of `apply_limits` in the block, for work that is not the edge's."""
+    if not _enforced:
+        yield
+        return
+    import resource
+
+    limit, (_, before) = resource.getrlimit(resource.RLIMIT_DATA), _enforced[0]
+    resource.setrlimit(resource.RLIMIT_DATA, before)
+    try:
+        yield
+    finally:
+        if _enforced:  # otherwise a failure has lifted it for good
+            resource.setrlimit(resource.RLIMIT_DATA, limit)
+
+
 @contextmanager
 def _limited_memory(gigabytes: float) -> Iterator[None]:
     _check_system(gigabytes)
@@ -258,6 +295,8 @@ def _limited_memory(gigabytes: float) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     except (OSError, ValueError, OverflowError) as error:
         raise LimitError(f"{MEMORY_OPTION}: the system refused {gigabytes:g} ({error}): lower it") from error
+    entry = gigabytes, (soft, hard)
+    _enforced.append(entry)
     try:
         if (in_force := _read_memory_limit()) != limit:
             raise LimitError(
@@ -270,6 +309,8 @@ def _limited_memory(gigabytes: float) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        with suppress(ValueError):  # it was lifted
+            _enforced.remove(entry)
 
 
 def _can_allocate(size: int) -> bool:

@@ -50,14 +50,16 @@ class PaddedTokenizer:
         return text
 
 
-def load_dummy(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32") -> hf.HFModel:
+def load_dummy(
+    checkpoint: str | Path, device: str = "cpu", dtype: str = "float32", front: frontend.Frontend | None = None
+) -> hf.HFModel:
     """Return a thinker with the dimensions of `checkpoint` and random weights.
 
     The weights are the same on every machine and in every dtype. Raise ValueError for a checkpoint with unknown
     dimensions or one that does not fit in memory. Raise OSError for a configuration that cannot be used.
     """
     config = load_dummy_config(checkpoint)
-    front = load_dummy_frontend(checkpoint)
+    front = front or load_dummy_frontend(checkpoint)
     with frontend.one_line_errors(str(checkpoint)):
         thinker = _build_empty_thinker(config)
     in_force = limits.read_limits()

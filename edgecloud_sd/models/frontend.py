@@ -13,7 +13,7 @@ from typing import Any
 
 from edgecloud_sd.data.dataset import SAMPLE_RATE
 from edgecloud_sd.data.prompts import AUDIO_TOKEN, CONTROL_TOKENS
-from edgecloud_sd.host.errors import explain_out_of_memory, is_out_of_memory
+from edgecloud_sd.host.errors import find_out_of_memory, to_one_line
 from edgecloud_sd.models import checkpoint_settings, hub
 from edgecloud_sd.models.checkpoint import find_folder
 from edgecloud_sd.models.checkpoint_settings import NO_SETTINGS, CheckpointSettings
@@ -173,21 +173,24 @@ def check_dimensions(thinker: Any) -> None:
 
 @contextmanager
 def one_line_errors(name: str, file: str = "") -> Iterator[None]:
-    """Turn any failure to load checkpoint `name` into an OSError of one line, which names `file` if it is given."""
+    """Turn any failure to load checkpoint `name` into an OSError of one line, which names `file` if it is given.
+
+    Lack of memory becomes a MemoryError.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     hub.prepare_hub(name)
     try:
         yield
     except Exception as error:  # the libraries raise errors of any type for a damaged file
+        if lack := find_out_of_memory(error):
+            raise MemoryError(f"checkpoint {name!r} cannot be loaded: {to_one_line(lack)}") from error
         lines = str(error).splitlines() or [""]
         if isinstance(error, KeyError | TypeError | AttributeError):
             lines = [f"it has not the expected fields ({type(error).__name__}: {lines[0]})"]
         if isinstance(error, pickle.UnpicklingError):  # torch advises to load it without its checks
             lines = ["its weights are no file of torch: copy or download it again, as safetensors if there are any"]
-        if is_out_of_memory(error):
-            file, lines = "", [explain_out_of_memory(error)]
-        elif hub_reason := hub.explain_hub_error(error):
+        if hub_reason := hub.explain_hub_error(error):
             file, lines = "", [hub_reason]
         # a configuration error spreads over several lines, and its first one names no value
         reason = " ".join(map(str.strip, lines)) if isinstance(error, StrictDataclassError) else lines[0]

@@ -205,7 +205,7 @@ class HFModel(Frontend):
         return split_rows(0, frames, lambda begin: part)
 
 
-def load_checkpoint(checkpoint: str | Path, device: str, dtype: str) -> HFModel:
+def load_checkpoint(checkpoint: str | Path, device: str, dtype: str, front: Frontend | None = None) -> HFModel:
     """Load a Qwen2.5-Omni checkpoint, whole or thinker only, from a folder or the hub.
 
     Raise ValueError for a folder that does not exist or a model that does not fit in memory. Raise OSError for a
@@ -213,7 +213,7 @@ def load_checkpoint(checkpoint: str | Path, device: str, dtype: str) -> HFModel:
     """
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-    front = read_frontend(checkpoint)
+    front = front or read_frontend(checkpoint)
     text = thinker_config(load_config(front.name)).text_config
     memory.check_weight_files(checkpoint, text.vocab_size, text.hidden_size)
     in_force = limits.read_limits()

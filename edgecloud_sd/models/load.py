@@ -13,11 +13,35 @@ if TYPE_CHECKING:
     from edgecloud_sd.models.hf import HFModel
 
 
-def load_model(checkpoint: str | Path, device: str = "cpu", dtype: str = "float32", weights: str = REAL) -> HFModel:
+def import_libraries() -> None:
+    """Import what loading and decoding need, so that neither imports anything.
+
+    Under a memory limit, an import may abort the process or leave a module unusable.
+    """
+    from safetensors import torch  # noqa: F401
+    from transformers import (  # noqa: F401
+        AutoTokenizer,
+        Qwen2_5OmniThinkerForConditionalGeneration,
+        WhisperFeatureExtractor,
+    )
+
+    from edgecloud_sd.models import dummy, hf, quantized  # noqa: F401
+
+
+def load_model(
+    checkpoint: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    weights: str = REAL,
+    front: Frontend | None = None,
+) -> HFModel:
     """Load a Qwen2.5-Omni checkpoint from a folder or the hub, or a model of its size with dummy weights.
 
+    `front` is its front end, if it is read already.
+
     Raise ValueError for an unknown dtype or device, for a folder that does not exist and for a model that does not fit
-    in memory. Raise OSError for a checkpoint of another kind, or one that lacks weights or cannot be read.
+    in memory. Raise OSError for a checkpoint of another kind, or one that lacks weights or cannot be read. Raise
+    MemoryError if memory ends during the load.
     """
     from edgecloud_sd.models import dummy, hf, quantized
 
@@ -27,7 +51,7 @@ def load_model(checkpoint: str | Path, device: str = "cpu", dtype: str = "float3
     if dtype in QUANTISED_DTYPES:
         quantized.check_quantised_device(dtype, device)
     load = dummy.load_dummy if weights == DUMMY else hf.load_checkpoint
-    return load(checkpoint, device, dtype)
+    return load(checkpoint, device, dtype, front)
 
 
 def load_frontend(checkpoint: str | Path, weights: str = REAL) -> Frontend:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from edgecloud_sd.host.errors import is_out_of_memory
 from edgecloud_sd.models.frontend import Frontend
 
 TOKENIZER_PARTS = (
@@ -121,7 +122,10 @@ def _chat_format(tokenizer: Any) -> str:
         return ""
     try:
         return _digest(tokenizer.apply_chat_template(_CHAT, tokenize=False, add_generation_prompt=True))
-    except Exception:  # noqa: BLE001 - a template is a program, and can fail in any way
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # a template is a program, and can fail in any way
         return _digest(tokenizer.chat_template)
 
 
