@@ -3,13 +3,18 @@
 A prompt is sent as a safetensors body: ids in int32, the log-mel spectrogram in half precision. All other messages are
 JSON: token ids and a few integers. Raw audio and logits are never sent.
 
-Every message has a check: a CRC-32 over the ids that the message is about, which starts from the check of the prompt. A
-repeated, stale, misdirected or damaged message has another check than the receiver expects.
+Every message has a check: a CRC-32 over its kind and over all of its fields, each with its type and its length. So a
+value that moves from one field to another changes the check. The check of a request continues that of its prompt, and
+the check of an answer continues that of its request. A repeated, stale, misdirected or damaged message has another
+check than the receiver expects. A CRC-32 exposes faults and middle boxes that edit messages. It is no protection
+against an attacker, who can compute it; TLS is. The identity in `/v1/model` has a longer digest, and a request that
+closes a session has none, because the 128 random bits of the name are enough.
 """
 
 from __future__ import annotations
 
 import json
+import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 OCTETS, JSON, LINES = "application/octet-stream", "application/json", "application/x-ndjson"  # media types
+VERSION = 2  # every check and the identity of a server depend on it, so that two versions never mix
 MAX_IDS = 32_768  # in one list of a message: the maximum length of the published models
 MAX_MESSAGE = 2 * 12 * MAX_IDS + 1024  # bytes of JSON: two such lists, with spaces
 MAX_HEADER = 1024  # bytes of the safetensors header of a prompt
@@ -30,7 +36,7 @@ MAX_HEADER = 1024  # bytes of the safetensors header of a prompt
 # Bytes of HTTP around a message on an open connection: the request line or status, and the headers that client and
 # server send. `tests/test_wire.py` counts them on a socket. They exclude the bytes of TCP, IP and TLS.
 REQUEST_HEAD = 202
-ANSWER_HEAD = 120
+ANSWER_HEAD = 142
 CHUNK_HEAD = 6  # around each line of a streamed answer
 
 # Mean sizes in bytes, for a forecast, which has no message to measure.
@@ -100,12 +106,23 @@ class EndLine:
     check: int
 
 
-Message = OpenedMessage | VerifyRequest | VerdictMessage | GenerateRequest | TokenLine | EndLine
+@dataclass(frozen=True)
+class RefusalMessage:
+    """The answer to a refused request: the reason, and the check of the request that arrived, or None before a body."""
+
+    detail: str
+    received: int | None
+    check: int
+
+
+Message = OpenedMessage | VerifyRequest | VerdictMessage | GenerateRequest | TokenLine | EndLine | RefusalMessage
+Field = int | str | bytes | Sequence[int]  # a value of a message
 
 
 def dumps(message: Message) -> bytes:
-    """Return a message as JSON without spaces, its fields in order."""
-    return json.dumps(vars(message), separators=(",", ":")).encode()
+    """Return a message as JSON without spaces, its fields in order, without those that are None."""
+    fields = {name: value for name, value in vars(message).items() if value is not None}
+    return json.dumps(fields, separators=(",", ":")).encode()
 
 
 def verify_size(fed: float) -> float:
@@ -113,19 +130,43 @@ def verify_size(fed: float) -> float:
     return REQUEST_HEAD + 56 + ID_BYTES * fed
 
 
-def checksum(ids: Iterable[int], start: int = 0) -> int:
-    """Return the CRC-32 over `ids` as little-endian int32, continued from the CRC-32 `start`."""
-    return zlib.crc32(np.fromiter(ids, dtype="<i4").tobytes(), start)
+def checksum(kind: str, *values: Field, after: int = VERSION) -> int:
+    """Return the check of a message of this kind with these fields, continued from the check `after`."""
+    check = after
+    for value in (kind, *values):
+        tag, data = _encode_field(value)
+        check = zlib.crc32(data, zlib.crc32(struct.pack("<cQ", tag, len(data)), check))
+    return check
+
+
+def _encode_field(value: Field) -> tuple[bytes, bytes]:
+    if isinstance(value, str):
+        return b"s", value.encode(errors="surrogatepass")
+    if isinstance(value, bytes):
+        return b"b", value
+    if isinstance(value, int):
+        return b"i", value.to_bytes(8, "little", signed=True)
+    return b"l", np.fromiter(value, dtype="<i4").tobytes()
 
 
 def prompt_checksum(body: bytes, rule: str) -> int:
     """Return the check of a prompt's body and of the text of its acceptance rule. All later checks start from it."""
-    return zlib.crc32(body, zlib.crc32(rule.encode()))
+    return checksum("prompt", rule, body)
 
 
-def request_checksum(query: bytes, body: bytes) -> int:
-    """Return the CRC-32 of a request's query and body. A refusal repeats it, so the client sees what arrived."""
-    return zlib.crc32(body, zlib.crc32(query))
+def request_checksum(method: str, path: str, query: bytes, media_type: bytes, body: bytes) -> int:
+    """Return the check of a request. A refusal repeats it, so that the client sees what arrived."""
+    return checksum("request", method, path, query, media_type, body)
+
+
+def verify_checksum(prompt_check: int, context: Sequence[int], base: int, draft: Sequence[int]) -> int:
+    """Return the check of the request to verify `draft` after `context`, of which the receiver has `base` tokens."""
+    return checksum("verify", base, context, draft, after=prompt_check)
+
+
+def generate_checksum(prompt_check: int, output: Sequence[int], eos: Sequence[int], max_new_tokens: int) -> int:
+    """Return the check of the request for the target model's own tokens after `output`."""
+    return checksum("generate", output, eos, max_new_tokens, after=prompt_check)
 
 
 def encode_prompt(prompt: Prompt) -> bytes:
@@ -166,18 +207,18 @@ def decode_prompt(body: bytes) -> Prompt:
 
 def build_opened_message(session: str, model: str, prompt_check: int) -> OpenedMessage:
     """Return the answer to the prompt with the check `prompt_check`."""
-    return OpenedMessage(session, model, zlib.crc32(f"{session} {model}".encode(errors="replace"), prompt_check))
+    return OpenedMessage(session, model, checksum("opened", session, model, after=prompt_check))
 
 
 def build_verify_request(prompt_check: int, context: Sequence[int], base: int, draft: Sequence[int]) -> VerifyRequest:
     """Return the request to verify `draft` after `context`, of which the cloud already has the first `base` tokens."""
-    check = checksum((*context, *draft), prompt_check)
+    check = verify_checksum(prompt_check, context, base, draft)
     return VerifyRequest(base, tuple(context[base:]), tuple(draft), check)
 
 
 def build_verdict_message(verdict: Verdict, request_check: int) -> VerdictMessage:
     """Return the answer to the verify request with the check `request_check`."""
-    check = checksum((verdict.accepted, verdict.token), request_check)
+    check = checksum("verdict", verdict.accepted, verdict.token, after=request_check)
     return VerdictMessage(verdict.accepted, verdict.token, check)
 
 
@@ -186,18 +227,31 @@ def build_generate_request(
 ) -> GenerateRequest:
     """Return the request for the target model's own tokens after `output`."""
     ends = tuple(sorted(eos))
-    check = checksum((*output, *ends, max_new_tokens), prompt_check)
+    check = generate_checksum(prompt_check, output, ends, max_new_tokens)
     return GenerateRequest(tuple(output), ends, max_new_tokens, check)
 
 
 def build_token_line(generated: Sequence[int], request_check: int) -> TokenLine:
     """Return the line for the last of `generated`, which are all tokens generated for this request so far."""
-    return TokenLine(generated[-1], checksum(generated, request_check))
+    return TokenLine(generated[-1], checksum("token", generated, after=request_check))
 
 
 def build_end_line(generated: Sequence[int], request_check: int) -> EndLine:
     """Return the last line of a stream in which all of `generated` was sent."""
-    return EndLine(len(generated), checksum((*generated, len(generated)), request_check))
+    return EndLine(len(generated), checksum("end", generated, after=request_check))
+
+
+def build_refusal(status: int, detail: str, received: int | None = None, retry_after: str = "") -> RefusalMessage:
+    """Return the answer with an error `status` and the header Retry-After, if it has one."""
+    after = VERSION if received is None else received
+    return RefusalMessage(detail, received, checksum("refusal", status, detail, retry_after, after=after))
+
+
+def build_timing(queue: float, run: float, request_check: int) -> str:
+    """Return the value of the header Server-Timing: the milliseconds of a request in the queue and on the model."""
+    texts = f"{1e3 * queue:.3f}", f"{1e3 * run:.3f}"
+    check = checksum("timing", *texts, after=request_check)
+    return f"queue;dur={texts[0]},model;dur={texts[1]},check;desc={check}"
 
 
 def read_opened(answer: bytes, prompt_check: int) -> tuple[str, str]:
@@ -236,6 +290,35 @@ def read_stream_line(line: bytes, generated: Sequence[int], request_check: int) 
     if not _is_id(token) or message != vars(build_token_line([*generated, token], request_check)):
         raise WireError("is not the next token of the stream")
     return token
+
+
+def read_refusal(answer: bytes, status: int, retry_after: str = "") -> tuple[str, int | None]:
+    """Return the reason and `received` of an answer with an error status, as far as it has them.
+
+    Raise WireError for a damaged answer. The answer of a proxy has no check, so it is read as it is.
+    """
+    try:
+        message = _object(answer)
+    except WireError:
+        return "", None
+    detail, received = str(message.get("detail", "")), message.get("received")
+    received = received if type(received) is int and 0 <= received < 2**32 else None
+    if "check" in message and message | {"received": received} != vars(
+        build_refusal(status, detail, received, retry_after)
+    ):
+        raise WireError("does not match its check")
+    return detail, received
+
+
+def check_timing(header: str, request_check: int) -> None:
+    """Raise WireError for a Server-Timing header of this server that was damaged. A proxy may add its own entries."""
+    entries = {}
+    for entry in header.split(","):
+        name, _, value = entry.strip().partition(";")
+        entries[name] = value.removeprefix("dur=").removeprefix("desc=")
+    queue, model, check = (entries.get(name) for name in ("queue", "model", "check"))
+    if (queue or model or check) and check != str(checksum("timing", queue or "", model or "", after=request_check)):
+        raise WireError("has a damaged Server-Timing header")
 
 
 def _object(body: bytes) -> dict[str, Any]:

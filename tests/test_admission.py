@@ -76,10 +76,8 @@ def test_only_the_health_of_the_server_needs_no_key() -> None:
                 "/health/x",
             ):
                 response = await protected.edge(key).request("GET", path)
-                assert (response.status, response.json) == (
-                    401,
-                    {"detail": "this call needs a key: send it as a bearer token"},
-                )
+                reason = "this call needs a key: send it as a bearer token"
+                assert (response.status, response.json["detail"]) == (401, reason)
                 assert response.headers["www-authenticate"] == "Bearer"
             for path in ("/health", "/health/live", "/health/ready"):
                 assert (await protected.edge(key).request("GET", path)).status == 200
@@ -156,7 +154,7 @@ def test_a_request_with_two_keys_is_refused_and_its_connection_closed(path: str)
             headers = [(b"authorization", f"Bearer {key}".encode())]
             response = await protected.edge().request("GET", path, headers=headers)
             assert (response.status, response.headers["connection"]) == (400, "close")
-            assert response.json == {"detail": "authorization: send this header once, not 2 times"}
+            assert response.json["detail"] == "authorization: send this header once, not 2 times"
             assert protected.inner.clients == []
 
     run_scene(scene())
@@ -200,7 +198,7 @@ def test_a_body_is_read_up_to_its_limit(path: str, content_type: str, max_bytes:
         assert protected.inner.bodies == [largest]
         for body in (largest + b"x", [largest, b"x", *[b"dropped"] * 3]):
             response = await protected.edge().request("POST", path, body, content_type)
-            assert (response.status, response.json) == (413, {"detail": f"the body is larger than {max_bytes} bytes"})
+            assert (response.status, response.json["detail"]) == (413, f"the body is larger than {max_bytes} bytes")
         # The length in the header has no effect.
         wrong_length = [(b"content-length", b"9" * 5000)]
         response = await protected.edge().request("POST", path, largest, content_type, headers=wrong_length)
@@ -347,7 +345,7 @@ def test_an_error_of_the_application_goes_to_the_log_and_not_to_the_client(caplo
         protected = Protected(broken)
         with caplog.at_level(logging.ERROR):
             response = await protected.edge().request("GET", "/")
-        assert (response.status, response.json) == (500, {"detail": "internal error"})
+        assert (response.status, response.json["detail"]) == (500, "internal error")
         assert "LookupError: /secret/path" in caplog.text
         assert protected.responses == [("other", 500)]
         assert not protected.app._running_requests

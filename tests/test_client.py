@@ -424,7 +424,9 @@ def test_the_last_failed_attempt_counts_as_a_fault(proxy: Proxy) -> None:
 def test_the_first_token_of_a_stream_divides_its_time_into_network_and_queue() -> None:
     output = [1, 2, 3, 4, 5, 6]
     stream = canned_stream(output, lambda check: [wire.dumps(wire.build_end_line(output, check))])
-    answer = stream.replace(b"\r\n", b"\r\nServer-Timing: queue;dur=1e9,model;dur=0\r\n", 1)
+    check = wire.generate_checksum(PROMPT_CHECK, (), (), 6)
+    timing = wire.build_timing(1e6, 0.0, check).encode()
+    answer = stream.replace(b"\r\n", b"\r\nServer-Timing: %b\r\n" % timing, 1)
     harness = Harness()
     with CannedServer(lambda number: answer) as server, connected(server.url, patience=0.0) as connection:
         assert list(generate(connection, harness)) == output

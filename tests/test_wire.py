@@ -186,15 +186,21 @@ def test_messages_are_json_without_spaces_and_their_fields_in_order() -> None:
         wire.build_generate_request(1, [7], {9, 8}, 4),
         wire.build_token_line([5, 6], 1),
         wire.build_end_line([5, 6], 1),
+        wire.build_refusal(422, "why"),
+        wire.build_refusal(422, "why", 0),
     ]
+    checks = [message.check for message in messages]
     assert [wire.dumps(message).decode() for message in messages] == [
-        f'{{"session":"name","model":"model","check":{messages[0].check}}}',
-        f'{{"base":1,"tokens":[4,5],"draft":[6],"check":{wire.checksum([3, 4, 5, 6], 1)}}}',
-        f'{{"accepted":1,"token":2,"check":{wire.checksum([1, 2], 3)}}}',
-        f'{{"output":[7],"eos":[8,9],"max_new_tokens":4,"check":{wire.checksum([7, 8, 9, 4], 1)}}}',
-        f'{{"token":6,"check":{wire.checksum([5, 6], 1)}}}',
-        f'{{"end":2,"check":{wire.checksum([5, 6, 2], 1)}}}',
+        f'{{"session":"name","model":"model","check":{checks[0]}}}',
+        f'{{"base":1,"tokens":[4,5],"draft":[6],"check":{checks[1]}}}',
+        f'{{"accepted":1,"token":2,"check":{checks[2]}}}',
+        f'{{"output":[7],"eos":[8,9],"max_new_tokens":4,"check":{checks[3]}}}',
+        f'{{"token":6,"check":{checks[4]}}}',
+        f'{{"end":2,"check":{checks[5]}}}',
+        f'{{"detail":"why","check":{checks[6]}}}',
+        f'{{"detail":"why","received":0,"check":{checks[7]}}}',
     ]
+    assert len(set(checks)) == len(checks)
 
 
 class Tap:

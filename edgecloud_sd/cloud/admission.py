@@ -7,14 +7,14 @@ import hashlib
 import hmac
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import anyio
 import anyio.lowlevel
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgecloud_sd import wire
@@ -27,7 +27,15 @@ BODY_BYTES_PER_SECOND = 1024  # the slowest uplink for which the prompt of a 60 
 LINGER_SECONDS = 2.0  # for the rest of a refused request, before its connection closes
 
 
-class ClosingRefusal(JSONResponse):
+class Refusal(Response):
+    """An error before the application has read the request."""
+
+    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        message = wire.build_refusal(status, detail, retry_after=(headers or {}).get("Retry-After", ""))
+        super().__init__(wire.dumps(message), status, headers, wire.JSON)
+
+
+class ClosingRefusal(Refusal):
     """An error after which the connection closes, because the rest of its request may never arrive.
 
     The rest is dropped for a short time first. A connection that closes at once can destroy the answer on its way.
@@ -49,7 +57,7 @@ class Admission:
     """Middleware that admits requests and puts the client into the scope as `client_name`.
 
     The client's name is a digest of its key, or its address if the server has no keys. The middleware also logs an
-    error of the application; the client learns nothing about it. The scope also gets the checksum of the
+    error of the application; the client learns nothing about it. The scope also gets the check of the
     request, as `received`, and an empty list, as `if_unanswered`.
     """
 
@@ -81,25 +89,25 @@ class Admission:
             if started:
                 raise  # so that the server cuts the connection, because the response is incomplete
             _logger.exception("a request failed")
-            await _refusal(500, "internal error")(scope, receive, send_counted)
+            await Refusal(500, "internal error")(scope, receive, send_counted)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         problem = find_ambiguity(scope.get("http_version", "1.1"), scope["headers"])
         if self.only_loopback:
             problem = problem or find_foreign_page(scope["headers"])
         if problem:
-            return await ClosingRefusal({"detail": problem.detail}, problem.status)(scope, receive, send)
+            return await ClosingRefusal(problem.status, problem.detail)(scope, receive, send)
         headers = dict(scope["headers"])
         client = self._identify_client(scope, headers)
         if scope["path"] in OPEN_PATHS:
             return await self._forward(scope, 0, receive, send)
         if client is None:
             detail = "this call needs a key: send it as a bearer token"
-            refusal = ClosingRefusal({"detail": detail}, 401, {"WWW-Authenticate": "Bearer"})
+            refusal = ClosingRefusal(401, detail, {"WWW-Authenticate": "Bearer"})
             return await refusal(scope, receive, send)
         if self._running_requests[client] >= self.max_requests:
             detail = f"this client has {self.max_requests} requests running, the most allowed: try again"
-            return await _refusal(429, detail, {"Retry-After": "1"})(scope, receive, send)
+            return await Refusal(429, detail, {"Retry-After": "1"})(scope, receive, send)
         is_prompt = parse_media_type(headers.get(b"content-type", b"").decode("latin-1")) == wire.OCTETS
         scope["client_name"] = client
         with self._count_running(client):
@@ -130,13 +138,16 @@ class Admission:
                 body += chunk
                 time_limit.deadline += len(chunk) / BODY_BYTES_PER_SECOND
                 if len(body) > max_bytes:
-                    refusal = ClosingRefusal({"detail": f"the body is larger than {max_bytes} bytes"}, 413)
+                    refusal = ClosingRefusal(413, f"the body is larger than {max_bytes} bytes")
         if more_body and not refusal:
             detail = f"the body came slower than {BODY_BYTES_PER_SECOND} bytes per second: try again"
-            refusal = ClosingRefusal({"detail": detail}, 408)
+            refusal = ClosingRefusal(408, detail)
         if refusal:
             return await refusal(scope, receive if more_body else _end_request, send)
-        scope["received"] = wire.request_checksum(scope["query_string"], bytes(body))
+        media_type = dict(scope["headers"]).get(b"content-type", b"")
+        scope["received"] = wire.request_checksum(
+            scope["method"], scope["path"], scope["query_string"], media_type, bytes(body)
+        )
         return await run_while_connected(self.app, scope, bytes(body), receive, send)
 
     @cached_property
@@ -199,7 +210,3 @@ async def run_while_connected(app: ASGIApp, scope: Scope, body: bytes, receive: 
 
 async def _end_request() -> Message:
     return {"type": "http.disconnect"}
-
-
-def _refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"detail": detail}, status, headers)

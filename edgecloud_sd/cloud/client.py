@@ -258,7 +258,7 @@ class RemoteVerification:
 
     def _open(self) -> None:
         path = f"{SESSIONS_PATH}?rule={self._rule.text}&check={self._prompt_check}"
-        answer = self._post(path, self._body, wire.OCTETS)
+        answer = self._post(path, self._body, wire.OCTETS, self._prompt_check)
         session, model = _read(lambda: wire.read_opened(answer, self._prompt_check))
         if not SESSION.fullmatch(session):
             raise AttemptFailed("the answer names no valid session")
@@ -269,20 +269,21 @@ class RemoteVerification:
 
     def _verify(self, draft: Sequence[int]) -> Verdict:
         request = wire.build_verify_request(self._prompt_check, self._context, self._agreed, draft)
-        answer = self._post(f"{SESSIONS_PATH}/{self._session}/verify", wire.dumps(request), wire.JSON)
+        answer = self._post(f"{SESSIONS_PATH}/{self._session}/verify", wire.dumps(request), wire.JSON, request.check)
         return _read(lambda: wire.read_verdict(answer, len(draft), request.check))
 
-    def _post(self, path: str, body: bytes, content: str) -> bytes:
-        """Return the answer to one attempt, and note its time and its bytes."""
+    def _post(self, path: str, body: bytes, content: str, check: int) -> bytes:
+        """Return the answer to one attempt at the request with this check, and note its time and its bytes."""
         self._harness.send_up(wire.REQUEST_HEAD + len(body))
         start = self._harness.watch.seconds()
         answer = self._connection.transport.call("POST", path, body, content, self._attempt_seconds())
-        self._note_answer(start, answer.timing)
+        self._note_answer(start, answer.timing, check)
         self._harness.send_down(wire.ANSWER_HEAD + len(answer.content))
         return answer.content
 
-    def _note_answer(self, start: float, timing: str) -> None:
+    def _note_answer(self, start: float, timing: str, check: int) -> None:
         """Divide the time since `start` into network, queue and model. The model's part is no span of its own."""
+        _read(lambda: wire.check_timing(timing, check))
         watch = self._harness.watch
         seconds = watch.seconds() - start
         queue, model = parse_server_timing(timing, seconds)
@@ -301,7 +302,7 @@ class RemoteVerification:
         has_ended = False
         path = f"{SESSIONS_PATH}/{self._session}/generate"
         with self._connection.transport.stream(path, body, self._attempt_seconds) as (timing, lines):
-            self._note_answer(start, timing)
+            self._note_answer(start, timing, request.check)
             for token in self._read_stream(lines, generated, request.check):
                 is_complete = stopping.reason([*output, *generated]) is not None
                 if has_ended or (token is None) != is_complete:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import ssl
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Literal
+
+from edgecloud_sd import wire
 
 PASSING_4XX = (408, 423, 425, 429)  # too slow, locked, too early, too many
 PERMANENT_5XX = (501, 505, 506, 508, 510, 511)  # the service never answers this request otherwise
@@ -56,9 +57,15 @@ def classify_failure(
     if status is None:
         return _classify_error(error, is_first_contact)
     headers = headers or {}
-    detail, received = _read_problem(body)
+    retry_after = headers.get("retry-after", "")
+    try:
+        detail, received = wire.read_refusal(body, status, retry_after)
+    except wire.WireError as damage:
+        return Failure("retry", f"the cloud answered {status}, and the answer {damage}")
+    detail = to_printable(detail)
+    is_undamaged = received in (None, sent)
     reason = f"the cloud answered {status} {detail}".strip()
-    if status == 404 and (is_first_contact or (not names_session and detail in NO_SUCH_PATH)):
+    if status == 404 and is_undamaged and (is_first_contact or (not names_session and detail in NO_SUCH_PATH)):
         return Failure("permanent", f"{reason}; it is not an edgecloud_sd cloud of this version: check --cloud-url")
     if status == 404:
         return Failure("reopen", reason)
@@ -70,10 +77,10 @@ def classify_failure(
         target = to_printable(headers.get("location", "")) or "no URL"
         return Failure("permanent", f"{reason}, a redirect to {target}: give the cloud's own URL as --cloud-url")
     is_refusal = (400 <= status < 500 and status not in PASSING_4XX) or status in PERMANENT_5XX
-    if is_refusal and (received is None or received == sent):
+    if is_refusal and is_undamaged:
         reason = f"the cloud refuses the request: {status} {detail}".strip()
         return Failure("permanent", reason, is_proven=received is not None)
-    return Failure("retry", reason, parse_retry_after(headers.get("retry-after", ""), datetime.now(timezone.utc)))
+    return Failure("retry", reason, parse_retry_after(retry_after, datetime.now(timezone.utc)))
 
 
 def parse_retry_after(header: str, now: datetime) -> float | None:
@@ -118,13 +125,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         yield error
         inner = error.args[0] if error.args else None
         error = inner if isinstance(inner, BaseException) else error.__cause__
-
-
-def _read_problem(body: bytes) -> tuple[str, int | None]:
-    """Return the reason in the body of an error, and the checksum of the request that the server received."""
-    try:
-        problem = json.loads(body)
-        detail, received = to_printable(str(problem["detail"])), problem.get("received")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return "", None
-    return detail, received if type(received) is int else None

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from edgecloud_sd import wire
 from edgecloud_sd.acceptance import Rank, Rule
 from edgecloud_sd.events import Prompt
 from edgecloud_sd.models.pairs import DUMMY
@@ -43,8 +44,11 @@ class Identity:
 
     @property
     def check(self) -> str:
-        """Return a digest of every field. It exposes an identity that was damaged on its way."""
-        return _digest(asdict(self))
+        """Return a digest of every field and of the version of all messages.
+
+        It exposes an identity that was damaged on its way, or that is of another version.
+        """
+        return _digest({**asdict(self), "messages": wire.VERSION})
 
     @property
     def length_limits(self) -> tuple[LengthLimit, ...]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field, StrictInt
@@ -48,7 +48,6 @@ ERROR_STATUSES: dict[type[ServiceError], int] = {
     NotFinite: 501,
     ModelOutOfMemory: 503,
 }
-MESSAGE_STATUSES = (400, 413, 415, 422, 501)  # final for this message, unless it was damaged on its way
 COMMON_STATUSES = (400, 401, 403, 408, 413, 421, 422, 429, 500, 501, 503)  # error statuses that every call can return
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
@@ -94,7 +93,8 @@ class Problem(BaseModel):
     """The reason for an error status."""
 
     detail: str
-    received: Annotated[int | None, Field(description="CRC-32 of the query, continued over the body")] = None
+    received: Annotated[int | None, Field(description="check of the request as it arrived")] = None
+    check: int
 
 
 class ModelInfo(BaseModel):
@@ -218,7 +218,7 @@ async def open_prompt(
     rule: Annotated[
         str, Query(max_length=MAX_RULE_LENGTH, description=f"acceptance rule: {', '.join(acceptance.RULE_NAMES)}")
     ],
-    check: Annotated[int, Query(ge=0, lt=2**32, description="CRC-32 of the rule, continued over the body")],
+    check: Annotated[int, Query(ge=0, lt=2**32, description="CRC-32 over rule and body")],
 ) -> Response:
     """Encode the audio and prefill a prompt.
 
@@ -227,14 +227,16 @@ async def open_prompt(
     """
     name, completed = await service.open(client, body, rule, check)
     request.scope["if_unanswered"].append(partial(service.abandon, SessionKey(client, name)))
-    return message_response(wire.dumps(wire.build_opened_message(name, service.fingerprint, check)), 201, completed)
+    opened = wire.build_opened_message(name, service.fingerprint, check)
+    return message_response(opened, 201, timing_header(completed, check))
 
 
 @messages.post("/v1/sessions/{session}/verify", response_model=VerdictBody, responses=document_problems(404, 409, 415))
 async def verify(service: ServiceDependency, session: SessionDependency, message: VerifyBody) -> Response:
     """Verify a draft in one forward pass. A repeated request returns the same verdict."""
     completed = await service.verify(session, message.base, message.tokens, message.draft, message.check)
-    return message_response(wire.dumps(wire.build_verdict_message(completed.result, message.check)), 200, completed)
+    verdict = wire.build_verdict_message(completed.result, message.check)
+    return message_response(verdict, 200, timing_header(completed, message.check))
 
 
 @messages.post(
@@ -266,7 +268,7 @@ class TokenLines(StreamingResponse):
         self, first: Completed[int | None], tokens: AsyncGenerator[Completed[int | None], None], check: int
     ) -> None:
         self._tokens = tokens
-        super().__init__(self._lines(first, check), 200, timing_header(first), wire.LINES)
+        super().__init__(self._lines(first, check), 200, timing_header(first, check), wire.LINES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response, and close the tokens at its end or when the client goes away."""
@@ -287,24 +289,23 @@ class TokenLines(StreamingResponse):
         yield wire.dumps(wire.build_end_line(output, check)) + b"\n"
 
 
-def message_response(body: bytes, status: int, completed: Completed[Any]) -> Response:
+def message_response(message: wire.Message, status: int, headers: Mapping[str, str] | None) -> Response:
     """Return a response with a JSON message."""
-    return Response(body, status, timing_header(completed), wire.JSON)
+    return Response(wire.dumps(message), status, headers, wire.JSON)
 
 
-def timing_header(completed: Completed[Any]) -> dict[str, str]:
+def timing_header(completed: Completed[Any], check: int) -> dict[str, str]:
     """Return the header with the server's time in ms. The rest of the client's time is the network's."""
-    queue, run = 1e3 * completed.queue_seconds, 1e3 * completed.run_seconds
-    return {"Server-Timing": f"queue;dur={queue:.3f},model;dur={run:.3f}"}
+    return {"Server-Timing": wire.build_timing(completed.queue_seconds, completed.run_seconds, check)}
 
 
-async def refuse_request(request: Request, error: ServiceError) -> JSONResponse:
+async def refuse_request(request: Request, error: ServiceError) -> Response:
     """Return the response to a request that the service refuses."""
     status = ERROR_STATUSES[type(error)]
     return _problem(request, status, str(error), {"Retry-After": "1"} if status in (429, 503) else None)
 
 
-async def refuse_invalid_message(request: Request, error: RequestValidationError) -> JSONResponse:
+async def refuse_invalid_message(request: Request, error: RequestValidationError) -> Response:
     """Return the response to a message with wrong fields.
 
     It does not repeat their values, which may be large or not expressible in JSON.
@@ -313,7 +314,7 @@ async def refuse_invalid_message(request: Request, error: RequestValidationError
     return _problem(request, 422, "; ".join(problems))
 
 
-async def refuse_http(request: Request, error: StarletteHTTPException) -> JSONResponse:
+async def refuse_http(request: Request, error: StarletteHTTPException) -> Response:
     """Return the response to a request that no route takes."""
     headers = dict(error.headers or {})
     if headers.get("Allow") == "GET":
@@ -321,10 +322,11 @@ async def refuse_http(request: Request, error: StarletteHTTPException) -> JSONRe
     return _problem(request, error.status_code, str(error.detail), headers)
 
 
-def _problem(request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Return an error. A refused message gets its checksum back, so that the client sees if it arrived undamaged."""
-    received = {"received": request.scope["received"]} if status in MESSAGE_STATUSES else {}
-    return JSONResponse({"detail": detail, **received}, status, headers)
+def _problem(request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    """Return an error. The client sees from the check of its request if the request arrived undamaged."""
+    retry_after = (headers or {}).get("Retry-After", "")
+    refusal = wire.build_refusal(status, detail, request.scope.get("received"), retry_after)
+    return message_response(refusal, status, headers)
 
 
 class CloudAPI(FastAPI):

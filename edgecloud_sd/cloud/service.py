@@ -124,7 +124,7 @@ class CloudService:
     async def open(self, client: str, body: bytes, rule: str, check: int) -> tuple[str, Completed[None]]:
         """Open a prompt for a client and return the name of its session. `body` is the prompt as on the wire."""
         if wire.prompt_checksum(body, rule) != check:
-            raise InvalidRequest("body and rule do not match their check: send the prompt again")
+            raise InvalidRequest("body and rule do not match their check: use a client of this version, and send again")
         accept = self._parse_rule(rule)
         try:
             prompt = wire.decode_prompt(body)
@@ -156,7 +156,7 @@ class CloudService:
         self._check_ids("draft", draft)
         async with self._sessions.use(session):
             context = [*session.context[:base], *tokens]
-            if base > len(session.context) or wire.checksum([*context, *draft], session.prompt_check) != check:
+            if base > len(session.context) or wire.verify_checksum(session.prompt_check, context, base, draft) != check:
                 raise ContextMismatch(
                     f"the session has {len(session.context)} committed tokens, which do not match the request: "
                     "send all committed tokens, with base 0"
@@ -187,7 +187,7 @@ class CloudService:
         session = self._sessions.get(*key)
         self._check_ids("output", output)
         self._check_ids("eos", eos)
-        if wire.checksum((*output, *eos, max_new_tokens), session.prompt_check) != check:
+        if wire.generate_checksum(session.prompt_check, output, eos, max_new_tokens) != check:
             raise ContextMismatch("the request does not match its check: send it again")
         self._check_length(session.prompt_tokens, max_new_tokens)
         stopping = Stopping(frozenset(eos), max_new_tokens)

@@ -104,7 +104,8 @@ class Transport:
         url = httpcore2.URL(scheme=base.scheme, host=base.host, port=base.port, target=base.path + path)
         headers = [*self._headers, (b"Content-Type", content.encode())] if content else self._headers
         timeouts = {"timeout": dict.fromkeys(("connect", "read", "write"), deadline)}
-        sent = wire.request_checksum(path.partition("?")[2].encode(), body or b"")
+        name, _, query = path.partition("?")
+        sent = wire.request_checksum(method, name, query.encode(), content.encode(), body or b"")
         names_session = path.startswith(f"{SESSIONS_PATH}/")
         classify = partial(
             classify_failure, sent=sent, is_first_contact=path == MODEL_PATH, names_session=names_session
