@@ -180,10 +180,8 @@ def test_a_server_prints_its_url_and_stops_even_during_a_stream(cause: str, keys
             else:
                 server.send_signal(getattr(signal, cause))
             code = server.wait(60)
-        # 0 is the code after SIGINT in a background process, because shells let such a process ignore SIGINT.
-        assert code in {"SIGTERM": (-15,), "SIGINT": (130, -2, 0), "stdin": (-15,)}[cause]
         assert server.stderr is not None
-        assert "KeyboardInterrupt" not in server.stderr.read()
+        assert (code, server.stderr.read()) == (0, "")
 
 
 @pytest.mark.slow

@@ -151,13 +151,12 @@ def warn_about_exposure(host: str, listening: socket.socket, has_keys: bool) -> 
 
 async def run_app(app: FastAPI, listening: socket.socket) -> None:
     """Serve an application on a socket, and print its URL when it is ready."""
-    import uvicorn
-
     from edgecloud_sd.cloud import connections
+    from edgecloud_sd.cloud.closing import GracefulServer
 
     descriptors = connections.raise_descriptor_limit()
     limits = connections.ConnectionLimits().fit(descriptors, connections.count_open_descriptors())
-    server = uvicorn.Server(connections.ServerConfig(app, limits))
+    server = GracefulServer(connections.ServerConfig(app, limits), app.state.requests)
     app.state.service.is_closing = lambda: server.should_exit
     with connections.bounded_log():
         serving = asyncio.create_task(server.serve(sockets=[listening]))

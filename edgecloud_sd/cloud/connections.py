@@ -26,6 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from edgecloud_sd.cloud.admission import LINGER_SECONDS
+from edgecloud_sd.cloud.closing import SEND_SECONDS
 from edgecloud_sd.cloud.transport import KEEP_ALIVE
 
 _logger = logging.getLogger(__name__)
@@ -241,7 +242,6 @@ class ServerConfig(uvicorn.Config):
         app: ASGIApp,
         limits: ConnectionLimits | None = None,
         log_level: str = "warning",
-        timeout_graceful_shutdown: int = 5,
     ) -> None:
         self.room = Room(limits or ConnectionLimits())
         super().__init__(
@@ -257,7 +257,7 @@ class ServerConfig(uvicorn.Config):
             # An address identifies a client without a key, so the client must not be able to set it in a header.
             proxy_headers=False,
             timeout_keep_alive=math.ceil(self.room.limits.deadlines[Wait.REQUEST]),
-            timeout_graceful_shutdown=timeout_graceful_shutdown,
+            timeout_graceful_shutdown=SEND_SECONDS,
         )
 
 

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from edgecloud_sd.cloud.closing import mark_started
+
 _T = TypeVar("_T")
 
 
@@ -55,6 +57,7 @@ class FairQueue:
         """
         arrival = time.perf_counter()
         await self._wait_for_turn(client, cost)
+        mark_started()
         start = time.perf_counter()
         running = asyncio.get_running_loop().run_in_executor(self._threads, call)
         running.add_done_callback(self._give_next_turn)

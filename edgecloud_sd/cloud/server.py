@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from edgecloud_sd import acceptance, wire
 from edgecloud_sd.cloud.admission import Admission
+from edgecloud_sd.cloud.closing import ClosingGate, RunningRequests
 from edgecloud_sd.cloud.engine import Engine
 from edgecloud_sd.cloud.fair_queue import Completed
 from edgecloud_sd.cloud.headers import parse_media_type
@@ -49,6 +50,8 @@ ERROR_STATUSES: dict[type[ServiceError], int] = {
     ModelOutOfMemory: 503,
 }
 COMMON_STATUSES = (400, 401, 403, 408, 413, 421, 422, 429, 500, 501, 503)  # error statuses that every call can return
+RETRY_STATUSES = (429, 503)
+RETRY_DOCUMENT = {"headers": {"Retry-After": {"description": "seconds to wait", "schema": {"type": "integer"}}}}
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(max_length=wire.MAX_IDS, fail_fast=True)]
@@ -167,7 +170,10 @@ class MessageRoute(APIRoute):
 
 def document_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of a route with the common error statuses and these."""
-    return {status: {"model": Problem} for status in (*COMMON_STATUSES, *statuses)}
+    return {
+        status: {"model": Problem} | (RETRY_DOCUMENT if status in RETRY_STATUSES else {})
+        for status in (*COMMON_STATUSES, *statuses)
+    }
 
 
 router = APIRouter()
@@ -302,7 +308,7 @@ def timing_header(completed: Completed[Any], check: int) -> dict[str, str]:
 async def refuse_request(request: Request, error: ServiceError) -> Response:
     """Return the response to a request that the service refuses."""
     status = ERROR_STATUSES[type(error)]
-    return _problem(request, status, str(error), {"Retry-After": "1"} if status in (429, 503) else None)
+    return _problem(request, status, str(error), {"Retry-After": "1"} if status in RETRY_STATUSES else None)
 
 
 async def refuse_invalid_message(request: Request, error: RequestValidationError) -> Response:
@@ -377,6 +383,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.service = service
+    app.state.requests = RunningRequests()
     app.requires_key = bool(keys)
     app.add_middleware(
         Admission,
@@ -387,6 +394,7 @@ def create_app(
         max_requests=service.limits.max_sessions + EXTRA_REQUESTS,
         count_response=service.metrics.count_response,
     )
+    app.add_middleware(ClosingGate, requests=app.state.requests)
     app.exception_handler(ServiceError)(refuse_request)
     app.exception_handler(RequestValidationError)(refuse_invalid_message)
     app.exception_handler(StarletteHTTPException)(refuse_http)

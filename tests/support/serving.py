@@ -92,7 +92,7 @@ def running_server(app: ASGIApp, limits: ConnectionLimits | None = None) -> Iter
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.bind(("127.0.0.1", 0))
     listening.listen(1024)
-    config = ServerConfig(app, limits, log_level="critical", timeout_graceful_shutdown=1)
+    config = ServerConfig(app, limits, log_level="critical")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listening],), name="server")
     thread.start()
