@@ -351,6 +351,8 @@ class Pipeline:
         def build_prompt() -> Prompt:
             prompt = self.prompt(request, mode)
             self.check_fits(prompt, mode, max_new_tokens)
+            if mode == "speculative":
+                self.cloud.identity.check_draft(strategy.longest_draft(max_new_tokens))
             return prompt
 
         events = generation_events(

@@ -82,6 +82,11 @@ class Strategy:
         """
         return self.mode == "cloud" or (self.is_speculative and self.gate == ALWAYS and self.rule.is_lossless)
 
+    def longest_draft(self, max_new_tokens: int) -> int:
+        """Return the most draft tokens of a round. Adaptive k stays far below any limit of a server."""
+        reused = self.draft_ahead if self.is_lossless else 0
+        return min(max(self.k or 1, reused), max_new_tokens) if self.is_speculative else 0
+
     @property
     def scores_per_token(self) -> int:
         """The number of scores that the gate and the draft stop compute for each draft token."""

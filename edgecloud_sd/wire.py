@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 OCTETS, JSON, LINES = "application/octet-stream", "application/json", "application/x-ndjson"  # media types
 VERSION = 2  # every check and the identity of a server depend on it, so that two versions never mix
 MAX_IDS = 32_768  # in one list of a message: the maximum length of the published models
-MAX_MESSAGE = 2 * 12 * MAX_IDS + 1024  # bytes of JSON: two such lists, with spaces
+MAX_DRAFT = 256  # tokens of one draft: more than any k that pays, and few enough for a server to check between others
 MAX_HEADER = 1024  # bytes of the safetensors header of a prompt
 
 # Bytes of HTTP around a message on an open connection: the request line or status, and the headers that client and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -110,6 +111,23 @@ def test_the_maximum_length_of_the_edge_counts(
     assert not isinstance(outcome(pipeline, request, strategy, 8), str)
     assert "9 new tokens exceed the maximum length of the edge's model" in str(outcome(pipeline, request, strategy, 9))
     assert not isinstance(outcome(pipeline, request, CLOUD, 9), str)
+
+
+def test_a_draft_beyond_the_servers_limit_is_refused_before_the_first_token(pipeline: Pipeline) -> None:
+    message = "a draft of 5 tokens exceeds the limit of the cloud's server, 4 tokens: use a --k and a --draft-ahead of"
+    assert isinstance(pipeline.cloud, LocalCloud)
+    with (
+        served(pipeline.cloud, ServiceLimits(max_draft=4)) as url,
+        closing(Connection(url, patience=0.0)) as connection,
+    ):
+        remote, request = pipeline.with_cloud(connection), Request(SAMPLES)
+        for strategy in (Strategy(k=5), Strategy(k=1, draft_ahead=9), Strategy(gate=gate.entropy_gate(0.1), k=7)):
+            assert message in str(outcome(remote, request, strategy, 5))
+            assert not isinstance(outcome(remote, request, strategy, 4), str)
+        for strategy in (Strategy(k=4, draft_ahead=4), NEVER, CLOUD):
+            assert not isinstance(outcome(remote, request, strategy, 12), str)
+        lossy = Strategy(gate=gate.entropy_gate(0.1), k=4, draft_ahead=9)
+        assert not isinstance(outcome(remote, request, lossy, 12), str)
 
 
 def test_audio_beyond_the_servers_limit_is_refused_before_the_first_token(remote: Pipeline) -> None:

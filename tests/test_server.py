@@ -313,7 +313,7 @@ def test_a_prompt_with_audio_is_opened_only_with_the_right_query_and_media_type(
 def test_invalid_json_is_refused_with_a_short_reason_that_does_not_repeat_it(body: bytes) -> None:
     async def scene() -> None:
         engine = SpyEngine()
-        async with running_app(engine) as app:
+        async with running_app(engine, ServiceLimits(max_tokens=wire.MAX_IDS)) as app:
             session = await Edge(app).open()
             for call in ("verify", "generate"):
                 response = await session.edge.request("POST", f"{session.path}/{call}", body)
@@ -335,6 +335,32 @@ def test_more_tokens_than_the_limit_of_the_model_or_the_server_are_refused(max_l
             assert (await session.verify([3] * 6, 0, [1, 1, 1])).status == 413
             assert (await session.generate(7)).status == 200
             assert (await session.generate(8)).status == 413
+
+    run_scene(scene())
+
+
+@pytest.mark.parametrize(("length", "status"), [(6, 200), (7, 413)])
+def test_a_draft_beyond_the_limit_is_refused(length: int, status: int) -> None:
+    async def scene() -> None:
+        async with running_app(limits=ServiceLimits(max_draft=6)) as app:
+            session = await Edge(app).open()
+            answer = await session.verify([3], 0, [1] * length)
+            assert answer.status == status
+            if status == 413:
+                assert "a draft of 7 tokens exceeds the limit of the cloud's server, 6 tokens" in answer.json["detail"]
+                assert (await session.verify([3], 0, [1])).status == 200
+
+    run_scene(scene())
+
+
+@pytest.mark.parametrize(("more", "status"), [(0, 422), (1, 413)])
+def test_a_message_longer_than_the_limits_allow_is_not_parsed(more: int, status: int) -> None:
+    async def scene() -> None:
+        limits = ServiceLimits(max_tokens=100)
+        async with running_app(limits=limits) as app:
+            session = await Edge(app).open()
+            body = b" " * (limits.max_message_bytes + more)
+            assert (await Edge(app).request("POST", f"{session.path}/verify", body)).status == status
 
     run_scene(scene())
 

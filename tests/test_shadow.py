@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
+from unittest.mock import patch
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgecloud_sd import acceptance, gate, probs
+from edgecloud_sd import acceptance, gate, probs, wire
 from edgecloud_sd.acceptance import Rank
 from edgecloud_sd.events import Committed, Draft, Drafted, Escalated, Finished, Prompt, Trace, Verdict, Verified
 from edgecloud_sd.measure import metrics, shadow
@@ -15,7 +17,7 @@ from edgecloud_sd.measure.metrics import Hindsight
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.harness import Harness
-from edgecloud_sd.verifier import LocalVerifier, prompt_seed
+from edgecloud_sd.verifier import LocalVerification, LocalVerifier, prompt_seed
 from tests.support.fakes import UNSURE, Scripted
 from tests.support.strategies import Case, Scene, cases, play, ranks, rates, scenes, speculative
 
@@ -82,6 +84,27 @@ def test_under_rule_synthetic_local_tokens_are_missed_corrections_as_their_draws
     hindsight = shadow.shadow_verify(trace, scene.prompt, LocalVerifier(scene.cloud, rule))
     places = range(1, len(trace.tokens) + 1)
     assert hindsight.missed == sum(acceptance.uniform(prompt_seed(scene.prompt), place) >= rate for place in places)
+
+
+@given(mostly_local(), st.integers(1, 4))
+def test_no_shadow_draft_exceeds_the_limit_of_a_message(case: Case, limit: int) -> None:
+    trace = case.play(Harness())
+    cloud = LocalVerifier(case.scene.cloud, case.rule)
+    expected = shadow.shadow_verify(trace, case.scene.prompt, cloud)
+    lengths: list[int] = []
+
+    class Limited(LocalVerification):
+        def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
+            lengths.append(len(draft))
+            return super().verify(base, tokens, draft)
+
+    class LimitedVerifier(LocalVerifier):
+        def open(self, prompt: Prompt) -> LocalVerification:
+            return Limited(self.model.open(prompt), prompt, self.rule)
+
+    with patch.object(wire, "MAX_DRAFT", limit):
+        assert shadow.shadow_verify(trace, case.scene.prompt, LimitedVerifier(cloud.model, case.rule)) == expected
+    assert max(lengths, default=0) <= limit
 
 
 def test_the_hindsight_of_each_round_by_hand() -> None:

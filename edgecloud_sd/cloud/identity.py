@@ -36,6 +36,7 @@ class Identity:
     synthetic: bool = True  # the engine has rule synthetic(p)
     max_tokens: int | None = field(default=None, compare=False)  # prompt and output together; None without a server
     max_audio_seconds: float | None = field(default=None, compare=False)
+    max_draft: int | None = field(default=None, compare=False)  # tokens of one draft
 
     @property
     def fingerprint(self) -> str:
@@ -68,6 +69,14 @@ class Identity:
             raise ValueError(
                 f"features: {seconds:g} s of audio exceed the limit --max-audio-seconds of the cloud's server, "
                 f"{self.max_audio_seconds:g} s: cut the clip, or start that server with a higher one"
+            )
+
+    def check_draft(self, tokens: int) -> None:
+        """Raise ValueError for a draft of more tokens than the server takes."""
+        if self.max_draft is not None and tokens > self.max_draft:
+            raise ValueError(
+                f"a draft of {tokens} tokens exceeds the limit of the cloud's server, {self.max_draft} tokens: "
+                f"use a --k and a --draft-ahead of at most {self.max_draft}"
             )
 
     @property

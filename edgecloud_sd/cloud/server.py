@@ -115,6 +115,7 @@ class ModelInfo(BaseModel):
     weights: str
     max_tokens: int
     max_audio_seconds: float
+    max_draft: int
     fingerprint: str
     check: str
 
@@ -390,7 +391,7 @@ def create_app(
         keys=tuple(keys),
         only_loopback=not keys and not allow_remote,
         max_prompt_bytes=service.limits.max_prompt_bytes(service.identity.traits.mel_bins),
-        max_message_bytes=wire.MAX_MESSAGE,
+        max_message_bytes=service.limits.max_message_bytes,
         max_requests=service.limits.max_sessions + EXTRA_REQUESTS,
         count_response=service.metrics.count_response,
     )

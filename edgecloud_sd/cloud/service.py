@@ -107,7 +107,10 @@ class CloudService:
     def __init__(self, engine: Engine, limits: ServiceLimits) -> None:
         self.limits = limits
         self.identity = replace(
-            engine.identity, max_tokens=limits.max_tokens, max_audio_seconds=float(limits.max_audio_seconds)
+            engine.identity,
+            max_tokens=limits.max_tokens,
+            max_audio_seconds=float(limits.max_audio_seconds),
+            max_draft=limits.max_draft,
         )
         self.fingerprint = self.identity.fingerprint
         self._engine = engine
@@ -154,6 +157,10 @@ class CloudService:
         session = self._sessions.get(*key)
         self._check_ids("tokens", tokens)
         self._check_ids("draft", draft)
+        try:
+            self.identity.check_draft(len(draft))
+        except ValueError as error:
+            raise TooLarge(str(error)) from None
         async with self._sessions.use(session):
             context = [*session.context[:base], *tokens]
             if base > len(session.context) or wire.verify_checksum(session.prompt_check, context, base, draft) != check:

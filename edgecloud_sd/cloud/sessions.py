@@ -31,6 +31,7 @@ class ServiceLimits:
     idle_timeout: float = 300.0  # seconds
     max_audio_seconds: float = 60.0  # per prompt
     max_tokens: int = 4096  # prompt and output together, which bounds the KV cache of a session
+    max_draft: int = wire.MAX_DRAFT  # tokens of one draft
 
     def __post_init__(self) -> None:
         if self.max_tokens > wire.MAX_IDS:
@@ -42,6 +43,11 @@ class ServiceLimits:
     def max_frames(self) -> int:
         """Return the frames of the longest audio."""
         return math.ceil(self.max_audio_seconds * FRAMES_PER_SECOND)
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Return the size in bytes of the longest JSON message, with spaces, because the event loop has to parse it."""
+        return 12 * (self.max_tokens + self.max_draft) + 1024
 
     def max_prompt_bytes(self, mel_bins: int) -> int:
         """Return the size in bytes of a prompt with the longest audio and the most tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgecloud_sd import wire
 from edgecloud_sd.events import Committed, Drafted, Prompt, Trace, Verified
 from edgecloud_sd.measure.metrics import Hindsight
 from edgecloud_sd.verifier import Verifier
@@ -36,16 +37,18 @@ def rejected_places(tokens: tuple[int, ...], prompt: Prompt, cloud: Verifier) ->
     """Return the places of the tokens that the cloud rejects. Each call starts after the last rejected token."""
     context = [prompt.last, *tokens]
     places: list[int] = []
-    at_cloud = 0
+    at_cloud = start = 0
     verification = cloud.open(prompt)
     try:
         verification.wait()
-        while (start := places[-1] + 1 if places else 0) < len(tokens):
-            verdict = verification.verify(at_cloud, context[at_cloud : start + 1], tokens[start:])
+        while start < len(tokens):
+            draft = tokens[start : start + wire.MAX_DRAFT]
+            verdict = verification.verify(at_cloud, context[at_cloud : start + 1], draft)
             at_cloud = start + 1 + verdict.accepted
-            if at_cloud > len(tokens):
-                break
-            places.append(at_cloud - 1)
+            start += verdict.accepted
+            if verdict.accepted < len(draft):
+                places.append(start)
+                start += 1
     finally:
         verification.close()
     return frozenset(places)
