@@ -17,7 +17,16 @@ from bench.calibrate import measure_profile
 from bench.forecasts import forecast_to_json
 from bench.regression import FAIL_RULES, find_regressions
 from bench.resume import SavedClips, comparable_limits, keep_other_results
-from bench.session import OUTCOMES, DataSet, Outcomes, Progress, errors_in_one_line, outcomes, past_capture
+from bench.session import (
+    OUTCOMES,
+    DataSet,
+    Outcomes,
+    Progress,
+    errors_in_one_line,
+    is_cloud_fault,
+    outcomes,
+    past_capture,
+)
 from edgecloud_sd.cloud.local import Cloud
 from edgecloud_sd.config import MEASURE, Settings
 from edgecloud_sd.connect import connect
@@ -74,9 +83,18 @@ def _selected_cases(session: pytest.Session) -> list[cases.Case]:
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    """Stop if no benchmark can run, because all share what one of them cannot set up."""
-    if call.when == "setup" and call.excinfo:
+    """Stop if no benchmark can run: all share what one of them cannot set up, or the cloud that has failed.
+
+    The end of the run names each benchmark that was skipped.
+    """
+    if call.excinfo is None:
+        return
+    if call.excinfo.errisinstance(pytest.skip.Exception):
+        outcomes(item.config).notes.append(f"{item.name}: did not run: {call.excinfo.value}")
+    elif call.when == "setup":
         item.session.shouldfail = "the benchmarks share what failed"
+    elif item.config.stash[cases.SETTINGS].on_cloud_fault != "edge" and is_cloud_fault(call.excinfo.value):
+        item.session.shouldfail = "the cloud failed, and no benchmark waits for it again: --resume goes on"
 
 
 @pytest.hookimpl(wrapper=True)

@@ -112,6 +112,9 @@ class SavedClips:
         first, *lines = saved.splitlines() or [b""]
         header = _decode(first)
         is_whole = header.pop("seal", None) == _digest(header)
+        if is_whole and not lines and self._differences(header):
+            self._write([])  # no clip is of that experiment, as after a start at which the cloud was away
+            return
         opened = [self._open(line) for line in ([] if is_whole else [first]) + lines]
         has_parts = all(isinstance(header.get(part, ""), dict | None) for part in HEADER_PARTS)
         if has_parts and (is_whole or not any(opened)):
@@ -144,17 +147,20 @@ class SavedClips:
         self.records = {clip["file_id"]: clip for clip in document["detailed_results"]}
 
     def _check(self, file: Path, saved: Record) -> None:
-        differences = [
+        if differences := self._differences(saved):
+            raise ResumeError(
+                f"{file}: is of another experiment ({'; '.join(differences)}); leave out --resume to start over"
+            )
+
+    def _differences(self, saved: Record) -> list[str]:
+        """Return what a saved header has otherwise, in words."""
+        return [
             f"{key} was {saved[part].get(key)!r} and is {own.get(key)!r}"
             for part, own in self._header.items()
             if own and saved[part]
             for key in dict.fromkeys([*own, *saved[part]])
             if saved[part].get(key) != own.get(key)
         ]
-        if differences:
-            raise ResumeError(
-                f"{file}: is of another experiment ({'; '.join(differences)}); leave out --resume to start over"
-            )
 
 
 def keep_other_results(file: Path, experiment: Record) -> list[str]:

@@ -33,6 +33,7 @@ from edgecloud_sd.measure.summary import ClipResult, Summary
 from edgecloud_sd.pipeline import Request
 from edgecloud_sd.pocket.clips import manifest_path
 from edgecloud_sd.timing.profile import Profile
+from edgecloud_sd.verifier import CloudFault
 
 
 @dataclass
@@ -101,6 +102,14 @@ def errors_in_one_line(hint: str = "", prefix: str = "") -> Iterator[None]:
         if expected is None:
             raise
         raise pytest.fail.Exception(f"{prefix}{expected.line}{hint}", pytrace=False) from None
+
+
+def is_cloud_fault(failure: BaseException) -> bool:
+    """Return whether a CloudFault is behind a failure of one line, or behind the error that this line explains."""
+    error: BaseException | None = failure
+    while error is not None and not isinstance(error, CloudFault):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class DataSet:

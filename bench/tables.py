@@ -27,6 +27,7 @@ from edgecloud_sd.models.pairs import DUMMY, checkpoint_name
 from edgecloud_sd.pipeline import Pipeline
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.profile import Profile
+from edgecloud_sd.verifier import CloudFault
 
 MAX_TABLE_WIDTH = 140
 # heading -> name in summary.METRICS, format, factor from the metric's unit to the heading's
@@ -104,9 +105,14 @@ def describe_case(
 def cloud_identity(strategy: Strategy, pipeline: Pipeline) -> Identity | None:
     """Return the identity of the cloud that a strategy asks, or None if there is none.
 
-    A dead cloud has none. Raise its CloudFault unless the edge may finish alone.
+    A dead cloud has none. Raise its CloudFault unless the run goes on without it.
     """
-    mode, _ = pipeline.prepare_for(strategy)
+    try:
+        mode, _ = pipeline.prepare_for(strategy)
+    except CloudFault:
+        if not pipeline.finish_alone:
+            raise
+        return None
     return pipeline.cloud.identity if mode != "edge" else None
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import chain, repeat
 from typing import Any
 
@@ -53,20 +52,32 @@ class Captioning:
         self,
         clip: Clip,
         request: Request,
-        strategy: Strategy | None = None,
         on_finished: Callable[[], None] = lambda: None,
     ) -> Trace:
         """Return the trace of one clip. Fail with one line for an expected failure."""
-        with errors_in_one_line(f"\n({self.saved.describe_kept()})", f"{clip.file_id}: "):
+        with self.one_line(clip):
             return self.pipeline.trace(
                 request,
-                strategy or self.case.strategy,
+                self.case.strategy,
                 self.settings.max_new_tokens,
                 link=self.case.link,
                 profile=self.profile,
                 seed=clip.file_id,
                 on_finished=on_finished,
             )
+
+    def one_line(self, clip: Clip) -> AbstractContextManager[None]:
+        """Return a block whose expected failures are one line each, with the clip and the finished captions."""
+        return errors_in_one_line(f"\n({self.saved.describe_kept()})", f"{clip.file_id}: ")
+
+    def without_cloud(self) -> AbstractContextManager[None]:
+        """Return a block for a question beside the captions. It ends at a fault of the cloud if the edge may go on."""
+        return suppress(CloudFault) if self.pipeline.finish_alone else nullcontext()
+
+    def cloud_tokens(self, clip: Clip, request: Request) -> tuple[int, ...]:
+        """Return the cloud's own caption of a clip. Raise CloudFault if it fails."""
+        trace = self.pipeline.trace(request, Strategy("cloud"), self.settings.max_new_tokens, seed=clip.file_id)
+        return trace.tokens
 
     def check_saved(self, clip: Clip, request: Request) -> None:
         """Fail with one line if the saved caption of a clip is not the cloud's own. The cloud needs one pass for it."""
@@ -75,16 +86,16 @@ class Captioning:
         trace, _, _ = results.measurement_from_json(self.saved.records[clip.file_id])
         if degraded_reason(trace):
             return
-        with errors_in_one_line():
+        with self.one_line(clip), self.without_cloud():
             cloud = self.pipeline.cloud.verifier(GREEDY, Harness())
             is_own = not rejected_places(trace.tokens, self.pipeline.prompt(request, self.case.strategy.mode), cloud)
-        # rounding may break a near-tie differently in one pass over all tokens
-        if not is_own and trace.tokens != self.decode(clip, request, Strategy("cloud")).tokens:
-            raise pytest.fail.Exception(
-                f"{clip.file_id}: the saved caption is not the cloud's own, though {self.case.id} is lossless; leave "
-                "out --resume to start over",
-                pytrace=False,
-            )
+            # rounding may break a near-tie differently in one pass over all tokens
+            if not is_own and trace.tokens != self.cloud_tokens(clip, request):
+                raise pytest.fail.Exception(
+                    f"{clip.file_id}: the saved caption is not the cloud's own, though {self.case.id} is lossless; "
+                    "leave out --resume to start over",
+                    pytrace=False,
+                )
 
     def measure(self, clip: Clip, request: Request) -> Measured:
         """Return the trace of one clip with the use of this process, or what an earlier run saved of them."""
@@ -104,30 +115,48 @@ class Captioning:
         """Add a caption off the clock: ask the cloud about local tokens, and save the record."""
         trace, used, hindsight = measured
         if clip.file_id not in self.saved.records:
-            hindsight = self._shadow(trace, request)
+            fault = None
+            try:
+                hindsight = self._shadow(trace, request)
+            except CloudFault as error:
+                fault = error
             with errors_in_one_line():
                 self.saved.add(results.measurement_to_json(clip.file_id, trace, used, hindsight))
+            if fault:
+                with self.one_line(clip):
+                    raise fault
         self.captions.append(clip_result(clip, trace, used, self._text, hindsight))
         return self.captions[-1]
 
     def _shadow(self, trace: Trace, request: Request) -> Hindsight | None:
-        """Return the cloud's verdict on local tokens, or None if it is not asked, says nothing of a gate, or fails."""
-        if self.has_shadow:
-            with suppress(CloudFault):
+        """Return the cloud's verdict on local tokens, or None if it is not asked, says nothing of a gate, or fails.
+
+        A cloud that has just failed a caption is not asked. Raise its CloudFault unless the edge may go on alone.
+        """
+        if self.has_shadow and degraded_reason(trace) is None:
+            with self.without_cloud():
+                self.pipeline.prepare(self.case.strategy.mode)
                 cloud = self.pipeline.cloud.verifier(self.case.strategy.rule, Harness())
                 return shadow_verify(trace, self.pipeline.prompt(request, self.case.strategy.mode), cloud)
         return None
 
-    @cached_property
+    @property
     def has_shadow(self) -> bool:
-        """True if the case has shadow verification, whose cloud is loaded then. False if that cloud fails."""
+        """Return whether the case has shadow verification."""
         strategy = self.case.strategy
-        if self.settings.shadow != "yes" or not strategy.is_speculative or isinstance(strategy.rule, Synthetic):
-            return False
-        with suppress(CloudFault):
-            self.pipeline.prepare(strategy.mode)
-            return True
-        return False
+        return self.settings.shadow == "yes" and strategy.is_speculative and not isinstance(strategy.rule, Synthetic)
+
+    def load(self) -> None:
+        """Load all that the case and its shadow verification need. Skip a case that is nothing without its cloud."""
+        if self.has_shadow:
+            with self.without_cloud():
+                self.pipeline.prepare(self.case.strategy.mode)
+        try:
+            self.pipeline.prepare_for(self.case.strategy)
+        except CloudFault as fault:
+            if not self.pipeline.finish_alone:
+                raise
+            pytest.skip(f"mode {self.case.strategy.mode} has no edge that could go on alone: {fault}")
 
     def _adaptive_k(self) -> AdaptiveK | None:
         return self.pipeline.adaptive_k(self.case.strategy, self.case.language, self.case.link, self.profile)
@@ -157,7 +186,7 @@ def test_captioning(
         requests = [(clip, clips.request(clip)) for clip in clips.clips]  # all samples are in memory before the limits
         process_limits.enter_context(pipeline.limited(settings.process_limits))
         job = Captioning(case, pipeline, settings, profile, saved_clips(case))
-        _ = job.has_shadow  # loads before anything is timed
+        job.load()  # before anything is timed
         front = pipeline.prepare(pipeline.prepare_for(case.strategy)[0])
         cloud = tables.cloud_identity(case.strategy, pipeline)
     bar = progress(len(clips.clips), case.id)
@@ -208,8 +237,8 @@ def warm_up(job: Captioning, clip: Clip, request: Request, is_lossless: bool) ->
     """Decode the first clip once, and check the lossless promise on it before anything is timed."""
     trace = job.decode(clip, request)
     if is_lossless and not degraded_reason(trace):
-        own = job.decode(clip, request, Strategy("cloud"))
-        assert trace.tokens == own.tokens, "the output differs from the cloud's own"
+        with job.one_line(clip), job.without_cloud():
+            assert trace.tokens == job.cloud_tokens(clip, request), "the output differs from the cloud's own"
 
 
 def check_trace(trace: Trace, eos: frozenset[int], max_new_tokens: int) -> None:

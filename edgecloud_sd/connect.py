@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 def connect(settings: Settings) -> Iterator[Cloud]:
     """Yield the cloud that a run asks for, and close it at the end.
 
-    Raise ValueError, OSError or CloudFault if there is no such server, unless the edge may finish every caption of the
-    run alone. A local cloud loads when it is first needed.
+    Raise ValueError, OSError or CloudFault if there is no such server, unless the edge can caption alone in some
+    strategy of the run and may do so. A local cloud loads when it is first needed.
     """
     pair = settings.run_pair
     if settings.cloud_url is None or not asks_cloud(settings):
@@ -49,9 +49,9 @@ def connect(settings: Settings) -> Iterator[Cloud]:
             url, key = server.url, server.key
         connection = Connection(url, key, settings.cloud_timeout, PATIENCE[settings.on_cloud_fault])
         stack.callback(connection.close)
-        asking = [strategy for strategy in strategies(settings) if strategy.asks_cloud]
-        may_fail = settings.on_cloud_fault == "edge" and all(strategy.is_speculative for strategy in asking)
-        if asking and not may_fail:
+        grid = strategies(settings)
+        may_fail = settings.on_cloud_fault == "edge" and any(strategy.mode != "cloud" for strategy in grid)
+        if any(strategy.asks_cloud for strategy in grid) and not may_fail:
             try:
                 _ = connection.identity
             except PatienceEnded as fault:

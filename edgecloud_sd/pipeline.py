@@ -117,6 +117,7 @@ def generation_events(
     yield Prepared(len(prompt.ids))
     verifier: Verifier | None = None
     if cloud and strategy.asks_cloud:
+        start = harness.watch.seconds()
         try:
             if fault:
                 raise fault
@@ -124,6 +125,8 @@ def generation_events(
         except CloudFault as error:
             if not (finish_alone and strategy.is_speculative):
                 raise
+            if not fault:
+                harness.record_fault(error, start)
             harness.count_messages()
             harness.mark_breaker(error)
             verifier = FailedVerifier(error)
@@ -270,19 +273,26 @@ class Pipeline:
         devices.use_threads(threads)
         return front
 
-    def prepare_for(self, strategy: Strategy) -> tuple[str, CloudFault | None]:
+    def prepare_for(self, strategy: Strategy, harness: Harness | None = None) -> tuple[str, CloudFault | None]:
         """Load the sides that a strategy needs. Return the mode they are loaded for, and the fault of a dead cloud.
 
-        Raise that fault instead unless the edge may finish alone. The edge is then all that is loaded.
+        Raise that fault instead unless the edge may finish alone. The edge is then all that is loaded. The watch of
+        `harness` begins when all is loaded, or with the call that a dead cloud did not answer.
         """
         check_type("strategy", strategy, Strategy, 'write Strategy("edge")')
+        harness = harness or Harness()
+        may_finish_alone = self.finish_alone and strategy.is_speculative
+        if may_finish_alone:
+            self.prepare("edge")
+        harness.watch.restart()
         try:
             self.prepare(strategy.load_mode)
         except CloudFault as fault:
-            if not (self.finish_alone and strategy.is_speculative):
+            if not may_finish_alone:
                 raise
-            self.prepare("edge")
+            harness.record_fault(fault, 0.0)
             return "edge", fault
+        harness.watch.restart()
         return strategy.load_mode, None
 
     def _load_sides(self, mode: str) -> tuple[Frontend, int]:
@@ -346,7 +356,7 @@ class Pipeline:
         """Return the events of one request as they come. Its time begins when both sides are loaded."""
         check_type("request", request, Request, "write Request.of(file)")
         harness = harness or Harness()
-        mode, fault = self.prepare_for(strategy)
+        mode, fault = self.prepare_for(strategy, harness)
 
         def build_prompt() -> Prompt:
             prompt = self.prompt(request, mode)
@@ -355,7 +365,7 @@ class Pipeline:
                 self.cloud.identity.check_draft(strategy.longest_draft(max_new_tokens))
             return prompt
 
-        events = generation_events(
+        return generation_events(
             build_prompt,
             strategy,
             Stopping(self.prepare(mode).eos, max_new_tokens),
@@ -367,8 +377,6 @@ class Pipeline:
             fault=fault,
             shared_ids=count_shared_ids(self.edge, self.cloud.identity.vocab_size) if mode == "speculative" else None,
         )
-        harness.watch.restart()  # whatever had to be loaded is loaded now
-        return events
 
     def check_fits(self, prompt: Prompt, mode: str, max_new_tokens: int) -> None:
         """Raise ValueError unless a prompt and its output fit on each side that a mode loads."""

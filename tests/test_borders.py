@@ -17,15 +17,17 @@ from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.local import LocalCloud
 from edgecloud_sd.cloud.retry import PATIENCE
 from edgecloud_sd.cloud.sessions import ServiceLimits
+from edgecloud_sd.cloud.transport import Transport
 from edgecloud_sd.connect import connect
 from edgecloud_sd.events import Committed, Event
 from edgecloud_sd.measure import metrics
+from edgecloud_sd.measure.breakdown import latency_breakdown
 from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.prefill import PREFILL_TIMES
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.verifier import CloudFault
-from tests.support.serving import served
+from tests.support.serving import ToyEngine, served
 
 LIMIT = 67  # tokens; a clip of one second has a prompt of 59
 SAMPLES = clips.make_clip("evaluation", 4).samples
@@ -170,7 +172,42 @@ def test_the_edge_captions_alone_if_the_cloud_is_dead_from_the_start(
             offline.trace(Request(SAMPLES), CLOUD)
 
 
-@pytest.mark.parametrize("values", [{"on-cloud-fault": "error"}, {"on-cloud-fault": "edge", "mode": "cloud,lossless"}])
+def test_the_wait_for_a_cloud_that_is_away_is_part_of_the_caption(
+    pipeline: Pipeline, dead: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PATIENCE, "edge", 0.1)
+    run = config.resolve({"mode": "cloud,lossless", "cloud-url": dead, "on-cloud-fault": "edge"})
+    with connect(run) as cloud:
+        offline = Pipeline.from_settings(run, cloud)
+        offline.edge = pipeline.edge
+        traces = [offline.trace(Request(SAMPLES), LOSSLESS, 4) for _ in range(3)]
+    breakdowns = [latency_breakdown(trace) for trace in traces]
+    assert [breakdown.parts["faults"] > 0.05 for breakdown in breakdowns] == [True, True, False]
+    assert [metrics.breaker_openings(trace) for trace in traces] == [0, 1, 0]
+    assert [metrics.met_open_breaker(trace) for trace in traces] == [False, False, True]
+    for trace, breakdown in zip(traces, breakdowns, strict=True):
+        assert breakdown.closure(trace.seconds) == pytest.approx(1)
+
+
+def test_a_cloud_that_comes_back_is_compared_before_it_is_asked(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = Connection("http://127.0.0.1:1", patience=0.0)
+    offline = Pipeline(cloud=connection, finish_alone=True)
+    offline.edge = pipeline.edge
+    assert metrics.degraded_reason(offline.trace(Request(SAMPLES), LOSSLESS, 4)) is not None
+    with served(pipeline.cloud) as url, served(ToyEngine()) as foreign:  # type: ignore[arg-type]
+        connection.transport = Transport(foreign, None, 10.0)
+        with pytest.raises(ValueError, match="edge"):
+            offline.trace(Request(SAMPLES), LOSSLESS, 4)
+        del connection.identity
+        connection.transport.close()
+        connection.transport = Transport(url, None, 10.0)
+        assert metrics.degraded_reason(offline.trace(Request(SAMPLES), LOSSLESS, 4)) is None
+        connection.close()
+
+
+@pytest.mark.parametrize("values", [{"on-cloud-fault": "error"}, {"on-cloud-fault": "edge", "mode": "cloud"}])
 def test_a_run_that_needs_its_cloud_ends_without_it(
     dead: str, values: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

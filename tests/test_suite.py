@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -22,6 +23,8 @@ from bench.report.__main__ import main as write_report
 from bench.resume import SavedClips, comparable_limits
 from bench.session import errors_in_one_line
 from edgecloud_sd import config
+from edgecloud_sd.cloud.retry import PATIENCE, AttemptFailed
+from edgecloud_sd.cloud.transport import Answer, Transport
 from edgecloud_sd.events import Trace
 from edgecloud_sd.host.files import hold_file
 from edgecloud_sd.host.limits import read_limits
@@ -31,6 +34,7 @@ from edgecloud_sd.pipeline import Pipeline
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.pytest_plugin import FLAGS, join
 from edgecloud_sd.timing import profile
+from tests.support.serving import served
 from tests.support.suite import ROOT, arguments, run
 
 LOSSLESS = "speculative-pocket-always-k4-greedy-manifest_chinese-zh"
@@ -624,3 +628,77 @@ def test_a_full_disk_for_the_saved_benchmark_is_one_line(pipeline: Pipeline, pyt
         ["*the saved benchmark cannot be written (*No space left on device); the results files*"]
     )
     assert (pytester.path / "results" / "captioning.json").is_file()
+
+
+@pytest.fixture
+def cloud_url(pipeline: Pipeline) -> Iterator[str]:
+    """Serve the pocket cloud."""
+    with served(pipeline.cloud) as url:  # type: ignore[arg-type]
+        yield url
+
+
+def fail_after(prompts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every call of the cloud fail once so many prompts were opened."""
+    call, opened = Transport.call, list[str]()
+
+    def fail_later(self: Transport, method: str, path: str, *rest: Any, **options: Any) -> Answer:
+        opened.extend([path] * path.startswith("/v1/sessions?"))
+        if len(opened) > prompts:
+            raise AttemptFailed("no answer")
+        return call(self, method, path, *rest, **options)
+
+    monkeypatch.setattr(Transport, "call", fail_later)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["wait", "error"])
+def test_a_cloud_that_fails_for_good_ends_the_run_which_then_goes_on(
+    pytester: pytest.Pytester, cloud_url: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PATIENCE, policy, min(PATIENCE[policy], 1.0))
+    options = (
+        *("--mode", "lossless,cloud", "--max-samples", "2", "--max-new-tokens", "8"),
+        *("--cloud-url", cloud_url, "--on-cloud-fault", policy),
+    )
+    with monkeypatch.context() as patched:
+        fail_after(3, patched)  # the prompts of the warm-up, of its comparison and of the first clip
+        result = run(pytester, *options)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(failed=1)  # the second cell does not begin
+    result.stdout.fnmatch_lines(["*_0001: the cloud failed*no answer*", "(1 finished captions are kept in *"])
+    result.stdout.fnmatch_lines(["*the cloud failed, and no benchmark waits for it again: --resume goes on*"])
+    (unfinished,) = pytester.path.glob("results/*always*.json.unfinished")
+    first = json.loads(unfinished.read_text(encoding="utf-8").splitlines()[1])
+    run(pytester, *options, "--resume").assert_outcomes(passed=2)
+    document = results.read_results(unfinished.with_suffix(""))
+    assert document["detailed_results"][0]["trace"] == first["trace"]
+
+
+@pytest.mark.slow
+def test_the_edge_captions_alone_if_the_cloud_is_away_and_asks_it_nothing_afterwards(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PATIENCE, "edge", 0.05)
+    options = ("--mode", "edge,cloud,lossless,speculative", "--max-samples", "2", "--max-new-tokens", "8")
+    result = run(pytester, *options, "--cloud-url", "http://127.0.0.1:1", "--on-cloud-fault", "edge")
+    result.assert_outcomes(passed=3, skipped=1)
+    result.stdout.fnmatch_lines(["test_captioning?cloud-pocket-served-zh?: did not run: mode cloud has no edge *"])
+    for file in pytester.path.glob("results/*speculative*.json"):
+        document = results.read_results(file)
+        assert document["metrics"]["figures"]["degraded"] == 1
+        assert document["metrics"]["figures"]["missed_corrections"] is None
+
+
+@pytest.mark.slow
+def test_a_degraded_caption_has_no_shadow_verification(
+    pytester: pytest.Pytester, cloud_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("edgecloud_sd.measure.shadow.rejected_places", lambda *request: asked.append(request))
+    monkeypatch.setitem(PATIENCE, "edge", 1.0)
+    fail_after(2, monkeypatch)  # the prompts of the warm-up and of the first clip
+    options = ("--mode", "speculative", "--gate", "always", "--max-samples", "2", "--max-new-tokens", "8")
+    run(pytester, *options, "--cloud-url", cloud_url, "--on-cloud-fault", "edge").assert_outcomes(passed=1)
+    document = results.read_results(pytester.path / "results" / "captioning.json")
+    assert [clip["degraded"] is None for clip in document["detailed_results"]] == [True, False]
+    assert not asked  # the second clip has local tokens

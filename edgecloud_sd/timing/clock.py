@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
-from edgecloud_sd.events import BREAKER_OPEN, Event, Finished, Span, Trace
+from edgecloud_sd.events import BREAKER_MARKS, BREAKER_OPEN, Event, Finished, Span, Trace
 
 Clock = Callable[[], float]  # returns seconds
 real: Clock = time.perf_counter
@@ -160,9 +160,10 @@ def stamp(events: Iterable[Event], watch: Watch | None = None, on_finished: Call
         if isinstance(event, Finished):
             on_finished()
     end = stamped[-1][0] if stamped else 0.0
-    # clean-up after the last event takes no time of the generation, but its messages have crossed the link
-    late = (replace(span, start=end, end=end) for span in watch.spans if span.end > end and span.size)
-    return Trace(tuple(stamped), (*(span for span in watch.spans if span.end <= end), *late))
+    # clean-up after the last event takes no time of the generation, but its messages and marks count
+    late = [span for span in watch.spans if span.end > end and (span.size or span.part in BREAKER_MARKS)]
+    at_end = (replace(span, start=end, end=end) for span in late)
+    return Trace(tuple(stamped), (*(span for span in watch.spans if span.end <= end), *at_end))
 
 
 def stream(events: Iterable[Event], watch: Watch | None = None) -> Iterator[tuple[float, Event]]:

@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from edgecloud_sd import wire
-from edgecloud_sd.events import Committed, Event, Prompt, Span, Verdict
+from edgecloud_sd.events import BREAKER_OPEN, Committed, Event, Prompt, Span, Verdict
 from edgecloud_sd.gate import Score
 from edgecloud_sd.prefill import EagerPrefill, LazyPrefill, Pending
 from edgecloud_sd.session import Model, Session
@@ -50,6 +50,11 @@ class Harness:
     def count_messages(self) -> None:
         """Record the bytes of messages even without an emulated link, because the cloud is a real service."""
         self._counts_messages = True
+
+    def record_fault(self, fault: CloudFault, start: float) -> None:
+        """Record the time since `start` as lost to a failed call, unless the open breaker let no call be tried."""
+        if fault.breaker_mark != BREAKER_OPEN:
+            self.watch.record("faults", start)
 
     def mark_breaker(self, fault: CloudFault) -> None:
         """Record that a failure opened the breaker of the cloud, or met it open, as a span without length."""
