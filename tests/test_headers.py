@@ -21,7 +21,7 @@ from edgecloud_sd.cloud.headers import (
     parse_media_type,
 )
 from edgecloud_sd.cloud.server import create_app
-from tests.support.asgi import KEY
+from tests.support.asgi import KEY, Edge, run_scene
 from tests.support.serving import ToyEngine, served
 
 BODY = b'{"base":0,"tokens":[3],"draft":[],"check":1}'
@@ -179,8 +179,13 @@ def test_a_server_without_keys_refuses_a_rebound_name_and_a_server_with_keys_doe
 
 
 def test_a_server_that_other_machines_may_reach_without_a_key_has_any_name() -> None:
-    app = create_app(ToyEngine(), allow_remote=True)
-    assert app.user_middleware[0].kwargs["only_loopback"] is False
+    async def scene() -> None:
+        for allow_remote, status in ((True, 200), (False, 421)):
+            app = create_app(ToyEngine(), allow_remote=allow_remote)
+            response = await Edge(app, None).request("GET", "/health", headers=[(b"host", b"evil.example")])
+            assert response.status == status
+
+    run_scene(scene())
 
 
 @given(st.lists(st.sampled_from([*SINGLE_HEADERS, b"accept", b"x"]), max_size=9), st.sampled_from(["1.0", "1.1"]))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
@@ -14,49 +11,18 @@ from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.retry import PATIENCE
 from edgecloud_sd.events import Committed, Degraded, Event, Finished, Trace, Verified
 from edgecloud_sd.measure.breakdown import latency_breakdown
-from edgecloud_sd.models import pairs
 from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
+from tests.support.service import Service
 
 pytestmark = pytest.mark.slow
 LOSSLESS_K2 = Strategy("speculative", k=2)
 CLOUD = Strategy("cloud")
 REQUEST = Request(clips.make_clip("evaluation", 7).samples)
 LENGTH = 32
-
-
-class Service:
-    """The server as users start it, on a port that a restart does not change."""
-
-    def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.start()
-        self.wait_until_ready()
-
-    def start(self) -> None:
-        """Start the process without waiting until it listens."""
-        command = [sys.executable, "-m", "edgecloud_sd.cloud", "serve", "--until-stdin-closes"]
-        command += ["--port", str(self.port), "--model", pairs.PAIRS["pocket"].cloud]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def wait_until_ready(self) -> None:
-        """Return when the server has printed its URL."""
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline().decode().strip() == self.url
-
-    def kill(self) -> None:
-        """Send SIGKILL and wait for the end of the process."""
-        self._process.kill()
-        self._process.communicate()
-
-    def restart(self) -> None:
-        self.kill()
-        self.start()
 
 
 @pytest.fixture(scope="module")
