@@ -20,13 +20,14 @@ from safetensors.numpy import save
 
 from edgecloud_sd import wire
 from edgecloud_sd.acceptance import parse_rule
-from edgecloud_sd.cloud import server
-from edgecloud_sd.cloud.client import Connection
+from edgecloud_sd.cloud import server, sessions
+from edgecloud_sd.cloud.client import Connection, RemoteVerifier
 from edgecloud_sd.cloud.fair_queue import Completed
 from edgecloud_sd.cloud.server import TokenLines
 from edgecloud_sd.cloud.sessions import ServiceLimits
 from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import LocalVerifier
 from edgecloud_sd.wire import JSON, OCTETS
 from tests.support.asgi import (
@@ -43,7 +44,7 @@ from tests.support.asgi import (
     running_app,
     wait_until,
 )
-from tests.support.serving import served
+from tests.support.serving import ToyEngine, served
 from tests.support.strategies import VOCABULARY
 from tests.support.toy import ToyModel, random_table
 
@@ -420,7 +421,9 @@ async def metrics(app: Any) -> str:
     return (await Edge(app).request("GET", "/metrics")).body.decode()
 
 
-def test_a_new_session_closes_the_least_recently_used_one() -> None:
+def test_a_new_session_closes_the_least_recently_used_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "RECENT_USE", 0.0)
+
     async def scene() -> None:
         engine = SpyEngine()
         async with running_app(engine, ServiceLimits(max_sessions=2)) as app:
@@ -486,7 +489,9 @@ def test_the_running_requests_of_a_client_are_limited() -> None:
     run_scene(scene())
 
 
-def test_a_client_cannot_replace_its_own_busy_session() -> None:
+def test_a_client_cannot_replace_its_own_busy_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "ROOM_WAIT", 0.01)
+
     async def scene() -> None:
         engine = SpyEngine()
         async with running_app(engine, ServiceLimits(max_sessions=1)) as app:
@@ -497,10 +502,52 @@ def test_a_client_cannot_replace_its_own_busy_session() -> None:
             body = wire.encode_prompt(PROMPT)
             refused = await Edge(app).request("POST", open_path(body), body, OCTETS)
             assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+            assert refused.json["detail"] == "all 1 sessions are in use: try again in 1 s"
             blocked.release.set()
             assert (await running).status == 200
 
     run_scene(scene())
+
+
+def test_edges_of_one_key_beyond_the_limit_wait_and_never_lose_a_session() -> None:
+    """Three edges share two sessions, so one of them always waits until a caption of the others ends."""
+
+    async def scene() -> None:
+        async with running_app(limits=ServiceLimits(max_sessions=2)) as app:
+            opened = [0, 0, 0]
+
+            async def run_edge(number: int) -> None:
+                while min(opened) < 3:
+                    session = await Edge(app).open()
+                    for _ in range(2):
+                        assert (await session.verify([3], 0, [1])).status == 200
+                        await asyncio.sleep(0.001)
+                    opened[number] += 1
+                    assert (await session.close()).status == 204
+
+            await asyncio.gather(*map(run_edge, range(3)))
+            assert max(opened) <= 2 * min(opened)
+
+    run_scene(scene())
+
+
+def test_a_refused_edge_waits_as_told_and_is_then_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "ROOM_WAIT", 0.01)
+    waits: list[float] = []
+    with served(ToyEngine(), ServiceLimits(max_sessions=1)) as url:
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            first.close()
+            other.close()
+
+        other, connection = Connection(url), Connection(url, sleep=sleep)
+        first, second = (RemoteVerifier(c, parse_rule("greedy"), Harness()).open(PROMPT) for c in (other, connection))
+        first.wait()
+        assert second.verify(0, [3], [1, 2]) == open_locally().verify(0, [3], [1, 2])
+        assert waits == [1.0]
+        second.close()
+        connection.close()
 
 
 def test_requests_that_wait_for_a_closing_session_are_refused() -> None:

@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from edgecloud_sd.cloud.sessions import UNUSED_TIMEOUT, NoRoom, OpenSession, Sessions, UnknownSession
+from edgecloud_sd.cloud import sessions as sessions_module
+from edgecloud_sd.cloud.sessions import RECENT_USE, UNUSED_TIMEOUT, NoRoom, OpenSession, Sessions, UnknownSession
 from edgecloud_sd.events import Verdict
 from edgecloud_sd.steps import Steps
 from edgecloud_sd.stopping import Stopping
+from tests.support.asgi import run_scene
 
 
 class FakeVerification:
@@ -73,24 +75,40 @@ def test_names_have_128_random_bits() -> None:
     assert {len(name) for name in names} == {22}  # base64 of 16 bytes
 
 
-def test_the_owners_least_recently_used_session_makes_room() -> None:
+def test_the_owners_least_recently_used_session_makes_room_unless_it_is_in_recent_use() -> None:
     clock = Clock()
-    sessions = Sessions(3, 1.0, clock)
+    sessions = Sessions(3, 300.0, clock)
     first, second, other = OpenSession("a", 0, 1), OpenSession("a", 0, 1), OpenSession("b", 0, 1)
     for clock.now, session in enumerate((other, first, second)):
         sessions.add(session)
+        sessions.get(session.owner, session.name)
     clock.now = 4
     sessions.get("a", first.name)
+    clock.now = 2 + RECENT_USE - 0.5
+    with pytest.raises(NoRoom, match="all 3 sessions are in use: try again in 1 s"):
+        sessions.add(OpenSession("a", 0, 1))
+    clock.now = 2 + RECENT_USE
     assert sessions.add(OpenSession("a", 0, 1)) is second
     assert second.is_closed
     with pytest.raises(UnknownSession):
         sessions.get("a", second.name)
-    assert not other.is_closed
+    assert not other.is_closed  # the least recently used one, but of a client with fewer sessions
+
+
+def test_a_session_that_nobody_has_used_makes_room_first() -> None:
+    clock = Clock()
+    sessions = Sessions(2, 300.0, clock)
+    used, unused = OpenSession("a", 0, 1), OpenSession("a", 0, 1)
+    for clock.now, session in enumerate((used, unused)):
+        sessions.add(session)
+    sessions.get("a", used.name)
+    clock.now = 1 + RECENT_USE
+    assert sessions.add(OpenSession("a", 0, 1)) is unused
 
 
 def test_the_client_with_most_sessions_makes_room_even_if_they_are_busy() -> None:
     clock = Clock()
-    sessions = Sessions(3, 1.0, clock)
+    sessions = Sessions(3, 300.0, clock)
     flood = [OpenSession("flood", 0, 1) for _ in range(3)]
     for clock.now, session in enumerate(flood):
         sessions.add(session)
@@ -102,49 +120,173 @@ def test_the_client_with_most_sessions_makes_room_even_if_they_are_busy() -> Non
     assert sessions.add(OpenSession("c", 0, 1)) is flood[0]
 
 
-def test_a_client_without_a_session_takes_an_idle_one_and_no_busy_one() -> None:
-    sessions = Sessions(2, 1.0)
+def test_a_client_without_a_session_takes_one_that_is_not_in_recent_use() -> None:
+    clock = Clock()
+    sessions = Sessions(2, 300.0, clock)
     busy, idle, newcomer = (OpenSession(owner, 0, 1) for owner in "abc")
     for session in (busy, idle):
         sessions.add(session)
     make_busy(busy)
+    clock.now = RECENT_USE
     assert sessions.add(newcomer) is idle
-    make_busy(newcomer)
-    with pytest.raises(NoRoom, match="all 2 sessions that could make room are running a call: try again"):
+    with pytest.raises(NoRoom) as refusal:
         sessions.add(OpenSession("d", 0, 1))
+    assert refusal.value.seconds == RECENT_USE
     assert len(sessions) == 2
 
 
-@given(st.integers(1, 5), st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=30))
-def test_no_client_loses_a_session_to_one_that_then_has_as_many(limit: int, adds: list[tuple[str, bool]]) -> None:
+@pytest.mark.parametrize(
+    ("ends", "now", "expected"),
+    [
+        ([], 1.0, 1.0),  # the others are as old as this time, and may last as long again
+        ([], 6.0, 4.0),  # until the session of an edge that went away at 0 s is no longer in recent use
+        ([0.0, 3.0], 3.0, 1.5),  # a session ends each 1.5 s
+        ([1.9, 2.0], 2.0, 1.0),  # at least 1 s
+    ],
+)
+def test_a_refused_client_learns_when_there_may_be_room(ends: list[float], now: float, expected: float) -> None:
     clock = Clock()
-    sessions = Sessions(limit, 1.0, clock)
-    expected: list[OpenSession] = []
-    for owner, is_busy in adds:
-        clock.now += 1
-        counts = Counter(session.owner for session in expected)
+    sessions = Sessions(2, 300.0, clock)
+    ended = [OpenSession("a", 0, 1) for _ in ends]
+    for session in (*ended, OpenSession("a", 0, 1), OpenSession("a", 0, 1))[:2]:
+        sessions.add(session)
+    for clock.now, session in zip(ends, ended, strict=True):
+        sessions.remove(session)
+        sessions.add(OpenSession("a", 0, 1))
+    clock.now = now
+    with pytest.raises(NoRoom) as refusal:
+        sessions.add(OpenSession("a", 0, 1))
+    assert refusal.value.seconds == pytest.approx(expected)
+
+
+class SessionsMachine(RuleBasedStateMachine):
+    """Clients that open, use, stream, close and leave sessions in any order, with the sessions that must be open."""
+
+    @initialize(limit=st.integers(1, 5))
+    def start(self, limit: int) -> None:
+        self.limit, self.clock = limit, Clock()
+        self.sessions = Sessions(limit, 300.0, self.clock)
+        self.expected: list[OpenSession] = []
+
+    def is_recent(self, session: OpenSession) -> bool:
+        return session.is_in_use or self.clock.now - session.last_used < RECENT_USE
+
+    @rule(owner=st.sampled_from("abcd"))
+    def open(self, owner: str) -> None:
+        counts = Counter(session.owner for session in self.expected)
         new = OpenSession(owner, 0, 1)
         try:
-            evicted = sessions.add(new)
+            evicted = self.sessions.add(new)
         except NoRoom:
-            assert len(expected) == limit
-            # A client waits only if no other has many more sessions and all that it could take are busy.
+            assert len(self.expected) == self.limit
+            # Nobody is refused below its fair share, nor while a session is left that it may take.
             assert max(counts.values()) <= counts[owner] + 1
-            assert all(s.lock.locked() for s in expected if s.owner == owner or not counts[owner])
-            continue
-        expected.append(new)
-        if is_busy:
-            make_busy(new)
+            left = [s for s in self.expected if not self.is_recent(s)]
+            assert all(s.owner != owner and counts[s.owner] <= counts[owner] for s in left)
+            return
+        self.expected.append(new)
         if evicted:
-            expected.remove(evicted)
+            assert len(self.expected) == self.limit + 1
             own, others = counts[owner], counts[evicted.owner]
             assert evicted.owner == owner or others > own
-            assert not evicted.lock.locked() or others > own + 1
-        assert len(sessions) == len(expected) <= limit
-        assert all(sessions.get(session.owner, session.name) is session for session in expected)
-        for session in expected:  # `get` counts as a use
-            clock.now += 1
-            session.last_used = clock.now
+            fair_share = self.limit / len({*counts, owner})
+            assert not self.is_recent(evicted) or (others > own + 1 and others > fair_share)
+            self.expected.remove(evicted)
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data(), action=st.sampled_from(["use", "stream", "end_stream", "close"]))
+    def touch(self, data: st.DataObject, action: str) -> None:
+        session = data.draw(st.sampled_from(self.expected))
+        if action == "close":
+            self.sessions.remove(session)
+            self.expected.remove(session)
+        elif action == "stream" and not session.is_in_use:
+            make_busy(session)
+        elif action == "end_stream" and session.is_in_use:
+            session.lock.release()
+        else:
+            assert self.sessions.get(session.owner, session.name) is session
+
+    @rule(seconds=st.sampled_from([0.1, 3.0, RECENT_USE, UNUSED_TIMEOUT, 300.0]))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+        for session in self.sessions.remove_idle():
+            assert not self.is_recent(session)
+            self.expected.remove(session)
+
+    @invariant()
+    def no_more_than_the_limit_are_open(self) -> None:
+        assert len(self.sessions) == len(self.expected) <= self.limit
+        assert not any(session.is_closed for session in self.expected)
+
+
+TestSessionsMachine = SessionsMachine.TestCase
+
+
+async def begin(sessions: Sessions, owner: str, check: int = 0) -> asyncio.Task[OpenSession | None]:
+    """Start to admit a session, and return when it is in the line."""
+    task = asyncio.create_task(sessions.admit(OpenSession(owner, check, 1)))
+    await asyncio.sleep(0.002)
+    return task
+
+
+def test_waiting_opens_are_served_by_need_and_then_in_turn() -> None:
+    async def scene() -> None:
+        sessions = Sessions(3, 300.0)
+        opened = {owner: OpenSession(owner, 0, 1) for owner in "abc"}
+        for session in opened.values():
+            sessions.add(session)
+        second_of_b, gone, d, e = [await begin(sessions, owner) for owner in "bfde"]
+        gone.cancel()
+        for ending, served, waiting in [("a", d, e), ("c", e, second_of_b), ("b", second_of_b, None)]:
+            sessions.remove(opened[ending])
+            assert await served is None
+            assert waiting is None or not waiting.done()
+        assert len(sessions) == 3
+        assert not sessions._waiting
+
+    run_scene(scene())
+
+
+def test_an_open_that_was_refused_keeps_its_place_if_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        clock = Clock()
+        sessions = Sessions(1, 300.0, clock)
+        session = OpenSession("a", 0, 1)
+        sessions.add(session)
+        monkeypatch.setattr(sessions_module, "ROOM_WAIT", 0.01)
+        for check in (1, 2):  # only the first will come back
+            with pytest.raises(NoRoom):
+                await sessions.admit(OpenSession("a", check, 1))
+            clock.now += 0.2
+        monkeypatch.setattr(sessions_module, "ROOM_WAIT", 60.0)
+        later = await begin(sessions, "a", 3)
+        sessions.remove(session)
+        await asyncio.sleep(0.002)
+        assert not later.done()  # the place is for the refused one, which is due soon
+        refused = await begin(sessions, "a", 1)
+        assert await refused is None
+        clock.now += 60
+        sessions.remove(next(iter(sessions._by_name.values())))
+        assert await later is None  # the second refused one did not come back in time
+
+    run_scene(scene())
+
+
+def test_an_open_takes_free_room_at_last_even_if_a_refused_one_has_not_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene() -> None:
+        monkeypatch.setattr(sessions_module, "ROOM_WAIT", 0.02)
+        sessions = Sessions(1, 300.0, Clock())
+        session = OpenSession("a", 0, 1)
+        sessions.add(session)
+        with pytest.raises(NoRoom):
+            await sessions.admit(OpenSession("a", 1, 1))
+        sessions.remove(session)
+        assert await sessions.admit(OpenSession("a", 2, 1)) is None
+
+    run_scene(scene())
 
 
 def test_idle_sessions_are_removed_and_busy_ones_stay() -> None:

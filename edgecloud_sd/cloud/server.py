@@ -7,6 +7,7 @@ late or misdirected request therefore changes nothing.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -309,7 +310,8 @@ def timing_header(completed: Completed[Any], check: int) -> dict[str, str]:
 async def refuse_request(request: Request, error: ServiceError) -> Response:
     """Return the response to a request that the service refuses."""
     status = ERROR_STATUSES[type(error)]
-    return _problem(request, status, str(error), {"Retry-After": "1"} if status in RETRY_STATUSES else None)
+    headers = {"Retry-After": str(math.ceil(error.seconds))} if status in RETRY_STATUSES else None
+    return _problem(request, status, str(error), headers)
 
 
 async def refuse_invalid_message(request: Request, error: RequestValidationError) -> Response:

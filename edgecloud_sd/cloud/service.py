@@ -136,14 +136,14 @@ class CloudService:
         self._check_prompt(prompt)
         session = OpenSession(client, check, len(prompt.ids))
         async with self._sessions.use(session):
-            evicted = self._sessions.add(session)
-            if evicted:
-                await self._close(evicted, client, "room")
+            evicted = await self._sessions.admit(session)
 
             def opening() -> Steps[None]:
                 session.verification = yield from self._engine.verifier(accept).open_steps(prompt)
 
             try:
+                if evicted:
+                    await self._close(evicted, client, "room")
                 completed = await self._run_steps("open", session, opening, len(prompt.ids))
             except asyncio.CancelledError:
                 self.abandon(SessionKey(client, session.name))

@@ -7,11 +7,13 @@ import math
 import secrets
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
+
+import anyio
 
 from edgecloud_sd import wire
 from edgecloud_sd.cloud.identity import FRAMES_PER_SECOND
@@ -21,6 +23,13 @@ _T = TypeVar("_T")
 # Seconds without a second request after which a new session is closed, because its client may never have received its
 # name. An edge asks later only if its own prefill takes so long, and then it opens the prompt again.
 UNUSED_TIMEOUT = 60.0
+# Seconds after its last request for which a session is in recent use. A slow edge drafts for a few seconds between two
+# verifications, and it would have to prefill its prompt again.
+RECENT_USE = 10.0
+# Seconds for which an open waits for room before it is refused. An edge that opens its next prompt while its DELETE of
+# the last one is on its way needs milliseconds, and a caption of another edge often ends within this time.
+ROOM_WAIT = 3.0
+LATE = 0.5  # seconds after its due time for which a refused open is still expected
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,8 @@ class ServiceLimits:
 class ServiceError(Exception):
     """A request that the service refuses. The client may read the message."""
 
+    seconds = 1.0  # to wait before the next attempt, if that may succeed
+
 
 class UnknownSession(ServiceError):
     """A session that the client does not have.
@@ -69,7 +80,11 @@ class UnknownSession(ServiceError):
 
 
 class NoRoom(ServiceError):
-    """A new session for which no other session can be closed, because all of them are running a call."""
+    """A new session for which no other session can be closed yet."""
+
+    def __init__(self, sessions: int, seconds: float) -> None:
+        super().__init__(f"all {sessions} sessions are in use: try again in {math.ceil(seconds)} s")
+        self.seconds = seconds  # until there may be room
 
 
 @dataclass(eq=False)
@@ -82,6 +97,7 @@ class OpenSession:
     name: str = field(default_factory=lambda: secrets.token_urlsafe(16))  # 128 random bits, so nobody guesses it
     context: list[int] = field(default_factory=list)  # committed tokens that both sides know
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # for one request at a time
+    waits_since: float = 0.0  # the first time that its client asked for room, in seconds on the clock of `Sessions`
     last_used: float = 0.0  # the end of the latest request so far, in seconds on the clock of `Sessions`
     is_used: bool = False  # a second request has named the session, so the client has received its name
     is_closed: bool = False  # no call may start
@@ -117,6 +133,13 @@ class OpenSession:
                 verification.close()
 
 
+class _Refusal(NamedTuple):
+    """A refused open: the time of its first attempt, and the time at which it was told to come back."""
+
+    since: float
+    due: float
+
+
 class Sessions:
     """At most `limit` open sessions, each removed `idle_timeout` seconds after the end of its last request.
 
@@ -129,40 +152,118 @@ class Sessions:
         self._idle_timeout = idle_timeout
         self._clock = clock
         self._by_name: dict[str, OpenSession] = {}
+        self._waiting: list[OpenSession] = []  # opens that wait for room
+        self._refused: dict[tuple[str, int], _Refusal] = {}  # key: owner and prompt check
+        self._has_changed = asyncio.Event()  # a session or a waiting open has gone
+        self._ends: deque[float] = deque(maxlen=16)  # when the latest sessions ended that did not make room
 
     def __len__(self) -> int:
         return len(self._by_name)
 
-    def add(self, session: OpenSession) -> OpenSession | None:
+    async def admit(self, session: OpenSession) -> OpenSession | None:
+        """Do the work of `add`, but wait up to `ROOM_WAIT` seconds for room.
+
+        The open whose client has the fewest sessions is served first, then the one that has waited for the longest.
+        An open that was refused keeps its place if it comes back when it was told to.
+        """
+        session.waits_since = self._recall_refusal(session)
+        self._waiting.append(session)
+        deadline = anyio.current_time() + ROOM_WAIT
+        try:
+            while True:
+                self._has_changed.clear()
+                left = deadline - anyio.current_time()
+                try:
+                    return self.add(session, yields=left > 0)
+                except NoRoom as error:
+                    refusal = error
+                if left <= 0:
+                    due = self._clock() + math.ceil(refusal.seconds)
+                    self._refused[session.owner, session.prompt_check] = _Refusal(session.waits_since, due)
+                    raise refusal
+                with anyio.move_on_after(min(left, 1.0)):  # a session may fall out of recent use meanwhile
+                    await self._has_changed.wait()
+        finally:
+            self._waiting.remove(session)
+            self._has_changed.set()
+
+    def add(self, session: OpenSession, yields: bool = False) -> OpenSession | None:
         """Add a session, and return the session that was removed to make room, if any.
 
-        The least recently used of these candidates is removed:
+        A session is in recent use while a request runs, and for `RECENT_USE` seconds after it. Without room for this
+        session and for the opens that wait before it, one of these makes room:
 
-        1. The sessions of the client with the most, if it has at least two more than the owner. Idle ones go first.
-        2. Otherwise, the owner's own idle sessions.
-        3. If the owner has no session, the idle sessions of all clients.
+        1. The sessions of the client with the most, if it has at least two more than the owner. It then has more than
+           its fair share of all sessions, so recent use protects none of them.
+        2. Otherwise, the sessions that are not in recent use, of the owner and of clients with more sessions.
 
+        The first are those that are not in use, then those that nobody has used since they were opened, then the least
+        recently used. With `yields`, opens that were refused and should come back soon go before this one as well.
         Raise NoRoom without a candidate.
         """
-        evicted = self._choose_evicted(session.owner) if len(self._by_name) >= self._limit else None
-        if evicted:
-            self.remove(evicted)
+        counts = Counter(other.owner for other in self._by_name.values())
+        before = self._count_before(session, counts, yields)
+        room = self._limit - len(self._by_name)
+        evicted = None
+        if room <= before:
+            evicted = self._choose_evicted(session.owner, counts) if room == 0 else None
+            if evicted is None:
+                raise NoRoom(len(self._by_name), self._estimate_room(session.owner, counts, before))
+            evicted.is_closed = True
+            del self._by_name[evicted.name]
         session.last_used = self._clock()
         self._by_name[session.name] = session
         return evicted
 
-    def _choose_evicted(self, owner: str) -> OpenSession:
-        counts = Counter(session.owner for session in self._by_name.values())
-        highest = max(counts.values())
-        is_unfair = highest > counts[owner] + 1
-        if is_unfair:
-            candidates = [session for session in self._by_name.values() if counts[session.owner] == highest]
+    def _recall_refusal(self, session: OpenSession) -> float:
+        """Return the time since which this open waits, which may have been refused before."""
+        now = self._clock()
+        self._refused = {key: refusal for key, refusal in self._refused.items() if refusal.due + ROOM_WAIT > now}
+        return self._refused.pop((session.owner, session.prompt_check), _Refusal(now, now)).since
+
+    def _count_before(self, session: OpenSession, counts: Counter[str], yields: bool) -> int:
+        """Return how many opens that wait go before this one.
+
+        With `yields`, one refused open of each client counts too, from `ROOM_WAIT` seconds before it should come back.
+        """
+        now = self._clock()
+        if session not in self._waiting:
+            session.waits_since = now
+        places = [(counts[other.owner], other.waits_since) for other in self._waiting]
+        if yields:
+            absent: dict[str, float] = {}
+            for (owner, _), refusal in self._refused.items():
+                if -LATE <= refusal.due - now <= ROOM_WAIT:
+                    absent[owner] = min(refusal.since, absent.get(owner, now))
+            places += [(counts[owner], since) for owner, since in absent.items()]
+        return sum(place < (counts[session.owner], session.waits_since) for place in places)
+
+    def _choose_evicted(self, owner: str, counts: Counter[str]) -> OpenSession | None:
+        now, highest = self._clock(), max(counts.values())
+        sessions = self._by_name.values()
+        if highest > counts[owner] + 1:
+            candidates = [session for session in sessions if counts[session.owner] == highest]
         else:
-            candidates = [s for s in self._by_name.values() if s.owner == owner or not counts[owner]]
-        removable = [session for session in candidates if is_unfair or not session.is_in_use]
-        if not removable:
-            raise NoRoom(f"all {len(candidates)} sessions that could make room are running a call: try again")
-        return min(removable, key=lambda session: (session.is_in_use, session.last_used))
+            candidates = [s for s in sessions if s.owner == owner or counts[s.owner] > counts[owner]]
+            candidates = [s for s in candidates if not s.is_in_use and now - s.last_used >= RECENT_USE]
+
+        def order(session: OpenSession) -> tuple[bool, bool, float]:
+            return session.is_in_use, session.is_used or now - session.last_used < RECENT_USE, session.last_used
+
+        return min(candidates, key=order, default=None)
+
+    def _estimate_room(self, owner: str, counts: Counter[str], before: int) -> float:
+        """Return the seconds until a session may make room, or until enough of them end at the rate so far."""
+        now = self._clock()
+        ages = [
+            0.0 if session.is_in_use else now - session.last_used
+            for session in self._by_name.values()
+            if session.owner == owner or counts[session.owner] > counts[owner]
+        ]
+        first = min((session.waits_since for session in self._by_name.values()), default=now)
+        first = self._ends[0] if self._ends else first
+        until_end = (now - first) / max(len(self._ends), 1) * (before + 1)
+        return max(min(RECENT_USE - max(ages, default=0.0), until_end), 1.0)
 
     def get(self, owner: str, name: str) -> OpenSession:
         """Return the owner's session of this name and note its use. Raise UnknownSession if the owner has none."""
@@ -185,7 +286,9 @@ class Sessions:
     def remove(self, session: OpenSession) -> None:
         """Remove a session, so that no call on it may start. A session may be removed twice."""
         session.is_closed = True
-        self._by_name.pop(session.name, None)
+        if self._by_name.pop(session.name, None):
+            self._ends.append(self._clock())
+            self._has_changed.set()
 
     def remove_idle(self) -> list[OpenSession]:
         """Remove and return the sessions whose last request ended longer ago than their timeout."""
