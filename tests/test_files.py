@@ -8,12 +8,13 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgecloud_sd.host.files import FileHeld, NoLock, hold_file, write_whole
+from edgecloud_sd.host.files import FileHeld, NoLock, build_folder, hold_file, write_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -66,6 +67,23 @@ def test_only_temporary_files_of_ended_processes_are_removed(tmp_path: Path) -> 
         fcntl.flock(living, fcntl.LOCK_EX)
         write_whole(tmp_path / "a.json", "text")
     assert names(tmp_path) == [".a.json-11111111.tmp", ".a.json-mine", ".b.json-22222222.tmp", "a.json"]
+
+
+def test_a_folder_is_there_whole_and_that_of_an_ended_process_is_removed(tmp_path: Path) -> None:
+    for name in (".a-00000000.tmp", ".a-11111111.tmp", ".a-mine"):
+        (tmp_path / name / "part").mkdir(parents=True)
+    living = os.open(tmp_path / ".a-11111111.tmp", os.O_RDONLY)
+    fcntl.flock(living, fcntl.LOCK_EX)
+    others = [".a-11111111.tmp", ".a-mine"]
+    with suppress(KeyboardInterrupt), build_folder(tmp_path / "a"):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == others
+    with build_folder(tmp_path / "a") as first, build_folder(tmp_path / "a") as second:
+        (first / "wav").mkdir()
+        assert names(tmp_path) == sorted([*others, first.name, second.name])
+    os.close(living)
+    assert names(tmp_path / "a") == ["wav"]
+    assert names(tmp_path) == [*others, "a"]
 
 
 def test_a_held_file_is_refused_with_its_holder_and_is_free_afterwards(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -38,9 +39,7 @@ def write_whole(path: Path, text: str) -> None:
 
     The file and its name are on the disk at the end. Temporary files of `path` that killed processes left are removed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
+    temporary = _name_temporary(path)
     with ExitStack() as stack:
         try:
             with suppress(NoLock):  # a lock shows other processes that this one still needs the file
@@ -54,6 +53,22 @@ def write_whole(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
             raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def build_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, whose parent is created, and rename it to `path` at the end of the block.
+
+    An error removes it. Temporary folders of `path` that killed processes left are removed.
+    """
+    temporary = _name_temporary(path)
+    temporary.mkdir()
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        with suppress(NoLock):
+            stack.callback(os.close, _lock(temporary))
+        yield temporary
+        temporary.rename(path)
 
 
 def sync_folder(folder: Path) -> None:
@@ -97,9 +112,10 @@ def hold_file(path: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int:
-    """Return a handle that holds the lock of a file, which is created. Raise FileHeld or NoLock."""
+    """Return a handle that holds the lock of a folder, or of a file, which is created. Raise FileHeld or NoLock."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        access = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+        handle = os.open(path, access | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
             _flock(handle)
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
@@ -131,12 +147,17 @@ def _read_holder(lock: Path) -> str:
         return "another process"
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary files of `path` that no process has locked."""
+def _name_temporary(path: Path) -> Path:
+    """Return a name beside `path`, whose folder is created, and remove what killed processes left under such names.
+
+    Whatever a living process builds there is locked.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     pattern = re.compile(rf"\.{re.escape(path.name)}-[0-9a-f]{{8}}\.tmp")
-    for file in path.parent.iterdir():
-        if pattern.fullmatch(file.name):
+    for old in path.parent.iterdir():
+        if pattern.fullmatch(old.name):
             with suppress(OSError):  # a living process holds it, or has just renamed it
-                handle = _lock(file)
-                file.unlink(missing_ok=True)
+                handle = _lock(old)
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
                 os.close(handle)
+    return path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgecloud_sd.data.dataset import SAMPLE_RATE, find_manifest
 from edgecloud_sd.data.prompts import LANGUAGES
-from edgecloud_sd.host.files import cache_root
+from edgecloud_sd.host.files import build_folder, cache_root
 from edgecloud_sd.pocket import synthesis, voices
 
 POCKET = "pocket"  # the name of this data set in --dataset-path
@@ -53,24 +51,19 @@ def cache_folder() -> Path:
 def evaluation_set(folder: Path | None = None) -> Path:
     """Return the folder of the evaluation clips (20 per language) and write them on first use.
 
-    They are written to a temporary folder, which is renamed at the end, so that a stopped run leaves nothing. Raise
-    FileExistsError if the folder contains other files.
+    The folder is there whole or not at all. Raise FileExistsError if it contains other files.
     """
     folder = folder or cache_folder()
     if _is_complete(folder):
         return folder
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: contains other files: name a new or empty folder, or delete it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
-        write_clips(building, "evaluation", EVALUATION_CLIPS)
-        building.rename(folder)
+        with build_folder(folder) as building:
+            write_clips(building, "evaluation", EVALUATION_CLIPS)
     except OSError:
         if not _is_complete(folder):  # else another process was first, with the same set
             raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return folder
 
 
