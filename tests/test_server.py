@@ -459,6 +459,7 @@ def test_a_client_with_many_calls_does_not_delay_another_client() -> None:
             blocked = BlockedModel(engine.model)
             flood = [asyncio.create_task(session.verify([3], 0, [])) for session in sessions * 4]
             await wait_until(lambda: blocked.blocked_calls == 1)
+            await wait_until(lambda: all(waiting_requests(app, session) == 3 for session in sessions))
             # The other client's session takes the place of an idle one, and its calls come after the running one.
             opening = asyncio.create_task(Edge(app, OTHER_KEY).open())
             await wait_until(lambda: len(app.state.service._queue._waiting) == 2)

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgecloud_sd import wire
 from edgecloud_sd.cloud.headers import find_ambiguity, find_foreign_page, parse_bearer, parse_media_type
+from edgecloud_sd.cloud.loop_turns import LoopTurns
 
 _logger = logging.getLogger(__name__)
 OPEN_PATHS = ("/health", "/health/live", "/health/ready")  # need no key
@@ -69,6 +70,7 @@ class Admission:
     max_requests: int  # limit for one client at once
     count_response: Callable[[str, int], None]  # receives the route's name and the status of every response
     _running_requests: Counter[str] = field(default_factory=Counter)  # number by client
+    _turns: LoopTurns = field(default_factory=LoopTurns)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on to the application."""
@@ -99,6 +101,8 @@ class Admission:
             return await ClosingRefusal(problem.status, problem.detail)(scope, receive, send)
         headers = dict(scope["headers"])
         client = self._identify_client(scope, headers)
+        scope["turn_name"] = client or _read_address(scope)
+        await self._turns.wait(scope["turn_name"])
         if scope["path"] in OPEN_PATHS:
             return await self._forward(scope, 0, receive, send)
         if client is None:
@@ -131,6 +135,8 @@ class Admission:
         more_body = True
         with anyio.move_on_after(BODY_SECONDS if max_bytes else LINGER_SECONDS) as time_limit:
             while more_body and not refusal:
+                if body:
+                    await self._turns.wait(scope["turn_name"])
                 message = await receive()
                 if message["type"] != "http.request":
                     return None
@@ -160,14 +166,18 @@ class Admission:
         Every key is compared, each in constant time, so that the time of a response reveals nothing about a key.
         """
         if not self.keys:
-            address = scope.get("client")
-            return str(address[0]) if address else "local"
+            return _read_address(scope)
         digest = hashlib.sha256(parse_bearer(headers.get(b"authorization", b""))).digest()
         client = None
         for key_digest in self._digests:
             if hmac.compare_digest(digest, key_digest):
                 client = key_digest.hex()
         return client
+
+
+def _read_address(scope: Scope) -> str:
+    address = scope.get("client")
+    return str(address[0]) if address else "local"
 
 
 async def run_while_connected(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:

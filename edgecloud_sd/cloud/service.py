@@ -116,6 +116,7 @@ class CloudService:
         self._engine = engine
         self._sessions = Sessions(limits.max_sessions, limits.idle_timeout)
         self._queue = FairQueue(engine.concurrency)
+        self._reading = FairQueue(1)
         self.metrics = ServiceMetrics(self._sessions)
         self._background: set[asyncio.Task[None]] = set()  # asyncio itself keeps no reference to a task
         self.is_closing: Callable[[], bool] = lambda: False  # replaced by the server that gets the signals
@@ -126,14 +127,9 @@ class CloudService:
 
     async def open(self, client: str, body: bytes, rule: str, check: int) -> tuple[str, Completed[None]]:
         """Open a prompt for a client and return the name of its session. `body` is the prompt as on the wire."""
-        if wire.prompt_checksum(body, rule) != check:
-            raise InvalidRequest("body and rule do not match their check: use a client of this version, and send again")
-        accept = self._parse_rule(rule)
-        try:
-            prompt = wire.decode_prompt(body)
-        except wire.WireError as error:
-            raise InvalidRequest(f"the body {error}") from None
-        self._check_prompt(prompt)
+        # A long body takes some ms: a thread reads it, in turns of the clients, while the event loop goes on.
+        reading = await self._reading.run(client, partial(self._read_prompt, body, rule, check), len(body))
+        accept, prompt = reading.result
         session = OpenSession(client, check, len(prompt.ids))
         async with self._sessions.use(session):
             evicted = await self._sessions.admit(session)
@@ -246,7 +242,19 @@ class CloudService:
         for task in self._background:
             task.cancel()
         self._queue.close()
+        self._reading.close()
         self._engine.close()
+
+    def _read_prompt(self, body: bytes, rule: str, check: int) -> tuple[Rule, Prompt]:
+        if wire.prompt_checksum(body, rule) != check:
+            raise InvalidRequest("body and rule do not match their check: use a client of this version, and send again")
+        accept = self._parse_rule(rule)
+        try:
+            prompt = wire.decode_prompt(body)
+        except wire.WireError as error:
+            raise InvalidRequest(f"the body {error}") from None
+        self._check_prompt(prompt)
+        return accept, prompt
 
     def _parse_rule(self, text: str) -> Rule:
         try:
