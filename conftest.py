@@ -18,6 +18,7 @@ from bench.rows import row_metric
 from edgecloud_sd import config as options
 from edgecloud_sd.config import GROUPS, Option, Settings
 from edgecloud_sd.data.dataset import BadClip, find_manifest
+from edgecloud_sd.host.passwords import hide_passwords
 from edgecloud_sd.host.terminal import escape_unencodable
 from edgecloud_sd.models.hub import CHECKPOINT_NAME
 from edgecloud_sd.pocket.clips import POCKET
@@ -71,7 +72,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(config.rootpath / ("bench" if is_benchmark else "tests"))]
     if _collects_benchmarks(config):
-        _check_benchmarks(config, config.stash[SETTINGS])
+        try:
+            _check_benchmarks(config, config.stash[SETTINGS])
+        except pytest.UsageError as error:
+            raise pytest.UsageError(hide_passwords(str(error))) from None
     # in front, because the last filter that matches wins: the lines of pytest.ini stay exceptions
     config.getini("filterwarnings").insert(0, "default" if is_benchmark else "error")
 

@@ -13,6 +13,7 @@ from edgecloud_sd.data.dataset import read_audio
 from edgecloud_sd.events import Committed, Event, Trace
 from edgecloud_sd.grid import cells
 from edgecloud_sd.host.errors import errors_to_exit, warnings_in_one_line
+from edgecloud_sd.host.passwords import SafeArgumentParser
 from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.pipeline import Pipeline, Request
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def caption_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line. Options, groups and help texts are those of the suite."""
-    parser = argparse.ArgumentParser(prog="edgecloud-sd", description=__doc__)
+    parser = SafeArgumentParser(prog="edgecloud-sd", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     caption = commands.add_parser("caption", help="caption one audio file, streaming")
     caption.add_argument(

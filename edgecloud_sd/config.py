@@ -24,6 +24,7 @@ from edgecloud_sd.data.published_settings import PublishedSettings, is_published
 from edgecloud_sd.data.task_texts import TaskTexts, read_task_texts
 from edgecloud_sd.data.texts import BadText, check_characters, parse_yaml, read_utf8
 from edgecloud_sd.host import limits
+from edgecloud_sd.host.passwords import hide_passwords
 from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION, NORMALISATIONS
 from edgecloud_sd.models import devices, pairs
 from edgecloud_sd.models.devices import AUTO, DTYPES_OR_AUTO
@@ -40,7 +41,10 @@ GROUPS = ("decoding", "models", "cloud", "limits", "clock and link", "data", "re
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used. The message names the option, the bad value and the allowed ones."""
+    """A setting that cannot be used. The message names the option, the bad value and the allowed ones, no password."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(hide_passwords(message))
 
 
 @dataclass(frozen=True)

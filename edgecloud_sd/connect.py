@@ -55,7 +55,7 @@ def connect(settings: Settings) -> Iterator[Cloud]:
             try:
                 _ = connection.identity
             except PatienceEnded as fault:
-                advice = "start one there with python -m edgecloud_sd.cloud serve, or give another URL"
+                advice = "start one there with python -m edgecloud_sd.cloud serve, or give its URL (https:// for TLS)"
                 raise CloudFault(f"--cloud-url: {url}: {fault}; {advice}") from None
             except CloudFault as fault:
                 raise CloudFault(f"--cloud-url: {url}: {fault}") from None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import warnings
 from dataclasses import dataclass
 from urllib.parse import urlsplit
+
+from edgecloud_sd.host.passwords import AT_SIGN, hide_passwords
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,14 @@ def parse_url(text: str) -> ServerUrl:
 
     The error does not repeat a URL with an `@`, because it may contain a password.
     """
-    shown = repr(text) if "@" not in text else "the given text with '@' (not shown)"
+    has_user = bool(re.search(AT_SIGN, text))
+    shown = "the given text with '@' (not shown)" if has_user else hide_passwords(repr(text))
     try:
         parts = urlsplit(text)
         host, port = parts.hostname or "", parts.port
         host.encode("idna")  # the socket encodes the host like this when it connects
     except ValueError as error:
-        reason = f" ({error})" if "@" not in text else ""
+        reason = "" if has_user else f" ({error})"
         raise ValueError(f"{shown} is not a URL{reason}; give http://host:port or https://host/prefix") from None
     if parts.username or parts.password:
         raise ValueError(

@@ -102,9 +102,18 @@ def parse_yaml(text: str, place: str, is_typed: bool = False) -> Any:
     try:
         value = yaml.load(text, _yaml_loader(is_typed))
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number with too many digits
-        raise BadText(f"{place}: is not YAML ({' '.join(str(error).split())})") from error
+        raise BadText(f"{place}: is not YAML ({_explain_yaml(error)})") from None
     check_characters(value, place)
     return value
+
+
+def _explain_yaml(error: Exception) -> str:
+    """Return the problem and its place without the text around it, which may be a part of a password."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    reason = ", ".join(part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
+    return f"{reason}, in line {mark.line + 1}, column {mark.column + 1}"
 
 
 @cache

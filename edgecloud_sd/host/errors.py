@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from edgecloud_sd.host.limits import MEMORY_OPTION, lift_memory_limit
+from edgecloud_sd.host.passwords import hide_passwords
 from edgecloud_sd.host.terminal import escape_unencodable, join_lines
 from edgecloud_sd.verifier import CloudFault
 
@@ -100,13 +101,13 @@ def explain_out_of_memory(error: BaseException, limit_gb: float | None = None) -
 
 
 def to_one_line(error: BaseException) -> str:
-    """Return the message of an error in one line, or the name of its type if it has none.
+    """Return the message of an error in one line without passwords, or the name of its type if it has none.
 
     An error of the operating system begins with the file, in place of its number.
     """
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return join_lines(str(error)) or type(error).__name__
+        return hide_passwords(f"{error.filename}: {error.strerror}")
+    return hide_passwords(join_lines(str(error))) or type(error).__name__
 
 
 @contextmanager
@@ -165,7 +166,7 @@ def warnings_in_one_line() -> Iterator[None]:
     """Print each warning of the block as one line on stderr, without its place in the code."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {hide_passwords(str(message))}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show
