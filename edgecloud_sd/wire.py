@@ -145,7 +145,7 @@ def _encode_field(value: Field) -> tuple[bytes, bytes]:
     if isinstance(value, bytes):
         return b"b", value
     if isinstance(value, int):
-        return b"i", value.to_bytes(8, "little", signed=True)
+        return b"i", value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
     return b"l", np.fromiter(value, dtype="<i4").tobytes()
 
 

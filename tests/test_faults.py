@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -313,3 +315,84 @@ def test_the_time_and_the_bytes_of_failed_attempts_are_counted(world: World, mod
     wire_bytes = metrics.wire_bytes(faulty)
     assert wire_bytes is not None
     assert wire_bytes[0] == sum(sent_with_faults)
+
+
+def move(source: str, target: str, take: int, *, to_start: bool) -> Callable[[Any], Any]:
+    """Return an edit that moves the first (0) or last (-1) id of one list to an end of another."""
+
+    def edit(message: Any) -> Any:
+        if message.get(source) and target in message:
+            token = message[source].pop(take)
+            message[target].insert(0 if to_start else len(message[target]), token)
+        return message
+
+    return edit
+
+
+def change(name: str, by: int) -> Callable[[Any], Any]:
+    """Return an edit that adds to an integer."""
+    return lambda message: message | {name: message[name] + by} if name in message else message
+
+
+def replace_ids(name: str, ids: Callable[[list[int]], list[int]]) -> Callable[[Any], Any]:
+    """Return an edit that puts other ids in place of a list."""
+    return lambda message: message | {name: ids(message[name])} if message.get(name) else message
+
+
+EDITS = {
+    "draft to tokens": ("speculative", move("draft", "tokens", 0, to_start=False)),
+    "tokens to draft": ("speculative", move("tokens", "draft", -1, to_start=True)),
+    "output to eos": ("cloud", move("output", "eos", -1, to_start=True)),
+    "eos to output": ("cloud", move("eos", "output", 0, to_start=False)),
+    "a draft without its first id": ("speculative", replace_ids("draft", lambda ids: ids[1:])),
+    "a draft with its last id twice": ("speculative", replace_ids("draft", lambda ids: [*ids, ids[-1]])),
+    "a draft in reverse": ("speculative", replace_ids("draft", lambda ids: [*ids[::-1], 0])),
+    "another end": ("cloud", replace_ids("eos", lambda ids: [0])),
+    "another limit": ("cloud", change("max_new_tokens", -3)),
+    "a later base": ("speculative", change("base", 1)),
+    "another count": ("speculative", change("accepted", 1)),
+    "another token": ("speculative", change("token", 1)),
+    "another token in a stream": ("cloud", change("token", 1)),
+    "another session": ("speculative", replace_ids("session", lambda name: name[::-1])),
+}
+
+
+def edited_tokens(world: World, plan: Plan, edit: Callable[[Any], Any], rate: float) -> tuple[int, ...] | None:
+    """Return the caption if this share of the messages is edited, or None if it is declared as failed."""
+    random = Random(0)
+    world.proxy.edit = lambda message: edit(message) if random.random() < rate else message
+    try:
+        return run(world, plan, FOREVER if rate < 1 else 5.0, timeout=10.0).tokens
+    except CloudFault:
+        return None
+    finally:
+        world.proxy.edit = None
+
+
+@pytest.mark.parametrize(("mode", "edit"), EDITS.values(), ids=EDITS)
+def test_a_middle_box_that_edits_messages_makes_no_caption_wrong(
+    world: World, mode: str, edit: Callable[[Any], Any]
+) -> None:
+    for seed in range(3):
+        table = random_table(VOCABULARY, seed)
+        edge = ToyModel(table + 0.3 * (random_table(VOCABULARY, seed + 10) - table), frozenset())
+        scene = Scene(edge, ToyModel(table, frozenset()), Prompt((1, 2, 3)), Stopping(frozenset({5, 6}), 12))
+        strategy = Strategy("cloud") if mode == "cloud" else LOSSLESS_PLAN.strategy
+        faults = [Fault.STREAM_CUT] * 3  # so that a request to generate has output
+        plan = replace(LOSSLESS_PLAN, scene=scene, strategy=strategy, faults=faults if mode == "cloud" else [])
+        expected = tokens_without_faults(plan)
+        assert edited_tokens(world, plan, edit, 1.0) in (None, expected)
+        assert edited_tokens(world, plan, edit, 0.3) == expected
+
+
+@pytest.mark.parametrize("mode", ["speculative", "cloud"])
+def test_a_middle_box_that_only_writes_json_in_another_way_costs_no_attempt(world: World, mode: str) -> None:
+    strategy = Strategy("cloud") if mode == "cloud" else LOSSLESS_PLAN.strategy
+    plan = replace(LOSSLESS_PLAN, strategy=strategy)
+    world.proxy.edit = lambda message: dict(reversed(message.items()))
+    try:
+        trace = run(world, plan, 0.0, timeout=10.0)
+    finally:
+        world.proxy.edit = None
+    assert trace.tokens == tokens_without_faults(plan)
+    assert latency_breakdown(trace).parts["faults"] == 0

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 
@@ -95,11 +95,13 @@ class Proxy:
     """A proxy in front of the server at `upstream`. Each planned fault hits the first request that it fits.
 
     A request that closes a session always passes: the client sends it once and ignores a failure. With a `prefix`,
-    the proxy serves paths that start with it, and sends them on without it.
+    the proxy serves paths that start with it, and sends them on without it. `edit` returns the JSON that the proxy puts
+    in place of that of a request, an answer or a line of a stream.
     """
 
-    def __init__(self, upstream: str, prefix: str = "") -> None:
+    def __init__(self, upstream: str, prefix: str = "", edit: Callable[[Any], Any] | None = None) -> None:
         self.set_upstream(upstream)
+        self.edit = edit
         self._prefix = prefix.encode()
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}{prefix}"
@@ -233,8 +235,9 @@ class Proxy:
             self._late.append(request)
             if fault is Fault.LATE:
                 raise PeerClosed
+        request = Request(*self._edited(request.head, request.body))
         first = self._execute(request) if fault in (Fault.TWICE_FIRST, Fault.TWICE_SECOND) else None
-        answer = upstream.ask(request)
+        answer = self._edited_answer(upstream.ask(request))
         if fault is Fault.TWICE_FIRST and first is not None:
             answer.read()
             answer = first
@@ -246,6 +249,21 @@ class Proxy:
             self._stream(client, answer, fault)
         else:
             self._send_whole(client, request, answer, fault)
+
+    def _edited(self, head: bytes, body: bytes) -> tuple[bytes, bytes]:
+        """Return a head and a body of which `edit` has changed the JSON."""
+        if self.edit is None or not body.startswith(b"{"):
+            return head, body
+        body = json.dumps(self.edit(json.loads(body))).encode() + b"\n" * body.endswith(b"\n")
+        return re.sub(rb"(?i)(content-length): *\d+", rb"\1: %d" % len(body), head), body
+
+    def _edited_answer(self, answer: Answer) -> Answer:
+        if self.edit is None:
+            return answer
+        if answer.chunked:
+            return Answer(answer.head, True, (self._edited(b"", piece)[1] for piece in answer.pieces))
+        head, body = self._edited(answer.head, b"".join(answer.pieces))
+        return Answer(head, False, iter([body]))
 
     def _send_replacement(self, client: socket.socket, fault: Fault) -> None:
         """Send what `fault` puts in place of the server's answer. Raise PeerClosed if the connection must end."""
