@@ -18,7 +18,10 @@ from urllib.parse import urlsplit
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets the connection
 HISTORY = 20_000  # bytes of each direction that may come again
-STARTS = {True: re.compile(rb"(?=(?:POST|GET|DELETE) /)"), False: re.compile(rb"(?=HTTP/1\.1 \d)")}  # of messages
+STARTS = {
+    True: re.compile(rb"(?=(?:POST|GET|DELETE) /)"),
+    False: re.compile(rb"(?=HTTP/1\.1 \d)"),
+}  # where a message begins
 
 
 class ByteFault(Enum):
@@ -75,11 +78,11 @@ class ByteProxy:
     def plan(self, damages: Sequence[Damage], seed: int = 0) -> None:
         """End the connections that are open, and inject these damages from now on."""
         self._plan_ended.set()
-        for end in list(self._open):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads[1:]:
-            thread.join()
+        while any(thread.is_alive() for thread in self._threads[1:]):
+            for end in list(self._open):  # again, because a connection may have been accepted in between
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+            self._threads[-1].join(0.05)
         del self._threads[1:]
         self._plan_ended = threading.Event()
         self._damages = tuple(damages)
@@ -109,6 +112,7 @@ class ByteProxy:
                 near, _ = self._listening.accept()
             except OSError:
                 return
+            self._open.add(near)
             number, self._connections = self._connections, self._connections + 1
             self._start(self._serve, near, number)
 
@@ -116,7 +120,7 @@ class ByteProxy:
         with near, socket.create_connection(self.upstream) as far:
             for end in (near, far):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._open |= {near, far}
+            self._open.add(far)
             up, down = (Direction(self, number, is_upward, self._damages) for is_upward in (True, False))
             upward = threading.Thread(target=self._relay, args=(near, far, up), name="byte-proxy")
             upward.start()

@@ -221,7 +221,7 @@ class Proxy:
         with self._lock:
             sessions, self._sessions = self._sessions, set()
         for session in sessions:
-            self._execute(Request(f"DELETE /v1/sessions/{session} HTTP/1.1\r\nHost: proxy\r\n\r\n".encode(), b""))
+            self._execute(Request(f"DELETE /v1/sessions/{session} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode(), b""))
 
     def _answer(self, client: socket.socket, upstream: Upstream, request: Request, fault: Fault | None) -> None:
         """Pass the request on and answer it, with the damage of `fault` to either."""
