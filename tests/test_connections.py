@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from edgecloud_sd.cloud.server import create_app
 from tests.support.asgi import KEY, OTHER_KEY, run_scene
 from tests.support.serving import ToyEngine, running_server
 
-SHORT = 0.05  # s, for each deadline
+SHORT = 0.1  # s, for each deadline
 LONG = 30.0  # s, for a deadline that must not be reached
 SHORT_DEADLINES = dict.fromkeys(connections.DEADLINES, SHORT)
 LONG_DEADLINES = dict.fromkeys(connections.DEADLINES, LONG)
@@ -66,6 +67,10 @@ ATTACKS: dict[str, tuple[bytes, bytes, list[int]]] = {
     "idle after an answer": (GET, b"", [200]),
     "half of the next request": (GET + GET[:9], b"", [200]),
     "pipelined, then silent": (GET * 5, b"", [200] * 5),
+    "a chunk that is none": (WITH_KEY + CHUNKED + b"zz\r\n", b"", [400]),
+    "no body of a HEAD": (GET.replace(b"GET", b"HEAD")[:-2] + CHUNKED + b"zz\r\n", b"", []),
+    "bytes after the last request": (b"GET /hang HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n", b"zz", [400]),
+    "websockets": (GET[:-2] + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n", b"", [200]),
 }
 
 
@@ -90,20 +95,22 @@ def read_until_closed(attackers: dict[str, socket.socket]) -> dict[str, list[int
     """Return the statuses that each attacker gets until its connection closes. They drip all the time."""
     received = dict.fromkeys(attackers, b"")
     is_open = dict.fromkeys(attackers, True)
+    for attack in attackers.values():
+        attack.setblocking(False)
     end = time.monotonic() + LONG
     while any(is_open.values()):
         assert time.monotonic() < end, [name for name in is_open if is_open[name]]
-        time.sleep(SHORT / 5)
+        time.sleep(SHORT / 20)
         for name, attack in attackers.items():
             with suppress(BlockingIOError):
                 try:
-                    data = attack.recv(2**16, socket.MSG_DONTWAIT)
+                    data = attack.recv(2**16)
                     received[name] += data
                     is_open[name] &= bool(data)
                 except ConnectionError:
                     is_open[name] = False
             with suppress(OSError):
-                attack.send(ATTACKS[name][1], socket.MSG_DONTWAIT)
+                attack.send(ATTACKS[name][1])
     return {name: [int(part[:3]) for part in data.split(b"HTTP/1.1 ")[1:]] for name, data in received.items()}
 
 
@@ -141,17 +148,6 @@ def small_server() -> Iterator[tuple[str, Room]]:
         yield server
 
 
-def test_every_attacker_is_answered_and_closed_and_a_polite_client_served(short_server: tuple[str, Room]) -> None:
-    url, room = short_server
-    with ExitStack() as stack:
-        attackers = {name: stack.enter_context(attacker(url)) for name in ATTACKS}
-        for name, attack in attackers.items():
-            attack.sendall(ATTACKS[name][0])
-        assert ask_politely(url) == 200
-        assert read_until_closed(attackers) == {name: statuses for name, (_, _, statuses) in ATTACKS.items()}
-    wait_for(lambda: not len(room))
-
-
 def has_answers_due(room: Room, number: int) -> bool:
     """Return whether a server has this many connections, and a request on each."""
     return [connection.wait for connection in room] == [Wait.ANSWER] * number
@@ -163,6 +159,41 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.002)
+
+
+@pytest.fixture
+def errors(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> list[logging.LogRecord]:
+    """Return the records of errors that uvicorn and asyncio will log."""
+    logger = logging.getLogger("uvicorn.error")
+    monkeypatch.setattr(logger, "level", logging.ERROR)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    return caplog.records
+
+
+def test_every_attacker_is_answered_and_closed_and_a_polite_client_served(
+    short_server: tuple[str, Room], errors: list[logging.LogRecord]
+) -> None:
+    url, room = short_server
+    with ExitStack() as stack, ThreadPoolExecutor(1) as threads:
+        attackers = {name: stack.enter_context(attacker(url)) for name in ATTACKS}
+        for name, attack in attackers.items():
+            attack.sendall(ATTACKS[name][0])
+        polite = threads.submit(ask_politely, url)
+        assert read_until_closed(attackers) == {name: statuses for name, (_, _, statuses) in ATTACKS.items()}
+        assert polite.result() == 200
+    wait_for(lambda: not len(room))
+    assert not errors  # no client causes a traceback
+
+
+def test_bytes_that_are_no_http_end_a_request_that_is_answered_already(
+    short_server: tuple[str, Room], errors: list[logging.LogRecord]
+) -> None:
+    with attacker(short_server[0]) as connection, connection.makefile("rb") as answer:
+        connection.sendall(POST + CHUNKED)
+        assert answer.readline() == b"HTTP/1.1 401 Unauthorized\r\n"
+        connection.sendall(b"zz\r\n")
+        assert answer.read().endswith(b"}")
+    assert not errors
 
 
 def test_a_reader_that_stalls_is_cut_off_and_one_that_reads_is_not(short_server: tuple[str, Room]) -> None:
@@ -230,8 +261,8 @@ def test_the_caps_fit_the_limit_on_open_files(caplog: pytest.LogCaptureFixture) 
     assert 60 < lowered.connections < 200
     assert lowered.address_connections == lowered.connections // 2
     assert "limit of 256 open files leaves" in caplog.text
-    with pytest.raises(OSError, match=r"limit of 64 open files leaves none.*ulimit -n"):
-        limits.fit(64, 20)
+    with pytest.raises(OSError, match=r"limit of 100 open files leaves none.*ulimit -n"):
+        limits.fit(100, 20)
 
 
 @contextmanager

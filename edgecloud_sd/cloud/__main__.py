@@ -31,6 +31,8 @@ from edgecloud_sd.models.devices import choose_threads, use_threads
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from edgecloud_sd.cloud.connections import ConnectionLimits
+
 LOOPBACK = "127.0.0.1"
 BACKLOG = 1024  # connections that the system keeps until they are accepted
 DEFAULT = "(default: %(default)s)"  # argparse fills it in
@@ -100,6 +102,7 @@ def serve(options: argparse.Namespace) -> None:
 
     Raise ValueError or OSError for an option that cannot be used.
     """
+    from edgecloud_sd.cloud.connections import ConnectionLimits, count_open_descriptors, raise_descriptor_limit
     from edgecloud_sd.cloud.server import create_app  # imports FastAPI, which --help does not need
 
     keys = load_keys(options.api_key_file) if options.api_key_file else ()
@@ -115,7 +118,8 @@ def serve(options: argparse.Namespace) -> None:
     engine_options = parse_engine_options(options.engine_option)
     if engine_options and options.engine != "vllm":
         raise ValueError(f"--engine-option: {options.engine_option[0]} works only with --engine vllm")
-    # A bad address fails here, before the minutes that loading may take.
+    # A bad address and a low limit on open files fail here, before the minutes that loading may take.
+    connection_limits = ConnectionLimits().fit(raise_descriptor_limit(), count_open_descriptors())
     allow_remote = bool(keys) or options.insecure
     with open_socket(options.host, options.port, allow_remote) as listening:
         warn_about_exposure(options.host, listening, bool(keys))
@@ -125,7 +129,7 @@ def serve(options: argparse.Namespace) -> None:
         engine = engines.load_engine(options.engine, options.model, device, dtype, engine_options, options.weights)
         if isinstance(engine, LocalCloud):
             use_threads(choose_threads(options.threads, [engine.local_parameters]))
-        asyncio.run(run_app(create_app(engine, limits, keys, allow_remote), listening))
+        asyncio.run(run_app(create_app(engine, limits, keys, allow_remote), listening, connection_limits))
 
 
 def load_keys(path: Path) -> tuple[str, ...]:
@@ -149,16 +153,14 @@ def warn_about_exposure(host: str, listening: socket.socket, has_keys: bool) -> 
     warnings.warn(f"--host {host}: {problem}", stacklevel=2)
 
 
-async def run_app(app: FastAPI, listening: socket.socket) -> None:
+async def run_app(app: FastAPI, listening: socket.socket, limits: ConnectionLimits) -> None:
     """Serve an application on a socket, and print its URL when it is ready."""
-    from edgecloud_sd.cloud import connections
     from edgecloud_sd.cloud.closing import GracefulServer
+    from edgecloud_sd.cloud.connections import ServerConfig, bounded_log
 
-    descriptors = connections.raise_descriptor_limit()
-    limits = connections.ConnectionLimits().fit(descriptors, connections.count_open_descriptors())
-    server = GracefulServer(connections.ServerConfig(app, limits), app.state.requests)
+    server = GracefulServer(ServerConfig(app, limits), app.state.requests)
     app.state.service.is_closing = lambda: server.should_exit
-    with connections.bounded_log():
+    with bounded_log():
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)

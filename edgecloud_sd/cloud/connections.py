@@ -31,7 +31,7 @@ from edgecloud_sd.cloud.transport import KEEP_ALIVE
 
 _logger = logging.getLogger(__name__)
 ACCEPTS_AT_ONCE = 16  # connections that asyncio accepts before it serves any, so their descriptors need to be spare
-SPARE_DESCRIPTORS = 4 * ACCEPTS_AT_ONCE + 32  # a connection over a cap lives for up to 4 turns of the event loop
+SPARE_DESCRIPTORS = 4 * ACCEPTS_AT_ONCE + 64  # for 4 turns of the event loop until they are closed, and for the model
 REPEAT_SECONDS = 10.0  # between two lines of the log about the same kind of event
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -192,6 +192,17 @@ class BoundedProtocol(H11Protocol):
         """Go on to the next request."""
         super().on_response_complete()
         self._follow()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are no HTTP if no answer has begun, end the request that they are part of, and close."""
+        if self.cycle and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        is_head = bool(self.scope) and self.scope["method"] == "HEAD"  # uvicorn would send its answer a body
+        if self.conn.our_state is h11.IDLE or (self.conn.our_state is h11.SEND_RESPONSE and not is_head):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def pause_writing(self) -> None:
         """Stop the answer, because the client does not read."""
