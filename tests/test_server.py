@@ -597,8 +597,9 @@ def test_a_model_error_closes_its_session_and_no_other(
             other = await Edge(app, OTHER_KEY).open()
             expected = (await other.verify([3], 0, [1])).json
             session = await Edge(app).open()
+            await session.verify([3], 0, [1])
             engine.model.before_call = fail
-            body = wire.encode_prompt(PROMPT)
+            body = wire.encode_prompt(Prompt(PROMPT.ids * 2))  # more tokens than those of the other client
             with caplog.at_level(logging.WARNING):
                 if call == "open":
                     response = await Edge(app).request("POST", open_path(body), body, OCTETS)
@@ -610,13 +611,99 @@ def test_a_model_error_closes_its_session_and_no_other(
             assert ("retry-after" in response.headers) == (status == 503)
             assert ("Traceback" in caplog.text) == (status == 500)
             engine.model.before_call = lambda call: None
-            # The cache of the failed session may contain half of a forward pass.
-            assert (await session.verify([3], 0, [1])).status == (200 if call == "open" else 404)
+            # The cache of the failed session may contain half of a forward pass. If its client has the most tokens, its
+            # other sessions make room before.
+            is_open = call == "open" and status != 503
+            assert (await session.verify([3], 0, [1])).status == (200 if is_open else 404)
             assert (await other.verify([3], 0, [1])).json == expected
-            assert f"edgecloud_sessions {2.0 if call == 'open' else 1.0}" in await metrics(app)
+            assert f"edgecloud_sessions {2.0 if is_open else 1.0}" in await metrics(app)
             assert f'status="{status}"' in await metrics(app)
 
     run_scene(scene())
+
+
+class CountedMemory:
+    """A model's memory for a number of cached tokens. A call that finds more in the open sessions runs out of it."""
+
+    def __init__(self, spy: SpyModel, tokens: int) -> None:
+        self.spy, self.tokens, self.failures = spy, tokens, 0
+        spy.before_call = self
+
+    def __call__(self, call: str) -> None:
+        if sum(1 + len(session.tokens) for session in self.spy.sessions if not session.is_closed) > self.tokens:
+            self.failures += 1
+            raise MemoryError
+
+
+@pytest.mark.parametrize("call", ["open", "verify", "generate"])
+def test_out_of_memory_is_charged_to_the_client_with_the_most_tokens_and_the_asker_is_served(call: str) -> None:
+    async def scene() -> None:
+        engine = SpyEngine()
+        async with running_app(engine) as app:
+            asker = await Edge(app, OTHER_KEY).open()
+            greedy = [await Edge(app).open() for _ in range(3)]
+            for session, length in zip(greedy, (4, 9, 6), strict=True):
+                assert (await session.verify([3] * length, 0, [])).status == 200
+            expected, local = list(open_locally().generate(Stopping(frozenset(), 9))), open_locally()
+            memory = CountedMemory(engine.model, 16)
+            response = await send_call(call, Edge(app, OTHER_KEY), asker)
+            assert response.status == (201 if call == "open" else 200)
+            if call == "verify":
+                message = wire.build_verify_request(asker.prompt_check, [3], 0, [1, 2])
+                assert read_verdict(response, message) == local.verify(0, [3], [1, 2])
+            if call == "generate":
+                assert [line["token"] for line in response.lines[:-1]] == expected
+            assert memory.failures == (2 if call == "generate" else 1)  # its own tokens need the memory again
+            memory.tokens = 99
+            lost = [session for session in greedy if (await session.verify([3], 0, [])).status == 404]
+            assert lost == ([greedy[1], greedy[2]] if call == "generate" else [greedy[1]])
+            assert (await asker.verify([3], 0, [])).status == 200
+            assert f'edgecloud_sessions_evicted_total{{why="memory"}} {len(lost)}.0' in await metrics(app)
+
+    run_scene(scene())
+
+
+def test_a_call_that_never_fits_closes_few_sessions() -> None:
+    async def scene() -> None:
+        engine = SpyEngine()
+        async with running_app(engine) as app:
+            greedy = [await Edge(app).open() for _ in range(6)]
+            asker = await Edge(app, OTHER_KEY).open()
+            memory = CountedMemory(engine.model, -1)
+            refused = await asker.verify([3], 0, [1])
+            assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+            memory.tokens = 99
+            statuses = [(await session.verify([3], 0, [])).status for session in (*greedy, asker)]
+            assert statuses.count(404) == 3 + 1
+
+    run_scene(scene())
+
+
+def test_a_call_that_fails_after_its_client_has_gone_leaves_no_half_pass(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene() -> None:
+        engine = SpyEngine()
+        async with running_app(engine) as app:
+            session = await Edge(app).open()
+            expected = (await session.verify([3], 0, [1, 2])).json
+            blocked, is_gone = BlockedModel(engine.model), asyncio.Event()
+
+            def fail(call: str) -> None:
+                blocked(call)
+                raise MemoryError
+
+            engine.model.before_call = fail
+            leaving = asyncio.create_task(send_call("verify", Edge(app, KEY, is_gone), session))
+            await wait_until(lambda: blocked.blocked_calls == 1)
+            is_gone.set()
+            await leaving
+            engine.model.before_call = lambda call: None
+            blocked.release.set()
+            assert (await session.verify([3], 0, [1, 2])).json == expected
+            assert engine.model.calls.count("open") == 2  # the cache with half of a forward pass is not used again
+
+    with caplog.at_level(logging.WARNING):
+        run_scene(scene())
+    assert not caplog.records
 
 
 def test_a_stream_that_fails_has_no_last_line() -> None:

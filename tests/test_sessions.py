@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from edgecloud_sd.cloud import sessions as sessions_module
 from edgecloud_sd.cloud.sessions import RECENT_USE, UNUSED_TIMEOUT, NoRoom, OpenSession, Sessions, UnknownSession
 from edgecloud_sd.events import Verdict
-from edgecloud_sd.steps import Steps
+from edgecloud_sd.steps import Steps, run_steps
 from edgecloud_sd.stopping import Stopping
 from tests.support.asgi import run_scene
 
@@ -54,6 +54,16 @@ class Clock:
         return self.now
 
 
+def make_session(owner: str, check: int = 0, tokens: int = 1) -> OpenSession:
+    """Return a session that is not open yet."""
+
+    def begin() -> Steps[FakeVerification]:
+        yield 1
+        return FakeVerification()
+
+    return OpenSession(owner, check, tokens, begin)
+
+
 def make_busy(session: OpenSession) -> None:
     """Lock a session as a running request does."""
     assert asyncio.run(session.lock.acquire())
@@ -61,7 +71,7 @@ def make_busy(session: OpenSession) -> None:
 
 def test_only_the_owner_finds_a_session() -> None:
     sessions = Sessions(2, 1.0)
-    session = OpenSession("a", 0, 1)
+    session = make_session("a")
     assert sessions.add(session) is None
     assert sessions.get("a", session.name) is session
     for owner, name in [("b", session.name), ("a", "nothing")]:
@@ -70,7 +80,7 @@ def test_only_the_owner_finds_a_session() -> None:
 
 
 def test_names_have_128_random_bits() -> None:
-    names = {OpenSession("a", 0, 1).name for _ in range(100)}
+    names = {make_session("a").name for _ in range(100)}
     assert len(names) == 100
     assert {len(name) for name in names} == {22}  # base64 of 16 bytes
 
@@ -78,7 +88,7 @@ def test_names_have_128_random_bits() -> None:
 def test_the_owners_least_recently_used_session_makes_room_unless_it_is_in_recent_use() -> None:
     clock = Clock()
     sessions = Sessions(3, 300.0, clock)
-    first, second, other = OpenSession("a", 0, 1), OpenSession("a", 0, 1), OpenSession("b", 0, 1)
+    first, second, other = make_session("a"), make_session("a"), make_session("b")
     for clock.now, session in enumerate((other, first, second)):
         sessions.add(session)
         sessions.get(session.owner, session.name)
@@ -86,9 +96,9 @@ def test_the_owners_least_recently_used_session_makes_room_unless_it_is_in_recen
     sessions.get("a", first.name)
     clock.now = 2 + RECENT_USE - 0.5
     with pytest.raises(NoRoom, match="all 3 sessions are in use: try again in 1 s"):
-        sessions.add(OpenSession("a", 0, 1))
+        sessions.add(make_session("a"))
     clock.now = 2 + RECENT_USE
-    assert sessions.add(OpenSession("a", 0, 1)) is second
+    assert sessions.add(make_session("a")) is second
     assert second.is_closed
     with pytest.raises(UnknownSession):
         sessions.get("a", second.name)
@@ -98,39 +108,39 @@ def test_the_owners_least_recently_used_session_makes_room_unless_it_is_in_recen
 def test_a_session_that_nobody_has_used_makes_room_first() -> None:
     clock = Clock()
     sessions = Sessions(2, 300.0, clock)
-    used, unused = OpenSession("a", 0, 1), OpenSession("a", 0, 1)
+    used, unused = make_session("a"), make_session("a")
     for clock.now, session in enumerate((used, unused)):
         sessions.add(session)
     sessions.get("a", used.name)
     clock.now = 1 + RECENT_USE
-    assert sessions.add(OpenSession("a", 0, 1)) is unused
+    assert sessions.add(make_session("a")) is unused
 
 
 def test_the_client_with_most_sessions_makes_room_even_if_they_are_busy() -> None:
     clock = Clock()
     sessions = Sessions(3, 300.0, clock)
-    flood = [OpenSession("flood", 0, 1) for _ in range(3)]
+    flood = [make_session("flood") for _ in range(3)]
     for clock.now, session in enumerate(flood):
         sessions.add(session)
     make_busy(flood[0])
-    assert sessions.add(OpenSession("b", 0, 1)) is flood[1]  # an idle session goes first
+    assert sessions.add(make_session("b")) is flood[1]  # an idle session goes first
     make_busy(flood[2])
     with pytest.raises(NoRoom):
-        sessions.add(OpenSession("flood", 0, 1))  # a client does not close its own busy sessions
-    assert sessions.add(OpenSession("c", 0, 1)) is flood[0]
+        sessions.add(make_session("flood"))  # a client does not close its own busy sessions
+    assert sessions.add(make_session("c")) is flood[0]
 
 
 def test_a_client_without_a_session_takes_one_that_is_not_in_recent_use() -> None:
     clock = Clock()
     sessions = Sessions(2, 300.0, clock)
-    busy, idle, newcomer = (OpenSession(owner, 0, 1) for owner in "abc")
+    busy, idle, newcomer = (make_session(owner) for owner in "abc")
     for session in (busy, idle):
         sessions.add(session)
     make_busy(busy)
     clock.now = RECENT_USE
     assert sessions.add(newcomer) is idle
     with pytest.raises(NoRoom) as refusal:
-        sessions.add(OpenSession("d", 0, 1))
+        sessions.add(make_session("d"))
     assert refusal.value.seconds == RECENT_USE
     assert len(sessions) == 2
 
@@ -147,15 +157,15 @@ def test_a_client_without_a_session_takes_one_that_is_not_in_recent_use() -> Non
 def test_a_refused_client_learns_when_there_may_be_room(ends: list[float], now: float, expected: float) -> None:
     clock = Clock()
     sessions = Sessions(2, 300.0, clock)
-    ended = [OpenSession("a", 0, 1) for _ in ends]
-    for session in (*ended, OpenSession("a", 0, 1), OpenSession("a", 0, 1))[:2]:
+    ended = [make_session("a") for _ in ends]
+    for session in (*ended, make_session("a"), make_session("a"))[:2]:
         sessions.add(session)
     for clock.now, session in zip(ends, ended, strict=True):
         sessions.remove(session)
-        sessions.add(OpenSession("a", 0, 1))
+        sessions.add(make_session("a"))
     clock.now = now
     with pytest.raises(NoRoom) as refusal:
-        sessions.add(OpenSession("a", 0, 1))
+        sessions.add(make_session("a"))
     assert refusal.value.seconds == pytest.approx(expected)
 
 
@@ -174,7 +184,7 @@ class SessionsMachine(RuleBasedStateMachine):
     @rule(owner=st.sampled_from("abcd"))
     def open(self, owner: str) -> None:
         counts = Counter(session.owner for session in self.expected)
-        new = OpenSession(owner, 0, 1)
+        new = make_session(owner)
         try:
             evicted = self.sessions.add(new)
         except NoRoom:
@@ -225,7 +235,7 @@ TestSessionsMachine = SessionsMachine.TestCase
 
 async def begin(sessions: Sessions, owner: str, check: int = 0) -> asyncio.Task[OpenSession | None]:
     """Start to admit a session, and return when it is in the line."""
-    task = asyncio.create_task(sessions.admit(OpenSession(owner, check, 1)))
+    task = asyncio.create_task(sessions.admit(make_session(owner, check)))
     await asyncio.sleep(0.002)
     return task
 
@@ -233,7 +243,7 @@ async def begin(sessions: Sessions, owner: str, check: int = 0) -> asyncio.Task[
 def test_waiting_opens_are_served_by_need_and_then_in_turn() -> None:
     async def scene() -> None:
         sessions = Sessions(3, 300.0)
-        opened = {owner: OpenSession(owner, 0, 1) for owner in "abc"}
+        opened = {owner: make_session(owner) for owner in "abc"}
         for session in opened.values():
             sessions.add(session)
         second_of_b, gone, d, e = [await begin(sessions, owner) for owner in "bfde"]
@@ -252,12 +262,12 @@ def test_an_open_that_was_refused_keeps_its_place_if_it_comes_back(monkeypatch: 
     async def scene() -> None:
         clock = Clock()
         sessions = Sessions(1, 300.0, clock)
-        session = OpenSession("a", 0, 1)
+        session = make_session("a")
         sessions.add(session)
         monkeypatch.setattr(sessions_module, "ROOM_WAIT", 0.01)
         for check in (1, 2):  # only the first will come back
             with pytest.raises(NoRoom):
-                await sessions.admit(OpenSession("a", check, 1))
+                await sessions.admit(make_session("a", check))
             clock.now += 0.2
         monkeypatch.setattr(sessions_module, "ROOM_WAIT", 60.0)
         later = await begin(sessions, "a", 3)
@@ -279,12 +289,12 @@ def test_an_open_takes_free_room_at_last_even_if_a_refused_one_has_not_come_back
     async def scene() -> None:
         monkeypatch.setattr(sessions_module, "ROOM_WAIT", 0.02)
         sessions = Sessions(1, 300.0, Clock())
-        session = OpenSession("a", 0, 1)
+        session = make_session("a")
         sessions.add(session)
         with pytest.raises(NoRoom):
-            await sessions.admit(OpenSession("a", 1, 1))
+            await sessions.admit(make_session("a", 1))
         sessions.remove(session)
-        assert await sessions.admit(OpenSession("a", 2, 1)) is None
+        assert await sessions.admit(make_session("a", 2)) is None
 
     run_scene(scene())
 
@@ -292,7 +302,7 @@ def test_an_open_takes_free_room_at_last_even_if_a_refused_one_has_not_come_back
 def test_idle_sessions_are_removed_and_busy_ones_stay() -> None:
     clock = Clock()
     sessions = Sessions(3, 10.0, clock)
-    unused, used, busy = OpenSession("a", 0, 1), OpenSession("a", 0, 1), OpenSession("a", 0, 1)
+    unused, used, busy = make_session("a"), make_session("a"), make_session("a")
     for session in (unused, used, busy):
         sessions.add(session)
     make_busy(busy)
@@ -308,7 +318,7 @@ def test_idle_sessions_are_removed_and_busy_ones_stay() -> None:
 def test_a_session_that_nobody_has_used_is_removed_earlier() -> None:
     clock = Clock()
     sessions = Sessions(3, 300.0, clock)
-    unused, used = OpenSession("a", 0, 1), OpenSession("a", 0, 1)
+    unused, used = make_session("a"), make_session("a")
     for session in (unused, used):
         sessions.add(session)
     sessions.get("a", used.name)
@@ -319,9 +329,9 @@ def test_a_session_that_nobody_has_used_is_removed_earlier() -> None:
 
 
 def test_no_call_starts_on_a_removed_session() -> None:
-    session, fake = OpenSession("a", 0, 1), FakeVerification()
+    session, fake = make_session("a"), FakeVerification()
     session.verification = fake
-    assert session.call(lambda: session.opened.verify(0, [1], [])) == Verdict(0, 0)
+    assert session.call(lambda: run_steps(session.open_steps())) is fake
     Sessions(1, 1.0).remove(session)  # at once, because `close` may have to wait
     with pytest.raises(UnknownSession):
         session.call(lambda: None)
@@ -330,12 +340,42 @@ def test_no_call_starts_on_a_removed_session() -> None:
     assert fake.times_closed == 1
     with pytest.raises(UnknownSession):
         session.call(lambda: None)
-    with pytest.raises(UnknownSession):
-        _ = session.opened
+
+
+def test_a_failed_call_drops_the_cache_and_the_next_one_opens_the_prompt_again() -> None:
+    session = make_session("a")
+    failed = session.call(lambda: run_steps(session.open_steps()))
+    with pytest.raises(ZeroDivisionError):
+        session.call(lambda: 1 // 0)
+    assert isinstance(failed, FakeVerification)
+    assert failed.times_closed == 1
+    assert session.call(lambda: run_steps(session.open_steps())) not in (None, failed)
+
+
+@pytest.mark.parametrize(
+    ("asker", "sizes", "largest"),
+    [
+        (0, {"a": [1], "b": [5, 6, 2]}, 2),
+        (0, {"a": [9], "b": [5, 6]}, 2),  # the client with the most tokens, not the largest session
+        (0, {"a": [3, 9], "b": [5, 6]}, 1),  # the asker's own other session
+        (0, {"a": [9, 2], "b": [5, 6]}, 1),  # the asker counts as larger
+        (0, {"a": [9], "b": [5]}, None),  # the asker's own session is the one
+    ],
+)
+def test_the_client_with_the_most_tokens_pays_for_the_memory(
+    asker: int, sizes: dict[str, list[int]], largest: int | None
+) -> None:
+    sessions = Sessions(9, 300.0)
+    opened = [make_session(owner, tokens=size) for owner in sizes for size in sizes[owner]]
+    for session in opened:
+        sessions.add(session)
+    assert sessions.find_largest(opened[asker]) is (None if largest is None else opened[largest])
+    opened[-1].output_tokens = 100
+    assert sessions.find_largest(opened[asker]) is opened[-1]
 
 
 def test_closing_waits_for_the_running_call() -> None:
-    session, fake = OpenSession("a", 0, 1), FakeVerification()
+    session, fake = make_session("a"), FakeVerification()
     session.verification = fake
     has_started, may_end = threading.Event(), threading.Event()
 
@@ -361,7 +401,7 @@ def test_closing_waits_for_the_running_call() -> None:
 def test_the_idle_time_starts_at_the_end_of_the_last_request() -> None:
     clock = Clock()
     sessions = Sessions(1, 10.0, clock)
-    session = OpenSession("a", 0, 1)
+    session = make_session("a")
     sessions.add(session)
 
     async def stream(seconds: float) -> None:
@@ -382,7 +422,7 @@ def test_the_idle_time_starts_at_the_end_of_the_last_request() -> None:
 def test_a_call_that_its_request_has_left_behind_keeps_its_session() -> None:
     clock = Clock()
     sessions = Sessions(1, 10.0, clock)
-    session = OpenSession("a", 0, 1)
+    session = make_session("a")
     sessions.add(session)
 
     def call() -> list[OpenSession]:

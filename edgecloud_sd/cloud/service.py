@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -33,12 +34,14 @@ from edgecloud_sd.cloud.sessions import (
 from edgecloud_sd.data import prompts
 from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.host.errors import is_out_of_memory
+from edgecloud_sd.models.devices import free_memory
 from edgecloud_sd.steps import MAX_ROWS, Outcome, Steps, advance
 from edgecloud_sd.stopping import Stopping, check_length
 
 _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
 PASS_COST = 32  # the time of a pass beside its rows, in rows of the pocket cloud: 3.5 ms, and 0.11 ms for a row
+MEMORY_EVICTIONS = 3  # sessions that are closed at most to give memory to one call, which may never fit
 LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds
 
 
@@ -125,22 +128,19 @@ class CloudService:
         """Return the facts about the model that a client compares with its own side."""
         return {**asdict(self.identity), "fingerprint": self.fingerprint, "check": self.identity.check}
 
-    async def open(self, client: str, body: bytes, rule: str, check: int) -> tuple[str, Completed[None]]:
+    async def open(self, client: str, body: bytes, rule: str, check: int) -> tuple[str, Completed[Any]]:
         """Open a prompt for a client and return the name of its session. `body` is the prompt as on the wire."""
         # A long body takes some ms: a thread reads it, in turns of the clients, while the event loop goes on.
         reading = await self._reading.run(client, partial(self._read_prompt, body, rule, check), len(body))
         accept, prompt = reading.result
-        session = OpenSession(client, check, len(prompt.ids))
+        begin = partial(self._engine.verifier(accept).open_steps, prompt)
+        session = OpenSession(client, check, len(prompt.ids), begin)
         async with self._sessions.use(session):
             evicted = await self._sessions.admit(session)
-
-            def opening() -> Steps[None]:
-                session.verification = yield from self._engine.verifier(accept).open_steps(prompt)
-
             try:
                 if evicted:
                     await self._close(evicted, client, "room")
-                completed = await self._run_steps("open", session, opening, len(prompt.ids))
+                completed = await self._run_steps("open", session, session.open_steps, len(prompt.ids))
             except asyncio.CancelledError:
                 self.abandon(SessionKey(client, session.name))
                 raise
@@ -167,14 +167,14 @@ class CloudService:
             if not context:
                 raise InvalidRequest("tokens: no token precedes the draft: begin with the last token of the prompt")
             self._check_length(session.prompt_tokens, len(context) - 1 + len(draft))  # the prompt has the first one
+            session.output_tokens = len(context) + len(draft)
 
-            completed = await self._run_steps(
-                "verify",
-                session,
+            def verifying() -> Steps[Verdict]:
+                verification = yield from session.open_steps()
                 # An abandoned call may have left any tokens in the cache, so this one relies on none of them.
-                lambda: session.opened.verify_steps(0, context, draft),
-                len(tokens) + len(draft),
-            )
+                return (yield from verification.verify_steps(0, context, draft))
+
+            completed = await self._run_steps("verify", session, verifying, len(tokens) + len(draft))
             session.context = [*context, *draft[: completed.result.accepted]]
         self.metrics.draft_tokens.inc(len(draft))
         self.metrics.accepted_tokens.inc(completed.result.accepted)
@@ -194,19 +194,25 @@ class CloudService:
             raise ContextMismatch("the request does not match its check: send it again")
         self._check_length(session.prompt_tokens, max_new_tokens)
         stopping = Stopping(frozenset(eos), max_new_tokens)
+        written = list(output)
         tokens: Iterator[int] | None = None
 
-        def step() -> int | None:
+        def next_token() -> Steps[int | None]:
             nonlocal tokens
-            tokens = tokens or session.opened.generate(stopping, output)
+            if tokens is None or session.verification is None:
+                verification = yield from session.open_steps()
+                yield from verification.feed_steps(written)
+                tokens = verification.generate(stopping, tuple(written))
+            yield 1
             return next(tokens, None)
 
         async with self._sessions.use(session):
             session.context = []  # the edge has not confirmed the tokens that the cache will contain
-            if output:
-                await self._run_steps("generate", session, lambda: session.opened.feed_steps(output), len(output))
-            while (completed := await self._run("generate", session, step)).result is not None:
-                self.metrics.observe_call("generate", completed)
+            rows = max(len(output), 1)
+            while (completed := await self._run_steps("generate", session, next_token, rows)).result is not None:
+                rows = 1
+                written.append(completed.result)
+                session.output_tokens = len(written)
                 self.metrics.generated_tokens.inc()
                 yield completed
         yield completed
@@ -299,7 +305,27 @@ class CloudService:
     async def _run_steps(
         self, call: str, session: OpenSession, begin: Callable[[], Steps[_T]], rows: int
     ) -> Completed[_T]:
-        """Run model code in steps, each in a turn of its client. `rows` is an upper bound for all of them."""
+        """Run model code in steps, each in a turn of its client. `rows` is an upper bound for all of them.
+
+        If the model is out of memory, the largest session of the client with the most tokens makes room, and the code
+        begins anew. The session itself is closed after the last failure.
+        """
+        evictions = 0
+        while True:
+            try:
+                return await self._run_steps_once(call, session, begin, rows)
+            except ModelOutOfMemory:
+                largest = self._sessions.find_largest(session) if evictions < MEMORY_EVICTIONS else None
+                if largest is None:
+                    await self._close(session, session.owner, "failed")
+                    raise
+            evictions += 1
+            await self._close(largest, session.owner, "memory")
+            await self._queue.run(session.owner, free_memory)
+
+    async def _run_steps_once(
+        self, call: str, session: OpenSession, begin: Callable[[], Steps[_T]], rows: int
+    ) -> Completed[_T]:
         steps: Steps[_T] | None = None
 
         def run_step() -> int | Outcome[_T]:
@@ -325,19 +351,20 @@ class CloudService:
     async def _run(self, call: str, session: OpenSession, run: Callable[[], _T], rows: int = 1) -> Completed[_T]:
         """Run model code, one pass of a number of rows, in a turn of its client.
 
-        Close the session if the code fails, because its cache may then contain half of a forward pass.
+        Raise ModelOutOfMemory if the model is out of memory. Close the session after any other failure.
         """
         try:
             return await self._queue.run(session.owner, partial(session.call, run), PASS_COST + rows)
         except UnknownSession:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                _logger.warning("%s: the model is out of memory", call)
+                traceback.clear_frames(error.__traceback__)  # they refer to the tensors of the failed pass
+                raise ModelOutOfMemory("the model is out of memory: try again") from None
             await self._close(session, session.owner, "failed")
             if isinstance(error, FloatingPointError):
                 raise NotFinite(str(error)) from None
-            if is_out_of_memory(error):
-                _logger.warning("%s: the model is out of memory", call)
-                raise ModelOutOfMemory("the model is out of memory: try again") from None
             raise
 
     async def _close(self, session: OpenSession, client: str, reason: str = "") -> None:

@@ -17,6 +17,7 @@ import anyio
 
 from edgecloud_sd import wire
 from edgecloud_sd.cloud.identity import FRAMES_PER_SECOND
+from edgecloud_sd.steps import Steps
 from edgecloud_sd.verifier import SteppedVerification
 
 _T = TypeVar("_T")
@@ -94,43 +95,59 @@ class OpenSession:
     owner: str  # the client
     prompt_check: int  # CRC-32, see `edgecloud_sd.wire`
     prompt_tokens: int
+    begin: Callable[[], Steps[SteppedVerification]]  # encodes and prefills the prompt
     name: str = field(default_factory=lambda: secrets.token_urlsafe(16))  # 128 random bits, so nobody guesses it
     context: list[int] = field(default_factory=list)  # committed tokens that both sides know
+    output_tokens: int = 0  # tokens after the prompt that the cache may contain
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # for one request at a time
     waits_since: float = 0.0  # the first time that its client asked for room, in seconds on the clock of `Sessions`
     last_used: float = 0.0  # the end of the latest request so far, in seconds on the clock of `Sessions`
     is_used: bool = False  # a second request has named the session, so the client has received its name
     is_closed: bool = False  # no call may start
-    verification: SteppedVerification | None = None  # None until its prompt is prefilled
+    verification: SteppedVerification | None = None  # None until its prompt is prefilled, and after a failure
     # A call goes on after its request was cancelled and has released `lock`: this lock keeps the next call waiting.
     _call_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
-    def opened(self) -> SteppedVerification:
-        """The verification of the prompt."""
-        if self.verification is None:
-            raise UnknownSession
-        return self.verification
+    def tokens(self) -> int:
+        """The tokens that the cache may contain, audio positions included."""
+        return self.prompt_tokens + self.output_tokens
 
     @property
     def is_in_use(self) -> bool:
         """True while a request runs, or a call that its request has left behind."""
         return self.lock.locked() or self._call_lock.locked()
 
+    def open_steps(self) -> Steps[SteppedVerification]:
+        """Return the verification, and prefill the prompt in steps first if there is none."""
+        if self.verification is None:
+            self.verification = yield from self.begin()
+        return self.verification
+
     def call(self, use: Callable[[], _T]) -> _T:
-        """Return `use()`, which may block. Raise UnknownSession if the session was closed before."""
+        """Return `use()`, which may block. Raise UnknownSession if the session was closed before.
+
+        A failure drops the verification, because its cache may contain half of a forward pass.
+        """
         with self._call_lock:
             if self.is_closed:
                 raise UnknownSession
-            return use()
+            try:
+                return use()
+            except BaseException:
+                self._drop_verification()
+                raise
 
     def close(self) -> None:
         """Free the memory of the session. Block until its running call has ended."""
         self.is_closed = True
         with self._call_lock:
-            verification, self.verification = self.verification, None
-            if verification is not None:
-                verification.close()
+            self._drop_verification()
+
+    def _drop_verification(self) -> None:
+        verification, self.verification = self.verification, None
+        if verification is not None:
+            verification.close()
 
 
 class _Refusal(NamedTuple):
@@ -289,6 +306,18 @@ class Sessions:
         if self._by_name.pop(session.name, None):
             self._ends.append(self._clock())
             self._has_changed.set()
+
+    def find_largest(self, asker: OpenSession) -> OpenSession | None:
+        """Return the largest session but `asker` of the client whose sessions have the most tokens, or None.
+
+        The owner of `asker` counts as the larger one of two equal clients.
+        """
+        tokens: Counter[str] = Counter()
+        for session in self._by_name.values():
+            tokens[session.owner] += session.tokens
+        owner = max(tokens, key=lambda name: (tokens[name], name == asker.owner), default="")
+        candidates = [s for s in self._by_name.values() if s.owner == owner and s is not asker]
+        return max(candidates, key=lambda session: session.tokens, default=None)
 
     def remove_idle(self) -> list[OpenSession]:
         """Remove and return the sessions whose last request ended longer ago than their timeout."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from functools import cache
 
@@ -37,6 +38,14 @@ def _advise_device() -> str:
         return "this machine has no GPU that torch can use (nvidia-smi): choose cpu, or auto for the cloud"
     gpus = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
     return f"choose cpu or {gpus}"
+
+
+def free_memory() -> None:
+    """Return memory that nothing uses any more to the device, so that a call that ran out of it may try again."""
+    import torch
+
+    gc.collect()  # a failed call leaves cycles that contain tensors
+    torch.cuda.empty_cache()  # nothing happens without a GPU
 
 
 def explain_not_finite(dtype: str) -> str:
