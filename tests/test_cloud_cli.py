@@ -17,13 +17,14 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import pytest
+from fastapi import FastAPI
 
 from edgecloud_sd import wire
 from edgecloud_sd.cloud import __main__ as cli
-from edgecloud_sd.cloud import process
+from edgecloud_sd.cloud import engine, process
 from edgecloud_sd.events import Prompt
 from edgecloud_sd.models import pairs
-from tests.support.asgi import KEY
+from tests.support.asgi import KEY, Edge, SpyEngine
 
 RUN = [sys.executable, "-m", "edgecloud_sd.cloud"]
 POCKET = pairs.PAIRS["pocket"].cloud
@@ -187,25 +188,42 @@ def test_a_server_prints_its_url_and_stops_even_during_a_stream(cause: str, keys
 
 
 @pytest.mark.slow
-def test_a_server_that_gets_sigterm_is_not_ready() -> None:
+def test_a_server_without_keys_refuses_another_host_and_is_not_ready_after_sigterm() -> None:
     with serving() as (server, url):
-        assert call(f"{url}/health/ready") == b'{"status":"ok"}'
+        with pytest.raises(HTTPError, match="421"):
+            urlopen(Request(f"{url}/v1/model", headers={"Host": "evil.example"}), timeout=60)
+        assert call(f"{url}/health/ready".replace("127.0.0.1", "localhost")) == b'{"status":"ok"}'
         server.send_signal(signal.SIGTERM)
         with pytest.raises((HTTPError, ConnectionError, URLError), match=r"503|refused|reset|without response"):
             call(f"{url}/health/ready")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arguments", [[], ["--insecure"]])
-def test_a_server_without_keys_on_loopback_refuses_another_host_unless_insecure(arguments: list[str]) -> None:
-    with serving(*arguments) as (_, url):
-        request = Request(f"{url}/v1/model", headers={"Host": "evil.example"})
-        if arguments:
-            assert urlopen(request, timeout=60).status == 200
-        else:
-            with pytest.raises(HTTPError, match="421"):
-                urlopen(request, timeout=60)
-        assert b'"engine":"transformers"' in call(f"{url}/v1/model".replace("127.0.0.1", "localhost"))
+@pytest.mark.filterwarnings("ignore:--host 0.0.0.0")
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ([], 421),
+        (["--host", "localhost"], 421),
+        (["--insecure"], 200),
+        (["--host", "0.0.0.0", "--insecure"], 200),
+        (["--api-key-file", "keys"], 200),
+    ],
+)
+def test_only_a_server_that_has_no_key_and_is_not_insecure_refuses_another_host(
+    arguments: list[str], status: int, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statuses: list[int] = []
+
+    async def run_app(app: FastAPI, *arguments: object) -> None:
+        headers = [(b"host", b"evil.example")]
+        statuses.append((await Edge(app, None).request("GET", "/health", headers=headers)).status)
+
+    keys.chmod(0o600)
+    monkeypatch.chdir(keys.parent)
+    monkeypatch.setattr(cli, "run_app", run_app)
+    monkeypatch.setattr(engine, "load_engine", lambda *arguments: SpyEngine())
+    cli.main(["serve", "--port", "0", *arguments])
+    assert statuses == [status]
 
 
 @pytest.mark.slow

@@ -55,6 +55,13 @@ def test_a_refused_message_is_sent_again_only_if_it_was_damaged(status: int, bod
     assert classify_failure(status, body, sent=SENT).kind == kind
 
 
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_the_page_of_a_proxy_is_waited_out_as_long_as_its_header_says(status: int) -> None:
+    page = b"<html>\r\n<head><title>nginx</title></head>\r\n</html>\r\n"
+    failure = classify_failure(status, page, headers={"retry-after": "7", "content-type": "text/html"}, sent=SENT)
+    assert (failure.kind, failure.retry_after) == ("retry", 7.0)
+
+
 @pytest.mark.parametrize(
     ("status", "headers", "kind", "text"),
     [

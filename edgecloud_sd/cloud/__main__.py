@@ -159,7 +159,6 @@ async def run_app(app: FastAPI, listening: socket.socket, limits: ConnectionLimi
     from edgecloud_sd.cloud.connections import ServerConfig, bounded_log
 
     server = GracefulServer(ServerConfig(app, limits), app.state.requests)
-    app.state.service.is_closing = lambda: server.should_exit
     with bounded_log():
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         while not server.started and not serving.done():

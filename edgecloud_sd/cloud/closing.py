@@ -124,7 +124,7 @@ class GracefulServer(uvicorn.Server):
         """Begin to close, or end the process if it closes already."""
         if self.should_exit:
             os._exit(128 + sig)
-        self.should_exit = True
+        self.should_exit = self._requests.is_closing = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer all requests, close all connections, and end the process if the model is still at work."""

@@ -190,9 +190,9 @@ async def health() -> dict[str, str]:
 
 
 @router.get("/health/ready", openapi_extra={"security": []}, responses=document_problems())
-async def ready(service: ServiceDependency) -> dict[str, str]:
+async def ready(request: Request) -> dict[str, str]:
     """Return ok if the model is loaded and the service takes calls. This call needs no key."""
-    if service.is_closing():
+    if request.app.state.requests.is_closing:
         raise HTTPException(503, "the server is shutting down", {"Retry-After": "1"})
     return {"status": "ok"}
 

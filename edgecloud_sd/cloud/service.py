@@ -122,7 +122,6 @@ class CloudService:
         self._reading = FairQueue(1)
         self.metrics = ServiceMetrics(self._sessions)
         self._background: set[asyncio.Task[None]] = set()  # asyncio itself keeps no reference to a task
-        self.is_closing: Callable[[], bool] = lambda: False  # replaced by the server that gets the signals
 
     def describe_model(self) -> dict[str, Any]:
         """Return the facts about the model that a client compares with its own side."""
