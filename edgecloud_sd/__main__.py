@@ -17,7 +17,7 @@ from edgecloud_sd.host.passwords import SafeArgumentParser
 from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.pipeline import Pipeline, Request
-from edgecloud_sd.timing.clock import stream
+from edgecloud_sd.timing.clock import Watch, stream
 from edgecloud_sd.timing.harness import Harness
 
 COLOURS = {"local": 32, "accepted": 36, "correction": 31, "bonus": 35, "cloud": 34}  # ANSI
@@ -61,9 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pipeline = Pipeline.from_settings(settings, cloud)
             # inside, the explanation of an error can name the limit
             with pipeline.limited(settings.process_limits), errors_to_exit():
-                pipeline.prepare_for(strategy)
-                events = pipeline.events(request, strategy, settings.max_new_tokens, Harness(link=link))
-                trace = print_caption(events, lambda tokens: pipeline.text(tokens, strategy.mode), is_coloured)
+                harness = Harness(link=link)
+                events = pipeline.events(request, strategy, settings.max_new_tokens, harness)
+                trace = print_caption(
+                    events, lambda tokens: pipeline.text(tokens, strategy.mode), is_coloured, harness.watch
+                )
         print(summary_line(trace), file=sys.stderr)
 
 
@@ -100,12 +102,14 @@ def refuse_lists(settings: config.Settings) -> None:
             raise config.ConfigError(f"--{option.name}: give one value for a caption, not {len(value)}")
 
 
-def print_caption(events: Iterator[Event], decode: metrics.DecodeText, is_coloured: bool) -> Trace:
-    """Print the caption as its tokens are committed, and return its trace."""
+def print_caption(
+    events: Iterator[Event], decode: metrics.DecodeText, is_coloured: bool, watch: Watch | None = None
+) -> Trace:
+    """Print the caption as its tokens are committed, and return its trace, timed by `watch` or from now on."""
     tokens: list[int] = []
     printed = text = ""
     stamped = []
-    for seconds, event in stream(events):
+    for seconds, event in stream(events, watch):
         stamped.append((seconds, event))
         if not isinstance(event, Committed):
             continue

@@ -456,6 +456,38 @@ def test_closing_a_session_never_fails(url: str, answer: bytes | None, monkeypat
         assert len(bad.heads) == (answer is not None)
 
 
+def test_closing_a_caption_ends_a_call_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgecloud_sd.cloud.transport.POLL", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as threads:
+        connection = Connection(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        connection.identity = ToyEngine().identity
+        verification = remote_verification(connection)
+        waiting = threads.submit(verification.wait)
+        silent.accept()[0].detach()  # the request is on its way
+        start = time.monotonic()
+        verification.close()
+        with pytest.raises(CloudFault, match="the caption was closed"):
+            waiting.result()
+        assert time.monotonic() - start < 1
+        connection.close()
+
+
+def test_closing_a_caption_ends_a_wait_before_the_next_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgecloud_sd.cloud.retry.FIRST_DELAY", 10.0)
+    monkeypatch.setattr("edgecloud_sd.cloud.retry.LONGEST_DELAY", 10.0)
+    connection = Connection("http://127.0.0.1:1")
+    connection.identity = ToyEngine().identity
+    verification = remote_verification(connection)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(verification.wait)
+        start = time.monotonic()
+        verification.close()
+        with pytest.raises(CloudFault):
+            waiting.result()
+        assert time.monotonic() - start < 5
+    connection.close()
+
+
 def test_closing_waits_a_bounded_time_for_all_sessions_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "CLOSE_TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -52,13 +53,13 @@ class Connection:
         key: str | None = None,
         timeout: float = REQUEST_TIMEOUT,
         patience: float = PATIENCE["wait"],
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
     ) -> None:
         self.url = url
         self.transport = Transport(url, key, timeout)
         self.breaker = Breaker()
         self._patience = patience
-        self._sleep = sleep
+        self.sleep = sleep  # None: really, and a caption that is closed wakes up
         self._closer = ThreadPoolExecutor(CLOSERS, thread_name_prefix="close-session")
         self._closing_ends = math.inf
 
@@ -71,7 +72,7 @@ class Connection:
         with self.breaker.guard() as is_probe:
             answers: Counter[bytes] = Counter()
             retries = self.new_retries(is_probe=is_probe)
-            return retries.run(lambda: self._fetch_identity(answers, retries.attempt_seconds()))
+            return retries.run(lambda: self._fetch_identity(answers, retries.attempt_seconds))
 
     @property
     def local_parameters(self) -> int:
@@ -86,22 +87,27 @@ class Connection:
         return harness.timed_verifier(RemoteVerifier(self, rule, harness))
 
     def new_retries(
-        self, on_failure: Callable[[AttemptFailed], None] = lambda failure: None, is_probe: bool = False
+        self,
+        on_failure: Callable[[AttemptFailed], None] = lambda failure: None,
+        is_probe: bool = False,
+        sleep: Callable[[float], object] = time.sleep,
     ) -> Retries:
         """Return the attempts at a new call, with this connection's patience, or with less of it for a probe."""
         patience = min(self._patience, PROBE_PATIENCE) if is_probe else self._patience
-        return Retries(patience, self._sleep, on_failure, PROBE_PATIENCE if is_probe else math.inf)
+        return Retries(patience, self.sleep or sleep, on_failure, PROBE_PATIENCE if is_probe else math.inf)
 
     def close_session(self, session: str) -> None:
         """Tell the server in the background and only once. The server itself closes a session that is not used."""
 
         def delete() -> None:
-            left = min(CLOSE_TIMEOUT, self._closing_ends - time.monotonic())
             with suppress(AttemptFailed, Refused):
-                self.transport.call("DELETE", f"{SESSIONS_PATH}/{session}", seconds=left)
+                self.transport.call("DELETE", f"{SESSIONS_PATH}/{session}", seconds=self._closing_seconds)
 
         with suppress(RuntimeError):  # the connection is closed already
             self._closer.submit(delete)
+
+    def _closing_seconds(self) -> float:
+        return min(CLOSE_TIMEOUT, self._closing_ends - time.monotonic())
 
     def close(self) -> None:
         """Wait `CLOSE_TIMEOUT` at most until the sessions are closed, then close the sockets.
@@ -112,7 +118,7 @@ class Connection:
         self._closer.shutdown()
         self.transport.close()
 
-    def _fetch_identity(self, answers: Counter[bytes], seconds: float) -> Identity:
+    def _fetch_identity(self, answers: Counter[bytes], seconds: Callable[[], float]) -> Identity:
         """Return the identity. `answers` counts those that are none: so many, or so many equal ones, are no damage."""
         answer = self.transport.call("GET", MODEL_PATH, seconds=seconds).content
         try:
@@ -160,7 +166,7 @@ class RemoteVerification:
         self._retries = self._connection.new_retries()  # the attempts at the call that runs
         self._session: str | None = None
         self._was_opened = False
-        self._is_closed = False
+        self._closed = threading.Event()
         self._context: list[int] = []  # the tokens that the edge has committed, as of the last call of `verify`
         self._agreed = 0  # the server has this many tokens of the context
 
@@ -201,8 +207,8 @@ class RemoteVerification:
                     self._retries.wait(failure)
 
     def close(self) -> None:
-        """Close the session in the background. A call that another thread is trying again raises CloudFault."""
-        self._is_closed = True
+        """Close the session in the background. A call of another thread soon ends, with CloudFault."""
+        self._closed.set()
         session, self._session = self._session, None
         if session is not None:
             self._connection.close_session(session)
@@ -233,22 +239,26 @@ class RemoteVerification:
         note_loss = self._harness.watch.record_failures("faults")
 
         def on_failure(failure: AttemptFailed) -> None:
+            self._check_open()
             if failure.session_is_lost:
                 self._session = None
             if failure.session_is_lost or failure.context_differs:
                 self._agreed = 0
             note_loss(failure.was_sent)
 
-        return self._connection.new_retries(on_failure, is_probe), note_loss
+        return self._connection.new_retries(on_failure, is_probe, self._closed.wait), note_loss
 
     def _attempt_seconds(self) -> float:
-        """Return the seconds for an attempt at the call that runs, or at the next token of a stream."""
-        return self._retries.attempt_seconds()
+        """Return the seconds for an attempt at the call that runs, or at the next token; 0 for a closed caption."""
+        return 0.0 if self._closed.is_set() else self._retries.attempt_seconds()
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise CloudFault("the caption was closed before the cloud answered")
 
     def _ensure_open(self, note_loss: Callable[..., None]) -> None:
         """Open the prompt unless it has a session. The time of a second opening counts as lost."""
-        if self._is_closed:
-            raise CloudFault("the caption was closed before the cloud answered")
+        self._check_open()
         if self._session is None:
             is_reopened = self._was_opened
             self._open()
@@ -276,7 +286,7 @@ class RemoteVerification:
         """Return the answer to one attempt at the request with this check, and note its time and its bytes."""
         self._harness.send_up(wire.REQUEST_HEAD + len(body))
         start = self._harness.watch.seconds()
-        answer = self._connection.transport.call("POST", path, body, content, self._attempt_seconds())
+        answer = self._connection.transport.call("POST", path, body, content, self._attempt_seconds)
         self._note_answer(start, answer.timing, check)
         self._harness.send_down(wire.ANSWER_HEAD + len(answer.content))
         return answer.content

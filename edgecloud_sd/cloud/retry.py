@@ -69,7 +69,7 @@ class Retries:
     def __init__(
         self,
         patience: float,
-        sleep: Callable[[float], None],
+        sleep: Callable[[float], object],
         on_failure: Callable[[AttemptFailed], None] = lambda failure: None,
         longest: float = math.inf,
     ) -> None:

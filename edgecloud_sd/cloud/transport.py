@@ -30,6 +30,7 @@ MODEL_PATH = "/v1/model"  # the path of the first request to a server
 SESSIONS_PATH = "/v1/sessions"  # to open a session; each session has a path under it
 KEEP_ALIVE = 60.0  # s for which the pool keeps an unused connection; the server keeps its end longer
 CONNECT_TIMEOUT = 5.0  # s, and at most the time left to the request
+POLL = 0.1  # s after which a call that waits for its answer looks if it is still wanted
 LARGEST_ANSWER = 2**16  # bytes of an answer, or of one line of a stream: real ones have a few hundred
 HTTP_ERRORS = (  # the errors of httpcore that the server or the network causes
     httpcore2.TimeoutException,
@@ -72,10 +73,18 @@ class Transport:
         )
 
     def call(
-        self, method: str, path: str, body: bytes | None = None, content: str = "", seconds: float = math.inf
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        content: str = "",
+        seconds: Callable[[], float] = lambda: math.inf,
     ) -> Answer:
-        """Return the whole answer to one request, whose body has the media type `content`."""
-        deadline = _Deadline(lambda: min(seconds, self._timeout))
+        """Return the whole answer to one request, whose body has the media type `content`.
+
+        `seconds` is called again while the call waits, so that another thread can end it.
+        """
+        deadline = _Deadline(lambda: min(seconds(), self._timeout))
         with self._request(method, path, body, content, deadline) as response:
             return Answer(_read_body(response), _timing_header(response))
 
@@ -83,7 +92,7 @@ class Transport:
     def stream(self, path: str, body: bytes, seconds: Callable[[], float]) -> Iterator[tuple[str, Iterator[bytes]]]:
         """Post a JSON request, and yield the answer's Server-Timing header and an iterator over its lines.
 
-        `seconds` is called anew for each line.
+        `seconds` gives the time for each line, and can end the wait for it.
         """
         deadline = _Deadline(lambda: min(seconds(), self._timeout))
         with self._request("POST", path, body, wire.JSON, deadline) as response:
@@ -218,7 +227,7 @@ class _Deadline:
 
     def remaining(self, error: type[Exception]) -> float:
         """Return the seconds left, or raise `error` if the moment has passed."""
-        seconds = self._end - time.monotonic()
+        seconds = min(self._end - time.monotonic(), self._seconds())
         if seconds <= 0:
             raise error("took too long")
         return seconds
@@ -296,7 +305,10 @@ class _Stream(httpcore2.NetworkStream):
         self._stream = stream
 
     def read(self, max_bytes: int, timeout: Any = None) -> bytes:
-        return self._stream.read(max_bytes, timeout.remaining(httpcore2.ReadTimeout))
+        while True:
+            seconds = min(timeout.remaining(httpcore2.ReadTimeout), POLL)
+            with suppress(httpcore2.ReadTimeout):
+                return self._stream.read(max_bytes, seconds)
 
     def write(self, buffer: bytes, timeout: Any = None) -> None:
         """Send all bytes. httpcore would give each part that the socket takes the whole time."""
