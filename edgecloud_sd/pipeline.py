@@ -23,13 +23,13 @@ from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import Event, Prepared, Prompt, Trace
 from edgecloud_sd.fields import check_type, whole_number
 from edgecloud_sd.forecast.adaptive_k import AdaptiveK
-from edgecloud_sd.host.limits import Limits, LimitsInForce, apply_limits
+from edgecloud_sd.host.limits import Limits, LimitsInForce, apply_limits, memory_limit_paused
 from edgecloud_sd.models import checkpoint, devices, pairs, traits
 from edgecloud_sd.session import Model
 from edgecloud_sd.stopping import MAX_NEW_TOKENS, LengthLimit, Stopping, check_length
 from edgecloud_sd.strategy import LOSSLESS, Strategy
 from edgecloud_sd.timing.clock import stamp
-from edgecloud_sd.timing.harness import Harness
+from edgecloud_sd.timing.harness import Harness, start_background_thread
 from edgecloud_sd.timing.link import NO_LINK, Link
 from edgecloud_sd.timing.profile import Profile
 from edgecloud_sd.verifier import CloudFault, FailedVerifier, Verifier
@@ -237,7 +237,8 @@ class Pipeline:
     @cached_property
     def edge_weights(self) -> str:
         """The digest of the edge's weights."""
-        return checkpoint.weights_digest(self.pair.edge, self.pair.weights)
+        with memory_limit_paused():  # not loading, and on threads
+            return checkpoint.weights_digest(self.pair.edge, self.pair.weights)
 
     @property
     def cloud_model(self) -> HFModel:
@@ -250,13 +251,14 @@ class Pipeline:
     def limited(self, limits: Limits) -> Iterator[LimitsInForce]:
         """Hold this process, as the edge, to limits in the block: loading and decoding. Raise LimitError.
 
-        Libraries and the front end load before, because their code may abort the process when memory ends. Their memory
-        counts.
+        Libraries, the front end and a thread start before, because they may abort the process when memory ends. Their
+        memory counts.
         """
         if limits.memory_gb is not None:
             from edgecloud_sd.models.load import import_libraries
 
             import_libraries()
+            start_background_thread()
             _ = self.front_end
         with apply_limits(limits) as in_force:
             yield in_force

@@ -11,7 +11,9 @@ and values for two clips. The model computes those once and copies them into eac
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -36,6 +38,7 @@ from edgecloud_sd.steps import RowLimit, Steps, no_limit, run_steps, split_rows
 # Bounds on the memory for shared prefixes, because clients of a server choose their own. The chat format
 # gives a single prefix of 16 ids with the pocket pair's tokenizer.
 MAX_PREFIXES, MAX_PREFIX_LENGTH = 8, 64
+SEQUENTIAL_LOADING = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers reads it from the environment at each load
 FRAMES_PER_ROW = 25  # frames that the pocket pair's encoder takes in about the time of one row of its cloud
 
 
@@ -220,7 +223,7 @@ def load_checkpoint(checkpoint: str | Path, device: str, dtype: str, front: Fron
     memory.check_checkpoint_fits(checkpoint, device, dtype, in_force.memory_bytes, in_force.monitored_bytes)
     # "auto" keeps the stored dtype: weights to quantise stay in the map of their file until each is quantised
     read_dtype = "auto" if dtype in QUANTISED_DTYPES else getattr(torch, dtype)
-    with one_line_errors(front.name):
+    with one_line_errors(front.name), _sequential_loading(in_force.memory_bytes is not None):
         thinker, loading = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
             front.name, dtype=read_dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -237,6 +240,20 @@ def load_checkpoint(checkpoint: str | Path, device: str, dtype: str, front: Fron
         if dtype in QUANTISED_DTYPES:
             quantized.quantise(thinker, dtype)
     return HFModel(**vars(front), thinker=thinker.to(device).eval())
+
+
+@contextmanager
+def _sequential_loading(is_needed: bool) -> Iterator[None]:
+    """Let transformers load without threads. One that starts when memory ends may abort the process or hang it."""
+    before = os.environ.get(SEQUENTIAL_LOADING)
+    if is_needed:
+        os.environ[SEQUENTIAL_LOADING] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(SEQUENTIAL_LOADING, None)
+        if before is not None:
+            os.environ[SEQUENTIAL_LOADING] = before
 
 
 def _check_sizes(front: Frontend, config: Any) -> None:

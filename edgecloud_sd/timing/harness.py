@@ -332,6 +332,11 @@ def _run_at_once(call: Callable[[], _T]) -> Future[_T]:
     return future
 
 
+def start_background_thread() -> None:
+    """Start the thread of background calls. A start that lacks memory later could hang or abort the process."""
+    _executor().submit(int).result()
+
+
 @cache
 def _executor() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="background")
