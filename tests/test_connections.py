@@ -148,9 +148,9 @@ def small_server() -> Iterator[tuple[str, Room]]:
         yield server
 
 
-def has_answers_due(room: Room, number: int) -> bool:
-    """Return whether a server has this many connections, and a request on each."""
-    return [connection.wait for connection in room] == [Wait.ANSWER] * number
+def has_waits(room: Room, waits: list[Wait]) -> bool:
+    """Return whether the connections of a server wait for these events."""
+    return [connection.wait for connection in room] == waits
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -225,12 +225,28 @@ def test_the_connection_that_waits_longest_makes_room_for_a_new_one(small_server
 
 
 @pytest.mark.slow
+def test_an_upload_of_a_client_with_a_key_is_not_closed_for_clients_without(small_server: tuple[str, Room]) -> None:
+    url, room = small_server
+    upload = WITH_KEY.replace(OTHER_KEY.encode(), KEY.encode()) + b"Content-Length: 1\r\n\r\n"
+    body_of_health = GET[:-2] + LONG_BODY
+    with attacker(url) as client, ExitStack() as stack:
+        client.sendall(upload)
+        wait_for(lambda: has_waits(room, [Wait.ADMITTED_BODY]))
+        for first, wait in ((b"", Wait.FIRST_BYTE), (body_of_health, Wait.BODY), (POST + LONG_BODY, Wait.REST)) * 3:
+            stack.enter_context(attacker(url)).sendall(first)
+            wait_for(partial(has_waits, room, [Wait.ADMITTED_BODY, wait]))
+        client.sendall(b"x")
+        assert client.recv(100).startswith(b"HTTP/1.1 422")
+    wait_for(lambda: not len(room))
+
+
+@pytest.mark.slow
 def test_a_connection_beyond_a_cap_is_refused_if_all_others_are_served(small_server: tuple[str, Room]) -> None:
     url, room = small_server
     with ExitStack() as stack:
         for number, source in enumerate(("127.0.0.1", "127.0.0.1", "127.0.0.2", "127.0.0.2"), start=1):
             stack.enter_context(attacker(url, source)).sendall(b"GET /hang HTTP/1.1\r\nHost: here\r\n\r\n")
-            wait_for(partial(has_answers_due, room, number))
+            wait_for(partial(has_waits, room, [Wait.ANSWER] * number))
         for source in ("127.0.0.1", "127.0.0.3"):  # over the cap of an address, and over that of all
             with attacker(url, source) as late, late.makefile("rb") as answer:
                 assert answer.read().startswith(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n")

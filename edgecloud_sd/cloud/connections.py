@@ -44,12 +44,13 @@ class Wait(Enum):
     REST = "the rest of a request that is answered already"
     REQUEST = "another request"
     BODY = "a body"  # `Admission` has its deadline
+    ADMITTED_BODY = "the body of an admitted client"  # and this one's
     READER = "the client to read its answer"
     ANSWER = "the answer of this server"
 
 
-CLOSED_FIRST = (Wait.FIRST_BYTE, Wait.HEADERS, Wait.REST, Wait.REQUEST)  # to make room for a new connection
-CLOSED_NEXT = (Wait.BODY, Wait.READER)  # if none of those waits
+CLOSED_FIRST = (Wait.FIRST_BYTE, Wait.HEADERS, Wait.BODY, Wait.REST, Wait.REQUEST)  # for a new connection
+CLOSED_NEXT = (Wait.ADMITTED_BODY, Wait.READER)  # if none of those waits
 DEADLINES = {  # seconds of a wait after which its connection is closed
     Wait.FIRST_BYTE: 10.0,
     Wait.HEADERS: 10.0,  # from their first byte on, whatever follows
@@ -187,6 +188,8 @@ class BoundedProtocol(H11Protocol):
         """Read a part of a request."""
         super().data_received(data)
         self._follow()
+        if self.wait is Wait.BODY:
+            self.loop.call_soon(self._follow)  # the application has admitted or refused the request by then
 
     def on_response_complete(self) -> None:
         """Go on to the next request."""
@@ -237,7 +240,9 @@ class BoundedProtocol(H11Protocol):
         if self.flow.write_paused:
             return Wait.READER
         if theirs is h11.SEND_BODY:
-            return Wait.BODY if ours is h11.SEND_RESPONSE else Wait.REST
+            if ours is not h11.SEND_RESPONSE:
+                return Wait.REST
+            return Wait.ADMITTED_BODY if "client_name" in self.scope else Wait.BODY  # `Admission` names the client
         if theirs is not h11.IDLE:
             return Wait.ANSWER
         if self.conn.trailing_data[0]:
