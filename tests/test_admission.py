@@ -281,6 +281,27 @@ def test_a_request_whose_client_goes_away_while_sending_is_dropped() -> None:
     run_scene(scene())
 
 
+def test_a_delete_is_carried_out_though_its_client_has_gone() -> None:
+    async def scene() -> None:
+        methods: list[str] = []
+
+        async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+            await asyncio.sleep(0.001)
+            methods.append(scope["method"])
+            await PlainTextResponse("")(scope, receive, send)
+
+        is_gone = asyncio.Event()
+        is_gone.set()
+        for method in ("POST", "DELETE"):
+            protected = Protected(inner)
+            for has_body in (True, False):  # the client goes away after the body has arrived, or before
+                parts = [b""] if has_body else []
+                await Edge(protected.app, KEY, is_gone).request(method, "/", parts)
+        assert methods == ["DELETE", "DELETE"]
+
+    run_scene(scene())
+
+
 def test_each_client_has_its_own_limit_of_running_requests() -> None:
     async def scene() -> None:
         may_end = asyncio.Event()

@@ -129,7 +129,11 @@ class Admission:
                 del self._running_requests[client]
 
     async def _forward(self, scope: Scope, max_bytes: int, receive: Receive, send: Send) -> None:
-        """Pass a request on when its whole body has arrived. Drop it if its client goes away before."""
+        """Pass a request on when its whole body has arrived. Drop it if its client goes away before.
+
+        A DELETE is carried out all the same, because clients that end do not wait for its answer.
+        """
+        is_close = scope["method"] == "DELETE"
         body = bytearray()
         refusal = None
         more_body = True
@@ -138,7 +142,7 @@ class Admission:
                 if body:
                     await self._turns.wait(scope["turn_name"])
                 message = await receive()
-                if message["type"] != "http.request":
+                if message["type"] != "http.request" and not is_close:
                     return None
                 chunk, more_body = message.get("body", b""), message.get("more_body", False)
                 body += chunk
@@ -154,6 +158,8 @@ class Admission:
         scope["received"] = wire.request_checksum(
             scope["method"], scope["path"], scope["query_string"], media_type, bytes(body)
         )
+        if is_close:
+            return await self.app(scope, receive, send)
         return await run_while_connected(self.app, scope, bytes(body), receive, send)
 
     @cached_property
