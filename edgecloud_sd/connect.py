@@ -35,7 +35,7 @@ def connect(settings: Settings) -> Iterator[Cloud]:
         yield LocalCloud(pair.cloud, settings.cloud_device, settings.cloud_dtype, pair.weights)
         return
     with ExitStack() as stack:
-        url, key = settings.cloud_url, None
+        url, key, server = settings.cloud_url, None, None
         if settings.cloud_key_file:
             key = read_key(Path(settings.cloud_key_file))
             warn_if_others_can_read(Path(settings.cloud_key_file))
@@ -55,8 +55,8 @@ def connect(settings: Settings) -> Iterator[Cloud]:
             try:
                 _ = connection.identity
             except PatienceEnded as fault:
-                advice = "start one there with python -m edgecloud_sd.cloud serve, or give its URL (https:// for TLS)"
-                raise CloudFault(f"--cloud-url: {url}: {fault}; {advice}") from None
+                advice = "; start one there with python -m edgecloud_sd.cloud serve, or give its URL (https:// for TLS)"
+                raise CloudFault(f"--cloud-url: {url}: {fault}{'' if server else advice}") from None
             except CloudFault as fault:
                 raise CloudFault(f"--cloud-url: {url}: {fault}") from None
         yield connection

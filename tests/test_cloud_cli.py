@@ -22,8 +22,11 @@ from fastapi import FastAPI
 from edgecloud_sd import wire
 from edgecloud_sd.cloud import __main__ as cli
 from edgecloud_sd.cloud import engine, process
+from edgecloud_sd.config import resolve
+from edgecloud_sd.connect import connect
 from edgecloud_sd.events import Prompt
 from edgecloud_sd.models import pairs
+from edgecloud_sd.verifier import CloudFault
 from tests.support.asgi import KEY, Edge, SpyEngine
 
 RUN = [sys.executable, "-m", "edgecloud_sd.cloud"]
@@ -316,6 +319,22 @@ def test_a_server_that_ends_during_the_run_is_named(
     line = rf"^the cloud's server ended during the run {re.escape(warning)}"
     with pytest.warns(UserWarning, match=line), fake_server(code) as server:
         server.process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_that_ends_as_soon_as_it_listens_is_named_without_advice_to_start_it(
+    fake_server: Callable[[str], AbstractContextManager[process.Server]],
+) -> None:
+    with cli.open_socket("127.0.0.1", 0) as listening:
+        port = listening.getsockname()[1]
+    fake_server(f"print('http://127.0.0.1:{port}', flush=True); sys.stdin.readline(); sys.exit('why')")
+    run = resolve({"mode": "lossless", "cloud-url": "auto", "on-cloud-fault": "error"})
+    with (
+        pytest.warns(UserWarning, match="ended during the run .*: why"),
+        pytest.raises(CloudFault, match=rf"^--cloud-url: http://127.0.0.1:{port}: [^;]*$"),
+        connect(run),
+    ):
+        raise AssertionError("the server answered")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ the log is a file that the system deletes when both processes have ended.
 from __future__ import annotations
 
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from edgecloud_sd.host.terminal import join_lines
 SERVER_START_SECONDS = 1800.0  # for a whole start: the first one downloads the checkpoint, which may have 15 GB
 STALLED_SECONDS = 60.0  # without work during a start: neither computing nor reading nor downloading
 LEAST_WORK = 0.1  # CPU seconds: a process that waits for a file or a lock uses none
+# Statuses of a server that was told to stop: killed for it, in order, while starting, on Windows, told twice.
+TOLD_TO_STOP = (None, 0, EXIT_INTERRUPTED, signal.SIGTERM, 128 + signal.SIGTERM)
 STOP_SECONDS = 10.0  # for the server to end: it takes less, even in the middle of a call
 
 
@@ -56,14 +59,15 @@ def run_server(
         process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=log, encoding="utf-8", errors="replace", bufsize=1
         )
+        url = ""
         try:
-            server = Server(_start(process, key, log), key, process)
-            try:
-                yield server
-            finally:
-                _warn_if_ended(process, log)
+            url = _start(process, key, log)
+            yield Server(url, key, process)
         finally:
-            _stop(process)
+            status = _stop(process)
+            if url and status not in TOLD_TO_STOP:
+                line = f"the cloud's server ended during the run (status {status}): {_last_line(log)}"
+                warnings.warn(line, stacklevel=3)
 
 
 def _start(process: subprocess.Popen[str], key: str, log: IO[bytes]) -> str:
@@ -104,13 +108,6 @@ def _read_url(stdout: IO[str], urls: SimpleQueue[str]) -> None:
     urls.put("")
 
 
-def _warn_if_ended(process: subprocess.Popen[str], log: IO[bytes]) -> None:
-    """Warn about a server that has ended on its own. Neither status below is that: it was told to stop."""
-    if process.poll() not in (None, 0, EXIT_INTERRUPTED):
-        line = f"the cloud's server ended during the run (status {process.returncode}): {_last_line(log)}"
-        warnings.warn(line, stacklevel=2)
-
-
 def _last_line(log: IO[bytes]) -> str:
     """Return the last line of the log of a server that has ended; it writes at the place where this process reads."""
     log.seek(0)
@@ -118,14 +115,15 @@ def _last_line(log: IO[bytes]) -> str:
     return join_lines(lines[-1]) if lines else "its log is empty"
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
-    """Close the server's stdin, which tells it to stop, and kill it if it does not."""
+def _stop(process: subprocess.Popen[str]) -> int | None:
+    """Close the server's stdin, which tells it to stop. Return its status, or None if it had to be killed."""
     assert process.stdin is not None
     with suppress(OSError):  # it ended before it had read the key
         process.stdin.close()
     try:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
+        return process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
     finally:  # also after a second Ctrl-C
         process.kill()
         process.wait()
