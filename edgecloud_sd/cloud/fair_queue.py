@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from edgecloud_sd.cloud.closing import mark_started
-
 _T = TypeVar("_T")
 
 
@@ -40,11 +38,13 @@ class FairQueue:
     it has neither debt nor credit. Two clients that wait never differ by more than one call of each. A call no larger
     than the others waits for at most one call of each other client.
 
-    The queue has no limit of its own: the caller limits how many calls wait, and how long one runs.
+    The queue has no limit of its own: the caller limits how many calls wait, and how long one runs. `on_turn` is called
+    by the task of each call whose turn has come.
     """
 
-    def __init__(self, concurrency: int) -> None:
+    def __init__(self, concurrency: int, on_turn: Callable[[], None] = lambda: None) -> None:
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="engine")
+        self._on_turn = on_turn
         self._free_threads = concurrency
         self._waiting: dict[str, deque[_Turn]] = {}  # key: client; the client of the latest turn is last
         self._used: dict[str, float] = {}  # key: client; cost of its calls, counted from what others had used
@@ -57,7 +57,7 @@ class FairQueue:
         """
         arrival = time.perf_counter()
         await self._wait_for_turn(client, cost)
-        mark_started()
+        self._on_turn()
         start = time.perf_counter()
         running = asyncio.get_running_loop().run_in_executor(self._threads, call)
         running.add_done_callback(self._give_next_turn)

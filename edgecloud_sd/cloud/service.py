@@ -21,6 +21,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from edgecloud_sd import wire
 from edgecloud_sd.acceptance import Rule, parse_rule
+from edgecloud_sd.cloud.closing import mark_started
 from edgecloud_sd.cloud.engine import Engine
 from edgecloud_sd.cloud.fair_queue import Completed, FairQueue
 from edgecloud_sd.cloud.sessions import (
@@ -118,7 +119,7 @@ class CloudService:
         self.fingerprint = self.identity.fingerprint
         self._engine = engine
         self._sessions = Sessions(limits.max_sessions, limits.idle_timeout)
-        self._queue = FairQueue(engine.concurrency)
+        self._queue = FairQueue(engine.concurrency, mark_started)
         self._reading = FairQueue(1)
         self.metrics = ServiceMetrics(self._sessions)
         self._background: set[asyncio.Task[None]] = set()  # asyncio itself keeps no reference to a task
