@@ -222,6 +222,14 @@ def test_lines_in_another_order_give_no_other_token(tokens: list[int], data: st.
     assert generated == tokens[: len(generated)]
 
 
+def test_two_versions_of_the_messages_refuse_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = to_json(IDENTITY_FIELDS)
+    read_identity(answer)
+    monkeypatch.setattr(wire, "VERSION", wire.VERSION + 1)
+    with pytest.raises(wire.WireError):
+        read_identity(answer)
+
+
 # The server's side
 
 
