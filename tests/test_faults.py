@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from edgecloud_sd import gate
 from edgecloud_sd.acceptance import GREEDY, Rule
 from edgecloud_sd.cloud.client import Connection
+from edgecloud_sd.cloud.sessions import ServiceLimits
 from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import Committed, Degraded, Event, Finished, Prompt, Trace, Verdict
 from edgecloud_sd.measure import metrics
@@ -51,7 +52,8 @@ class World:
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     engine = ToyEngine()
-    with served(engine) as url, Proxy(url) as proxy:
+    limits = ServiceLimits(max_sessions=10_000)  # faults lose many, and a new one would wait for room
+    with served(engine, limits) as url, Proxy(url) as proxy:
         yield World(engine, proxy)
 
 

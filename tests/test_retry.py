@@ -10,6 +10,7 @@ from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.retry import (
     CONFIRMATIONS,
     FIRST_DELAY,
+    LAST_ATTEMPT,
     LONGEST_DELAY,
     PATIENCE,
     PROBE_PATIENCE,
@@ -19,6 +20,7 @@ from edgecloud_sd.cloud.retry import (
     Refused,
     Retries,
 )
+from edgecloud_sd.cloud.sessions import ROOM_WAIT
 from edgecloud_sd.verifier import CloudFault
 
 
@@ -136,6 +138,10 @@ def test_no_call_takes_longer_than_its_policy_promises(
     assert now[0] <= MOST[policy]
     if PATIENCE[policy]:
         assert now[0] >= 0.4 * MOST[policy]  # patience is not given up early
+
+
+def test_a_full_cloud_says_so_before_an_edge_that_may_finish_alone_gives_up() -> None:
+    assert PATIENCE["edge"] >= ROOM_WAIT + LAST_ATTEMPT
 
 
 def test_one_attempt_of_a_probe_is_bounded_even_without_patience() -> None:

@@ -36,7 +36,11 @@ def test_a_prompt_file_has_one_text_or_one_for_each_language(
     ("name", "content", "message"),
     [
         ("absent.txt", None, "absent.txt: cannot be read (No such file"),
-        ("own.txt", b"\xff\xfeS", "own.txt: is not text in UTF-8 (byte 0: invalid start byte); save it as UTF-8"),
+        (
+            "own.txt",
+            b"\xff\xfeS",
+            "own.txt: is not text in UTF-8 (byte 0: the byte-order mark of UTF-16); save it as UTF-8",
+        ),
         ("own.txt", b" \n\xe2\x80\x8b", "own.txt: the text for chinese must have visible text, and is"),
         ("own.json", b"{", "own.json: is not JSON ("),
         ("own.yaml", b"a: [", "own.yaml: is not YAML ("),

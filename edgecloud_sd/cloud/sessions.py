@@ -28,8 +28,9 @@ UNUSED_TIMEOUT = 60.0
 # verifications, and it would have to prefill its prompt again.
 RECENT_USE = 10.0
 # Seconds for which an open waits for room before it is refused. An edge that opens its next prompt while its DELETE of
-# the last one is on its way needs milliseconds, and a caption of another edge often ends within this time.
-ROOM_WAIT = 3.0
+# the last one is on its way needs milliseconds, and a caption of another edge often ends within this time. It is less
+# than the 2 s after which an edge that may finish alone gives up, so that the edge learns that the cloud is full.
+ROOM_WAIT = 1.5
 LATE = 0.5  # seconds after its due time for which a refused open is still expected
 
 
