@@ -15,8 +15,9 @@ from starlette.types import Message, Receive, Scope, Send
 from edgecloud_sd.cloud import admission
 from edgecloud_sd.cloud.admission import Admission
 from edgecloud_sd.cloud.keys import read_key, read_keys, warn_if_others_can_read
+from edgecloud_sd.cloud.loop_turns import LoopTurns
 from edgecloud_sd.wire import JSON, OCTETS
-from tests.support.asgi import KEY, OTHER_KEY, Edge, run_scene, wait_until
+from tests.support.asgi import KEY, OTHER_KEY, Edge, run_scene, running_app, wait_until
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -436,3 +437,42 @@ def test_a_key_file_that_others_can_read_is_named_with_the_remedy(tmp_path: Path
     file.chmod(mode)
     with pytest.warns(UserWarning, match=rf"^key file {file}: .* \(mode 0{mode:o}\): chmod 600 '{file}'$"):
         warn_if_others_can_read(file)
+
+
+@pytest.mark.parametrize("parts", [1, 5])
+@pytest.mark.parametrize(("key", "status"), [(KEY, 422), ("n" * 43, 401)])
+def test_each_part_of_a_body_is_read_in_a_turn(
+    monkeypatch: pytest.MonkeyPatch, parts: int, key: str, status: int
+) -> None:
+    clients: list[str] = []
+
+    async def record(turns: LoopTurns, client: str) -> None:
+        clients.append(client)
+
+    async def scene() -> None:
+        async with running_app() as app:
+            monkeypatch.setattr(LoopTurns, "wait", record)
+            answer = await Edge(app, key).request("POST", "/v1/sessions/none/verify", [b"{"] * parts)
+            assert answer.status == status
+
+    run_scene(scene())
+    assert len(clients) == parts
+    assert len(set(clients)) == 1
+
+
+def test_an_early_refusal_has_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    clients: list[str] = []
+
+    async def record(turns: LoopTurns, client: str) -> None:
+        clients.append(client)
+
+    async def scene() -> None:
+        async with running_app() as app:
+            monkeypatch.setattr(LoopTurns, "wait", record)
+            for path in ("/health", "/none", "/v1/model"):
+                await Edge(app).request("GET", path)
+            twice = [(b"authorization", b"Bearer x"), (b"authorization", b"Bearer y")]
+            assert (await Edge(app).request("GET", "/v1/model", headers=twice)).status == 400
+
+    run_scene(scene())
+    assert len(clients) == 4

@@ -94,15 +94,16 @@ class Admission:
             await Refusal(500, "internal error")(scope, receive, send_counted)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        client = self._identify_client(scope, headers)
+        turn_name = client or _read_address(scope)
+        await self._turns.wait(turn_name)
+        receive = self._receive_in_turns(turn_name, receive)
         problem = find_ambiguity(scope.get("http_version", "1.1"), scope["headers"])
         if self.only_loopback:
             problem = problem or find_foreign_page(scope["headers"])
         if problem:
             return await ClosingRefusal(problem.status, problem.detail)(scope, receive, send)
-        headers = dict(scope["headers"])
-        client = self._identify_client(scope, headers)
-        scope["turn_name"] = client or _read_address(scope)
-        await self._turns.wait(scope["turn_name"])
         if scope["path"] in OPEN_PATHS:
             return await self._forward(scope, 0, receive, send)
         if client is None:
@@ -117,6 +118,20 @@ class Admission:
         with self._count_running(client):
             max_bytes = self.max_prompt_bytes if is_prompt else self.max_message_bytes
             return await self._forward(scope, max_bytes, receive, send)
+
+    def _receive_in_turns(self, client: str, receive: Receive) -> Receive:
+        """Return a function that receives each further part of a body in a turn of its own."""
+        has_more = False
+
+        async def receive_part() -> Message:
+            nonlocal has_more
+            if has_more:
+                await self._turns.wait(client)
+            message = await receive()
+            has_more = message.get("more_body", False)
+            return message
+
+        return receive_part
 
     @contextmanager
     def _count_running(self, client: str) -> Iterator[None]:
@@ -139,8 +154,6 @@ class Admission:
         more_body = True
         with anyio.move_on_after(BODY_SECONDS if max_bytes else LINGER_SECONDS) as time_limit:
             while more_body and not refusal:
-                if body:
-                    await self._turns.wait(scope["turn_name"])
                 message = await receive()
                 if message["type"] != "http.request" and not is_close:
                     return None
