@@ -98,6 +98,7 @@ def send_each_call(app: FastAPI, session: EdgeSession) -> list[asyncio.Task[Resp
 
 def test_only_a_call_that_the_model_has_started_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(closing, "FINISH_SECONDS", 60)
+    monkeypatch.setattr(closing, "FINISH_SECONDS", 60)
     monkeypatch.setattr(admission, "LINGER_SECONDS", 0.02)
 
     async def scene() -> None:
