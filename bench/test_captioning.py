@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from typing import Any
 
@@ -19,7 +19,7 @@ from bench.session import DataSet, Progress, errors_in_one_line
 from edgecloud_sd.acceptance import GREEDY, Synthetic
 from edgecloud_sd.config import Settings
 from edgecloud_sd.data.dataset import Clip
-from edgecloud_sd.events import Finished, Trace
+from edgecloud_sd.events import BREAKER_OPENED, Finished, Trace
 from edgecloud_sd.forecast.adaptive_k import AdaptiveK
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.utilization import Meter, Utilization, unmeasured
@@ -115,11 +115,12 @@ class Captioning:
         """Add a caption off the clock: ask the cloud about local tokens, and save the record."""
         trace, used, hindsight = measured
         if clip.file_id not in self.saved.records:
-            fault = None
+            fault, harness = None, Harness()
             try:
-                hindsight = self._shadow(trace, request)
+                hindsight = self._shadow(trace, request, harness)
             except CloudFault as error:
                 fault = error
+            trace = with_openings(trace, harness)
             with errors_in_one_line():
                 self.saved.add(results.measurement_to_json(clip.file_id, trace, used, hindsight))
             if fault:
@@ -128,7 +129,7 @@ class Captioning:
         self.captions.append(clip_result(clip, trace, used, self._text, hindsight))
         return self.captions[-1]
 
-    def _shadow(self, trace: Trace, request: Request) -> Hindsight | None:
+    def _shadow(self, trace: Trace, request: Request, harness: Harness) -> Hindsight | None:
         """Return the cloud's verdict on local tokens, or None if it is not asked, says nothing of a gate, or fails.
 
         A cloud that has just failed a caption is not asked. Raise its CloudFault unless the edge may go on alone.
@@ -136,7 +137,7 @@ class Captioning:
         if self.has_shadow and degraded_reason(trace) is None:
             with self.without_cloud():
                 self.pipeline.prepare(self.case.strategy.mode)
-                cloud = self.pipeline.cloud.verifier(self.case.strategy.rule, Harness())
+                cloud = self.pipeline.cloud.verifier(self.case.strategy.rule, harness)
                 return shadow_verify(trace, self.pipeline.prompt(request, self.case.strategy.mode), cloud)
         return None
 
@@ -231,6 +232,13 @@ def test_captioning(
     benchmark.extra_info["results"] = document
     show_lines(lambda: describe_late_scores(document["detailed_results"]))
     job.saved.finish()
+
+
+def with_openings(trace: Trace, harness: Harness) -> Trace:
+    """Return a trace that also has the openings of the breaker by questions after its caption, off its clock."""
+    openings = [span for span in harness.watch.spans if span.part == BREAKER_OPENED]
+    at_end = (replace(span, start=trace.seconds, end=trace.seconds) for span in openings)
+    return replace(trace, spans=(*trace.spans, *at_end))
 
 
 def warm_up(job: Captioning, clip: Clip, request: Request, is_lossless: bool) -> None:

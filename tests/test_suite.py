@@ -638,12 +638,12 @@ def cloud_url(pipeline: Pipeline) -> Iterator[str]:
 
 
 def fail_after(prompts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every call of the cloud fail once so many prompts were opened."""
+    """Let every call of the cloud, but that for its identity, fail once so many prompts were opened."""
     call, opened = Transport.call, list[str]()
 
     def fail_later(self: Transport, method: str, path: str, *rest: Any, **options: Any) -> Answer:
         opened.extend([path] * path.startswith("/v1/sessions?"))
-        if len(opened) > prompts:
+        if len(opened) > prompts and path != "/v1/model":
             raise AttemptFailed("no answer")
         return call(self, method, path, *rest, **options)
 
@@ -702,3 +702,19 @@ def test_a_degraded_caption_has_no_shadow_verification(
     document = results.read_results(pytester.path / "results" / "captioning.json")
     assert [clip["degraded"] is None for clip in document["detailed_results"]] == [True, False]
     assert not asked  # the second clip has local tokens
+
+
+@pytest.mark.slow
+def test_openings_of_the_breaker_by_shadow_verification_are_counted(
+    pytester: pytest.Pytester, cloud_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PATIENCE, "edge", 1.0)
+    options = ("--mode", "speculative", "--gate", "never", "--max-samples", "3", "--max-new-tokens", "8")
+    fail_after(0, monkeypatch)
+    run(pytester, *options, "--cloud-url", cloud_url, "--on-cloud-fault", "edge").assert_outcomes(passed=1)
+    document = results.read_results(pytester.path / "results" / "captioning.json")
+    assert [clip["degraded"] for clip in document["detailed_results"]] == [None] * 3
+    marks = [
+        [span[0] for span in clip["trace"]["spans"] if "breaker" in span[0]] for clip in document["detailed_results"]
+    ]
+    assert marks == [[], ["breaker_opened"], []]

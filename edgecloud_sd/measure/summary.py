@@ -145,7 +145,7 @@ METRICS = {
     "breaker_openings": Metric(
         "openings",
         "lower",
-        "Failures of captions that opened the breaker, so that the cloud was not tried for a while; sum over clips",
+        "Failures, shadow verification included, after which the cloud was not tried for a while; sum over clips",
     ),
     "breaker_open": Metric("captions", "lower", "Captions for which the breaker was open; sum over clips"),
     "useless_escalations": Metric("0 to 1", "lower", "Verified drafts without a correction / verified drafts"),
