@@ -242,18 +242,20 @@ class Sessions:
     def _count_before(self, session: OpenSession, counts: Counter[str], yields: bool) -> int:
         """Return how many opens that wait go before this one.
 
-        With `yields`, one refused open of each client counts too, from `ROOM_WAIT` seconds before it should come back.
+        With `yields`, refused opens count too, from `ROOM_WAIT` seconds before they should come back. Only one of each
+        other client counts, so that no client can hold up others with opens that never come back.
         """
         now = self._clock()
         if session not in self._waiting:
             session.waits_since = now
         places = [(counts[other.owner], other.waits_since) for other in self._waiting]
         if yields:
-            absent: dict[str, float] = {}
-            for (owner, _), refusal in self._refused.items():
+            absent: dict[tuple[str, int], float] = {}
+            for (owner, check), refusal in self._refused.items():
                 if -LATE <= refusal.due - now <= ROOM_WAIT:
-                    absent[owner] = min(refusal.since, absent.get(owner, now))
-            places += [(counts[owner], since) for owner, since in absent.items()]
+                    key = (owner, check if owner == session.owner else 0)
+                    absent[key] = min(refusal.since, absent.get(key, now))
+            places += [(counts[owner], since) for (owner, _), since in absent.items()]
         return sum(place < (counts[session.owner], session.waits_since) for place in places)
 
     def _choose_evicted(self, owner: str, counts: Counter[str]) -> OpenSession | None:
