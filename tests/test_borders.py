@@ -189,6 +189,7 @@ def test_the_wait_for_a_cloud_that_is_away_is_part_of_the_caption(
         assert breakdown.closure(trace.seconds) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_cloud_that_comes_back_is_compared_before_it_is_asked(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

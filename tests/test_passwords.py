@@ -101,6 +101,7 @@ def test_no_message_shows_a_password(
     assert "hunter2" not in captured.out + captured.err
 
 
+@pytest.mark.slow
 def test_the_suite_refuses_an_option_without_its_password(pytester: pytest.Pytester) -> None:
     for option in ("--cloud-url", "--edge-model"):
         result = run(pytester, option, "http://user:hunter2@host/a b")

@@ -289,7 +289,7 @@ def test_a_call_that_hangs_ends_with_patience_whatever_one_request_may_take(star
         yield start
         is_over.wait(10)
 
-    with CannedServer(answer) as server, connected(server.url, patience=0.04, timeout=60.0) as connection:
+    with CannedServer(answer) as server, connected(server.url, patience=0.02, timeout=60.0) as connection:
         begin = time.monotonic()
         with pytest.raises(CloudFault, match="the cloud failed"):
             call(connection)
