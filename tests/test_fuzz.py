@@ -44,6 +44,7 @@ RULES = (
 )
 AUTHORIZATION = {"Authorization": f"Bearer {KEY}"}
 APP = create_app(SpyEngine(), LIMITS, (KEY,))
+APP.state.service.shut_down = lambda: None  # schemathesis starts and stops the application for every request
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP, headers=AUTHORIZATION)
 # The service refuses a valid body with a wrong check, which schemathesis does not expect.
 EXCLUDED_CHECKS = [schemathesis.checks.CHECKS.get_one("positive_data_acceptance")]
@@ -238,6 +239,7 @@ def test_random_requests_of_one_client_do_not_change_the_verdicts_of_another(see
 
 SERVER = """
 import sys
+from edgecloud_sd.cloud import sessions
 from edgecloud_sd.cloud.sessions import ServiceLimits
 from tests.support.asgi import KEY, OTHER_KEY, SpyEngine
 from tests.support.serving import served
@@ -245,6 +247,7 @@ from tests.support.serving import served
 class NoList(list):  # stays empty, because the records of a spy would grow with every request
     append = lambda self, item: None
 
+sessions.ROOM_WAIT = 0.01  # otherwise every tenth request would wait 1.5 s for room
 engine = SpyEngine()
 engine.model.calls = engine.model.sessions = NoList()
 engine.model.open = lambda prompt: engine.model.model.open(prompt)
