@@ -168,7 +168,8 @@ GIVING_UP = AttackTable(
     headings=tuple(heading for mode in FAULT_MODES for heading in (f"{mode} s", "outcome")),
     measure=measure_giving_up,
     note=(
-        "Seconds of `edgecloud-sd caption`, with everything loaded before, by --on-cloud-fault. `edge` should end with "
-        f"the caption of the edge alone, `error` at once. The patience of `wait` is {WAIT_SCALE:g} of its own."
+        "Seconds of `edgecloud-sd caption`, with everything loaded before, by --on-cloud-fault. `edge` should end in a "
+        "few seconds with the caption of the edge alone, `error` after --cloud-timeout (30 s) at most. `wait` should "
+        f"end when its patience does, which is {WAIT_SCALE:g} of its own here."
     ),
 )

@@ -39,15 +39,15 @@ def end_run(number: signal.Signals, folder: Path) -> Sequence[Cell]:
     command = [sys.executable, "-m", "edgecloud_sd", "caption", str(clip), "--cloud-url", "auto"]
     quiet = subprocess.DEVNULL
     run = psutil.Popen(command, env=os.environ | {"TMPDIR": str(files)}, stdout=quiet, stderr=quiet)
-    servers = wait_for_server(run)
+    processes = [run, *wait_for_server(run)]
     run.send_signal(number)
-    status, start = run.wait(STAY_SECONDS), time.monotonic()
-    _, alive = psutil.wait_procs(servers, STAY_SECONDS)
+    start = time.monotonic()
+    _, alive = psutil.wait_procs(processes, STAY_SECONDS)
     seconds = time.monotonic() - start
-    left = [str(file.relative_to(files)) for file in files.rglob("*") if file.is_file()]
+    names = sorted(file.name for file in files.rglob("*") if file.is_file())
     for process in alive:
         process.kill()
-    return str(status), len(left), ", ".join(sorted(Path(file).name for file in left)) or "-", len(alive), seconds
+    return str(run.wait()), len(names), ", ".join(names) or "-", len(alive), seconds
 
 
 def wait_for_server(run: psutil.Popen) -> list[psutil.Process]:
@@ -66,10 +66,10 @@ def wait_for_server(run: psutil.Popen) -> list[psutil.Process]:
 LEFT_BEHIND = AttackTable(
     title="Left behind",
     attacks={name: f"{number.name} of a run with --cloud-url auto" for name, number in SIGNALS.items()},
-    headings=("status", "files", "their names", "processes", "server gone s"),
+    headings=("status", "files", "their names", "processes", "all gone s"),
     measure=measure_signals,
     note=(
         "The signal comes when the server listens. Files are those below the folder of temporary files; a process is "
-        f"left if it lives {STAY_SECONDS:.0f} s after the run."
+        f"left if it lives {STAY_SECONDS:.0f} s later."
     ),
 )
