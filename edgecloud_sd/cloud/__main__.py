@@ -168,6 +168,7 @@ async def run_app(app: FastAPI, listening: socket.socket, limits: ConnectionLimi
             host, port = listening.getsockname()[:2]
             print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         await serving
+    os._exit(0)  # the interpreter would wait for the threads of the model, and for torch: 2.5 s on 2 busy cores
 
 
 def open_socket(host: str, port: int, allow_remote: bool = False) -> socket.socket:

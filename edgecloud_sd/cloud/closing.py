@@ -127,7 +127,7 @@ class GracefulServer(uvicorn.Server):
         self.should_exit = self._requests.is_closing = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer all requests, close all connections, and end the process if the model is still at work."""
+        """Answer all requests and close all connections. The process ends even if this or a later step hangs."""
         deadline = threading.Timer(EXIT_SECONDS, os._exit, (0,))
         deadline.daemon = True
         deadline.start()
@@ -136,5 +136,3 @@ class GracefulServer(uvicorn.Server):
         if unfinished:
             _logger.warning("calls refused because they did not finish within %g s: %d", FINISH_SECONDS, unfinished)
         await super().shutdown(sockets)
-        if unfinished:
-            os._exit(0)  # the interpreter would wait for the threads of the model
