@@ -72,7 +72,7 @@ def text_prompt(pipeline: Pipeline) -> Prompt:
     return Prompt(tuple(index * 37 % 400 + 10 for index in range(100)))
 
 
-def audio_prompt(pipeline: Pipeline, frames: int = 2003) -> Prompt:
+def audio_prompt(pipeline: Pipeline, frames: int = 1703) -> Prompt:
     model = pipeline.cloud_model
     features = torch.randn(model.extractor.feature_size, frames, generator=torch.Generator().manual_seed(0))
     positions = prompts.count_audio_positions(frames)
@@ -80,7 +80,7 @@ def audio_prompt(pipeline: Pipeline, frames: int = 2003) -> Prompt:
 
 
 @pytest.mark.parametrize("build_prompt", [text_prompt, audio_prompt, partial(audio_prompt, frames=301)])
-@pytest.mark.parametrize("limit", [limit_rows, lambda length: 20])
+@pytest.mark.parametrize("limit", [limit_rows, pytest.param(lambda length: 20, marks=pytest.mark.slow)])
 def test_a_prompt_prefilled_in_steps_gives_the_verdicts_of_one_prefilled_at_once(
     pipeline: Pipeline, build_prompt: Callable[[Pipeline], Prompt], limit: RowLimit
 ) -> None:
