@@ -44,6 +44,7 @@ LONG_DEADLINES = dict.fromkeys(connections.DEADLINES, LONG)
 GET = b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n"
 POST = b"POST /v1/sessions?rule=greedy&check=1 HTTP/1.1\r\nHost: here\r\nContent-Type: application/octet-stream\r\n"
 WITH_KEY = POST + f"Authorization: Bearer {OTHER_KEY}\r\n".encode()
+HANG = b"GET /hang HTTP/1.1\r\nHost: here\r\n\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 LONG_BODY = b"Content-Length: 99999\r\n\r\n"
 
@@ -70,6 +71,11 @@ ATTACKS: dict[str, tuple[bytes, bytes, list[int]]] = {
     "a chunk that is none": (WITH_KEY + CHUNKED + b"zz\r\n", b"", [400]),
     "no body of a HEAD": (GET.replace(b"GET", b"HEAD")[:-2] + CHUNKED + b"zz\r\n", b"", []),
     "bytes after the last request": (b"GET /hang HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n", b"zz", [400]),
+    "chunks of a byte": (WITH_KEY + CHUNKED + b"1\r\nx\r\n" * 40_000, b"x", [400]),
+    "chunks that are names": (POST + CHUNKED + b"1;%b\r\nx\r\n" % (b"x" * 99) * 99, b"x", [400]),
+    "trailers without an end": (WITH_KEY + CHUNKED + b"0\r\n" + b"X:\r\n" * 50_000 + b"\r\n", b"x", [400]),
+    "headers of 200 KB": (GET[:-2] + b"X:\r\n" * 50_000 + b"\r\n", b"x", [400]),
+    "a header too many": (2 * (GET[:-2] + b"X:\r\n" * 99 + b"\r\n") + GET[:-2] + b"X:\r\n" * 100, b"", [200, 200, 400]),
     "websockets": (GET[:-2] + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n", b"", [200]),
 }
 
@@ -205,6 +211,18 @@ def test_a_reader_that_stalls_is_cut_off_and_one_that_reads_is_not(short_server:
         wait_for(lambda: not len(room))
 
 
+@pytest.mark.parametrize("behind", [b"\r\n", GET, GET * 5_000], ids=["empty line", "request", "many requests"])
+def test_a_client_is_gone_whatever_it_has_sent_behind_its_request(
+    short_server: tuple[str, Room], behind: bytes
+) -> None:
+    url, room = short_server
+    with attacker(url) as connection:
+        connection.sendall(HANG)
+        wait_for(partial(has_waits, room, [Wait.ANSWER]))
+        connection.sendall(behind)
+    wait_for(lambda: not len(room))
+
+
 @pytest.mark.slow
 def test_the_connection_that_waits_longest_makes_room_for_a_new_one(small_server: tuple[str, Room]) -> None:
     url, room = small_server
@@ -245,7 +263,7 @@ def test_a_connection_beyond_a_cap_is_refused_if_all_others_are_served(small_ser
     url, room = small_server
     with ExitStack() as stack:
         for number, source in enumerate(("127.0.0.1", "127.0.0.1", "127.0.0.2", "127.0.0.2"), start=1):
-            stack.enter_context(attacker(url, source)).sendall(b"GET /hang HTTP/1.1\r\nHost: here\r\n\r\n")
+            stack.enter_context(attacker(url, source)).sendall(HANG)
             wait_for(partial(has_waits, room, [Wait.ANSWER] * number))
         for source in ("127.0.0.1", "127.0.0.3"):  # over the cap of an address, and over that of all
             with attacker(url, source) as late, late.makefile("rb") as answer:

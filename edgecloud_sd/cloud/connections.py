@@ -27,11 +27,13 @@ from uvicorn.server import ServerState
 
 from edgecloud_sd.cloud.admission import LINGER_SECONDS
 from edgecloud_sd.cloud.closing import SEND_SECONDS
+from edgecloud_sd.cloud.parsing import PARSED_BYTES, BoundedParser
 from edgecloud_sd.cloud.transport import KEEP_ALIVE
 
 _logger = logging.getLogger(__name__)
 ACCEPTS_AT_ONCE = 16  # connections that asyncio accepts before it serves any, so their descriptors need to be spare
 SPARE_DESCRIPTORS = 4 * ACCEPTS_AT_ONCE + 64  # for 4 turns of the event loop until they are closed, and for the model
+PIPELINED_BYTES = 2**16  # from a client behind a request, before it has the answer
 REPEAT_SECONDS = 10.0  # between two lines of the log about the same kind of event
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -156,6 +158,7 @@ class BoundedProtocol(H11Protocol):
     """An HTTP connection of uvicorn that ends when its client takes too long."""
 
     config: ServerConfig
+    conn: BoundedParser
 
     def __init__(
         self,
@@ -165,6 +168,7 @@ class BoundedProtocol(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.conn = BoundedParser()
         self.wait = Wait.ANSWER
         self._timer: asyncio.TimerHandle | None = None
 
@@ -186,10 +190,23 @@ class BoundedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Read a part of a request."""
-        super().data_received(data)
+        for start in range(0, len(data), PARSED_BYTES):
+            if not self.transport.is_closing():
+                super().data_received(data[start : start + PARSED_BYTES])
         self._follow()
         if self.wait is Wait.BODY:
             self.loop.call_soon(self._follow)  # the application has admitted or refused the request by then
+
+    def handle_events(self) -> None:
+        """Read the events so far, and read on behind a whole request: without a read, nobody notices a client's end.
+
+        Uvicorn would not read on before the answer. A client that sends more than `PIPELINED_BYTES` meanwhile is cut.
+        """
+        super().handle_events()
+        if self.flow.read_paused and self.conn.their_state is not h11.SEND_BODY:
+            self.flow.resume_reading()
+            if len(self.conn.trailing_data[0]) > PIPELINED_BYTES:
+                self.transport.abort()
 
     def on_response_complete(self) -> None:
         """Go on to the next request."""
@@ -203,7 +220,7 @@ class BoundedProtocol(H11Protocol):
             self.cycle.message_event.set()
         is_head = bool(self.scope) and self.scope["method"] == "HEAD"  # uvicorn would send its answer a body
         if self.conn.our_state is h11.IDLE or (self.conn.our_state is h11.SEND_RESPONSE and not is_head):
-            super().send_400_response(msg)
+            super().send_400_response(self.conn.problem or msg)
         else:
             self.transport.close()
 
