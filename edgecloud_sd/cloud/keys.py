@@ -10,13 +10,13 @@ from pathlib import Path
 
 from edgecloud_sd.data.texts import read_utf8, split_lines
 
-MIN_KEY_LENGTH = 16  # characters
+MIN_KEY_LENGTH, MAX_KEY_LENGTH = 16, 1024  # characters; a proxy refuses a request whose headers have more than 8 kB
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
     """Return the keys of a file with one key per line.
 
-    Raise ValueError for no key, one that is easy to guess, and one that is there twice.
+    Raise ValueError for no key, one that is easy to guess or too long for a header, and one that is there twice.
     """
     try:
         text = read_utf8(path)
@@ -39,12 +39,13 @@ def parse_keys(text: str, place: str) -> tuple[str, ...]:
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise ValueError(f"{place}: contains no key: write one per line")
+    numbers: dict[str, int] = {}
     for number, key in enumerate(keys, start=1):
         if problem := _explain_bad_key(key):
-            advice = f"must be {MIN_KEY_LENGTH} or more ASCII characters without blanks"
+            advice = f"must be {MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters without blanks"
             raise ValueError(f"{place}: key {number} {advice}, and this one {problem}")
-        if key in keys[: number - 1]:
-            raise ValueError(f"{place}: key {number} is the same as key {keys.index(key) + 1}: remove one")
+        if (first := numbers.setdefault(key, number)) != number:
+            raise ValueError(f"{place}: key {number} is the same as key {first}: remove one")
     return keys
 
 
@@ -63,4 +64,4 @@ def _explain_bad_key(key: str) -> str:
         return "contains a byte-order mark (U+FEFF): save the file as UTF-8 without one"
     if strange := next((character for character in key if not "!" <= character <= "~"), None):
         return f"contains U+{ord(strange):04X}"
-    return "" if len(key) >= MIN_KEY_LENGTH else f"has {len(key)}"
+    return "" if MIN_KEY_LENGTH <= len(key) <= MAX_KEY_LENGTH else f"has {len(key)}"
