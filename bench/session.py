@@ -155,6 +155,7 @@ class Progress:
     """A bar with clips and the running OTPS on a terminal, and nothing elsewhere."""
 
     def __init__(self, total: int, name: str, capture: Any) -> None:
+        tqdm.monitor_interval = 0  # its thread would start under the memory limit, and only redraw
         self._capture = capture
         self._tokens, self._seconds = 0, 0.0
         with self._uncaptured():

@@ -11,12 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
 
+from bench.session import Progress
+from edgecloud_sd.cloud.client import Connection
+from edgecloud_sd.cloud.retry import AttemptFailed
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.limits import (
     MONITOR,
@@ -31,6 +35,8 @@ from edgecloud_sd.host.limits import (
     read_limits,
     read_thread_cores,
 )
+from edgecloud_sd.host.utilization import Meter
+from edgecloud_sd.timing.harness import Harness
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these limits")
@@ -235,6 +241,38 @@ def test_a_memory_limit_is_paused_and_lifted_inside_its_block() -> None:
         assert soft_limit() == before
         assert lift_memory_limit() is None
     assert soft_limit() == before
+
+
+def test_overlapping_pauses_of_threads_restore_a_memory_limit_at_the_last_end() -> None:
+    before = soft_limit()
+    with apply_limits(Limits(memory_gb=64)):
+        first, second = memory_limit_paused(), memory_limit_paused()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert soft_limit() == before
+        second.__exit__(None, None, None)
+        assert soft_limit() == 64 * 10**9
+
+
+def test_no_thread_of_a_run_starts_under_a_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, limits_at_start, start = soft_limit(), [], threading.Thread.start
+
+    def record(thread: threading.Thread) -> None:
+        limits_at_start.append(soft_limit())
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", record)
+    with closing(Connection("http://127.0.0.1:1", timeout=1)) as connection, apply_limits(Limits(memory_gb=64)):
+        Progress(1, "clips", None).close()
+        with Meter():
+            Harness().background(int).result()
+        connection.close_session("session")
+        with pytest.raises(AttemptFailed):
+            connection.transport.call("GET", "/")
+        assert soft_limit() == 64 * 10**9
+    assert set(limits_at_start) == {before}
+    assert len(limits_at_start) >= 3  # the meter, the closer of the session and the look-ups
 
 
 def test_a_block_that_fails_restores_the_old_limits(kernel: FakeKernel, torch: FakeTorch) -> None:

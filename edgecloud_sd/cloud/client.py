@@ -27,6 +27,7 @@ from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.cloud.retry import PATIENCE, PROBE_PATIENCE, REQUEST_TIMEOUT, AttemptFailed, Refused, Retries
 from edgecloud_sd.cloud.transport import MODEL_PATH, SESSIONS_PATH, Transport, parse_server_timing
 from edgecloud_sd.events import Prompt, Verdict
+from edgecloud_sd.host.limits import start_outside_limit
 from edgecloud_sd.models.traits import Traits
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.timing.harness import Harness
@@ -104,7 +105,7 @@ class Connection:
                 self.transport.call("DELETE", f"{SESSIONS_PATH}/{session}", seconds=self._closing_seconds)
 
         with suppress(RuntimeError):  # the connection is closed already
-            self._closer.submit(delete)
+            start_outside_limit(lambda: self._closer.submit(delete))
 
     def _closing_seconds(self) -> float:
         return min(CLOSE_TIMEOUT, self._closing_ends - time.monotonic())

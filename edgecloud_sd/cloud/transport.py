@@ -25,6 +25,7 @@ from edgecloud_sd import wire
 from edgecloud_sd.cloud.failures import Failure, classify_failure
 from edgecloud_sd.cloud.retry import AttemptFailed, Refused
 from edgecloud_sd.cloud.url import parse_url
+from edgecloud_sd.host.limits import start_outside_limit
 
 MODEL_PATH = "/v1/model"  # the path of the first request to a server
 SESSIONS_PATH = "/v1/sessions"  # to open a session; each session has a path under it
@@ -249,7 +250,8 @@ class _Resolver:
             future = self._running.get((host, port))
             if future is None:
                 future = self._running[host, port] = futures.Future()
-                threading.Thread(target=self._resolve, args=(host, port, future), daemon=True).start()
+                thread = threading.Thread(target=self._resolve, args=(host, port, future), daemon=True)
+                start_outside_limit(thread.start)
         futures.wait([future], seconds)
         if not future.done():
             raise httpcore2.ConnectTimeout(f"the name {host} took too long to resolve")

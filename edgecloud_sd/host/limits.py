@@ -14,12 +14,14 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from edgecloud_sd.host.cores import PROC_SELF, read_cpu_quota
 
+_T = TypeVar("_T")
 CORES_OPTION, MEMORY_OPTION = "--max-cpu-cores", "--max-memory-gb"
 ENFORCE, MONITOR = MEMORY_LIMITS = ("enforce", "monitor")
 MONITOR_PERIOD = 0.05  # seconds between two readings; a reading takes 0.07 ms on 2 shared cores
@@ -243,6 +245,8 @@ def _check_system(gigabytes: float) -> None:
 
 # one for each block that this process is in: the limit in GB, and the soft and hard limits in bytes before it
 _enforced: list[tuple[float, tuple[int, int]]] = []
+_pausing = threading.RLock()
+_pauses = 0  # blocks of `memory_limit_paused` that have paused a limit
 
 
 def lift_memory_limit() -> float | None:
@@ -262,19 +266,42 @@ def lift_memory_limit() -> float | None:
 
 @contextmanager
 def memory_limit_paused() -> Iterator[None]:
-    """Lift the memory limit of `apply_limits` in the block, for work that is not the edge's."""
+    """Lift the memory limit of `apply_limits` in the block, for work that is not the edge's.
+
+    Blocks on several threads may overlap.
+    """
+    global _pauses
     if not _enforced:
         yield
         return
-    import resource
-
-    limit, (_, before) = resource.getrlimit(resource.RLIMIT_DATA), _enforced[0]
-    resource.setrlimit(resource.RLIMIT_DATA, before)
+    with _pausing:
+        _pauses += 1
+        _set_memory_limit()
     try:
         yield
     finally:
-        if _enforced:  # otherwise a failure has lifted it for good
-            resource.setrlimit(resource.RLIMIT_DATA, limit)
+        with _pausing:
+            _pauses -= 1
+            _set_memory_limit()
+
+
+def start_outside_limit(start: Callable[[], _T]) -> _T:
+    """Return `start()`, which starts a thread, with the memory limit of `apply_limits` paused.
+
+    A thread that lacks memory at its very start may end without a word, and its starter would wait for it forever.
+    """
+    with _pausing, memory_limit_paused():
+        return start()
+
+
+def _set_memory_limit() -> None:
+    """Apply the limit of the innermost block, or none during a pause."""
+    if not _enforced:  # a failure has lifted it for good
+        return
+    import resource
+
+    (_, before), (gigabytes, (_, hard)) = _enforced[0], _enforced[-1]
+    resource.setrlimit(resource.RLIMIT_DATA, before if _pauses else (round(gigabytes * 1e9), hard))
 
 
 @contextmanager
@@ -296,7 +323,6 @@ def _limited_memory(gigabytes: float) -> Iterator[None]:
     except (OSError, ValueError, OverflowError) as error:
         raise LimitError(f"{MEMORY_OPTION}: the system refused {gigabytes:g} ({error}): lower it") from error
     entry = gigabytes, (soft, hard)
-    _enforced.append(entry)
     try:
         if (in_force := _read_memory_limit()) != limit:
             raise LimitError(
@@ -306,6 +332,7 @@ def _limited_memory(gigabytes: float) -> Iterator[None]:
             raise LimitError(
                 f"{MEMORY_OPTION}: the system does not enforce this limit (Linux 4.7 or later does): {LEAVE_OUT}"
             )
+        _enforced.append(entry)
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
@@ -327,5 +354,6 @@ def _read_memory_limit() -> int | None:
         return None
     import resource
 
-    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    with _pausing:
+        soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
     return None if soft == resource.RLIM_INFINITY else soft

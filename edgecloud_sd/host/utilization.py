@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from edgecloud_sd.host.cores import PROC_SELF
+from edgecloud_sd.host.limits import start_outside_limit
 
 # Seconds between two readings. One reading costs up to 0.3 ms of CPU time with its wake-up, which is 0.6 % of a core.
 SAMPLING_PERIOD = 0.05
@@ -202,7 +203,7 @@ class Sampler:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._read_memory()
-        self._thread.start()
+        start_outside_limit(self._thread.start)
 
     def _sample(self) -> None:
         while not self._stopped.wait(SAMPLING_PERIOD):

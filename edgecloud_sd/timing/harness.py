@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from edgecloud_sd import wire
 from edgecloud_sd.events import BREAKER_OPEN, Committed, Event, Prompt, Span, Verdict
 from edgecloud_sd.gate import Score
+from edgecloud_sd.host.limits import start_outside_limit
 from edgecloud_sd.prefill import EagerPrefill, LazyPrefill, Pending
 from edgecloud_sd.session import Model, Session
 from edgecloud_sd.stopping import Stopping
@@ -111,7 +112,8 @@ class Harness:
                 return call()
 
         if not self.profile:
-            return _PendingCall(_executor().submit(run), self.watch, spans, keep_hidden)
+            future = start_outside_limit(lambda: _executor().submit(run))
+            return _PendingCall(future, self.watch, spans, keep_hidden)
         before = self._virtual.now
         future = _run_at_once(run)
         ready, self._virtual.now = self._virtual.now, before
