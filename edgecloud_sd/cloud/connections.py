@@ -31,8 +31,8 @@ from edgecloud_sd.cloud.parsing import PARSED_BYTES, BoundedParser
 from edgecloud_sd.cloud.transport import KEEP_ALIVE
 
 _logger = logging.getLogger(__name__)
-ACCEPTS_AT_ONCE = 16  # connections that asyncio accepts before it serves any, so their descriptors need to be spare
-SPARE_DESCRIPTORS = 4 * ACCEPTS_AT_ONCE + 64  # for 4 turns of the event loop until they are closed, and for the model
+ACCEPTS_AT_ONCE = 1  # new connections per turn of the event loop: more would delay the requests of others
+SPARE_DESCRIPTORS = 128  # for connections that are accepted and not yet closed, and for the model
 PIPELINED_BYTES = 2**16  # from a client behind a request, before it has the answer
 REPEAT_SECONDS = 10.0  # between two lines of the log about the same kind of event
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
