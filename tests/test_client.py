@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -470,6 +471,29 @@ def test_closing_a_caption_ends_a_call_that_hangs(monkeypatch: pytest.MonkeyPatc
             waiting.result()
         assert time.monotonic() - start < 1
         connection.close()
+
+
+def test_closing_a_caption_ends_a_look_up_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    looking, release = threading.Event(), threading.Event()
+
+    def hang(*arguments: object, **options: object) -> list[object]:
+        looking.set()
+        release.wait(10)
+        return []
+
+    monkeypatch.setattr("edgecloud_sd.cloud.transport.POLL", 0.01)
+    monkeypatch.setattr("socket.getaddrinfo", hang)
+    with connected("http://cloud.invalid:1") as connection, ThreadPoolExecutor(1) as threads:
+        connection.identity = ToyEngine().identity
+        verification = remote_verification(connection)
+        waiting = threads.submit(verification.wait)
+        assert looking.wait(10)
+        start = time.monotonic()
+        verification.close()
+        with pytest.raises(CloudFault, match="the caption was closed"):
+            waiting.result()
+        assert time.monotonic() - start < 1
+        release.set()
 
 
 def test_closing_a_caption_ends_a_wait_before_the_next_attempt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ MODEL_PATH = "/v1/model"  # the path of the first request to a server
 SESSIONS_PATH = "/v1/sessions"  # to open a session; each session has a path under it
 KEEP_ALIVE = 60.0  # s for which the pool keeps an unused connection; the server keeps its end longer
 CONNECT_TIMEOUT = 5.0  # s, and at most the time left to the request
-POLL = 0.1  # s after which a call that waits for its answer looks if it is still wanted
+POLL = 0.1  # s after which a call that waits for its answer, or for an address, looks if it is still wanted
 LARGEST_ANSWER = 2**16  # bytes of an answer, or of one line of a stream: real ones have a few hundred
 HTTP_ERRORS = (  # the errors of httpcore that the server or the network causes
     httpcore2.TimeoutException,
@@ -244,7 +244,7 @@ class _Resolver:
         self._lock = threading.Lock()
         self._running: dict[tuple[str, int], futures.Future[list[str]]] = {}
 
-    def find_addresses(self, host: str, port: int, seconds: float) -> list[str]:
+    def find_addresses(self, host: str, port: int, deadline: _Deadline) -> list[str]:
         """Return the addresses of a host in the order of the system. Raise ConnectTimeout or ConnectError."""
         with self._lock:
             future = self._running.get((host, port))
@@ -252,9 +252,11 @@ class _Resolver:
                 future = self._running[host, port] = futures.Future()
                 thread = threading.Thread(target=self._resolve, args=(host, port, future), daemon=True)
                 start_outside_limit(thread.start)
-        futures.wait([future], seconds)
-        if not future.done():
-            raise httpcore2.ConnectTimeout(f"the name {host} took too long to resolve")
+        try:
+            while not future.done():
+                futures.wait([future], min(deadline.remaining(httpcore2.ConnectTimeout), POLL))
+        except httpcore2.ConnectTimeout:
+            raise httpcore2.ConnectTimeout(f"the name {host} took too long to resolve") from None
         try:
             return future.result()
         except OSError as error:
@@ -290,7 +292,7 @@ class _Backend(httpcore2.NetworkBackend):
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.NetworkStream:
         """Connect to the first address that answers. An address takes at most its share of the time left."""
-        addresses = self._resolver.find_addresses(host, port, timeout.remaining(httpcore2.ConnectTimeout))
+        addresses = self._resolver.find_addresses(host, port, timeout)
         failure: Exception = httpcore2.ConnectError(f"the name {host} has no address")
         for place, address in enumerate(addresses):
             share = timeout.remaining(httpcore2.ConnectTimeout) / (len(addresses) - place)
