@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from edgecloud_sd.__main__ import main
 from edgecloud_sd.cloud.failures import classify_failure
+from edgecloud_sd.cloud.transport import LARGEST_ANSWER
 from edgecloud_sd.cloud.url import parse_url
 from edgecloud_sd.config import resolve
 from edgecloud_sd.host.errors import errors_to_exit, warnings_in_one_line
@@ -34,6 +36,13 @@ from tests.support.suite import run
 )
 def test_user_password_and_secret_parameters_of_a_url_are_hidden(text: str, shown: str) -> None:
     assert hide_passwords(text) == shown
+
+
+@pytest.mark.parametrize("part", ["http://a:", "a:/", "?token", "?auth.", "@", "%40", "token"])
+def test_no_text_of_a_server_takes_long_to_clean(part: str) -> None:
+    start = time.process_time()
+    hide_passwords(f"http://?{part * (LARGEST_ANSWER // len(part))}")
+    assert time.process_time() - start < 1
 
 
 def fail_with(text: str) -> None:
@@ -83,10 +92,11 @@ PRINTERS: dict[str, Callable[[str], object]] = {
         "http://user:hunter2@host",
         "http://user:hunter2%40host",
         "http://user:hunter2\uff20host",
+        "http://user%3ahunter2%40host",
         f"https://{'u' * 300}:hunter2@host",
         "https://host/?password=hunter2",
     ],
-    ids=["plain", "escaped", "wide", "long", "parameter"],
+    ids=["plain", "escaped", "wide", "all escaped", "long", "parameter"],
 )
 def test_no_message_shows_a_password(
     name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

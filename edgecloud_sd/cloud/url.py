@@ -47,7 +47,8 @@ def parse_url(text: str) -> ServerUrl:
             "give http://host:port or https://host/prefix, and a key with --cloud-key-file"
         )
     is_plain = text.isascii() and text.isprintable() and " " not in text
-    if parts.scheme not in ("http", "https") or not host or not is_plain or parts.query or parts.fragment:
+    is_host = bool(host) and ("%" not in host or ":" in host)  # an address of IPv6 may have a zone, and no name a %
+    if parts.scheme not in ("http", "https") or not is_host or not is_plain or parts.query or parts.fragment:
         raise ValueError(f"{shown} is not a URL of a server; give http://host:port or https://host/prefix")
     return ServerUrl(parts.scheme, host, port, parts.path.rstrip("/"))
 

@@ -7,16 +7,25 @@ import re
 from typing import NoReturn
 
 AT_SIGN = "(?:@|%40|[\uff20\ufe6b])"  # also as an escape, and as the signs that a URL reads as one
-USER = re.compile(rf"(?i)(\w:/{{1,2}})\S*{AT_SIGN}")
-PARAMETER = re.compile(
-    r"(?i)([?&;][\w.-]*(?:passw|pwd|token|secret|signature|credential|auth|api[_-]?key|access[_-]?key)[\w.-]*=)[^\s&;#'\"]+"
-)
+SCHEME_END = re.compile(r"\w:/{1,2}")
+SECRETS = r"passw|pwd|token|secret|signature|credential|auth|api[_-]?key|access[_-]?key"
+PARAMETER = re.compile(rf"(?i)([?&;][\w.-]{{0,99}}(?:{SECRETS})[\w.-]{{0,99}}=)[^\s&;#'\"]+")
 HIDDEN = "***"
 
 
 def hide_passwords(text: str) -> str:
-    """Return a text with `***` for the user, the password and the secret parameters of each URL in it."""
-    return PARAMETER.sub(rf"\g<1>{HIDDEN}", USER.sub(rf"\g<1>{HIDDEN}@", text))
+    """Return a text with `***` for the user, the password and the secret parameters of each URL in it.
+
+    The time grows with the length alone, because the text may come from any server.
+    """
+    return PARAMETER.sub(rf"\g<1>{HIDDEN}", re.sub(r"\S+", _hide_user, text))
+
+
+def _hide_user(word: re.Match[str]) -> str:
+    """Return a word with `***` for all between the first end of a scheme and the last at sign after it."""
+    scheme = SCHEME_END.search(word[0])
+    signs = list(re.compile(AT_SIGN, re.IGNORECASE).finditer(word[0], scheme.end())) if scheme else []
+    return f"{word[0][: scheme.end()]}{HIDDEN}@{word[0][signs[-1].end() :]}" if scheme and signs else word[0]
 
 
 class SafeArgumentParser(argparse.ArgumentParser):
