@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from edgecloud_sd.cloud.retry import AttemptFailed, PatienceEnded
 from edgecloud_sd.data.prompts import format_task
 from edgecloud_sd.host.errors import (
     EXIT_CLOSED_PIPE,
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
+    ExpectedError,
     errors_to_exit,
     explain_error,
     explain_out_of_memory,
@@ -115,6 +117,13 @@ def test_lack_of_memory_is_known_behind_the_error_of_a_library(
     error.__suppress_context__ = True
     assert is_out_of_memory(error) == is_explicit
     assert not is_out_of_memory(SystemExit(explained.line))
+
+
+def test_the_words_of_a_server_about_its_memory_are_not_about_the_edge() -> None:
+    attempt = AttemptFailed("the cloud answered 503 cannot allocate memory")
+    fault = PatienceEnded(f"the cloud failed: {attempt}")
+    fault.__cause__ = attempt
+    assert explain_error(fault, 0.5) == ExpectedError(str(fault))
 
 
 def test_lack_of_memory_in_a_load_names_the_checkpoint_and_the_limit() -> None:

@@ -70,11 +70,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def find_out_of_memory(error: BaseException) -> BaseException | None:
     """Return the lack of memory, of the CPU or of a GPU, that an error is or comes from; None without one.
 
-    Libraries wrap it in errors of any type. torch raises a plain RuntimeError, and an operating system OSError.
+    Libraries wrap it in errors of any type. torch raises a plain RuntimeError, and an operating system OSError. A
+    CloudFault may repeat the words of a server about its own memory.
     """
     links: list[BaseException] = []
     link: BaseException | None = error if isinstance(error, Exception) else None
-    while link is not None:
+    while link is not None and not isinstance(link, CloudFault):
         if isinstance(link, MemoryError) or is_gpu_out_of_memory(link) or CPU_MEMORY.search(str(link)):
             links.append(link)
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
