@@ -7,6 +7,9 @@ from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow  # reads every file; `tox -e lint` runs it too
 PACKAGE = Path(__file__).parents[1] / "edgecloud_sd"
 LEVELS = {"core": 0, "data": 1, "host": 1, "models": 2, "timing": 2, "measure": 2, "forecast": 3, "cloud": 3}
 LEVELS |= {"top": 4, "pocket": 5, "command": 6, "bench": 7}

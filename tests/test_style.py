@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # reads every file; `tox -e lint` runs it too
 ROOT = Path(__file__).parents[1]
 PACKAGE_FILES = sorted(file for folder in ("edgecloud_sd", "bench") for file in (ROOT / folder).rglob("*.py"))
 FILES = [*PACKAGE_FILES, *sorted((ROOT / "tests").rglob("*.py")), ROOT / "conftest.py"]
@@ -73,7 +74,6 @@ def public_names(source: str) -> Iterator[str]:
     return (name for name in names if name != "main" and not name.startswith(("_", "pytest_")))
 
 
-@pytest.mark.slow  # reads every file; `tox -e lint` runs it too
 def test_sentences_follow_the_style() -> None:
     reports = [f"{file.relative_to(ROOT)}:{report}" for file in FILES for report in violations(file.read_text("utf-8"))]
     assert not reports, "\n".join(reports)
