@@ -8,7 +8,7 @@ import h11
 
 PARSED_BYTES = 2**14  # at once, so that a head or trailers of twice this size are refused and not parsed
 MAX_HEADERS = 100  # in a request; 4,000 block the event loop for 15 ms
-FREE_CHUNKS = 64  # in a body, whatever their size
+FREE_CHUNKS = 16  # in a body, whatever their size
 CHUNK_BYTES = 256  # on average in the other chunks; 256 KiB in chunks of a byte block the event loop for half a second
 _HEAD_END = re.compile(rb"\n\r?\n")
 
