@@ -1,4 +1,4 @@
-"""The recipe of `cloud/README.md` under a real nginx, with the real server behind it: TLS, a path and rate limits."""
+"""The recipe of `cloud/nginx.md` under a real nginx, with the real server behind it: TLS, a path and rate limits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ pytestmark = [
     pytest.mark.skipif(OPENSSL is None, reason="openssl, which makes the certificate, is not installed"),
 ]
 
-README = Path(__file__).parents[1] / "edgecloud_sd" / "cloud" / "README.md"
+DOCUMENT = Path(__file__).parents[1] / "edgecloud_sd" / "cloud" / "nginx.md"
 REQUEST = Request(clips.make_clip("evaluation", 7).samples)
 LOSSLESS_K2 = Strategy("speculative", k=2)
 CLOUD = Strategy("cloud")
@@ -107,7 +107,7 @@ class Proxied:
 
 def write_config(folder: Path, port: int, upstream_port: int) -> Path:
     """Write nginx's configuration: the recipe, with other ports and another certificate, and paths in `folder`."""
-    (recipe,) = re.findall(r"^```nginx\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (recipe,) = re.findall(r"^```nginx\n(.*?)^```", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     for written, replacement in {
         "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
         "127.0.0.1:8700": f"127.0.0.1:{upstream_port}",
