@@ -26,8 +26,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from edgecloud_sd.cloud import admission, connections
 from edgecloud_sd.cloud.connections import (
     ConnectionLimits,
+    OpenConnections,
     RepeatFilter,
-    Room,
     Wait,
     bounded_log,
     find_network,
@@ -138,7 +138,7 @@ def hanging_app(inner: ASGIApp) -> ASGIApp:
 
 
 @pytest.fixture(scope="module")
-def short_server() -> Iterator[tuple[str, Room]]:
+def short_server() -> Iterator[tuple[str, OpenConnections]]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(admission, "BODY_SECONDS", SHORT)
         patched.setattr(admission, "LINGER_SECONDS", SHORT)
@@ -148,15 +148,15 @@ def short_server() -> Iterator[tuple[str, Room]]:
 
 
 @pytest.fixture(scope="module")
-def small_server() -> Iterator[tuple[str, Room]]:
+def small_server() -> Iterator[tuple[str, OpenConnections]]:
     app = hanging_app(create_app(ToyEngine(), keys=[KEY]))
     with running_server(app, ConnectionLimits(LONG_DEADLINES, 4, 2)) as server:
         yield server
 
 
-def has_waits(room: Room, waits: list[Wait]) -> bool:
+def has_waits(open_connections: OpenConnections, waits: list[Wait]) -> bool:
     """Return whether the connections of a server wait for these events."""
-    return [connection.wait for connection in room] == waits
+    return [connection.wait for connection in open_connections] == waits
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -177,9 +177,9 @@ def errors(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_attacker_is_answered_and_closed_and_a_polite_client_served(
-    short_server: tuple[str, Room], errors: list[logging.LogRecord]
+    short_server: tuple[str, OpenConnections], errors: list[logging.LogRecord]
 ) -> None:
-    url, room = short_server
+    url, open_connections = short_server
     with ExitStack() as stack, ThreadPoolExecutor(1) as threads:
         attackers = {name: stack.enter_context(attacker(url)) for name in ATTACKS}
         for name, attack in attackers.items():
@@ -187,12 +187,12 @@ def test_every_attacker_is_answered_and_closed_and_a_polite_client_served(
         polite = threads.submit(ask_politely, url)
         assert read_until_closed(attackers) == {name: statuses for name, (_, _, statuses) in ATTACKS.items()}
         assert polite.result() == 200
-    wait_for(lambda: not len(room))
+    wait_for(lambda: not len(open_connections))
     assert not errors  # no client causes a traceback
 
 
 def test_bytes_that_are_no_http_end_a_request_that_is_answered_already(
-    short_server: tuple[str, Room], errors: list[logging.LogRecord]
+    short_server: tuple[str, OpenConnections], errors: list[logging.LogRecord]
 ) -> None:
     with attacker(short_server[0]) as connection, connection.makefile("rb") as answer:
         connection.sendall(POST + CHUNKED)
@@ -202,73 +202,77 @@ def test_bytes_that_are_no_http_end_a_request_that_is_answered_already(
     assert not errors
 
 
-def test_a_reader_that_stalls_is_cut_off_and_one_that_reads_is_not(short_server: tuple[str, Room]) -> None:
-    url, room = short_server
+def test_a_reader_that_stalls_is_cut_off_and_one_that_reads_is_not(short_server: tuple[str, OpenConnections]) -> None:
+    url, open_connections = short_server
     with attacker(url) as stalled, attacker(url) as reader:
         for connection in (stalled, reader):
             connection.sendall(b"GET /large HTTP/1.1\r\nHost: here\r\n\r\n")
         assert sum(len(data) for data in iter(lambda: reader.recv(2**20), b"")) > 16 * 10**6
-        wait_for(lambda: not len(room))
+        wait_for(lambda: not len(open_connections))
 
 
 @pytest.mark.parametrize("behind", [b"\r\n", GET, GET * 5_000], ids=["empty line", "request", "many requests"])
 def test_a_client_is_gone_whatever_it_has_sent_behind_its_request(
-    short_server: tuple[str, Room], behind: bytes
+    short_server: tuple[str, OpenConnections], behind: bytes
 ) -> None:
-    url, room = short_server
+    url, open_connections = short_server
     with attacker(url) as connection:
         connection.sendall(HANG)
-        wait_for(partial(has_waits, room, [Wait.ANSWER]))
+        wait_for(partial(has_waits, open_connections, [Wait.ANSWER]))
         connection.sendall(behind)
-    wait_for(lambda: not len(room))
+    wait_for(lambda: not len(open_connections))
 
 
 @pytest.mark.slow
-def test_the_connection_that_waits_longest_makes_room_for_a_new_one(small_server: tuple[str, Room]) -> None:
-    url, room = small_server
+def test_the_connection_that_waits_longest_makes_room_for_a_new_one(small_server: tuple[str, OpenConnections]) -> None:
+    url, open_connections = small_server
     with ExitStack() as stack:
         others = [stack.enter_context(attacker(url, "127.0.0.2")) for _ in range(2)]
         silent = deque(stack.enter_context(attacker(url)) for _ in range(2))
-        wait_for(lambda: len(room) == 4)
+        wait_for(lambda: len(open_connections) == 4)
         for _ in range(9):
             assert ask_politely(url) == 200
             assert silent.popleft().recv(1) == b""
             silent.append(stack.enter_context(attacker(url)))
-            wait_for(lambda: len(room) == 4)
+            wait_for(lambda: len(open_connections) == 4)
         for other in others:  # no address that has room for its own connections takes it from another
             other.sendall(GET)
             assert other.recv(100).startswith(b"HTTP/1.1 200")
         assert ask_politely(url, "127.0.0.3") == 200
-    wait_for(lambda: not len(room))
+    wait_for(lambda: not len(open_connections))
 
 
 @pytest.mark.slow
-def test_an_upload_of_a_client_with_a_key_is_not_closed_for_clients_without(small_server: tuple[str, Room]) -> None:
-    url, room = small_server
+def test_an_upload_of_a_client_with_a_key_is_not_closed_for_clients_without(
+    small_server: tuple[str, OpenConnections],
+) -> None:
+    url, open_connections = small_server
     upload = WITH_KEY.replace(OTHER_KEY.encode(), KEY.encode()) + b"Content-Length: 1\r\n\r\n"
     body_of_health = GET[:-2] + LONG_BODY
     with attacker(url) as client, ExitStack() as stack:
         client.sendall(upload)
-        wait_for(lambda: has_waits(room, [Wait.ADMITTED_BODY]))
+        wait_for(lambda: has_waits(open_connections, [Wait.ADMITTED_BODY]))
         for first, wait in ((b"", Wait.FIRST_BYTE), (body_of_health, Wait.BODY), (POST + LONG_BODY, Wait.REST)) * 3:
             stack.enter_context(attacker(url)).sendall(first)
-            wait_for(partial(has_waits, room, [Wait.ADMITTED_BODY, wait]))
+            wait_for(partial(has_waits, open_connections, [Wait.ADMITTED_BODY, wait]))
         client.sendall(b"x")
         assert client.recv(100).startswith(b"HTTP/1.1 422")
-    wait_for(lambda: not len(room))
+    wait_for(lambda: not len(open_connections))
 
 
 @pytest.mark.slow
-def test_a_connection_beyond_a_cap_is_refused_if_all_others_are_served(small_server: tuple[str, Room]) -> None:
-    url, room = small_server
+def test_a_connection_beyond_a_cap_is_refused_if_all_others_are_served(
+    small_server: tuple[str, OpenConnections],
+) -> None:
+    url, open_connections = small_server
     with ExitStack() as stack:
         for number, source in enumerate(("127.0.0.1", "127.0.0.1", "127.0.0.2", "127.0.0.2"), start=1):
             stack.enter_context(attacker(url, source)).sendall(HANG)
-            wait_for(partial(has_waits, room, [Wait.ANSWER] * number))
+            wait_for(partial(has_waits, open_connections, [Wait.ANSWER] * number))
         for source in ("127.0.0.1", "127.0.0.3"):  # over the cap of an address, and over that of all
             with attacker(url, source) as late, late.makefile("rb") as answer:
                 assert answer.read().startswith(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n")
-    wait_for(lambda: not len(room))
+    wait_for(lambda: not len(open_connections))
     assert ask_politely(url) == 200
 
 

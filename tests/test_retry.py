@@ -162,12 +162,12 @@ def test_one_attempt_of_a_probe_is_bounded_even_without_patience() -> None:
 def test_a_final_answer_without_a_proof_is_final_when_it_has_come_three_times(
     answers: list[str], patience: float, attempts: int
 ) -> None:
-    verdicts, delays = iter(answers), list[float]()
+    final_answers, delays = iter(answers), list[float]()
 
     def attempt() -> None:
-        raise AttemptFailed("the key is refused", verdict=next(verdicts))
+        raise AttemptFailed("the key is refused", final_answer=next(final_answers))
 
     with pytest.raises(Refused, match=r"^the key is refused$"):
         Retries(patience, delays.append).run(attempt)
-    assert list(verdicts) == answers[attempts:]
+    assert list(final_answers) == answers[attempts:]
     assert len(delays) == answers[:attempts].count("")

@@ -22,9 +22,9 @@ from edgecloud_sd.cloud.headers import find_ambiguity, find_foreign_page, parse_
 from edgecloud_sd.cloud.loop_turns import LoopTurns
 
 _logger = logging.getLogger(__name__)
-OPEN_PATHS = ("/health", "/health/live", "/health/ready")  # need no key
-BODY_SECONDS = 30.0  # for a body to arrive, and longer as it arrives:
-BODY_BYTES_PER_SECOND = 1024  # the slowest uplink for which the prompt of a 60 s clip (1.5 MB) is still waited
+HEALTH_PATHS = ("/health", "/health/live", "/health/ready")  # need no key
+BODY_SECONDS = 30.0  # for a body to arrive, and a second more for so many bytes that have arrived:
+BODY_BYTES_PER_SECOND = 1024  # the slowest uplink that is waited for; the prompt of a 60 s clip has 1.5 MB
 LINGER_SECONDS = 2.0  # for the rest of a refused request, before its connection closes
 
 
@@ -58,8 +58,8 @@ class Admission:
     """Middleware that admits requests and puts the client into the scope as `client_name`.
 
     The client's name is a digest of its key, or its address if the server has no keys. The middleware also logs an
-    error of the application; the client learns nothing about it. The scope also gets the check of the
-    request, as `received`, and an empty list, as `if_unanswered`.
+    error of the application; the client learns nothing about it. The scope also gets the check of the request, as
+    `received`, and the list `if_unanswered`, for functions to call if the response is not sent whole.
     """
 
     app: ASGIApp
@@ -104,7 +104,7 @@ class Admission:
             problem = problem or find_foreign_page(scope["headers"])
         if problem:
             return await ClosingRefusal(problem.status, problem.detail)(scope, receive, send)
-        if scope["path"] in OPEN_PATHS:
+        if scope["path"] in HEALTH_PATHS:
             return await self._forward(scope, 0, receive, send)
         if client is None:
             detail = "this call needs a key: send it as a bearer token"

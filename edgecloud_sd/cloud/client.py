@@ -36,8 +36,9 @@ from edgecloud_sd.verifier import CloudFault, Verifier
 _T = TypeVar("_T")
 CLOSE_TIMEOUT = 2.0  # s for the request that closes a session, and for all that wait at the end
 CLOSERS = 4  # such requests at once
-SAME_ANSWERS = 5  # damage would not give the same bytes so often
-OTHER_ANSWERS = 10  # damage would not hit so many answers
+# Answers that are no identity, after which the URL is that of another service:
+SAME_ANSWERS = 5  # with equal bytes, which damage would not give so often
+OTHER_ANSWERS = 10  # in all, because damage would not hit so many
 SESSION = re.compile(r"[\w-]{1,64}", re.ASCII)  # the names that are safe in a path
 
 
@@ -120,7 +121,7 @@ class Connection:
         self.transport.close()
 
     def _fetch_identity(self, answers: Counter[bytes], seconds: Callable[[], float]) -> Identity:
-        """Return the identity. `answers` counts those that are none: so many, or so many equal ones, are no damage."""
+        """Return the identity. `answers` counts the answers that are none: enough of them are no damage."""
         answer = self.transport.call("GET", MODEL_PATH, seconds=seconds).content
         try:
             return _parse_identity(answer)

@@ -17,7 +17,7 @@ import anyio
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edgecloud_sd.cloud.admission import OPEN_PATHS, ClosingRefusal
+from edgecloud_sd.cloud.admission import HEALTH_PATHS, ClosingRefusal
 
 _logger = logging.getLogger(__name__)
 FINISH_SECONDS = 5.0  # for the calls that the model works on; Docker kills a container 10 s after it asks it to stop
@@ -64,7 +64,7 @@ class RunningRequests:
                 _current.reset(token)
 
     async def close(self) -> int:
-        """Cancel all requests: those that the model has started after a while. Return the number of the latter."""
+        """Cancel the requests that the model has not begun, and later the rest. Return the number of the rest."""
         self.is_closing = True
         for request in self._requests:
             if not request.has_started:
@@ -95,7 +95,7 @@ class ClosingGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on to the application."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or scope["path"] in HEALTH_PATHS:
             return await self.app(scope, receive, send)
         is_started = False
 

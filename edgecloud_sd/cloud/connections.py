@@ -85,7 +85,7 @@ class ConnectionLimits:
         return replace(self, connections=int(room), address_connections=min(self.address_connections, int(room) // 2))
 
 
-class Room:
+class OpenConnections:
     """The open connections of one server, and the choice of those that close to make room for others."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
@@ -128,7 +128,7 @@ class Room:
                     candidates[connection] = None
 
     def leave(self, connection: BoundedProtocol) -> None:
-        """Remove a connection. It may be removed twice, or not be in the room."""
+        """Remove a connection. It may be removed twice, or never have entered."""
         network = self._networks.pop(connection, None)
         if network is not None:
             self._counts[network] -= 1
@@ -176,7 +176,7 @@ class BoundedProtocol(H11Protocol):
         """Watch a connection, or refuse it if there is no room."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every byte that waits
-        if self.config.room.enter(self, self.client[0] if self.client else ""):
+        if self.config.open_connections.enter(self, self.client[0] if self.client else ""):
             self._follow()
         else:
             transport.write(BUSY)
@@ -185,7 +185,7 @@ class BoundedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a connection."""
         super().connection_lost(exc)
-        self.config.room.leave(self)
+        self.config.open_connections.leave(self)
         self._stop_timer()
 
     def data_received(self, data: bytes) -> None:
@@ -241,11 +241,11 @@ class BoundedProtocol(H11Protocol):
             return
         self.wait = wait
         self._stop_timer()
-        seconds = self.config.room.limits.deadlines.get(wait)
+        seconds = self.config.open_connections.limits.deadlines.get(wait)
         if seconds is not None:
             # A transport that is closed instead would first send what the client does not read.
             self._timer = self.loop.call_later(seconds, self.transport.abort)
-        self.config.room.note(self)
+        self.config.open_connections.note(self)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -276,7 +276,7 @@ class ServerConfig(uvicorn.Config):
         limits: ConnectionLimits | None = None,
         log_level: str = "warning",
     ) -> None:
-        self.room = Room(limits or ConnectionLimits())
+        self.open_connections = OpenConnections(limits or ConnectionLimits())
         super().__init__(
             app,
             http=BoundedProtocol,  # named, because uvicorn would choose httptools and uvloop if they are installed
@@ -289,7 +289,7 @@ class ServerConfig(uvicorn.Config):
             date_header=False,
             # An address identifies a client without a key, so the client must not be able to set it in a header.
             proxy_headers=False,
-            timeout_keep_alive=math.ceil(self.room.limits.deadlines[Wait.REQUEST]),
+            timeout_keep_alive=math.ceil(self.open_connections.limits.deadlines[Wait.REQUEST]),
             timeout_graceful_shutdown=SEND_SECONDS,
         )
 

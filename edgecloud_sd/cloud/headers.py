@@ -14,7 +14,7 @@ Headers = Sequence[tuple[bytes, bytes]]  # names in lower case, as ASGI has them
 SINGLE_HEADERS = (b"authorization", b"content-length", b"content-type", b"host", b"origin", b"transfer-encoding")
 BEARER = re.compile(rb"(?i:bearer) +([^ ]+)")  # RFC 7235: a scheme in any case, then one blank or more
 AUTHORITY = re.compile(r"(?:\[([^\[\]]*)\]|([^:@/\[\]]*))(?::[0-9]*)?")  # a host, and a port if one is given
-WAY_OUT = "a server without keys answers only to localhost, 127.0.0.1 or [::1]: use such a URL, or --api-key-file"
+LOCAL_ADVICE = "a server without keys answers only to localhost, 127.0.0.1 or [::1]: use such a URL, or --api-key-file"
 
 
 class HeaderProblem(NamedTuple):
@@ -47,11 +47,11 @@ def find_foreign_page(headers: Headers) -> HeaderProblem | None:
     values = {name: value.decode("latin-1") for name, value in headers}
     host, origin = values.get(b"host"), values.get(b"origin")
     if host is not None and not _is_local(host):
-        return HeaderProblem(421, f"host {to_printable(host)!r}: {WAY_OUT}")
+        return HeaderProblem(421, f"host {to_printable(host)!r}: {LOCAL_ADVICE}")
     if origin is not None:
         scheme, _, authority = origin.partition("://")
         if scheme not in ("http", "https") or not _is_local(authority):
-            return HeaderProblem(403, f"origin {to_printable(origin)!r}: {WAY_OUT}")
+            return HeaderProblem(403, f"origin {to_printable(origin)!r}: {LOCAL_ADVICE}")
     return None
 
 

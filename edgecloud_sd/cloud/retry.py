@@ -1,4 +1,4 @@
-"""The retry policy of the client: which failures are tried again, for how long, and after which delays."""
+"""The retry policy of the client: for how long a call is tried again, and after which delays."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class AttemptFailed(Exception):
         context_differs: bool = False,
         was_sent: bool = True,
         retry_after: float | None = None,
-        verdict: str = "",
+        final_answer: str = "",
         is_busy: bool = False,
     ) -> None:
         super().__init__(reason)
@@ -50,7 +50,7 @@ class AttemptFailed(Exception):
         self.context_differs = context_differs  # the two sides count on different contexts
         self.was_sent = was_sent  # part of the request may have reached the server
         self.retry_after = retry_after  # s that the server asks for, or None
-        self.verdict = verdict  # a name of the answer if it is final, unless it was damaged on its way
+        self.final_answer = final_answer  # a name of the answer if it is final, unless it was damaged on its way
         self.is_busy = is_busy  # the cloud is there, and has no room yet
 
     @property
@@ -80,7 +80,7 @@ class Retries:
         self._start = time.monotonic()
         self._slept = 0.0
         self._failures = 0
-        self._verdicts: Counter[str] = Counter()
+        self._final_answers: Counter[str] = Counter()
 
     def attempt_seconds(self) -> float:
         """Return the seconds that an attempt may take from now on, so that the call ends when patience does."""
@@ -106,9 +106,9 @@ class Retries:
 
     def _delay(self, failure: AttemptFailed) -> None:
         self._failures += 1
-        if failure.verdict:
-            self._verdicts[failure.verdict] += 1
-            if not self._patience or self._verdicts[failure.verdict] == CONFIRMATIONS:
+        if failure.final_answer:
+            self._final_answers[failure.final_answer] += 1
+            if not self._patience or self._final_answers[failure.final_answer] == CONFIRMATIONS:
                 raise Refused(str(failure)) from failure
         left, reserve = self._left(), min(LAST_ATTEMPT, self._patience / 4)
         asked = failure.retry_after or 0.0
@@ -116,7 +116,7 @@ class Retries:
             attempts = "" if self._failures == 1 else f" {self._failures} times, the last time with"
             wait = f" (it asks to wait {asked:.0f} s, longer than the patience of this call)" if asked > left else ""
             raise PatienceEnded(f"the cloud failed{attempts}: {failure}{wait}", failure.is_busy) from failure
-        if failure.verdict or (failure.can_retry_at_once and self._failures <= 2):
+        if failure.final_answer or (failure.can_retry_at_once and self._failures <= 2):
             return
         seconds = max(min(retry_delay(self._failures), left - reserve), asked)
         self._slept += seconds

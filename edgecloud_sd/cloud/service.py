@@ -1,8 +1,6 @@
 """The cloud's service without HTTP: it opens prompts, verifies drafts and generates for many clients on one model.
 
-Every request names the state that it relies on: an absolute base, and a check over the ids before it. A repeated,
-late or misdirected request therefore changes nothing. The service checks everything that a client sends before the
-model runs.
+The service checks everything that a client sends before the model runs.
 """
 
 from __future__ import annotations

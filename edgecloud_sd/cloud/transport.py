@@ -153,7 +153,7 @@ def _as_exception(failure: Failure, answer: int | str, was_sent: bool = True) ->
         context_differs=failure.kind == "resend",
         was_sent=was_sent,
         retry_after=failure.retry_after,
-        verdict=str(answer) if failure.kind == "permanent" else "",
+        final_answer=str(answer) if failure.kind == "permanent" else "",
         is_busy=answer == 429,
     )
 

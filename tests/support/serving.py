@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from edgecloud_sd.acceptance import Rule
-from edgecloud_sd.cloud.connections import ConnectionLimits, Room, ServerConfig
+from edgecloud_sd.cloud.connections import ConnectionLimits, OpenConnections, ServerConfig
 from edgecloud_sd.cloud.engine import Engine
 from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.cloud.server import create_app
@@ -86,7 +86,7 @@ def served(engine: Engine, limits: ServiceLimits | None = None, keys: Sequence[s
 
 
 @contextmanager
-def running_server(app: ASGIApp, limits: ConnectionLimits | None = None) -> Iterator[tuple[str, Room]]:
+def running_server(app: ASGIApp, limits: ConnectionLimits | None = None) -> Iterator[tuple[str, OpenConnections]]:
     """Yield the URL of a server of an application, and the server's connections."""
     # asyncio turns Nagle's algorithm off only if the protocol is named, as in `cloud.__main__.open_socket`.
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -101,7 +101,7 @@ def running_server(app: ASGIApp, limits: ConnectionLimits | None = None) -> Iter
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.005)
         listening.listen(1024)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}", config.room
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", config.open_connections
     finally:
         server.should_exit = True
         thread.join()
