@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from bench.attacks import connections, crowding, giving_up, gone, signals, turns
 from bench.attacks.table import AttackTable, Cell, render_attack_table
-from edgecloud_sd.cloud.connections import raise_descriptor_limit
+from edgecloud_sd.host.descriptors import raise_descriptor_limit
 from edgecloud_sd.host.errors import errors_to_exit
 from edgecloud_sd.host.terminal import hyphenate
 

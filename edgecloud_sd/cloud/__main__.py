@@ -23,6 +23,7 @@ from edgecloud_sd.cloud.local import LocalCloud
 from edgecloud_sd.cloud.sessions import ServiceLimits
 from edgecloud_sd.cloud.url import is_loopback
 from edgecloud_sd.data.texts import BadText, parse_yaml
+from edgecloud_sd.host.descriptors import count_open_descriptors, raise_descriptor_limit
 from edgecloud_sd.host.errors import errors_to_exit, warnings_in_one_line
 from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.models import devices, pairs
@@ -106,7 +107,7 @@ def serve(options: argparse.Namespace) -> None:
 
     Raise ValueError or OSError for an option that cannot be used.
     """
-    from edgecloud_sd.cloud.connections import ConnectionLimits, count_open_descriptors, raise_descriptor_limit
+    from edgecloud_sd.cloud.connections import ConnectionLimits
     from edgecloud_sd.cloud.server import create_app  # imports FastAPI, which --help does not need
 
     keys = load_keys(options.api_key_file) if options.api_key_file else ()
@@ -160,7 +161,8 @@ def warn_about_exposure(host: str, listening: socket.socket, has_keys: bool) -> 
 async def run_app(app: FastAPI, listening: socket.socket, limits: ConnectionLimits) -> None:
     """Serve an application on a socket, and print its URL when it is ready."""
     from edgecloud_sd.cloud.closing import GracefulServer
-    from edgecloud_sd.cloud.connections import ServerConfig, bounded_log
+    from edgecloud_sd.cloud.connections import ServerConfig
+    from edgecloud_sd.cloud.log import bounded_log
 
     sys.setswitchinterval(SWITCH_SECONDS)
     server = GracefulServer(ServerConfig(app, limits), app.state.requests)

@@ -1,4 +1,4 @@
-"""The connections of a server: deadlines for the client's end, caps on their number, and a bounded log.
+"""The connections of a server: deadlines for the client's end, and caps on their number.
 
 Uvicorn reads and answers the requests. This module only watches how long a connection waits for its client.
 """
@@ -9,11 +9,9 @@ import asyncio
 import ipaddress
 import logging
 import math
-import os
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import chain
@@ -34,7 +32,6 @@ _logger = logging.getLogger(__name__)
 ACCEPTS_AT_ONCE = 1  # new connections per turn of the event loop: more would delay the requests of others
 SPARE_DESCRIPTORS = 128  # for connections that are accepted and not yet closed, and for the model
 PIPELINED_BYTES = 2**16  # from a client behind a request, before it has the answer
-REPEAT_SECONDS = 10.0  # between two lines of the log about the same kind of event
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -292,74 +289,3 @@ class ServerConfig(uvicorn.Config):
             timeout_keep_alive=math.ceil(self.open_connections.limits.deadlines[Wait.REQUEST]),
             timeout_graceful_shutdown=SEND_SECONDS,
         )
-
-
-class RepeatFilter(logging.Filter):
-    """A filter that passes a repeated warning once per `REPEAT_SECONDS`, with the number that it has dropped.
-
-    `clock` returns seconds.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__()
-        self._clock = clock
-        self._passed: dict[object, tuple[float, int]] = {}  # time of the last line, and the number dropped since
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether the record is written to the log."""
-        if record.levelno != logging.WARNING:
-            return True
-        now = self._clock()
-        last, dropped = self._passed.get(record.msg, (-math.inf, 0))
-        if now - last < REPEAT_SECONDS:
-            self._passed[record.msg] = (last, dropped + 1)
-            return False
-        self._passed[record.msg] = (now, 0)
-        if dropped:
-            record.msg = f"{record.msg} ({dropped} more like it in {now - last:.0f} s)"
-        return True
-
-
-@contextmanager
-def bounded_log() -> Iterator[None]:
-    """Bound the lines that clients can cause in the log of the running event loop, of uvicorn and of this module."""
-
-    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        if context["message"].startswith("socket.accept()"):
-            _logger.warning("a connection cannot be accepted now (%s): raise ulimit -n", context["exception"])
-        else:
-            loop.default_exception_handler(context)
-
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(handle)
-    repeat_filter = RepeatFilter()
-    loggers = [_logger, *map(logging.getLogger, ("uvicorn.error", "asyncio"))]
-    for logger in loggers:
-        logger.addFilter(repeat_filter)
-    try:
-        yield
-    finally:
-        loop.set_exception_handler(None)
-        for logger in loggers:
-            logger.removeFilter(repeat_filter)
-
-
-def raise_descriptor_limit() -> float:
-    """Raise the limit on open files as far as this process may, and return it: infinity if there is none."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return math.inf
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # macOS refuses an unlimited number
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return math.inf if limit == resource.RLIM_INFINITY else limit
-
-
-def count_open_descriptors() -> int:
-    """Return the number of open files of this process, or a usual number if the system does not tell."""
-    try:
-        return len(os.listdir("/proc/self/fd"))
-    except OSError:
-        return 64
