@@ -9,15 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from edgecloud_sd import wire
 from edgecloud_sd.acceptance import GREEDY
-from edgecloud_sd.cloud import retry
+from edgecloud_sd.cloud import retry, transport
 from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.retry import CONFIRMATIONS, Refused
-from edgecloud_sd.cloud.transport import LARGEST_ANSWER, parse_server_timing
+from edgecloud_sd.cloud.transport import HTTP_ERRORS, LARGEST_ANSWER, parse_server_timing
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.verifier import CloudFault
 from tests.support.canned import (
@@ -97,6 +98,14 @@ def test_the_next_address_of_a_name_is_tried_within_the_deadline(url: str, monke
     monkeypatch.setattr("socket.getaddrinfo", resolve_to_two)
     with connected(f"http://cloud.invalid:{port}", patience=0.0) as connection:
         assert connection.identity.name == "toy"
+
+
+def test_a_write_on_a_connection_that_another_thread_closed_is_a_failed_attempt() -> None:
+    with socket.socket() as closed:
+        pass
+    stream = transport._Stream(SimpleNamespace(get_extra_info=lambda info: closed))  # type: ignore[arg-type]
+    with pytest.raises(HTTP_ERRORS, match="Bad file descriptor"):
+        stream.write(b"request", transport._Deadline(lambda: 1.0))
 
 
 @pytest.mark.parametrize("status", [301, 304, 400, 401, 403, 404, 405, 413, 501, 511])

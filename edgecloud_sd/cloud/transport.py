@@ -319,8 +319,9 @@ class _Stream(httpcore2.NetworkStream):
         connection = self._stream.get_extra_info("socket")
         rest = memoryview(buffer)
         while rest:
-            connection.settimeout(timeout.remaining(httpcore2.WriteTimeout))
+            seconds = timeout.remaining(httpcore2.WriteTimeout)
             try:
+                connection.settimeout(seconds)  # fails if another thread has closed the connection
                 rest = rest[connection.send(rest) :]
             except TimeoutError as error:
                 raise httpcore2.WriteTimeout(error) from error
