@@ -14,7 +14,6 @@ from bench.attacks.target import (
     HOST,
     NO_ANSWER,
     RULE,
-    SESSIONS,
     Client,
     Place,
     Target,
@@ -23,6 +22,7 @@ from bench.attacks.target import (
     start_target,
 )
 from bench.load import compute_percentile
+from edgecloud_sd.cloud.transport import SESSIONS_PATH
 
 TARGET_DESCRIPTORS = 1024  # the server's limit on open files
 HOLD_SECONDS = 25.0  # for which a connection is kept if the server does not close it
@@ -30,7 +30,7 @@ DRIP_SECONDS = 0.5  # between two bytes of one connection
 ASK_SECONDS = 0.1  # between two requests of the polite client, each on a new connection
 ASK_TIMEOUT = 2.0  # s
 HALF_HEADER = f"GET /v1/model HTTP/1.1\r\nHost: {HOST}\r\nX-Slow: a".encode()
-WRONG_KEY = request_head("POST", f"{SESSIONS}?rule={RULE}&check=0", "wrong", length=10**6)
+WRONG_KEY = request_head("POST", f"{SESSIONS_PATH}?rule={RULE}&check=0", "wrong", length=10**6)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ BUSY_PAUSE = 0.2  # s after a refusal; a client of this package waits as long as
 
 
 def measure_crowding(names: Sequence[str]) -> Iterator[Sequence[Cell]]:
-    """Yield the throughput of each number of edges, all on a server of its own."""
+    """Yield the throughput for each number of edges, on a server of its own."""
     for name in names:
         edges = CROWDS[name]
         target_options = ("--max-sessions", str(CROWD_SESSIONS))

@@ -16,13 +16,9 @@ from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 
-import numpy as np
-import soundfile
-
 from bench.attacks.table import AttackTable, Cell
-from bench.attacks.target import HOST, Client, start_target
+from bench.attacks.target import HOST, Client, start_target, write_tone
 from edgecloud_sd.cloud.transport import MODEL_PATH
-from edgecloud_sd.data.dataset import SAMPLE_RATE
 
 FAULT_MODES = ("edge", "error", "wait")
 WAIT_SCALE = 0.1  # share of the patience of `wait`, whose captions would take minutes
@@ -30,7 +26,6 @@ LONGEST_CAPTION = 45.0  # s before a caption is stopped
 FAULTS_AT_ONCE = 2
 DNS_SECONDS = 35.0  # s for which the hanging resolver keeps a caller
 UNKNOWN_HOST = "cloud.invalid"
-# the faults after an answer to the first request, and those from the start
 CLOUD_FAULTS = {
     "dead": "dead from the start",
     "hangs": "hangs from the start",
@@ -55,7 +50,7 @@ def measure_giving_up(names: Sequence[str]) -> Iterator[Sequence[Cell]]:
         model = client.request("GET", MODEL_PATH)[1]
     with tempfile.TemporaryDirectory(prefix="edgecloud_sd-attacks-") as folder:
         clip = Path(folder, "clip.wav")
-        soundfile.write(clip, np.sin(np.arange(SAMPLE_RATE)) / 2, SAMPLE_RATE)
+        write_tone(clip)
 
         def time_modes(name: str) -> list[Cell]:
             with faulty_cloud(name, model) as url, ThreadPoolExecutor(len(FAULT_MODES)) as threads:

@@ -12,12 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import psutil
-import soundfile
 
 from bench.attacks.table import AttackTable, Cell
-from edgecloud_sd.data.dataset import SAMPLE_RATE
+from bench.attacks.target import write_tone
 
 RUN_START_SECONDS = 120.0  # for the run to start its server
 STAY_SECONDS = 15.0  # for which a process may outlive the run
@@ -35,7 +33,7 @@ def end_run(number: signal.Signals, folder: Path) -> Sequence[Cell]:
     """Start a caption with `--cloud-url auto`, send it a signal when its server listens, and return the cells."""
     clip, files = folder / "clip.wav", folder / "temporary"
     files.mkdir()
-    soundfile.write(clip, np.sin(np.arange(SAMPLE_RATE)) / 2, SAMPLE_RATE)
+    write_tone(clip)
     command = [sys.executable, "-m", "edgecloud_sd", "caption", str(clip), "--cloud-url", "auto"]
     quiet = subprocess.DEVNULL
     run = psutil.Popen(command, env=os.environ | {"TMPDIR": str(files)}, stdout=quiet, stderr=quiet)

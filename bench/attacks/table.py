@@ -35,7 +35,7 @@ def render_attack_table(section: AttackTable, rows: Mapping[str, Sequence[Cell]]
 
 
 def format_cell(cell: Cell) -> str:
-    """Return a text as it is, a number with two digits or as a whole one, and a dash for None."""
+    """Return a text as it is, a number in three digits or as a whole one, and a dash for None."""
     if cell is None:
         return "-"
     if isinstance(cell, str):

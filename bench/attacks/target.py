@@ -18,14 +18,16 @@ from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
+import numpy as np
 import psutil
+import soundfile
 from prometheus_client.parser import text_string_to_metric_families
 
 from edgecloud_sd import wire
-from edgecloud_sd.cloud.transport import MODEL_PATH
+from edgecloud_sd.cloud.transport import MODEL_PATH, SESSIONS_PATH
+from edgecloud_sd.data.dataset import SAMPLE_RATE
 from edgecloud_sd.events import Prompt
 
-SESSIONS = "/v1/sessions"
 RULE = "greedy"
 HOST = "127.0.0.1"
 NO_ANSWER = (OSError, HTTPException)  # errors of a request that gets no whole answer
@@ -101,6 +103,11 @@ def start_target(*options: str, clients: int = 2, descriptors: int | None = None
             process.stdout.close()
 
 
+def write_tone(clip: Path) -> None:
+    """Write a clip of a second for the runs that are attacked."""
+    soundfile.write(clip, np.sin(np.arange(SAMPLE_RATE)) / 2, SAMPLE_RATE)
+
+
 def text_ids(count: int, start: int = 0) -> tuple[int, ...]:
     """Return `count` ids of text, other ones for another start."""
     return tuple(FIRST_ID + (start * 7 + place * 13) % IDS for place in range(count))
@@ -110,7 +117,7 @@ def open_request(ids: Sequence[int]) -> tuple[str, bytes, int]:
     """Return the path, the body and the check of a request that opens a prompt of text."""
     body = wire.encode_prompt(Prompt(tuple(ids)))
     check = wire.prompt_checksum(body, RULE)
-    return f"{SESSIONS}?rule={RULE}&check={check}", body, check
+    return f"{SESSIONS_PATH}?rule={RULE}&check={check}", body, check
 
 
 def request_head(method: str, path: str, key: str, length: int = 0, content: str = wire.OCTETS) -> bytes:
@@ -166,7 +173,7 @@ class RemoteCaption:
     def verify(self, draft: Sequence[int]) -> int:
         """Verify a draft and return the status of the answer. Its tokens count as committed."""
         request = wire.build_verify_request(self.check, self.context, self.agreed, draft)
-        path = f"{SESSIONS}/{self.session}/verify"
+        path = f"{SESSIONS_PATH}/{self.session}/verify"
         status, answer = self.client.request("POST", path, wire.dumps(request), wire.JSON)
         if status < 300:
             verdict = wire.read_verdict(answer, len(draft), request.check)
@@ -176,7 +183,7 @@ class RemoteCaption:
 
     def close(self) -> None:
         """Close the session at the server."""
-        self.client.request("DELETE", f"{SESSIONS}/{self.session}")
+        self.client.request("DELETE", f"{SESSIONS_PATH}/{self.session}")
 
 
 def wait_until_idle(target: Target, seconds: float) -> None:

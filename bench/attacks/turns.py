@@ -15,7 +15,6 @@ from bench.attacks.target import (
     HOST,
     NO_ANSWER,
     RULE,
-    SESSIONS,
     Client,
     Place,
     RemoteCaption,
@@ -25,7 +24,7 @@ from bench.attacks.target import (
     text_ids,
 )
 from edgecloud_sd import wire
-from edgecloud_sd.cloud.transport import MODEL_PATH
+from edgecloud_sd.cloud.transport import MODEL_PATH, SESSIONS_PATH
 
 TURN_SECONDS = 6.0  # s of measurement for each pattern
 GREEDY_START = 1.0  # s between the start of the greedy client and the measurement
@@ -36,11 +35,11 @@ POLITE_IDS, POLITE_DRAFT, POLITE_ROUNDS = 120, 4, 16  # a caption of the polite 
 REFUSED_PAUSE = 0.05  # s of the polite client after a refusal
 REFUSED_BODY = 8 * 2**20  # bytes, beyond every limit on a body
 
-Send = Callable[[int], None]  # sends one greedy request; its argument differs between calls
+Send = Callable[[int], object]  # sends one greedy request; its argument differs between calls
 
 
-def send_opens(place: Place, client: Client) -> Send:
-    """Return opens of long prompts."""
+def prepare_opens(place: Place, client: Client) -> Send:
+    """Return a function that opens a long prompt."""
 
     def send(number: int) -> None:
         path, body, _ = open_request(text_ids(MOST_IDS, number))
@@ -49,8 +48,8 @@ def send_opens(place: Place, client: Client) -> Send:
     return send
 
 
-def send_drafts(place: Place, client: Client) -> Send:
-    """Return verifications of the longest draft that the server accepts."""
+def prepare_drafts(place: Place, client: Client) -> Send:
+    """Return a function that verifies the longest draft that the server accepts."""
     caption = RemoteCaption(client, text_ids(16))
     caption.open()
     length = next((length for length in GREEDY_DRAFTS if caption.verify(text_ids(length)) < 300), GREEDY_DRAFTS[-1])
@@ -63,8 +62,8 @@ def send_drafts(place: Place, client: Client) -> Send:
     return send
 
 
-def send_feeds(place: Place, client: Client) -> Send:
-    """Return verifications of one token, each with a whole long context and base 0."""
+def prepare_feeds(place: Place, client: Client) -> Send:
+    """Return a function that verifies one token after a long context, which it sends whole with base 0."""
     caption = RemoteCaption(client, text_ids(16))
     caption.open()
 
@@ -76,44 +75,44 @@ def send_feeds(place: Place, client: Client) -> Send:
     return send
 
 
-def send_generates(place: Place, client: Client) -> Send:
-    """Return generations without an end token, as long as the limit allows."""
+def prepare_generates(place: Place, client: Client) -> Send:
+    """Return a function that generates as many tokens as the limit allows, without an end token."""
     caption = RemoteCaption(client, text_ids(16))
     caption.open()
 
     def send(number: int) -> None:
         request = wire.build_generate_request(caption.check, (), (), MOST_IDS - 100)
-        path = f"{SESSIONS}/{caption.session}/generate"
+        path = f"{SESSIONS_PATH}/{caption.session}/generate"
         if client.request("POST", path, wire.dumps(request), wire.JSON)[0] >= 400:
             caption.open()
 
     return send
 
 
-def send_refused_bodies(place: Place, client: Client) -> Send:
-    """Return bodies that are larger than every limit."""
+def prepare_refused_bodies(place: Place, client: Client) -> Send:
+    """Return a function that sends a body larger than every limit."""
     body = bytes(REFUSED_BODY)
-    return lambda number: _drop_answer(client, "POST", f"{SESSIONS}?rule={RULE}&check=0", body)
+    return lambda number: client.request("POST", f"{SESSIONS_PATH}?rule={RULE}&check=0", body, wire.OCTETS)
 
 
-def send_tiny_requests(place: Place, client: Client) -> Send:
-    """Return requests for the model's facts."""
-    return lambda number: _drop_answer(client, "GET", MODEL_PATH)
+def prepare_tiny_requests(place: Place, client: Client) -> Send:
+    """Return a function that asks for the model's identity."""
+    return lambda number: client.request("GET", MODEL_PATH)
 
 
-def send_abandoned_opens(place: Place, client: Client) -> Send:
-    """Return opens of long prompts whose connection is closed at once."""
+def prepare_abandoned_opens(place: Place, client: Client) -> Send:
+    """Return a function that opens a long prompt and closes the connection at once."""
     return lambda number: abandon_open(place, 1, text_ids(MOST_IDS, number))
 
 
 GREEDY_PATTERNS: Mapping[str, Callable[[Place, Client], Send]] = {
-    "opens": send_opens,
-    "drafts": send_drafts,
-    "feeds": send_feeds,
-    "generates": send_generates,
-    "refused-bodies": send_refused_bodies,
-    "tiny-requests": send_tiny_requests,
-    "abandoned-opens": send_abandoned_opens,
+    "opens": prepare_opens,
+    "drafts": prepare_drafts,
+    "feeds": prepare_feeds,
+    "generates": prepare_generates,
+    "refused-bodies": prepare_refused_bodies,
+    "tiny-requests": prepare_tiny_requests,
+    "abandoned-opens": prepare_abandoned_opens,
 }
 
 
@@ -125,10 +124,6 @@ def abandon_open(place: Place, key: int, ids: Sequence[int], wait: float = 0.0) 
         connection.settimeout(wait)
         if wait:
             connection.recv(1)
-
-
-def _drop_answer(client: Client, method: str, path: str, body: bytes | None = None) -> None:
-    client.request(method, path, body, wire.OCTETS if body else "")
 
 
 def measure_turns(names: Sequence[str]) -> Iterator[Sequence[Cell]]:
