@@ -1,4 +1,7 @@
-"""Model work in forward passes of bounded length, between which a server may serve another client."""
+"""Model work in forward passes of bounded length, between which a server may serve another client.
+
+A row is one position of a forward pass: a token, or a place of the encoded audio.
+"""
 
 from __future__ import annotations
 

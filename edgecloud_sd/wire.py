@@ -6,7 +6,7 @@ JSON: token ids and a few integers. Raw audio and logits are never sent.
 Every message has a check: a CRC-32 over its kind and over all of its fields, each with its type and its length. So a
 value that moves from one field to another changes the check. The check of a request continues that of its prompt, and
 the check of an answer continues that of its request. A repeated, stale, misdirected or damaged message has another
-check than the receiver expects. A CRC-32 exposes faults and middle boxes that edit messages. It is no protection
+check than the receiver expects. A CRC-32 exposes faults, and proxies that edit messages. It is no protection
 against an attacker, who can compute it; TLS is. The identity in `/v1/model` has a longer digest, and a request that
 closes a session has none, because the 128 random bits of the name are enough.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 OCTETS, JSON, LINES = "application/octet-stream", "application/json", "application/x-ndjson"  # media types
 VERSION = 2  # every check and the identity of a server depend on it, so that two versions never mix
 MAX_IDS = 32_768  # in one list of a message: the maximum length of the published models
-MAX_DRAFT = 256  # tokens of one draft: more than any k that pays, and few enough for a server to check between others
+MAX_DRAFT = 256  # tokens of one draft: more than any k that pays, and few enough to verify between others' calls
 MAX_HEADER = 1024  # bytes of the safetensors header of a prompt
 
 # Bytes of HTTP around a message on an open connection: the request line or status, and the headers that client and

@@ -76,19 +76,19 @@ class Admission:
         """Answer a request, or pass it on to the application."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        started = False
+        is_answering = False
 
         async def send_counted(message: Message) -> None:
-            nonlocal started
+            nonlocal is_answering
             if message["type"] == "http.response.start":
-                started = True
+                is_answering = True
                 self.count_response(getattr(scope.get("route"), "name", "other"), message["status"])
             await send(message)
 
         try:
             await self._admit(scope, receive, send_counted)
         except Exception:
-            if started:
+            if is_answering:
                 raise  # so that the server cuts the connection, because the response is incomplete
             _logger.exception("a request failed")
             await Refusal(500, "internal error")(scope, receive, send_counted)

@@ -97,17 +97,17 @@ class ClosingGate:
         """Answer a request, or pass it on to the application."""
         if scope["type"] != "http" or scope["path"] in HEALTH_PATHS:
             return await self.app(scope, receive, send)
-        is_started = False
+        is_answering = False
 
         async def send_noted(message: Message) -> None:
-            nonlocal is_started
-            is_started = True
+            nonlocal is_answering
+            is_answering = True
             await send(message)
 
         if not self.requests.is_closing:
             with self.requests.admit() as running:
                 await self.app(scope, receive, send_noted)
-            if not running.cancelled_caught or is_started:
+            if not running.cancelled_caught or is_answering:
                 return None
         refusal = ClosingRefusal(503, "the server is shutting down: try again", {"Retry-After": "1"})
         return await refusal(scope, receive, send)

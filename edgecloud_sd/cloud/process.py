@@ -26,10 +26,15 @@ from edgecloud_sd.host.errors import EXIT_INTERRUPTED
 from edgecloud_sd.host.terminal import join_lines
 
 SERVER_START_SECONDS = 1800.0  # for a whole start: the first one downloads the checkpoint, which may have 15 GB
-STALLED_SECONDS = 60.0  # without work during a start: neither computing nor reading nor downloading
+STALLED_SECONDS = 60.0  # without work during a start; computing, reading and downloading all use the CPU
 LEAST_WORK = 0.1  # CPU seconds: a process that waits for a file or a lock uses none
-# Statuses of a server that was told to stop: killed for it, in order, while starting, on Windows, told twice.
-TOLD_TO_STOP = (None, 0, EXIT_INTERRUPTED, signal.SIGTERM, 128 + signal.SIGTERM)
+TOLD_TO_STOP = (  # statuses of a server that was told to stop
+    None,  # killed, because it did not stop in time
+    0,  # in order
+    EXIT_INTERRUPTED,  # while it started
+    signal.SIGTERM,  # on Windows
+    128 + signal.SIGTERM,  # told twice
+)
 STOP_SECONDS = 10.0  # for the server to end: it takes less, even in the middle of a call
 
 
@@ -109,7 +114,7 @@ def _read_url(stdout: IO[str], urls: SimpleQueue[str]) -> None:
 
 
 def _last_line(log: IO[bytes]) -> str:
-    """Return the last line of the log of a server that has ended; it writes at the place where this process reads."""
+    """Return the last line of the log of a server that has ended. A running one would go on at the place read last."""
     log.seek(0)
     lines = [line for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
     return join_lines(lines[-1]) if lines else "its log is empty"

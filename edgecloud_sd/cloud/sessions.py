@@ -192,7 +192,7 @@ class Sessions:
                 self._has_changed.clear()
                 left = deadline - anyio.current_time()
                 try:
-                    return self.add(session, yields=left > 0)
+                    return self.add(session, after_refused=left > 0)
                 except NoRoom as error:
                     refusal = error
                 if left <= 0:
@@ -205,7 +205,7 @@ class Sessions:
             self._waiting.remove(session)
             self._has_changed.set()
 
-    def add(self, session: OpenSession, yields: bool = False) -> OpenSession | None:
+    def add(self, session: OpenSession, after_refused: bool = False) -> OpenSession | None:
         """Add a session, and return the session that was removed to make room, if any.
 
         A session is in recent use while a request runs, and for `RECENT_USE` seconds after it. Without room for this
@@ -216,11 +216,11 @@ class Sessions:
         2. Otherwise, the sessions that are not in recent use, of the owner and of clients with more sessions.
 
         The first are those that are not in use, then those that nobody has used since they were opened, then the least
-        recently used. With `yields`, opens that were refused and should come back soon go before this one as well.
-        Raise NoRoom without a candidate.
+        recently used. With `after_refused`, opens that were refused and should come back soon go before this one as
+        well. Raise NoRoom without a candidate.
         """
         counts = Counter(other.owner for other in self._by_name.values())
-        before = self._count_before(session, counts, yields)
+        before = self._count_before(session, counts, after_refused)
         room = self._limit - len(self._by_name)
         evicted = None
         if room <= before:
@@ -239,17 +239,17 @@ class Sessions:
         self._refused = {key: refusal for key, refusal in self._refused.items() if refusal.due + ROOM_WAIT > now}
         return self._refused.pop((session.owner, session.prompt_check), _Refusal(now, now)).since
 
-    def _count_before(self, session: OpenSession, counts: Counter[str], yields: bool) -> int:
+    def _count_before(self, session: OpenSession, counts: Counter[str], after_refused: bool) -> int:
         """Return how many opens that wait go before this one.
 
-        With `yields`, refused opens count too, from `ROOM_WAIT` seconds before they should come back. Only one of each
-        other client counts, so that no client can hold up others with opens that never come back.
+        With `after_refused`, refused opens count too, from `ROOM_WAIT` seconds before they should come back. Only one
+        of each other client counts, so that no client can hold up others with opens that never come back.
         """
         now = self._clock()
         if session not in self._waiting:
             session.waits_since = now
         places = [(counts[other.owner], other.waits_since) for other in self._waiting]
-        if yields:
+        if after_refused:
             absent: dict[tuple[str, int], float] = {}
             for (owner, check), refusal in self._refused.items():
                 if -LATE <= refusal.due - now <= ROOM_WAIT:
