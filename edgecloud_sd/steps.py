@@ -1,6 +1,6 @@
 """Model work in forward passes of bounded length, between which a server may serve another client.
 
-A row is one position of a forward pass: a token, or a place of the encoded audio.
+A row is one position of a forward pass, or as many frames for the audio encoder as take its time.
 """
 
 from __future__ import annotations

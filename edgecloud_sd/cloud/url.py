@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 import warnings
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -32,7 +31,7 @@ def parse_url(text: str) -> ServerUrl:
 
     The error does not repeat a URL with an `@`, because it may contain a password.
     """
-    has_user = bool(re.search(AT_SIGN, text))
+    has_user = bool(AT_SIGN.search(text))
     shown = "the given text with '@' (not shown)" if has_user else hide_passwords(repr(text))
     try:
         parts = urlsplit(text)

@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import NoReturn
 
-AT_SIGN = "(?:@|%40|[\uff20\ufe6b])"  # also as an escape, and as the signs that a URL reads as one
+AT_SIGN = re.compile("@|%40|[\uff20\ufe6b]")  # also as an escape, and as the signs that a URL reads as one
 SCHEME_END = re.compile(r"\w:/{1,2}")
 SECRETS = r"passw|pwd|token|secret|signature|credential|auth|api[_-]?key|access[_-]?key"
 PARAMETER = re.compile(rf"(?i)([?&;][\w.-]{{0,99}}(?:{SECRETS})[\w.-]{{0,99}}=)[^\s&;#'\"]+")
@@ -24,7 +24,7 @@ def hide_passwords(text: str) -> str:
 def _hide_user(word: re.Match[str]) -> str:
     """Return a word with `***` for all between the first end of a scheme and the last at sign after it."""
     scheme = SCHEME_END.search(word[0])
-    signs = list(re.compile(AT_SIGN, re.IGNORECASE).finditer(word[0], scheme.end())) if scheme else []
+    signs = list(AT_SIGN.finditer(word[0], scheme.end())) if scheme else []
     return f"{word[0][: scheme.end()]}{HIDDEN}@{word[0][signs[-1].end() :]}" if scheme and signs else word[0]
 
 

@@ -177,11 +177,8 @@ class HFModel(Frontend):
 
         return compute
 
-    def embed_prompt(self, prompt: Prompt) -> Tensor:
-        """Return [1, len(prompt.ids), hidden]: text embeddings, with the audio encoder's output at the placeholders."""
-        return run_steps(self._embed_steps(prompt, no_limit))
-
     def _embed_steps(self, prompt: Prompt, limit: RowLimit) -> Steps[Tensor]:
+        """Return [1, len(prompt.ids), hidden]: text embeddings, with the audio encoder's output at the placeholders."""
         thinker, device = self.thinker, self.text.device
         ids = torch.tensor([prompt.ids], device=device)
         embeddings = self.embed(ids)
