@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import Literal
 
 from edgecloud_sd import wire
-from edgecloud_sd.host.passwords import hide_passwords
+from edgecloud_sd.host.terminal import to_printable
 
 PASSING_4XX = (408, 423, 425, 429)  # too slow, locked, too early, too many
 PERMANENT_5XX = (501, 505, 506, 508, 510, 511)  # the service never answers this request otherwise
@@ -95,11 +95,6 @@ def parse_retry_after(header: str, now: datetime) -> float | None:
         return min(max((moment - now).total_seconds(), 0.0), LONGEST_RETRY_AFTER)
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
-
-
-def to_printable(text: str) -> str:
-    """Return the first 200 characters without passwords, and with blanks for what a terminal would obey."""
-    return "".join(character if character.isprintable() else " " for character in hide_passwords(text)[:200])
 
 
 def _classify_error(error: BaseException | None, is_first_contact: bool) -> Failure:

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from edgecloud_sd.cloud.failures import to_printable
 from edgecloud_sd.cloud.url import is_loopback
+from edgecloud_sd.host.terminal import to_printable
 
 Headers = Sequence[tuple[bytes, bytes]]  # names in lower case, as ASGI has them
 SINGLE_HEADERS = (b"authorization", b"content-length", b"content-type", b"host", b"origin", b"transfer-encoding")

@@ -1,4 +1,4 @@
-"""The standard streams, whatever encoding the terminal has."""
+"""Text to and from a terminal: any encoding of the standard streams, and nothing that the terminal would obey."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import io
 import re
 import sys
 from collections.abc import Sequence
+
+from edgecloud_sd.host.passwords import hide_passwords
 
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # and the marks that reorder a line
 
@@ -21,6 +23,11 @@ def join_lines(text: str) -> str:
     """Return a text in one line, with escapes for the control characters that a terminal would obey."""
     line = " ".join(text.split())
     return CONTROLS.sub(lambda character: character[0].encode("unicode_escape").decode(), line)
+
+
+def to_printable(text: str) -> str:
+    """Return the first 200 characters without passwords, and with blanks for what a terminal would obey."""
+    return "".join(character if character.isprintable() else " " for character in hide_passwords(text)[:200])
 
 
 def hyphenate(arguments: Sequence[str] | None) -> list[str]:
