@@ -52,6 +52,17 @@ def test_accept_errors_are_logged_once_and_connections_accepted_later(
     ]
 
 
+@pytest.mark.parametrize("name", ["connections", "service"])
+def test_a_warning_of_the_room_is_logged_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def scene() -> None:
+        with bounded_log():
+            for number in range(9):
+                logging.getLogger(f"edgecloud_sd.cloud.{name}").warning("call %d failed", number)
+
+    run_scene(scene())
+    assert [record.getMessage() for record in caplog.records] == ["call 0 failed"]
+
+
 def test_a_repeated_warning_is_counted_and_an_error_never_dropped() -> None:
     seconds = 0.0
     repeats = RepeatFilter(lambda: seconds)

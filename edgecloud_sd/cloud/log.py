@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from edgecloud_sd.cloud import connections
+from edgecloud_sd.cloud import connections, service
 
 _logger = logging.getLogger(__name__)
 REPEAT_SECONDS = 10.0  # between two lines of the log about the same kind of event
@@ -44,7 +44,7 @@ class RepeatFilter(logging.Filter):
 
 @contextmanager
 def bounded_log() -> Iterator[None]:
-    """Bound the lines that clients can cause in the log: of the running event loop, uvicorn, and `connections`."""
+    """Bound the warnings that clients can cause: of the event loop, of uvicorn, and of this room."""
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if context["message"].startswith("socket.accept()"):
@@ -55,7 +55,8 @@ def bounded_log() -> Iterator[None]:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(handle)
     repeat_filter = RepeatFilter()
-    loggers = [_logger, *map(logging.getLogger, (connections.__name__, "uvicorn.error", "asyncio"))]
+    names = (__name__, connections.__name__, service.__name__, "uvicorn.error", "asyncio")
+    loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:
         logger.addFilter(repeat_filter)
     try:
