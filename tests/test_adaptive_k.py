@@ -151,6 +151,7 @@ def test_a_correction_that_costs_time_is_no_part_of_a_step_in_a_run_or_replayed(
     assert original.step.mean == pytest.approx(0.125)
 
 
+@pytest.mark.slow
 def test_the_first_draft_fills_the_time_until_the_cloud_is_ready() -> None:
     machines = Profile("late", Costs(0.1, ((1, 0.01),)), Costs(0.215, ((1, 0.02),)))
     captions = wrong_positions(0.7)

@@ -300,6 +300,7 @@ def test_an_edge_that_may_finish_alone_does_so_after_a_refusal(narrow_url: str) 
     assert len(trace.tokens) == 12
 
 
+@pytest.mark.slow
 def test_one_connection_serves_many_threads(url: str) -> None:
     expected = [local_verdict([3], [token, token]) for token in range(VOCABULARY)]
 

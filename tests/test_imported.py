@@ -146,7 +146,8 @@ def test_imported_runs_are_compared_clip_by_clip(runs: dict[str, Document]) -> N
     assert speedup.value == 2 / 3
 
 
-@pytest.mark.parametrize("generation", ["latency", pytest.param("counts", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", ["latency", "counts"])
 def test_an_imported_run_has_a_report(tmp_path: Path, generation: str) -> None:
     source = write_published(tmp_path / "edge_zh.json", generation)
     ((path, _),) = imported.import_files([source], tmp_path / "out")

@@ -136,6 +136,7 @@ def test_retransmissions_are_at_most_two_minutes_apart() -> None:
     assert eleventh - tenth == pytest.approx(120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "n"), [(0.01, 1), (0.01, 8), (0.2, 1), (0.2, 3), (0.6, 2)])
 def test_without_draws_the_time_is_the_mean_over_many_draws(loss: float, n: int) -> None:
     lossy, draw = replace(SLOW, loss=loss), random.Random(0).random

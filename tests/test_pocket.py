@@ -182,6 +182,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return clips.evaluation_set(tmp_path_factory.mktemp("pocket") / "clips")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", prompts.LANGUAGES)
 def test_the_evaluation_set_has_twenty_clips_per_language(folder: Path, language: str) -> None:
     loaded, skipped = load_manifest(folder / clips.manifest_name(language), language)

@@ -396,7 +396,7 @@ def test_another_quality_metric_can_be_selected(tmp_path: Path) -> None:
     assert page.count("<img") == 1
 
 
-@pytest.mark.parametrize("count", [2, 30])
+@pytest.mark.parametrize("count", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_every_point_is_numbered_and_the_legend_names_the_numbers(count: int) -> None:
     points = [pictures.Point(f"$cell_{i}$ <i>她", "edge", i % 7, i % 5, 0.5) for i in range(count)]
     texts = read_texts(pictures.draw_latency_quality(points, [0, 1], "BLEU-4"))

@@ -295,6 +295,7 @@ def test_the_help_lists_every_option_in_its_group(pytester: pytest.Pytester, mon
         assert text.rfind(f"--{option.name}", 0, place) > group_places[config.GROUPS.index(option.group)]
 
 
+@pytest.mark.slow
 def test_an_option_may_name_a_path_outside_the_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

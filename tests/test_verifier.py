@@ -62,6 +62,7 @@ def test_rule_synthetic_accepts_the_same_places_for_any_draft_lengths(
     assert second | first == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rates", [(0.78,), (0.9, 0.5, 0.2), (0.05, 1.0)])
 def test_the_acceptance_rate_by_position_is_that_of_rule_synthetic(rates: tuple[float, ...]) -> None:
     model = ToyModel(random_table(VOCABULARY, 1), frozenset())
