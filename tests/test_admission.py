@@ -235,6 +235,30 @@ def test_a_slow_body_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     run_scene(scene())
 
 
+def test_the_rest_of_a_refused_body_is_dropped_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "LINGER_BYTES", 300)
+
+    async def scene() -> None:
+        sent: list[Message] = []
+        received = 0
+
+        async def receive() -> Message:
+            nonlocal received
+            received += 100
+            return {"type": "http.request", "body": bytes(100), "more_body": True}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        headers = [(b"authorization", b"Bearer another")]
+        await Protected().app({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive, send)
+        assert sent[0]["status"] == 401
+        assert sent[-1] == {"type": "http.response.body", "body": b""}
+        assert received == 300
+
+    run_scene(scene())
+
+
 def test_a_body_may_take_as_long_as_it_comes_at_the_lowest_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "BODY_SECONDS", 0.01)
     monkeypatch.setattr(admission, "BODY_BYTES_PER_SECOND", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 import threading
 import time
@@ -184,6 +185,7 @@ def greedy_client(place: Place, name: str) -> Iterator[None]:
 
 def send_greedily(place: Place, name: str) -> None:
     """Send requests of one pattern from all threads, until this process is killed."""
+    os.nice(19)  # a client elsewhere would take no core of the server
     threads = [threading.Thread(target=_repeat, args=(place, name, number)) for number in range(GREEDY_THREADS)]
     for thread in threads:
         thread.start()

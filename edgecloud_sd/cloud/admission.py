@@ -26,6 +26,7 @@ HEALTH_PATHS = ("/health", "/health/live", "/health/ready")  # need no key
 BODY_SECONDS = 30.0  # for a body to arrive, and a second more for so many bytes that have arrived:
 BODY_BYTES_PER_SECOND = 1024  # the slowest uplink that is waited for; the prompt of a 60 s clip has 1.5 MB
 LINGER_SECONDS = 2.0  # for the rest of a refused request, before its connection closes
+LINGER_BYTES = 2**21  # dropped of it: more than the buffers of the systems on the way hold
 
 
 class Refusal(Response):
@@ -48,8 +49,12 @@ class ClosingRefusal(Refusal):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
         with anyio.move_on_after(LINGER_SECONDS):
-            while (message := await receive())["type"] == "http.request" and message.get("more_body"):
-                pass
+            dropped = 0
+            while dropped < LINGER_BYTES:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    break
+                dropped += len(message["body"])
         await send({"type": "http.response.body", "body": b""})
 
 
