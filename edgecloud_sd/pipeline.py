@@ -258,7 +258,8 @@ class Pipeline:
             from edgecloud_sd.models.load import import_libraries
 
             import_libraries()
-            start_background_thread()
+            devices.start_threads()
+            start_background_thread(devices.start_threads)
             _ = self.front_end
         with apply_limits(limits) as in_force:
             yield in_force

@@ -98,6 +98,16 @@ def use_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
+def start_threads() -> None:
+    """Start the threads with which torch computes for the calling thread: by a computation that uses them all.
+
+    If one cannot start later, under a memory limit, the library that starts it ends the process.
+    """
+    import torch
+
+    torch.ones(2**20).add_(1)
+
+
 @cache
 def _torch_threads() -> int:
     """Return torch's own choice for this machine."""

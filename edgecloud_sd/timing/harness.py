@@ -334,9 +334,9 @@ def _run_at_once(call: Callable[[], _T]) -> Future[_T]:
     return future
 
 
-def start_background_thread() -> None:
-    """Start the thread of background calls. A start that lacks memory later could hang or abort the process."""
-    _executor().submit(int).result()
+def start_background_thread(first_call: Callable[[], None]) -> None:
+    """Start the thread of background calls, and run a first one. A start that lacks memory later could hang."""
+    _executor().submit(first_call).result()
 
 
 @cache
