@@ -29,7 +29,7 @@ from edgecloud_sd.host.limits import memory_in_use
 from edgecloud_sd.models.load import import_libraries
 
 import_libraries()
-for extra in range(1_000_000, 50_000_000, 3_900_000):
+for extra in range(1_000_000, 90_000_000, 5_900_000):
     read_end, write_end = os.pipe()
     if not (child := os.fork()):
         sys.stdout, sys.stderr = open(os.devnull, "w"), open(write_end, "w")
