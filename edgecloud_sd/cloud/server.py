@@ -206,7 +206,7 @@ async def prometheus(service: ServiceDependency) -> Response:
 @router.get("/v1/model", responses=document_problems())
 async def model(service: ServiceDependency) -> ModelInfo:
     """Return the facts about the model that serves the requests."""
-    return ModelInfo(**service.describe_model())
+    return ModelInfo(**service.model_facts)
 
 
 @router.post(

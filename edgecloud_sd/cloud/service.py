@@ -11,7 +11,7 @@ import traceback
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -122,8 +122,9 @@ class CloudService:
         self.metrics = ServiceMetrics(self._sessions)
         self._background: set[asyncio.Task[None]] = set()  # asyncio itself keeps no reference to a task
 
-    def describe_model(self) -> dict[str, Any]:
-        """Return the facts about the model that a client compares with its own side."""
+    @cached_property
+    def model_facts(self) -> dict[str, Any]:
+        """The facts about the model that a client compares with its own side."""
         return {**asdict(self.identity), "fingerprint": self.fingerprint, "check": self.identity.check}
 
     async def open(self, client: str, body: bytes, rule: str, check: int) -> tuple[str, Completed[Any]]:
