@@ -1,11 +1,11 @@
-"""Comparison of the bytes that an audio file promises with those that are there, which shows if it was cut off.
+"""Checks that an audio file was not cut off: it has all the bytes that it promises.
 
-libsndfile reads a file that was cut off without an error. Each container says in its own way how long it is:
+libsndfile reads a file that was cut off without an error. Each container gives its length in its own way.
 
-- wav, RF64, W64, AIFF, CAF and SVX: the size of the audio chunk;
-- AU, NIST, and MP3 with a Xing or VBRI tag: a field of the header;
-- Ogg: a mark on the last page of each stream;
-- MP3 without a tag: nothing, but its last frame must be whole.
+- wav, RF64, W64, AIFF, CAF and SVX: the size of the audio chunk.
+- AU, NIST, and MP3 with a Xing or VBRI tag: a field of the header.
+- Ogg: a mark on the last page of each stream.
+- MP3 without a tag: no length, but its last frame must be whole.
 """
 
 from __future__ import annotations

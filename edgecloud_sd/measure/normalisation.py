@@ -1,10 +1,10 @@
-"""Normalisation of captions and references before they are scored, so that equal text in another encoding is equal.
+"""Normalisation of text before it is scored, so that equal text in another encoding is equal.
 
-| name | change to each caption and reference |
-| --- | --- |
-| `none` | none |
-| `nfc` | Unicode NFC; then punctuation, symbols and spaces of full or half width take their ordinary width |
-| `nfkc` | Unicode NFKC: letters and digits of full or half width, ligatures and other compatibility forms change too |
+Each caption and each reference changes by one of these names.
+
+- `none`: no change.
+- `nfc`: Unicode NFC. Then punctuation, symbols and spaces of full or half width take their ordinary width.
+- `nfkc`: Unicode NFKC. Letters and digits of full or half width, ligatures and other compatibility forms change too.
 
 The change of width under `nfc` holds for each character that Unicode decomposes as `<wide>` or `<narrow>` and that has
 a category P, S or Z. So U+FF0C becomes a comma, U+3000 a space, and U+FF61 the ideographic full stop U+3002. U+3001 and
