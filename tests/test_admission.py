@@ -62,6 +62,19 @@ class Protected:
         return Edge(self.app, key)
 
 
+async def post(protected: Protected, receive: Receive, key: str = KEY) -> list[Message]:
+    """Return the messages of the answer to a prompt whose body comes from `receive`."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"authorization", f"Bearer {key}".encode()), (b"content-type", OCTETS.encode())]
+    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": headers}
+    await protected.app(scope, receive, send)
+    return sent
+
+
 def test_only_the_health_of_the_server_needs_no_key() -> None:
     async def scene() -> None:
         protected = Protected()
@@ -216,17 +229,12 @@ def test_a_slow_body_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def scene() -> None:
         protected = Protected()
-        sent: list[Message] = []
 
         async def receive() -> Message:
             await asyncio.sleep(0.03)  # a part arrives now and then, but the body never ends
             return {"type": "http.request", "body": b"", "more_body": True}
 
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        headers = [(b"authorization", f"Bearer {KEY}".encode())]
-        await protected.app({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive, send)
+        sent = await post(protected, receive)
         assert sent[0]["status"] == 408
         assert (b"connection", b"close") in sent[0]["headers"]
         assert protected.inner.bodies == []
@@ -239,7 +247,6 @@ def test_the_rest_of_a_refused_body_is_dropped_up_to_a_limit(monkeypatch: pytest
     monkeypatch.setattr(admission, "LINGER_BYTES", 300)
 
     async def scene() -> None:
-        sent: list[Message] = []
         received = 0
 
         async def receive() -> Message:
@@ -247,11 +254,7 @@ def test_the_rest_of_a_refused_body_is_dropped_up_to_a_limit(monkeypatch: pytest
             received += 100
             return {"type": "http.request", "body": bytes(100), "more_body": True}
 
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        headers = [(b"authorization", b"Bearer another")]
-        await Protected().app({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive, send)
+        sent = await post(Protected(), receive, key="another")
         assert sent[0]["status"] == 401
         assert sent[-1] == {"type": "http.response.body", "body": b""}
         assert received == 300
@@ -272,14 +275,7 @@ def test_a_body_may_take_as_long_as_it_comes_at_the_lowest_rate(monkeypatch: pyt
                 await asyncio.sleep(0.03)
             return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
 
-        sent: list[Message] = []
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        headers = [(b"authorization", f"Bearer {KEY}".encode()), (b"content-type", OCTETS.encode())]
-        scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": headers}
-        await protected.app(scope, receive, send)
+        sent = await post(protected, receive)
         assert (sent[0]["status"], protected.inner.bodies) == (200, [b"x" * 60 + b"y"])
 
     run_scene(scene())
