@@ -1,8 +1,9 @@
 """Acceptance rules decide which draft tokens the cloud accepts. They are pure functions.
 
-A rule reads the draft from the left and stops at the first token that it rejects. The target's most likely token at
-that place is the correction. If no token is rejected, the most likely token after the draft is the bonus
-(Leviathan et al. 2023, algorithm 1, at temperature 0).
+A rule reads the draft from the left, up to the first token that it rejects. The target's most likely token at that
+place is the correction. If no token is rejected, the most likely token after the draft is the bonus
+(Leviathan et al. 2023, algorithm 1, at temperature 0). The places after a correction get an opinion each, because the
+same forward pass has computed their logits.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from edgecloud_sd import probs
@@ -43,10 +44,10 @@ class Rule(Protocol):
         """True if the rule accepts the target's own tokens only. Any other rule is lossy."""
 
     def __call__(self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float]) -> Verdict:
-        """Return the verdict on `draft`.
+        """Return the verdict on `draft`, which may be empty, with the rest.
 
         `logits` is [len(draft) + 1, vocab_size]: row i is for the place of draft[i], the last row for the bonus.
-        `uniforms` gives one number in [0, 1) for each draft token, and is read only as far as the rule needs.
+        `uniforms` gives one number in [0, 1) for each draft token, and is read only if the rule needs it.
         """
 
 
@@ -77,12 +78,11 @@ class Rank:
     def __call__(self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float] = ()) -> Verdict:
         """Return the verdict on `draft`."""
         best = logits.argmax(dim=-1).tolist()
-        accepted = 0
-        for token, top in zip(draft, best, strict=False):
-            if token != top and (self.is_lossless or probs.rank(logits[accepted], token) > self.r):
-                break
-            accepted += 1
-        return Verdict(accepted, best[accepted])
+        accepts = [
+            token == top or (not self.is_lossless and probs.rank(row, token) <= self.r)
+            for token, top, row in zip(draft, best, logits, strict=False)
+        ]
+        return build_verdict(draft, accepts, best)
 
 
 GREEDY = Rank(1)
@@ -128,17 +128,28 @@ class Synthetic:
     def __call__(self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float]) -> Verdict:
         """Return the verdict on `draft`."""
         best = logits.argmax(dim=-1).tolist()
-        accepted = 0
-        for token, number in zip(draft, uniforms, strict=False):
-            if number >= self.rates[min(accepted, len(self.rates) - 1)]:
-                others = logits[accepted].clone()
-                others[token] = -math.inf
-                return Verdict(accepted, int(others.argmax()))
-            accepted += 1
-        return Verdict(accepted, best[accepted])
+        rates = [*self.rates, *self.rates[-1:] * len(draft)]
+        accepts = [number < rate for _, number, rate in zip(draft, uniforms, rates, strict=False)]
+        verdict = build_verdict(draft, accepts, best)
+        if verdict.accepted == len(draft):
+            return verdict
+        others = logits[verdict.accepted].clone()
+        others[draft[verdict.accepted]] = -math.inf
+        return replace(verdict, token=int(others.argmax()))
 
     def _join_rates(self, separator: str) -> str:
         return separator.join(repr(float(rate)).removesuffix(".0") for rate in self.rates)
+
+
+def build_verdict(draft: Sequence[int], accepts: Sequence[bool], best: Sequence[int]) -> Verdict:
+    """Return the verdict on `draft` if the rule accepts a token of it where `accepts` is True.
+
+    `best` are the target's most likely tokens at the places of the draft, and at the place after it.
+    """
+    accepted = [*accepts, False].index(False)
+    later = zip(draft, accepts, best, strict=False)
+    opinions = tuple(token if is_accepted else top for token, is_accepted, top in later)
+    return Verdict(accepted, best[accepted], opinions[accepted + 1 :])
 
 
 def uniform(seed: bytes, place: int) -> float:

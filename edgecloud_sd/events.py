@@ -46,10 +46,13 @@ class Verdict:
     """The target's answer to a draft: the number of accepted tokens, and its own token for the place after them.
 
     The target's token is a correction after a rejected token, and the bonus after a draft that was accepted whole.
+    `rest` has the target's opinion on each draft token after the rejected one, or is empty if it was not asked for. An
+    opinion is the draft token if the rule would accept it after the draft as sent, else the target's most likely token.
     """
 
     accepted: int
     token: int
+    rest: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -32,6 +32,7 @@ class Verification(Protocol):
     def verify(self, base: int, tokens: Sequence[int], draft: Sequence[int]) -> Verdict:
         """Verify `draft` after a context: the first `base` tokens that the cloud holds, then `tokens`.
 
+        The context has at least one token, and the draft may be empty: the verdict is then the target's own token.
         `base` is absolute, so a repeated call gives the same verdict. Raise ValueError if `base` exceeds the tokens
         that the cloud knows to be committed.
         """
@@ -72,30 +73,34 @@ class SteppedVerifier(Verifier, Protocol):
 
 @dataclass(frozen=True)
 class LocalVerifier:
-    """A model in this process as the cloud, with one acceptance rule. Its steps are passes within `limit`."""
+    """A model in this process as the cloud, with one acceptance rule. Its steps are passes within `limit`.
+
+    Its verdicts have a rest if `wants_rest` is True.
+    """
 
     model: Model
     rule: Rule
     limit: RowLimit = no_limit
+    wants_rest: bool = False
 
     def open(self, prompt: Prompt) -> LocalVerification:
         """Encode and prefill the prompt."""
-        return LocalVerification(self.model.open(prompt), prompt, self.rule)
+        return LocalVerification(self, self.model.open(prompt), prompt)
 
     def open_steps(self, prompt: Prompt) -> Steps[LocalVerification]:
         """Encode and prefill the prompt in steps."""
         session = yield from open_steps(self.model, prompt, self.limit)
-        return LocalVerification(session, prompt, self.rule, self.limit)
+        return LocalVerification(self, session, prompt)
 
 
 class LocalVerification:
     """Verification on a session of this process."""
 
-    def __init__(self, session: Session, prompt: Prompt, rule: Rule, limit: RowLimit = no_limit) -> None:
+    def __init__(self, verifier: LocalVerifier, session: Session, prompt: Prompt) -> None:
+        self._verifier = verifier
+        self._limit = verifier.limit
         self._session = session
         self._prompt = prompt
-        self._rule = rule
-        self._limit = limit
         self._committed = 0  # cached tokens that the edge knows to be committed
 
     def wait(self) -> None:
@@ -112,9 +117,9 @@ class LocalVerification:
         first = base + len(tokens)
         uniforms = (uniform(self._seed, place) for place in range(first, first + len(draft)))
         logits = yield from sync_steps(self._session, context, len(draft) + 1, self._limit, len(self._prompt.ids) - 1)
-        verdict = self._rule(draft, logits, uniforms)
+        verdict = self._verifier.rule(draft, logits, uniforms)
         self._committed = first + verdict.accepted
-        return verdict
+        return verdict if self._verifier.wants_rest else replace(verdict, rest=())
 
     @cached_property
     def _seed(self) -> bytes:

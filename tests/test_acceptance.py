@@ -26,7 +26,10 @@ fractions = st.lists(st.floats(0, 1), min_size=1, max_size=4)
         (1, [0, 1], Verdict(2, 2)),  # both are the cloud's own tokens, so the next is a bonus
         (1, [0, 2], Verdict(1, 1)),  # the second is rejected and corrected
         (2, [0, 2], Verdict(2, 2)),
-        (2, [2, 1], Verdict(0, 0)),  # nothing after a rejected token is accepted
+        (2, [2, 1], Verdict(0, 0, (1,))),  # nothing after a rejected token is accepted, but it gets an opinion
+        (1, [2, 0], Verdict(0, 0, (1,))),
+        (2, [2, 2], Verdict(0, 0, (2,))),  # the rule would accept it
+        (1, [], Verdict(0, 0)),
     ],
 )
 def test_rule_rank_accepts_tokens_up_to_its_rank(r: int, draft: list[int], expected: Verdict) -> None:
@@ -89,7 +92,8 @@ def test_no_rate_and_more_rates_than_fit_a_request_are_refused(count: int) -> No
     [
         ("synthetic(0.5)", (0.4, 0.49), Verdict(2, 2)),  # the bonus is the cloud's most likely token
         ("synthetic(0.5)", (0.4, 0.5), Verdict(1, 2)),  # 1 is rejected, so 2 corrects it
-        ("synthetic(0.5)", (0.9, 0.0), Verdict(0, 0)),
+        ("synthetic(0.5)", (0.9, 0.0), Verdict(0, 0, (1,))),
+        ("synthetic(0.5)", (0.9, 0.9), Verdict(0, 0, (1,))),  # an opinion is the most likely token of all
         ("synthetic(1/0.5/0)", (0.99, 0.4), Verdict(2, 2)),
         ("synthetic(0.5/1)", (0.4, 0.99), Verdict(2, 2)),
         ("synthetic(1/0)", (0.99, 0.0), Verdict(1, 2)),
@@ -107,11 +111,13 @@ def test_rate_1_accepts_all_and_rate_0_corrects_to_the_most_likely_other_token(
     row: torch.Tensor, data: st.DataObject
 ) -> None:
     draft = data.draw(st.lists(st.integers(0, len(row) - 1), min_size=1, max_size=4))
+    top = int(row.argmax())
     rows, uniforms = row.repeat(len(draft) + 1, 1), data.draw(st.lists(st.floats(0, 1, exclude_max=True), min_size=4))
-    assert acceptance.Synthetic((1.0,))(draft, rows, uniforms) == Verdict(len(draft), int(row.argmax()))
+    assert acceptance.Synthetic((1.0,))(draft, rows, uniforms) == Verdict(len(draft), top)
     verdict = acceptance.Synthetic((0.0,))(draft, rows, uniforms)
     ranks = {token: probs.rank(row, token) for token in range(len(row))}
-    assert verdict == Verdict(0, min((token for token in ranks if token != draft[0]), key=ranks.__getitem__))
+    correction = min((token for token in ranks if token != draft[0]), key=ranks.__getitem__)
+    assert verdict == Verdict(0, correction, (top,) * (len(draft) - 1))
 
 
 def test_the_draw_for_a_place_never_changes() -> None:

@@ -100,7 +100,7 @@ def test_no_shadow_draft_exceeds_the_limit_of_a_message(case: Case, limit: int) 
 
     class LimitedVerifier(LocalVerifier):
         def open(self, prompt: Prompt) -> LocalVerification:
-            return Limited(self.model.open(prompt), prompt, self.rule)
+            return Limited(self, self.model.open(prompt), prompt)
 
     with patch.object(wire, "MAX_DRAFT", limit):
         assert shadow.shadow_verify(trace, case.scene.prompt, LimitedVerifier(cloud.model, case.rule)) == expected

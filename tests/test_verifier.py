@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,17 +12,32 @@ from hypothesis import strategies as st
 
 from edgecloud_sd.acceptance import Rank, Rule, Synthetic, uniform
 from edgecloud_sd.events import Prompt
+from edgecloud_sd.steps import run_steps
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.verifier import LocalVerification, LocalVerifier, prompt_seed
 from tests.support.strategies import VOCABULARY, Scene, ranks, rates, scenes, synthetics
-from tests.support.toy import ToyModel, random_table
+from tests.support.toy import ToyModel, random_table, stateless_verdict
 
 tokens = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=5)
 
 
-@given(scenes(), ranks | synthetics, tokens, tokens)
+@given(scenes(), ranks | synthetics, tokens, tokens | st.just([]))
+def test_a_verdict_is_that_of_plain_forward_passes(
+    scene: Scene, rule: Rule, output: list[int], draft: list[int]
+) -> None:
+    context = [scene.prompt.last, *output]
+    expected = stateless_verdict(scene.cloud, scene.prompt, rule, context, draft)
+    verifier = LocalVerifier(scene.cloud, rule, wants_rest=True)
+    assert verifier.open(scene.prompt).verify(0, context, draft) == expected
+    stepped = run_steps(replace(verifier, limit=lambda _: 2).open_steps(scene.prompt))
+    assert run_steps(stepped.verify_steps(0, context, draft)) == expected
+    unasked = replace(verifier, wants_rest=False).open(scene.prompt)
+    assert unasked.verify(0, context, draft) == replace(expected, rest=())
+
+
+@given(scenes(), ranks | synthetics, tokens | st.just([]), tokens | st.just([]))
 def test_a_repeated_call_gives_the_same_verdict(scene: Scene, rule: Rule, draft: list[int], later: list[int]) -> None:
-    verification = LocalVerifier(scene.cloud, rule).open(scene.prompt)
+    verification = LocalVerifier(scene.cloud, rule, wants_rest=True).open(scene.prompt)
     first = verification.verify(0, [scene.prompt.last], draft)
     base = 1 + first.accepted
     second = verification.verify(base, [first.token], later)
@@ -110,3 +126,8 @@ def test_a_base_within_rejected_tokens_is_an_error(verification: LocalVerificati
     assert verification.verify(0, [2], [wrong, wrong]).accepted == 0
     with pytest.raises(ValueError, match="counts on 2 committed tokens here, and 1 are known"):
         verification.verify(2, [0], [0])
+
+
+def test_a_verification_without_a_token_before_the_draft_is_an_error(verification: LocalVerification) -> None:
+    with pytest.raises(ValueError, match="cannot return 1 rows of a context of 0 tokens"):
+        verification.verify(0, [], [])

@@ -70,7 +70,8 @@ def _values(event: Event) -> list[Any]:
     if isinstance(event, Ahead):
         return [list(event.tokens), event.made]
     if isinstance(event, Verified):
-        return [event.verdict.accepted, event.verdict.token]
+        verdict = event.verdict
+        return [verdict.accepted, verdict.token, *([list(verdict.rest)] if verdict.rest else [])]
     if isinstance(event, Committed):
         return [list(event.tokens), event.origin]
     return [event.reason]  # degraded or finished
@@ -89,7 +90,7 @@ def _event(name: str, values: list[Any], draft: Draft) -> Event:
     if name == "ahead":
         return Ahead(tuple(values[0]), *values[1:])
     if name == "verified":
-        return Verified(draft, Verdict(*values))
+        return Verified(draft, Verdict(*values[:2], *map(tuple, values[2:])))
     if name == "committed":
         return Committed(tuple(values[0]), values[1])
     if name == "degraded":

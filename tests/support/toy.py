@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from edgecloud_sd.events import Prompt
+from edgecloud_sd import probs
+from edgecloud_sd.acceptance import Rank, Rule, Synthetic, uniform
+from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.session import check_truncation
+from edgecloud_sd.verifier import prompt_seed
 
 STATES = 257  # prime, so that the state depends on every earlier token
 
@@ -63,3 +67,25 @@ def random_table(vocabulary: int, seed: int, scale: float = 2.0) -> Tensor:
     """Return normally distributed logits [STATES, vocabulary] in float64."""
     generator = torch.Generator().manual_seed(seed)
     return scale * torch.randn(STATES, vocabulary, dtype=torch.float64, generator=generator)
+
+
+def stateless_verdict(
+    model: ToyModel, prompt: Prompt, rule: Rule, context: Sequence[int], draft: Sequence[int]
+) -> Verdict:
+    """Return the verdict with its rest, from one plain row of logits for each place."""
+    rows = [model.logits([*prompt.ids[:-1], *context, *draft[:place]]) for place in range(len(draft) + 1)]
+
+    def accepts(place: int) -> bool:
+        if isinstance(rule, Synthetic):
+            rate = rule.rates[min(place, len(rule.rates) - 1)]
+            return uniform(prompt_seed(prompt), len(context) + place) < rate
+        assert isinstance(rule, Rank)
+        return probs.rank(rows[place], draft[place]) <= rule.r
+
+    places = range(len(draft))
+    opinions = [draft[place] if accepts(place) else int(rows[place].argmax()) for place in places]
+    accepted = next((place for place in places if not accepts(place)), len(draft))
+    last = rows[accepted].clone()
+    if accepted < len(draft):
+        last[draft[accepted]] = -math.inf
+    return Verdict(accepted, int(last.argmax()), tuple(opinions[accepted + 1 :]))
