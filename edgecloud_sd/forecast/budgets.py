@@ -1,0 +1,148 @@
+"""The level of a gate: from a budget of cloud calls, of tokens that the cloud writes, or from a promise.
+
+The level is the send level f of gate risk. A caption meets that gate at each of its *endings*: its first draft, and the
+redraft after each correction. The gate lets it go at the first ending whose risk R is at most f. Up to there the
+decoding does not depend on f, so that one lossless decode of a clip shows what every f does with it.
+
+The promise is "with chance >= 1 - alpha a caption is the cloud's own". Let s_i be the smallest R at which caption i
+would be let go while it differs, or inf. The caption differs if f >= s_i. `own_level` returns an f just below the k-th
+smallest of n scores, with k = floor(alpha (n + 1)). If n clips and a new one are exchangeable, the caption of the new
+one then differs with chance alpha at most. It differs only if at most k of all n + 1 scores are as small as its own,
+which is one of them. At most k of the clips are so placed.
+
+This is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, arXiv:2208.02814) of the loss "differs",
+which rises with f. The chance is a mean over calibrations and clips. For one calibration it varies as Beta(k, n + 1 -
+k) if no scores are equal (Vovk 2012, arXiv:1209.2673).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+ALWAYS_SEND = -1.0  # a send level below every risk: lossless
+NEVER_SEND = 1.0  # a send level that no risk exceeds
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A moment at which gate risk may let a caption go, with the caption as it is then.
+
+    `risk` is R, or -inf at the end of a caption that was never let go. `calls` and `written` count the cloud's
+    verifications and tokens so far.
+    """
+
+    risk: float
+    calls: int
+    written: int
+    tokens: int
+    is_own: bool
+
+
+Endings = Sequence[Ending]  # those of a caption in order, the last with risk -inf
+
+
+@dataclass(frozen=True)
+class LevelCost:
+    """The costs of captions under a gate of one level: calls per caption, and tokens the cloud wrote / all tokens."""
+
+    level: float
+    calls: float
+    written_share: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on `calls` per caption, or on the `written_share` of the tokens."""
+
+    kind: str
+    limit: float
+
+    def is_kept(self, cost: LevelCost) -> bool:
+        """Return True if a cost is within the budget."""
+        spent: float = getattr(cost, self.kind)
+        return spent <= self.limit
+
+    def excess(self, calls: int, written: int, tokens: int) -> float:
+        """Return calls, or tokens written by the cloud, beyond what the budget grants one caption."""
+        return calls - self.limit if self.kind == "calls" else written - self.limit * tokens
+
+
+def let_go(endings: Endings, level: float) -> Ending:
+    """Return the ending at which a caption is let go at a send level."""
+    return next(ending for ending in endings if ending.risk <= level)
+
+
+def own_score(endings: Endings) -> float:
+    """Return s: the smallest risk at which a caption is let go while it differs from the cloud's own, or inf."""
+    return min((ending.risk for ending in endings if not ending.is_own), default=math.inf)
+
+
+def own_place(n: int, own: float) -> int:
+    """Return floor(alpha (n + 1)) for alpha = 1 - own, with `own` read as the decimal number that it is printed as."""
+    return math.floor((1 - Fraction(repr(own))) * (n + 1))
+
+
+def own_level(scores: Sequence[float], own: float) -> float:
+    """Return the send level at which a caption is the cloud's own with chance `own` or more, in (0, 1).
+
+    The level is below 0, and decoding lossless, if there are too few scores: fewer than 1 / (1 - own) - 1.
+    """
+    place = own_place(len(scores), own)
+    return min(math.nextafter(sorted(scores)[place - 1], -math.inf), NEVER_SEND) if place else ALWAYS_SEND
+
+
+def level_costs(captions: Sequence[Endings]) -> list[LevelCost]:
+    """Return the costs of captions at each send level that changes them, from lossless up to the edge's own choice."""
+    risks = {ending.risk for endings in captions for ending in endings if ending.risk >= 0}
+    costs = []
+    for level in (ALWAYS_SEND, *sorted(risks)):
+        last = [let_go(endings, level) for endings in captions]
+        calls, written, tokens = (sum(getattr(end, name) for end in last) for name in ("calls", "written", "tokens"))
+        costs.append(LevelCost(level, calls / len(last), written / tokens))
+    return costs
+
+
+def budget_level(costs: Iterable[LevelCost], budget: Budget) -> float:
+    """Return the lowest level within a budget, so the one nearest to the cloud's captions.
+
+    Raise ValueError if no level is within it.
+    """
+    costs = list(costs)
+    levels = [cost.level for cost in costs if budget.is_kept(cost)]
+    if not levels:
+        least: float = min(getattr(cost, budget.kind) for cost in costs)
+        raise ValueError(f"{budget.limit:g} is less than any level of this gate needs, {least:.3g}: give a larger one")
+    return min(levels)
+
+
+@dataclass
+class LevelFeedback:
+    """A level that follows a budget without a calibration: it moves after each caption.
+
+    It rises by `step` for each call or token that a caption spent beyond the budget, and falls by as much for each one
+    less. `state` is the level before it is held to `low` and `high`. If a caption at `high` spends nothing, the mean
+    excess of T captions is at most (high - low + step * largest excess) / (step T). No caption can change that. The
+    argument is that of adaptive conformal inference (Gibbs and Candes, arXiv:2106.00170).
+    """
+
+    budget: Budget
+    state: float
+    low: float
+    high: float
+    step: float
+
+    @property
+    def level(self) -> float:
+        """The level of the next caption."""
+        return min(max(self.state, self.low), self.high)
+
+    def observe(self, calls: int, written: int, tokens: int) -> None:
+        """Move the level after a caption.
+
+        A debt beyond `high` is paid back, up to the width of the range. Saving beyond `low` earns nothing.
+        """
+        moved = self.state + self.step * self.budget.excess(calls, written, tokens)
+        self.state = min(max(moved, self.low), 2 * self.high - self.low)

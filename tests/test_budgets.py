@@ -1,0 +1,137 @@
+"""Levels of a gate: the promise holds on exchangeable clips, and budgets are kept."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgecloud_sd.forecast.budgets import (
+    ALWAYS_SEND,
+    NEVER_SEND,
+    Budget,
+    Ending,
+    LevelCost,
+    LevelFeedback,
+    budget_level,
+    let_go,
+    level_costs,
+    own_level,
+    own_score,
+)
+
+
+def caption(*risks: float, is_own_at_last: bool = True) -> tuple[Ending, ...]:
+    """Return the endings of a caption that the cloud corrects at each ending but the last."""
+    return (
+        *(Ending(risk, n, n, 20, is_own_at_last and n == len(risks) - 1) for n, risk in enumerate(risks)),
+        Ending(-math.inf, len(risks), len(risks), 20, True),
+    )
+
+
+def draw_caption(rng: random.Random) -> tuple[Ending, ...]:
+    """Return a caption whose endings are riskier while it differs from the cloud's own. Risks may be equal."""
+    wrong = [round(rng.random(), 2) for _ in range(rng.choice((0, 0, 1, 1, 2)))]
+    return caption(*wrong, round(rng.random() ** 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("n", "own", "place"),
+    [
+        (99, 0.9, 10),
+        (100, 0.9, 10),
+        (108, 0.9, 10),
+        (109, 0.9, 11),
+        (19, 0.95, 1),
+        (18, 0.95, 0),
+        (9, 0.9, 1),
+        (8, 0.9, 0),
+    ],
+)
+def test_the_level_is_just_below_the_promised_place_in_the_scores(n: int, own: float, place: int) -> None:
+    scores = [number / 1000 for number in range(1, n + 1)]
+    level = own_level(random.Random(0).sample(scores, n), own)
+    assert level == (math.nextafter(place / 1000, 0) if place else ALWAYS_SEND)
+
+
+def test_captions_that_never_differ_are_all_let_go() -> None:
+    assert own_level([0.4, *[math.inf] * 98], 0.9) == NEVER_SEND
+    assert own_level([0.0] * 99, 0.9) < 0  # a caption that differs at no risk at all is never let go
+
+
+RISKS = st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.7, 1.0, math.inf])
+
+
+@given(st.lists(RISKS, min_size=2, max_size=30), st.sampled_from([0.5, 0.8, 0.9, 0.95]))
+def test_of_all_clips_that_may_be_the_new_one_few_enough_differ(scores: list[float], own: float) -> None:
+    """The promise itself: exchangeable clips are equally likely to be the new one, and equal scores are allowed."""
+    others = [[*scores[:new], *scores[new + 1 :]] for new in range(len(scores))]
+    wrong = sum(score <= own_level(rest, own) for score, rest in zip(scores, others, strict=True))
+    assert wrong <= (1 - own) * len(scores) + 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "own"), [(9, 0.8), (20, 0.9), (50, 0.8), (19, 0.95)])
+def test_the_promise_holds_over_many_calibrations(n: int, own: float) -> None:
+    rng = random.Random(n)
+    trials = 3000
+    wrong = sum(
+        not let_go(draw_caption(rng), own_level([own_score(draw_caption(rng)) for _ in range(n)], own)).is_own
+        for _ in range(trials)
+    )
+    assert wrong / trials <= 1 - own + 3 * math.sqrt(own * (1 - own) / trials)
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), min_size=1, max_size=3), min_size=1, max_size=6))
+def test_a_caption_differs_exactly_from_its_score_on(risks: list[list[float]]) -> None:
+    for endings in (caption(*row) for row in risks):
+        for level in (ALWAYS_SEND, 0.0, 0.1, 0.3, 0.5, 1.0):
+            assert let_go(endings, level).is_own == (level < own_score(endings))
+
+
+@given(st.integers(0, 2**32), st.sampled_from(["calls", "written_share"]), st.floats(0.01, 2))
+def test_a_budget_is_kept_by_the_lowest_level_that_keeps_it(seed: int, kind: str, limit: float) -> None:
+    rng = random.Random(seed)
+    costs = level_costs([draw_caption(rng) for _ in range(20)])
+    budget = Budget(kind, limit)
+    level = budget_level(costs, budget)
+    assert next(cost.level for cost in costs if budget.is_kept(cost)) == level
+    assert costs[0].level == ALWAYS_SEND
+    assert costs[-1].calls == 0
+
+
+def test_a_budget_below_all_costs_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"0\.1 is less than any level of this gate needs, 0\.5"):
+        budget_level([LevelCost(-1, 2, 0.1), LevelCost(1, 0.5, 0.02)], Budget("calls", 0.1))
+
+
+@given(
+    st.integers(0, 2**32), st.sampled_from([Budget("calls", 1.0), Budget("calls", 0.3), Budget("written_share", 0.04)])
+)
+def test_feedback_spends_no_more_than_its_bound(seed: int, budget: Budget) -> None:
+    rng = random.Random(seed)
+    feedback = LevelFeedback(budget, 0.3, ALWAYS_SEND, NEVER_SEND, 0.05)
+    excesses = []
+    for _ in range(400):
+        scale = rng.choice((0.01, 1.0))
+        end = let_go(caption(*(scale * rng.random() for _ in range(rng.randrange(1, 4)))), feedback.level)
+        feedback.observe(end.calls, end.written, end.tokens)
+        excesses.append(budget.excess(end.calls, end.written, end.tokens))
+        assert ALWAYS_SEND <= feedback.level <= NEVER_SEND
+        largest = max(*excesses, 0.0)
+        assert sum(excesses) <= (NEVER_SEND - ALWAYS_SEND + 0.05 * largest) / 0.05 + 1e-9
+
+
+def test_feedback_reaches_a_budget_from_both_sides() -> None:
+    for start in (ALWAYS_SEND, NEVER_SEND):
+        rng = random.Random(7)
+        feedback = LevelFeedback(Budget("calls", 1.0), start, -0.05, NEVER_SEND, 0.05)
+        calls = 0
+        for _ in range(2000):
+            end = let_go(draw_caption(rng), feedback.level)
+            feedback.observe(end.calls, end.written, end.tokens)
+            calls += end.calls
+        assert calls / 2000 == pytest.approx(1.0, abs=0.02)
