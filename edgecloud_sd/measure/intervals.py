@@ -6,6 +6,7 @@ of a clip stay paired. Both bounds take the wider tail: the plain one covered to
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -147,6 +148,29 @@ def corpus_difference(baseline: Values, ours: Values, score: Statistic, rarest: 
     if interval and interval.low is not None and not (score(base.mean(0)) or score(own.mean(0))):
         return Interval(0.0, None, None, "both scores are 0")
     return interval
+
+
+def gap_interval(edge: Values, cloud: Values, ours: Values, score: Statistic) -> Interval | None:
+    """Return (score(ours) - score(edge)) / (score(cloud) - score(edge)) over the same clips.
+
+    Return None unless the cloud scores higher than the edge. `score` takes means of columns, and each side holds the
+    columns of its clips [clips, columns], as in `corpus_difference`. Clips differ if any two sides do.
+    """
+    base, best, own = sides = [np.asarray(side, dtype=float) for side in (edge, cloud, ours)]
+    if not len(own) or not score(best.mean(0)) > score(base.mean(0)):
+        return None
+    for name, value, side in (("edge", 0.0, base), ("cloud", 1.0, best)):
+        if np.array_equal(own, side):
+            return Interval(value, None, None, f"equals {name}")
+    width = own.shape[-1]
+
+    def share(means: Values) -> Values:
+        low, high, value = (score(means[..., place : place + width]) for place in (0, width, 2 * width))
+        closed: Values = (value - low) / (high - low)
+        return closed
+
+    differing = min(int((a != b).any(-1).sum()) for a, b in itertools.combinations(sides, 2))
+    return bootstrap(np.hstack(sides), share, differing)
 
 
 def permutation_p(baseline: Values, ours: Values, score: Statistic, seed: int = 0) -> float | None:

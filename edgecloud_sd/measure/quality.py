@@ -182,6 +182,14 @@ def bleu_counts(
     return _bleu_counts(*_tokenized(*normalised(captions, references, normalisation), language))
 
 
+def cider_scores(
+    captions: Sequence[str], references: Sequence[Sequence[str]], language: str, normalisation: str
+) -> NDArray[np.float64]:
+    """Return CIDEr of each clip [clips], as `score` gives it. Raise NotMeasured for clips that have none."""
+    _, clip_scores = _cider(*_tokenized(*normalised(captions, references, normalisation), language))
+    return np.asarray(clip_scores, dtype=float)
+
+
 def _bleu_counts(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:
     """Return matches and totals of the four orders, the caption's length and the reference's length, for each clip.
 

@@ -1,0 +1,136 @@
+"""Decode clips in many ways on the virtual clock. Both sides encode and prefill each clip once, for all ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from tqdm import tqdm
+
+from bench.held_out import HeldOutClip
+from bench.ways import CLOUD, PERFECT, ParetoWay, random_ways
+from edgecloud_sd.acceptance import Rule
+from edgecloud_sd.cloud.local import Cloud, local_verifier
+from edgecloud_sd.config import Settings
+from edgecloud_sd.events import Committed, Event, Prompt, Trace
+from edgecloud_sd.measure import metrics
+from edgecloud_sd.pipeline import Pipeline, count_shared_ids, generation_events
+from edgecloud_sd.session import Model, Session
+from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.timing.clock import stamp
+from edgecloud_sd.timing.harness import Harness
+from edgecloud_sd.timing.link import Link, parse_link
+from edgecloud_sd.timing.profile import Profile, load_profile
+from edgecloud_sd.verifier import Verifier
+
+
+@dataclass
+class KeptModel:
+    """A model that opens a prompt once, and gives later callers the same session with an empty cache."""
+
+    model: Model
+    opened: tuple[Prompt, Session] | None = None
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """The ids that end a generation."""
+        return self.model.eos
+
+    def open(self, prompt: Prompt) -> Session:
+        """Encode and prefill the prompt, unless it is the one of the last call."""
+        if self.opened is None or self.opened[0] is not prompt:
+            self.opened = (prompt, self.model.open(prompt))
+        self.opened[1].truncate(0)
+        return self.opened[1]
+
+
+@dataclass(frozen=True)
+class KeptCloud:
+    """A cloud in this process for `generation_events`, with the sessions of a `KeptModel`."""
+
+    model: KeptModel
+
+    def verifier(self, rule: Rule, harness: Harness) -> Verifier:
+        """Return the verifier of one generation."""
+        return local_verifier(self.model, rule, harness)
+
+
+@dataclass(frozen=True)
+class VirtualBench:
+    """A loaded pair, and what every caption of a run has in common."""
+
+    pipeline: Pipeline
+    profile: Profile
+    link: Link
+    max_new_tokens: int
+    edge: KeptModel
+    cloud: KeptCloud
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, settings: Settings) -> VirtualBench:
+        """Return the bench of a run on the virtual clock."""
+        return cls(
+            pipeline,
+            load_profile(settings.profile or ""),
+            parse_link(settings.link[0]),
+            settings.max_new_tokens,
+            KeptModel(pipeline.edge),
+            KeptCloud(KeptModel(pipeline.cloud_model)),
+        )
+
+    def decode(self, clip: HeldOutClip, way: ParetoWay, target: Sequence[int]) -> Trace:
+        """Return the trace of a clip. `target` is the cloud's own caption, for a bound."""
+        import torch
+
+        committed: list[int] = []
+        strategy = way.strategy
+        if way.make_gate:
+            strategy = replace(strategy, gate=way.make_gate(committed, target, clip.file_id))
+        harness = Harness(self.profile, self.link, clip.file_id)
+        events = generation_events(
+            lambda: clip.prompt,
+            strategy,
+            Stopping(self.edge.eos, self.max_new_tokens),
+            self.edge,
+            cast("Cloud", self.cloud),  # nothing but its verifier is used
+            harness,
+            adaptive_k=self.pipeline.adaptive_k(strategy, clip.language, self.link, self.profile),
+            shared_ids=count_shared_ids(self.pipeline.edge, self.pipeline.cloud_model.vocab_size),
+        )
+        with torch.inference_mode():
+            return stamp(_record_tokens(events, committed), harness.watch)
+
+
+def _record_tokens(events: Iterable[Event], committed: list[int]) -> Iterator[Event]:
+    """Yield the events, and add each committed token to a list before the decoder goes on."""
+    for event in events:
+        if isinstance(event, Committed):
+            committed.extend(event.tokens)
+        yield event
+
+
+def decode_all(
+    bench: VirtualBench, clips: Sequence[HeldOutClip], ways: Sequence[ParetoWay]
+) -> dict[ParetoWay, list[Trace]]:
+    """Return the trace of each clip by way. `ways` has mode cloud before any bound.
+
+    The ways of the random gate, with the rates of the perfect one, are added.
+    """
+    perfect = [way for way in ways if way.line == PERFECT]
+    traces: dict[ParetoWay, list[Trace]] = {}
+    name, total = clips[0].language, len(clips) * (len(ways) + len(perfect))
+    with tqdm(total=total, desc=name, unit="caption", disable=None, leave=False) as bar:
+
+        def decode_each(chosen: Sequence[ParetoWay]) -> None:
+            traces.update((way, []) for way in chosen)
+            for place, clip in enumerate(clips):
+                for way in chosen:
+                    target = traces[CLOUD][place].tokens if way.make_gate else ()
+                    traces[way].append(bench.decode(clip, way, target))
+                    bar.update()
+
+        decode_each(ways)
+        rates = [sum(map(metrics.counts, traces[way]), metrics.Counts()).cloud_call_rate for way in perfect]
+        decode_each(random_ways(sorted({rate for rate in rates if rate})))
+    return traces

@@ -1,0 +1,50 @@
+"""Clips that a pair has not seen, with their prompts: synthesised ones for the pocket pair, or those of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from bench.session import DataSet
+from edgecloud_sd.config import Settings
+from edgecloud_sd.data.prompts import LANGUAGES
+from edgecloud_sd.events import Prompt
+from edgecloud_sd.pipeline import Pipeline, Request
+from edgecloud_sd.pocket import clips, voices
+
+
+@dataclass(frozen=True)
+class HeldOutClip:
+    """A clip with its prompt and its references. Only pocket clips have `attributes`."""
+
+    file_id: str
+    language: str
+    prompt: Prompt
+    references: tuple[str, ...]
+    attributes: voices.Attributes | None = None
+
+
+def iterate_held_out(
+    pipeline: Pipeline, settings: Settings, language: str, count: int, set_name: str = "held-out"
+) -> Iterator[HeldOutClip]:
+    """Yield up to `count` clips in a language: of a set of `pocket.clips.SETS`, or the first ones of a data set.
+
+    Pocket clips stay the same if `count` grows. No two languages share one. Raise BadClip for a clip that cannot be
+    used.
+    """
+    if settings.dataset_path != clips.POCKET:
+        data = DataSet(replace(settings, max_samples=count), language)
+        for entry in data.clips:
+            yield HeldOutClip(entry.file_id, language, pipeline.prompt(data.request(entry)), entry.references)
+        return
+    for index in range(LANGUAGES.index(language), count * len(LANGUAGES), len(LANGUAGES)):
+        clip = clips.make_clip(set_name, index)
+        words = clip.transcription if settings.with_transcription == "yes" else None
+        request = Request(clip.samples, language, settings.prompt_type, words, settings.own_task(language))
+        yield HeldOutClip(
+            f"pocket_{set_name}_{index:04d}",
+            language,
+            pipeline.prompt(request),
+            (voices.write_caption(clip.attributes, language),),
+            clip.attributes,
+        )

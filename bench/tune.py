@@ -1,0 +1,123 @@
+"""Find settings for a pair on clips that it has not seen: `python -m bench.tune`.
+
+`--pareto` decodes held-out clips in many ways, and shows how much of the quality gap between edge and cloud each way
+closes, at which cost. Times are those of the virtual clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench.pareto import run_pareto
+from edgecloud_sd import config
+from edgecloud_sd.config import Settings
+from edgecloud_sd.connect import connect
+from edgecloud_sd.data.prompts import LANGUAGES
+from edgecloud_sd.grid import strategies
+from edgecloud_sd.host.errors import errors_to_exit, warnings_in_one_line
+from edgecloud_sd.host.passwords import SafeArgumentParser
+from edgecloud_sd.host.terminal import hyphenate
+from edgecloud_sd.pipeline import Pipeline
+from edgecloud_sd.strategy import Strategy
+
+# The options of the suite that choose the pair, the clips and the virtual clock, with the defaults that differ here
+RUN_OPTIONS = (
+    "pair", "edge-model", "cloud-model", "edge-device", "edge-dtype", "cloud-device", "cloud-dtype",
+    "threads", "profile", "link", "dataset-path", "on-bad-clip", "caption-type", "with-transcription", "language",
+    "prompt-type", "prompt-file", "score-normalisation", "max-new-tokens",
+)  # fmt: skip
+RUN_DEFAULTS = {"profile": "laptop-gpu", "link": "5g", "language": ",".join(LANGUAGES)}
+# The options of the suite that name ways to decode: their grid is added to the picture
+GRID_OPTIONS = tuple(
+    option.name
+    for option in config.OPTIONS
+    if option.group == "decoding" and option.name not in ("mode", "max-new-tokens")
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Exit with one line for input that cannot be used, and for any other expected failure."""
+    options = tune_parser().parse_args(hyphenate(arguments))
+    with errors_to_exit():
+        settings = resolve_settings(options)
+        with open_pair(settings) as pipeline:
+            for path in run_pareto(
+                pipeline, settings, options.clips, options.output, own_strategies(options, settings)
+            ):
+                print(f"wrote {path}")
+
+
+def tune_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line. Options, groups and help texts are those of the suite."""
+    parser = SafeArgumentParser(
+        prog="python -m bench.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    task = parser.add_argument_group("task").add_mutually_exclusive_group(required=True)
+    task.add_argument("--pareto", action="store_true", help="write the table and the picture of quality against costs")
+    parser.add_argument(
+        "--clips", metavar="N", type=_parse_clips, default=40, help="held-out clips a language (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE.html",
+        type=_parse_output,
+        default=Path("results/pareto.html"),
+        help="the page with the picture; its numbers are written to FILE.json (default: %(default)s)",
+    )
+    groups = {name: parser.add_argument_group(name) for name in config.GROUPS}
+    for option in config.OPTIONS:
+        if option.name in (*RUN_OPTIONS, *GRID_OPTIONS):
+            default = RUN_DEFAULTS.get(option.name, option.default_text)
+            default = "a way of its own for each line of the picture" if option.name in GRID_OPTIONS else default
+            help_text = f"{option.meaning} (default: {default})".replace("%", "%%")
+            groups[option.group].add_argument(
+                f"--{option.name}", metavar=option.name.upper().replace("-", "_"), help=help_text
+            )
+    return parser
+
+
+def resolve_settings(options: argparse.Namespace) -> Settings:
+    """Return the settings of the command line on the virtual clock. Raise ConfigError for any that cannot be used."""
+    given = {name: getattr(options, name.replace("-", "_")) for name in (*RUN_OPTIONS, *GRID_OPTIONS)}
+    defaults = {name: text for name, text in RUN_DEFAULTS.items() if given[name] is None}
+    settings = config.resolve(given | defaults | {"mode": "speculative", "clock": "virtual"})
+    if len(settings.link) > 1:
+        raise config.ConfigError(f"--link: give one link, not {len(settings.link)}: a picture has the times of one")
+    if settings.profile == config.MEASURE:
+        raise config.ConfigError("--profile: 'measure' is for pytest --benchmark-only: give the file that it writes")
+    return settings
+
+
+def own_strategies(options: argparse.Namespace, settings: Settings) -> list[Strategy]:
+    """Return the grid of the decoding options on the command line, or nothing if it has none of them."""
+    has_own = any(getattr(options, name.replace("-", "_")) is not None for name in GRID_OPTIONS)
+    return strategies(settings) if has_own else []
+
+
+@contextmanager
+def open_pair(settings: Settings) -> Iterator[Pipeline]:
+    """Yield the pair of a run, loaded."""
+    with warnings_in_one_line(), connect(settings) as cloud:
+        pipeline = Pipeline.from_settings(settings, cloud)
+        pipeline.prepare("speculative")
+        yield pipeline
+
+
+def _parse_clips(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 2")
+    return int(text)
+
+
+def _parse_output(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .html; give the name of an HTML file")
+    return path
+
+
+if __name__ == "__main__":
+    main()

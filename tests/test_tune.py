@@ -1,0 +1,47 @@
+"""The command `bench.tune`: its options, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import tune
+from edgecloud_sd.config import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "one of the arguments --pareto"),
+        (["--pareto", "--clips", "1"], "--clips: '1' is not a whole number of at least 2"),
+        (["--pareto", "--clips", "many"], "--clips: 'many' is not"),
+        (["--pareto", "--output", "picture.svg"], "--output: 'picture.svg' does not end in .html"),
+    ],
+)
+def test_a_bad_option_ends_the_command_with_its_reason(
+    arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        tune.tune_parser().parse_args(arguments)
+    assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--link", "5g,4g"], "--link: give one link, not 2"),
+        (["--profile", "measure"], "--profile: 'measure'"),
+        (["--profile", "unheard"], "--profile: no profile 'unheard'"),
+        (["--language", "latin"], "--language: 'latin' is not one of"),
+    ],
+)
+def test_a_setting_that_the_picture_cannot_use_is_refused(arguments: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        tune.resolve_settings(tune.tune_parser().parse_args(["--pareto", *arguments]))
+
+
+def test_options_of_decoding_add_their_grid() -> None:
+    options = tune.tune_parser().parse_args(["--pareto", "--gate", "always", "--rank", "2,3"])
+    added = tune.own_strategies(options, tune.resolve_settings(options))
+    assert [strategy.label for strategy in added] == ["speculative-always-k3-rank2", "speculative-always-k3-rank3"]
+    options = tune.tune_parser().parse_args(["--pareto"])
+    assert not tune.own_strategies(options, tune.resolve_settings(options))
