@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ from edgecloud_sd.data import prompts
 from edgecloud_sd.data.dataset import load_audio, load_manifest
 from edgecloud_sd.events import Opened
 from edgecloud_sd.measure import metrics
+from edgecloud_sd.models import pairs
 from edgecloud_sd.pipeline import Pipeline, Request
+from edgecloud_sd.pocket import __main__ as pocket
 from edgecloud_sd.pocket import clips, tokenizer, train, voices
 from edgecloud_sd.pocket.evaluate import CAPTION_TOKENS, Evaluation, evaluate
 from edgecloud_sd.strategy import Strategy
@@ -244,6 +248,34 @@ def draw_attributes(seed: int) -> voices.Attributes:
     return voices.draw_attributes(np.random.default_rng(seed))
 
 
+@pytest.mark.parametrize("language", prompts.LANGUAGES)
+def test_free_captions_name_their_attributes_in_every_wording_and_order(language: str) -> None:
+    texts, orders = [], set()
+    for seed in range(100):
+        attributes = draw_attributes(seed)
+        text = voices.write_free_caption(attributes, language, (seed,))
+        assert text == voices.write_free_caption(attributes, language, (seed,))
+        assert voices.find_named_classes(text, language) == vars(attributes)
+        assert voices.find_emotion(attributes).word(language) in text
+        texts.append(text)
+        written = [voices.WORDS, voices.OTHER_WORDS]
+        places = {
+            name: max(text.find(words[language][name][n]) for words in written) for name, n in vars(attributes).items()
+        }
+        orders.add(tuple(sorted(places, key=places.__getitem__)))
+    wordings = [*voices.WORDS[language].values(), *voices.OTHER_WORDS[language].values()]
+    assert all(any(words in text for text in texts) for words in itertools.chain(*wordings))
+    assert len(orders) == len(voices.FREE_TEMPLATES[language])
+
+
+@pytest.mark.parametrize("language", prompts.LANGUAGES)
+def test_no_wording_is_part_of_another_one(language: str) -> None:
+    tables = (voices.WORDS, voices.OTHER_WORDS)
+    words = [word for table in tables for words in table[language].values() for word in words]
+    texts = [*words, *voices.FREE_TEMPLATES[language]]
+    assert [(word, text) for word in words for text in texts if word in text] == [(word, word) for word in words]
+
+
 def test_a_caption_with_two_classes_of_an_attribute_names_none() -> None:
     assert voices.find_named_classes("low pitch and high pitch, slow pace", "english") == dict.fromkeys(
         voices.ATTRIBUTE_NAMES
@@ -256,17 +288,65 @@ def test_the_tokenizer_in_the_repository_is_the_one_that_training_makes(pipeline
 
 
 @pytest.mark.slow
-def test_training_reduces_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_reduces_the_loss() -> None:
     small = train.Recipe(1, 32, 32, 1, 16, steps=12, learning_rate=1e-2, tower_steps=2, batch=4, tower_batch=4)
-    monkeypatch.setitem(train.RECIPES, "edge", small)
     tokens = tokenizer.train_tokenizer()
     data = train.make_examples("train", 6, train.build_extractor())
     torch.manual_seed(0)
     losses = [
         compute_loss(thinker, tokens, data)
-        for thinker in (train.build_thinker(small, tokens), train.train_side("edge", data, tokens))
+        for thinker in (train.build_thinker(small, tokens), train.train_side("edge", small, data, tokens))
     ]
     assert losses[1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "problem"),
+    [
+        (str(pairs.POCKET_WEIGHTS), 2, "is that of the shipped pair"),
+        (str(pairs.POCKET_WEIGHTS / ".." / "weights" / "new"), 2, "is that of the shipped pair"),
+        (str(Path(__file__).parent), 1, "contains other files"),
+        (__file__, 1, "is a file"),
+    ],
+)
+def test_a_free_pair_is_not_written_over_anything(
+    path: str, status: int, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        pocket.main(["train", "--free", "--folder", path])
+    line = capsys.readouterr().err + str(stopped.value)
+    assert problem in line
+    assert path in line
+    assert (stopped.value.code == 2) == (status == 2)
+
+
+def test_an_interrupted_training_of_a_free_pair_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(folder: Path, is_free: bool) -> None:
+        (folder / "cloud").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_pair", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_free_pair(tmp_path / "pair")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_free_pair_captions_its_own_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = {side: replace(recipe, steps=2, batch=4) for side, recipe in train.FREE_RECIPES.items()}
+    for name, value in {"FREE_RECIPES": recipes, "FREE_TRAIN_CLIPS": 8, "FREE_CLIPS": 2}.items():
+        monkeypatch.setattr(train, name, value)
+    train.train_free_pair(tmp_path / "pair")
+    own = Pipeline(pairs.find_pair("pocket", str(tmp_path / "pair" / "edge"), str(tmp_path / "pair" / "cloud")))
+    for number, language in enumerate(prompts.LANGUAGES):
+        loaded, _ = load_manifest(
+            clips.manifest_path(tmp_path / "pair" / "clips" / f"manifest_{language}.json", language), language
+        )
+        source = [clips.make_clip("held-out", 2 * number + position) for position in range(2)]
+        assert [clip.references[0] for clip in loaded] == [clip.caption(language, is_free=True) for clip in source]
+        asked = Request(load_audio(loaded[0].audio_path), language)
+        texts = {side: stamp(own.events(asked, Strategy(side), 8)).tokens for side in ("cloud", "speculative")}
+        assert texts["cloud"] == texts["speculative"]
 
 
 @torch.no_grad()

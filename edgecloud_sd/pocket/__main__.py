@@ -19,14 +19,20 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(hyphenate(arguments))
     if options.command == "evaluate" and options.clips < MIN_CLIPS:
         parser.error(f"--clips must be at least {MIN_CLIPS}, not {options.clips}")
+    is_free = options.command == "train" and options.free
+    if is_free and options.folder.resolve().is_relative_to(POCKET_WEIGHTS.resolve()):
+        parser.error(f"--folder {options.folder} is that of the shipped pair: name another one for --free")
     with errors_to_exit():
         if options.command == "clips":
             print(clips.evaluation_set(options.folder))
         elif options.command == "train":
-            from edgecloud_sd.pocket.train import train_pair
+            from edgecloud_sd.pocket import train
 
-            options.folder.mkdir(parents=True, exist_ok=True)  # fails here, and not after the training
-            train_pair(options.folder)
+            if is_free:
+                train.train_free_pair(options.folder)
+            else:
+                options.folder.mkdir(parents=True, exist_ok=True)  # fails here, and not after the training
+                train.train_pair(options.folder)
         else:
             from edgecloud_sd.pipeline import Pipeline
             from edgecloud_sd.pocket import evaluate as evaluation
@@ -48,10 +54,17 @@ def _build_parser() -> argparse.ArgumentParser:
     write.add_argument("--folder", type=Path, help="folder to write to (default: the user's cache folder)")
     train = commands.add_parser(
         "train",
-        help="train both models from random weights",
-        description="Train both models from random weights. This takes about 15 minutes on 2 slow cores.",
+        help="train both models",
+        description="Train both models from random weights. This takes about 15 minutes on 2 slow cores. A free pair "
+        "starts from the shipped weights and takes about 10.",
     )
     train.add_argument("--folder", type=Path, default=POCKET_WEIGHTS, help="folder to save to (default: %(default)s)")
+    train.add_argument(
+        "--free",
+        action="store_true",
+        help="train a pair with two wordings a class and several orders of the parts, and write held-out clips with "
+        "such captions to FOLDER/clips; --folder must be new or empty",
+    )
     evaluate = commands.add_parser(
         "evaluate",
         help="print the quality and the speed of the pair",

@@ -28,14 +28,22 @@ class PocketClip:
     attributes: voices.Attributes
     samples: NDArray[np.float32]
     transcription: str
+    seed: tuple[int, int]
+
+    def caption(self, language: str, is_free: bool = False) -> str:
+        """Return the caption in `language`; the clip's seed draws the form of a free one."""
+        if is_free:
+            return voices.write_free_caption(self.attributes, language, self.seed)
+        return voices.write_caption(self.attributes, language)
 
 
 def make_clip(set_name: str, index: int) -> PocketClip:
     """Return clip `index` of a set of `SETS`, the same on every call."""
-    rng = np.random.default_rng([SETS[set_name], index])
+    seed = SETS[set_name], index
+    rng = np.random.default_rng(seed)
     attributes = voices.draw_attributes(rng)
     samples, transcription = synthesis.synthesise(attributes, rng)
-    return PocketClip(attributes, samples, transcription)
+    return PocketClip(attributes, samples, transcription, seed)
 
 
 def manifest_name(language: str) -> str:
@@ -56,8 +64,7 @@ def evaluation_set(folder: Path | None = None) -> Path:
     folder = folder or cache_folder()
     if _is_complete(folder):
         return folder
-    if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder}: contains other files: name a new or empty folder, or delete it")
+    check_new_folder(folder)
     try:
         with build_folder(folder) as building:
             write_clips(building, "evaluation", EVALUATION_CLIPS)
@@ -71,11 +78,21 @@ def _is_complete(folder: Path) -> bool:
     return all((folder / manifest_name(language)).is_file() for language in LANGUAGES)
 
 
-def write_clips(folder: Path, set_name: str, per_language: int) -> None:
-    """Write `per_language` clips of a set for each language: wav files (16 kHz, 16 bits) and a manifest."""
+def check_new_folder(folder: Path) -> None:
+    """Raise FileExistsError unless `folder` is new or an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        problem = "contains other files" if folder.is_dir() else "is a file"
+        raise FileExistsError(f"{folder}: {problem}: name a new or empty folder, or delete it")
+
+
+def write_clips(folder: Path, set_name: str, per_language: int, is_free: bool = False) -> None:
+    """Write `per_language` clips of a set for each language: wav files (16 kHz, 16 bits) and a manifest.
+
+    `is_free` writes free captions.
+    """
     import soundfile
 
-    (folder / "wav").mkdir()
+    (folder / "wav").mkdir(parents=True)
     for number, language in enumerate(LANGUAGES):
         entries = []
         for position in range(per_language):
@@ -83,13 +100,12 @@ def write_clips(folder: Path, set_name: str, per_language: int) -> None:
             clip = make_clip(set_name, index)
             name = f"pocket_{set_name}_{index:04d}"
             soundfile.write(folder / "wav" / f"{name}.wav", clip.samples, SAMPLE_RATE, subtype="PCM_16")
-            entries.append(_manifest_entry(name, position, clip, language))
+            entries.append(_manifest_entry(name, position, clip, language, clip.caption(language, is_free)))
         text = json.dumps(entries, ensure_ascii=False, indent=1)
         (folder / manifest_name(language)).write_text(text, encoding="utf-8")
 
 
-def _manifest_entry(name: str, position: int, clip: PocketClip, language: str) -> dict[str, object]:
-    caption = voices.write_caption(clip.attributes, language)
+def _manifest_entry(name: str, position: int, clip: PocketClip, language: str, caption: str) -> dict[str, object]:
     entry: dict[str, object] = dict.fromkeys(
         f"{other}_{field}" for field in ("caption", "transcription") for other in LANGUAGES
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from edgecloud_sd.data import prompts
+from edgecloud_sd.host.files import build_folder
+from edgecloud_sd.models.pairs import POCKET_WEIGHTS
 from edgecloud_sd.pocket import clips, tokenizer, voices
 
 EMBEDDING_STD = 0.5  # audio enters at the same scale
@@ -52,6 +54,13 @@ RECIPES = {
     "edge": Recipe(2, 96, 256, 1, 48, steps=180, learning_rate=2e-3),
 }
 TRAIN_CLIPS = 5000
+# A free pair starts from the shipped weights, so that it has only the forms to learn.
+FREE_RECIPES = {
+    "cloud": replace(RECIPES["cloud"], steps=260, tower_steps=0),
+    "edge": replace(RECIPES["edge"], steps=120),
+}
+FREE_TRAIN_CLIPS = 2400
+FREE_CLIPS = 200  # per language, held out
 
 
 @dataclass(frozen=True)
@@ -64,8 +73,8 @@ class Example:
     captions: dict[str, str]
 
 
-def make_examples(set_name: str, count: int, extractor: Any) -> list[Example]:
-    """Return the first `count` clips of a set as examples."""
+def make_examples(set_name: str, count: int, extractor: Any, is_free: bool = False) -> list[Example]:
+    """Return the first `count` clips of a set as examples, with free captions if `is_free`."""
     examples = []
     for index in tqdm(range(count), desc=f"{set_name} clips", unit="clip"):
         clip = clips.make_clip(set_name, index)
@@ -74,7 +83,7 @@ def make_examples(set_name: str, count: int, extractor: Any) -> list[Example]:
                 prompts.log_mel(clip.samples, extractor),
                 torch.tensor([getattr(clip.attributes, name) for name in voices.ATTRIBUTE_NAMES]),
                 clip.transcription,
-                {language: voices.write_caption(clip.attributes, language) for language in prompts.LANGUAGES},
+                {language: clip.caption(language, is_free) for language in prompts.LANGUAGES},
             )
         )
     return examples
@@ -151,6 +160,22 @@ def _build_config(recipe: Recipe, vocab_size: int, ids: dict[str, int]) -> Any:
 
 
 @torch.no_grad()
+def copy_shipped_weights(thinker: Any, side: str, tokens: Any) -> None:
+    """Copy the shipped weights of `side` to a thinker of the same size, and those of a token by its text."""
+    from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration
+
+    folder = POCKET_WEIGHTS / side
+    shipped = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
+    old, new = AutoTokenizer.from_pretrained(folder).get_vocab(), tokens.get_vocab()
+    shared = sorted(old.keys() & new.keys())
+    for name, weight in thinker.state_dict().items():
+        if weight.shape == shipped[name].shape:
+            weight.copy_(shipped[name])
+        else:
+            weight[[new[token] for token in shared]] = shipped[name][[old[token] for token in shared]]
+
+
+@torch.no_grad()
 def scale_weights(thinker: Any) -> None:
     """Draw all weights again, in the scale of the module's docstring."""
     for name, module in thinker.model.named_modules():
@@ -220,12 +245,15 @@ def _draw_prompt_and_answer(example: Example, audio_tokens: int, tokens: Any, rn
     return prompt, tokens.encode(example.captions[language] + tokenizer.EOS)
 
 
-def train_side(side: str, data: list[Example], tokens: Any, seed: int = 0) -> Any:
-    """Return one thinker in float32, trained by its recipe."""
-    recipe = RECIPES[side]
+def train_side(
+    side: str, recipe: Recipe, data: list[Example], tokens: Any, starts_shipped: bool = False, seed: int = 0
+) -> Any:
+    """Return one thinker in float32, trained by `recipe` from random or from the shipped weights of `side`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     thinker = build_thinker(recipe, tokens).train()
+    if starts_shipped:
+        copy_shipped_weights(thinker, side, tokens)
     heads = nn.ModuleList(nn.Linear(recipe.width, voices.count_classes(name)) for name in voices.ATTRIBUTE_NAMES)
     tower = [*thinker.model.audio_tower.parameters(), *heads.parameters()]
     language = [*thinker.model.language_model.parameters(), *thinker.lm_head.parameters()]
@@ -274,14 +302,25 @@ def iterate_optimiser_steps(
             yield step
 
 
-def train_pair(folder: Path, sides: tuple[str, ...] = tuple(RECIPES)) -> None:
+def train_pair(folder: Path, is_free: bool = False) -> None:
     """Train both sides and save them in half precision to `folder/edge` and `folder/cloud`."""
     extractor = build_extractor()
-    tokens = tokenizer.train_tokenizer()
-    data = make_examples("train", TRAIN_CLIPS, extractor)
-    for side in sides:
-        thinker = train_side(side, data, tokens)
-        target = folder / side
-        thinker.half().save_pretrained(target)
-        tokens.save_pretrained(target)
-        extractor.save_pretrained(target)
+    tokens = tokenizer.train_tokenizer(is_free)
+    data = make_examples("train", FREE_TRAIN_CLIPS if is_free else TRAIN_CLIPS, extractor, is_free)
+    recipes = FREE_RECIPES if is_free else RECIPES
+    thinkers = {side: train_side(side, recipe, data, tokens, is_free) for side, recipe in recipes.items()}
+    for side, thinker in thinkers.items():
+        for part in (thinker.half(), tokens, extractor):
+            part.save_pretrained(folder / side)
+
+
+def train_free_pair(folder: Path) -> None:
+    """Train a pair with free captions, and write it and `FREE_CLIPS` held-out clips per language to `folder`.
+
+    The clips are in `folder/clips`, in the layout of the evaluation clips. The folder is there whole or not at all.
+    Raise FileExistsError if it contains other files.
+    """
+    clips.check_new_folder(folder)
+    with build_folder(folder) as building:
+        train_pair(building, is_free=True)
+        clips.write_clips(building / "clips", "held-out", FREE_CLIPS, is_free=True)
