@@ -73,7 +73,6 @@ def plain_params(
         "cloud_dtype": settings.cloud_dtype,
         "link": link.name,
         "edges": edges,
-        "threshold": values.pop("entropy_threshold"),
         **values,
     }
 

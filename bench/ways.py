@@ -46,7 +46,7 @@ class DecidingGate(Gate):
 
     decide: Callable[[Draft], bool] = bool
 
-    def __call__(self, draft: Draft) -> bool:
+    def __call__(self, draft: Draft, is_end: bool = False) -> bool:
         """Return True if the draft goes to the cloud."""
         return self.decide(draft)
 

@@ -30,7 +30,8 @@ LEGEND = {
 }
 # The options of the suite that apply to one file. A list of values is refused.
 CAPTION_OPTIONS = (
-    "gate", "entropy-threshold", "k", "draft-stop", "draft-ahead", "rule", "rank", "pair", "edge-model", "cloud-model",
+    "gate", "entropy-threshold", "threshold", "risk-limit", "send-above", "opinion-risk", "revise", "look-back", "k",
+    "draft-stop", "draft-ahead", "rule", "rank", "pair", "edge-model", "cloud-model",
     "weights", "edge-device", "edge-dtype", "cloud-device", "cloud-dtype", "cloud-url", "cloud-key-file",
     "cloud-timeout", "on-cloud-fault", "open",
     "max-cpu-cores", "max-memory-gb", "memory-limit", "threads", "link", "language", "prompt-type", "prompt-file",

@@ -29,6 +29,7 @@ from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION, NORMALISAT
 from edgecloud_sd.models import devices, pairs
 from edgecloud_sd.models.devices import AUTO, DTYPES_OR_AUTO
 from edgecloud_sd.prefill import PREFILL_TIMES
+from edgecloud_sd.revise import REVISE_NAMES
 from edgecloud_sd.stopping import MAX_NEW_TOKENS
 from edgecloud_sd.strategy import ADAPTIVE_K, MODES, Strategy
 from edgecloud_sd.timing import link, profile
@@ -37,6 +38,7 @@ CLOCKS = ("real", "virtual")
 YES_NO = ("yes", "no")
 MEASURE = "measure"  # the profile of this machine
 RUN_MODES = (*MODES, "lossless")
+LOSSLESS_RISK = gate.risk_gate()
 GROUPS = ("decoding", "models", "cloud", "limits", "clock and link", "data", "results")
 
 
@@ -176,6 +178,20 @@ def _read_positive(text: str, unit: str) -> float:
     return value
 
 
+def _read_share(text: str) -> float:
+    value = _read_float(text)
+    if not 0 < value <= 1:
+        raise ValueError("is not a risk above 0, at most 1")
+    return value
+
+
+def _read_send_level(text: str) -> float:
+    value = _read_float(text)
+    if not -math.inf < value <= 1:
+        raise ValueError("is not a risk of at most 1 (below 0 sends always)")
+    return value
+
+
 def _read_link(text: str) -> str:
     link.parse_link(text)
     return text
@@ -225,13 +241,66 @@ class Settings:
         many=True,
     )
     gate: tuple[str, ...] = _option(
-        "decoding", "entropy", "which drafts go to the cloud", choices=gate.GATE_NAMES, many=True
+        "decoding",
+        "entropy",
+        "when the edge asks the cloud: for a draft with an uncertain token (entropy, margin, logprob), for that token "
+        "alone (token), by the risk of all tokens since the last verdict (risk), always, or never",
+        choices=gate.GATE_NAMES,
+        many=True,
     )
     entropy_threshold: tuple[float, ...] = _option(
         "decoding",
         1.5,
         "gate entropy escalates a draft if the entropy of a token exceeds this many nats; 0 is always, inf is never",
         _read_nats,
+        many=True,
+    )
+    threshold: tuple[float, ...] = _option(
+        "decoding",
+        0.9,
+        "gates margin, logprob and token ask the cloud if the statistic of a token is beyond this: an entropy above so "
+        "many nats (token), a difference of the two highest probabilities below it (margin), or -ln p of the most "
+        "likely token above it (logprob)",
+        partial(_read_positive, unit="a number"),
+        many=True,
+    )
+    risk_limit: tuple[float, ...] = _option(
+        "decoding",
+        LOSSLESS_RISK.threshold,
+        "gate risk asks the cloud at once if the risk of the tokens since its last verdict exceeds this; 1 waits for "
+        "the end of the caption",
+        _read_share,
+        many=True,
+    )
+    send_above: tuple[float, ...] = _option(
+        "decoding",
+        LOSSLESS_RISK.send_above,
+        "gate risk sends a caption at its end if the risk since the last verdict exceeds this; below 0 it always sends",
+        _read_send_level,
+        many=True,
+    )
+    opinion_risk: tuple[float, ...] = _option(
+        "decoding",
+        LOSSLESS_RISK.opinion_risk,
+        "risk of a token that the cloud proposed, under gate risk",
+        _read_share,
+        many=True,
+    )
+    revise: tuple[str, ...] = _option(
+        "decoding",
+        Strategy.revise,
+        "how the edge redrafts after a correction: alone (none), or with the cloud's opinions on the rest of its "
+        "draft, where it repeats itself (repeat), there and after two equal tokens (context), or after two or three "
+        "equal tokens anywhere in the old draft (aligned)",
+        choices=REVISE_NAMES,
+        many=True,
+    )
+    look_back: tuple[str, ...] = _option(
+        "decoding",
+        "no",
+        "send the local tokens since the last verdict as draft, so that the cloud can take them back; gate risk always "
+        "does",
+        choices=YES_NO,
         many=True,
     )
     k: tuple[int | None, ...] = _option(

@@ -15,6 +15,7 @@ from edgecloud_sd.drafter import Drafter
 from edgecloud_sd.events import (
     Ahead,
     Committed,
+    Confirmed,
     Degraded,
     Draft,
     Drafted,
@@ -24,15 +25,17 @@ from edgecloud_sd.events import (
     Opened,
     Origin,
     Prompt,
+    Retracted,
     Verdict,
     Verified,
 )
-from edgecloud_sd.gate import NEVER
+from edgecloud_sd.gate import NEVER, Gate
 from edgecloud_sd.prefill import Background
 from edgecloud_sd.session import Model
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.verifier import CloudFault, Verification, Verifier
+from edgecloud_sd.wire import MAX_DRAFT
 
 _T = TypeVar("_T")
 
@@ -89,69 +92,87 @@ def _generate(prompt: Prompt, stopping: Stopping, cloud: Verifier) -> Iterator[E
         verification.close()
 
 
+@dataclass
+class _State:
+    """The state of a generation between two rounds."""
+
+    context: list[int]  # the last prompt token, then every token of the output
+    final: int = 1  # context tokens that no verdict can take back
+    at_cloud: int = 0  # context tokens that the cloud holds: none before its first verdict
+    scores: tuple[float, ...] = ()  # those of the tokens since the last verdict
+    opinions: tuple[int, ...] = ()  # the last verdict's, on the places after its own token
+
+
 def _speculate(
     prompt: Prompt, strategy: Strategy, stopping: Stopping, edge: Model, cloud: Verifier | None, runtime: Runtime
 ) -> Iterator[Event]:
-    """Draft at the edge; verify at the cloud the drafts that the gate escalates. One iteration is one round."""
-    context = [prompt.last]  # the last prompt token, then every committed token
-    at_cloud = 0  # context tokens that the cloud holds: none before its first verdict
+    """Draft at the edge; verify at the cloud what the gate escalates. One iteration is one round."""
+    state = _State([prompt.last])
     verification = cloud.open(prompt) if cloud else None
-    escalates = strategy.gate if cloud else NEVER
+    gate, looks_back = (strategy.gate, strategy.look_back) if cloud else (NEVER, False)
     try:
-        drafter = Drafter(edge.open(prompt), stopping.eos, strategy.gate.score, strategy.draft_stop, runtime.shared_ids)
+        drafter = Drafter(edge.open(prompt), stopping.eos, strategy, runtime.shared_ids)
         yield Opened("edge")
-        while stopping.reason(context[1:]) is None:
-            drafted = _next_draft(drafter, context, strategy, stopping, runtime)
+        while stopping.reason(state.context[1:]) is None:
+            drafted, is_end = _next_draft(drafter, gate, state, strategy, stopping, runtime)
             yield drafted
-            verdict = None
-            if verification and escalates(drafted.draft):
-                limit = min(len(drafted.draft.tokens) + strategy.draft_ahead, stopping.room(len(context) - 1))
-                verdict = yield from _escalate(verification, drafter, drafted.draft, context, at_cloud, limit, runtime)
-                at_cloud = len(context) + verdict.accepted if verdict else at_cloud
-                escalates = escalates if verdict else NEVER  # after a fault the edge finishes alone
-            for committed in _outcome(drafted.draft, verdict, context, stopping):
-                context.extend(committed.tokens)
-                yield committed
-        yield _finish(stopping, context[1:])
+            tokens = drafted.draft.tokens
+            if verification is None or not gate(Draft(tokens, state.scores), is_end):
+                yield from _commit_local(state, tokens, is_end or not looks_back)
+                continue
+            limit = min(len(tokens) + strategy.draft_ahead, stopping.room(len(state.context) - 1))
+            if gate.stops_before_token:
+                yield from _commit_local(state, tokens, not looks_back)
+                tokens = ()
+            scores = state.scores if looks_back else drafted.draft.scores
+            draft = Draft((*state.context[state.final :], *tokens), scores)
+            drafts_on = partial(drafter.draft_ahead, len(drafted.draft.tokens), limit)
+            verdict = yield from _escalate(verification, draft, state, drafts_on, runtime)
+            if verdict:
+                yield from _apply(verdict, draft, state, stopping)
+            else:  # the edge finishes alone
+                gate, looks_back = NEVER, False
+                yield from _commit_local(state, tokens)
+        yield _finish(stopping, state.context[1:])
     finally:
         if verification:
             verification.close()
 
 
 def _next_draft(
-    drafter: Drafter, context: list[int], strategy: Strategy, stopping: Stopping, runtime: Runtime
-) -> Drafted:
-    """Draft up to k tokens after the context.
+    drafter: Drafter, gate: Gate, state: _State, strategy: Strategy, stopping: Stopping, runtime: Runtime
+) -> tuple[Drafted, bool]:
+    """Draft up to k tokens after the context. Return True if the caption or a request to the cloud ends with them.
 
     Tokens drafted ahead may make the draft of a lossless strategy longer than k: the output does not depend on k.
     """
-    reused = drafter.follow(context)
+    reused = drafter.follow(state.context, state.opinions)
     k = strategy.k if strategy.k is not None else _require(runtime.choose_k, "choose_k")()
-    length = max(k, reused) if strategy.is_lossless else k
-    draft = drafter.draft(min(length, stopping.room(len(context) - 1)))
-    return Drafted(draft, min(reused, len(draft.tokens)))
+    length = max(k, min(reused, strategy.draft_ahead)) if strategy.is_lossless else k
+    room = stopping.room(len(state.context) - 1)
+    unsent = MAX_DRAFT - len(state.context) + state.final  # tokens that still fit into a draft with look-back
+    draft = drafter.draft(min(length, room, unsent), room, gate, state.scores)
+    state.scores += draft.scores
+    is_end = stopping.reason([*state.context[1:], *draft.tokens]) is not None or len(draft.tokens) == unsent
+    return Drafted(draft, drafter.count_ahead(len(draft.tokens)), drafter.take_passes()), is_end
 
 
 def _escalate(
     verification: Verification,
-    drafter: Drafter,
     draft: Draft,
-    context: list[int],
-    at_cloud: int,
-    limit: int,
+    state: _State,
+    drafts_on: Callable[[Callable[[], bool]], tuple[tuple[int, ...], int]],
     runtime: Runtime,
 ) -> Generator[Event, None, Verdict | None]:
     """Send the draft with the context tokens that the cloud lacks. Return its verdict, or None if the cloud failed."""
-    yield Escalated(draft, len(context) - at_cloud)
+    sent = state.context[state.at_cloud : state.final]
+    yield Escalated(draft, len(sent))
     try:
-        if not at_cloud:
+        if not state.at_cloud:
             verification.wait()
             yield Opened("cloud")
-        verify = partial(verification.verify, at_cloud, context[at_cloud:], draft.tokens)
-        if runtime.background:
-            verdict = yield from _draft_ahead(verify, runtime.background, drafter, len(draft.tokens), limit)
-        else:
-            verdict = verify()
+        verify = partial(verification.verify, state.at_cloud, sent, draft.tokens)
+        verdict = (yield from _draft_ahead(verify, runtime.background, drafts_on)) if runtime.background else verify()
     except CloudFault as fault:
         if not runtime.finish_alone:
             raise
@@ -162,16 +183,14 @@ def _escalate(
 
 
 def _draft_ahead(
-    verify: Callable[[], Verdict], background: Background[Verdict], drafter: Drafter, drafted: int, limit: int
+    verify: Callable[[], Verdict],
+    background: Background[Verdict],
+    drafts_on: Callable[[Callable[[], bool]], tuple[tuple[int, ...], int]],
 ) -> Generator[Event, None, Verdict]:
-    """Verify in the background. Until the verdict comes, draft on, up to `limit` tokens after the context.
-
-    The first `drafted` of these tokens are the draft itself.
-    """
+    """Verify in the background. Until the verdict comes, draft on after the draft."""
     pending = background(verify)
     try:
-        new = drafter.draft_ahead(limit, pending.done)
-        yield Ahead(drafter.tokens[drafted:], new)
+        yield Ahead(*drafts_on(pending.done))
     except BaseException:
         with suppress(Exception):
             pending.result()  # without the wait the call would still run during the next generation
@@ -179,21 +198,38 @@ def _draft_ahead(
     return pending.result()
 
 
-def _outcome(draft: Draft, verdict: Verdict | None, context: list[int], stopping: Stopping) -> Iterator[Committed]:
-    """Yield the tokens that the round commits: local ones without a verdict, else the accepted and the cloud's own.
+def _commit_local(state: _State, tokens: tuple[int, ...], is_final: bool = True) -> Iterator[Committed]:
+    """Commit tokens without a verdict."""
+    state.context += tokens
+    if is_final:
+        state.final = len(state.context)
+    if tokens:
+        yield Committed(tokens, "local", is_final)
 
-    The caller extends `context` by each before it asks for the next. Nothing follows EOS or exceeds the length limit.
+
+def _apply(verdict: Verdict, draft: Draft, state: _State, stopping: Stopping) -> Iterator[Event]:
+    """Commit the accepted tokens and the cloud's own, after those that were committed before the verdict.
+
+    The cloud takes back those of them that it rejects. Nothing follows EOS or exceeds the length limit.
     """
-    parts: list[tuple[tuple[int, ...], Origin]] = [(draft.tokens, "local")]
-    if verdict:
-        is_whole = verdict.accepted == len(draft.tokens)
-        parts = [
-            (draft.tokens[: verdict.accepted], "accepted"),
-            ((verdict.token,), "bonus" if is_whole else "correction"),
-        ]
+    shown = len(state.context) - state.final
+    confirmed = min(verdict.accepted, shown)
+    state.at_cloud = state.final + verdict.accepted
+    del state.context[state.final + confirmed :]
+    if confirmed:
+        yield Confirmed(confirmed)
+    if confirmed < shown:
+        yield Retracted(shown - confirmed)
+    parts: list[tuple[tuple[int, ...], Origin]] = [
+        (draft.tokens[shown : verdict.accepted], "accepted"),
+        ((verdict.token,), "bonus" if verdict.accepted == len(draft.tokens) else "correction"),
+    ]
     for tokens, origin in parts:
-        if stopping.reason(context[1:]) is None and (cut := stopping.cut(tokens, len(context) - 1)):
+        if stopping.reason(state.context[1:]) is None and (cut := stopping.cut(tokens, len(state.context) - 1)):
+            state.context += cut
             yield Committed(cut, origin)
+    state.final = len(state.context)
+    state.scores, state.opinions = (), verdict.rest
 
 
 def _finish(stopping: Stopping, output: list[int]) -> Finished:

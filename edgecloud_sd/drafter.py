@@ -3,88 +3,140 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from edgecloud_sd.events import Draft
-from edgecloud_sd.gate import DraftStop, Score
-from edgecloud_sd.session import Session, sync
+from edgecloud_sd.gate import ALWAYS, Gate
+from edgecloud_sd.revise import OldDraft, expect, propose
+from edgecloud_sd.session import Session, count_new, sync
+from edgecloud_sd.strategy import Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DraftToken:
+    """A token after the context. `score` is None if the gate reads none, and `stops` is the draft stop's answer."""
+
+    id: int
+    score: float | None
+    stops: bool
+    is_ahead: bool
 
 
 class Drafter:
-    """The greedy tokens of a session, one forward pass each. They stay for as long as the context agrees with them.
+    """The tokens that a session drafts after the context. They stay for as long as the context agrees with them.
 
-    `score` computes the gate's score, or is None if the gate reads none. `draft_stop` may end a draft early.
-    `shared_ids` is `Runtime.shared_ids`.
+    One forward pass gives one token. If the edge has a guess of the tokens to come, it feeds the guess in the same
+    pass. It keeps the tokens that the guess has right, and the one after them. A guess never changes the tokens. After
+    a correction the guess is the old draft, with the target's opinions in it if there are any (`revise`).
+
+    The strategy's gate computes the scores, and its draft stop may end a draft early. `shared_ids` is
+    `Runtime.shared_ids`.
     """
 
     def __init__(
-        self,
-        session: Session,
-        eos: frozenset[int],
-        score: Score | None = None,
-        draft_stop: DraftStop | None = None,
-        shared_ids: int | None = None,
+        self, session: Session, eos: frozenset[int], strategy: Strategy, shared_ids: int | None = None
     ) -> None:
         self._session = session
         self._eos = eos
-        self._score = score
-        self._draft_stop = draft_stop
+        self._strategy = strategy
         self._shared_ids = shared_ids
         self._context: list[int] = []
-        # Each list has one entry per token drafted after the context, except that scores may stay empty.
-        self._tokens: list[int] = []
-        self._scores: list[float] = []
-        self._ends_draft: list[bool] = []
+        self._drafted: list[DraftToken] = []  # tokens after the context
+        self._old = OldDraft()
+        self._passes: list[int] = []
 
-    def follow(self, context: Sequence[int]) -> int:
-        """Draft after `context` from now on. Return how many of the tokens drafted so far follow it."""
-        drafted = [*self._context, *self._tokens]
-        agrees = len(self._context) <= len(context) and drafted[: len(context)] == list(context)
-        outdated = len(context) - len(self._context) if agrees else len(self._tokens)
-        for values in (self._tokens, self._scores, self._ends_draft):
-            del values[:outdated]
+    def follow(self, context: Sequence[int], opinions: Sequence[int] = ()) -> int:
+        """Draft after `context` from now on. Return how many of the tokens that were drafted ahead follow it.
+
+        `opinions` are the target's opinions on the places after `context` (`Verdict.rest`).
+        """
+        before = [*self._context, *self.tokens]
+        agrees = len(self._context) <= len(context) and before[: len(context)] == list(context)
+        if not agrees:
+            self._old = OldDraft(tuple(before), len(context), tuple(opinions))
+        del self._drafted[: len(context) - len(self._context) if agrees else None]
         self._context = list(context)
-        return len(self._tokens)
+        return self.count_ahead(len(self._drafted))
 
-    def draft(self, k: int) -> Draft:
-        """Return up to `k` >= 1 tokens after the context. The draft ends early at EOS or at the draft stop.
+    def count_ahead(self, length: int) -> int:
+        """Return how many of the first `length` tokens after the context were drafted ahead."""
+        return sum(token.is_ahead for token in self._drafted[:length])
 
-        Afterwards the session's cache holds the context and all draft tokens but the last new one.
+    def draft(self, k: int, room: int, gate: Gate = ALWAYS, scores: Sequence[float] = ()) -> Draft:
+        """Return up to `k` >= 1 tokens after the context, which at most `room` >= k tokens may follow.
+
+        The draft ends early at EOS, at the draft stop, and where `gate` asks the cloud at once. The gate reads
+        `scores`, those of the tokens since the last verdict, before those of the draft. If it stops before a token, the
+        draft has that token's score as well.
         """
         length = 0
         while length < k:
-            if length == len(self._tokens):
-                self._draft_one()
+            if length == len(self._drafted):
+                self._draft_more(room)
             length += 1
-            if self._ends_draft[length - 1] or self._tokens[length - 1] in self._eos:
+            last = self._drafted[length - 1]
+            if gate.ends_draft([*scores, *self._scores(length)]):
+                return Draft(self.tokens[: length - gate.stops_before_token], self._scores(length))
+            if last.stops or last.id in self._eos:
                 break
-        return Draft(tuple(self._tokens[:length]), tuple(self._scores[:length]))
+        return Draft(self.tokens[:length], self._scores(length))
 
-    def draft_ahead(self, limit: int, is_done: Callable[[], bool]) -> int:
-        """Draft until `limit` tokens follow the context, EOS comes, or `is_done` is true. Return the number drafted."""
-        before = len(self._tokens)
-        while len(self._tokens) < limit and not self._is_ended and not is_done():
-            self._draft_one()
-        return len(self._tokens) - before
+    def draft_ahead(self, length: int, limit: int, is_done: Callable[[], bool]) -> tuple[tuple[int, ...], int]:
+        """Draft until `limit` tokens follow the context, EOS comes, or `is_done` is true.
+
+        Return the tokens after the first `length`, and how many of them were not drafted ahead before.
+        """
+        before = self.count_ahead(len(self._drafted))
+        self._drafted[length:] = [replace(token, is_ahead=True) for token in self._drafted[length:]]
+        while len(self._drafted) < limit and not self._is_ended and not is_done():
+            self._draft_more(1, is_ahead=True)
+        return self.tokens[length:], self.count_ahead(len(self._drafted)) - before
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """All tokens drafted after the context, those of the current draft first."""
-        return tuple(self._tokens)
+        return tuple(token.id for token in self._drafted)
 
-    def _draft_one(self) -> None:
-        logits = self._session.extend(self._tokens[-1:]) if self._tokens else sync(self._session, self._read_context())
-        row = logits[0, : self._shared_ids]
-        self._tokens.append(int(row.argmax().item()))
-        if self._score is not None:
-            self._scores.append(self._score(row))
-        self._ends_draft.append(self._draft_stop is not None and self._draft_stop(row, self._scores))
+    def take_passes(self) -> tuple[int, ...]:
+        """Return the tokens fed in each forward pass since the last call."""
+        passes = tuple(self._passes)
+        self._passes.clear()
+        return passes
 
-    def _read_context(self) -> list[int]:
-        """Return the context as the draft model reads it. Its embedding may lack an id that the target wrote."""
-        if self._shared_ids is None:
-            return self._context
-        return [min(token, self._shared_ids - 1) for token in self._context]
+    def _draft_more(self, room: int, is_ahead: bool = False) -> None:
+        """Add at least one token, in one forward pass. After it at most `room` tokens follow the context."""
+        context, revise = [*self._context, *self.tokens], self._strategy.revise
+        guess = () if is_ahead else expect(self._old, context, revise)[: room - len(self._drafted) - 1]
+        fed = self._readable([*context, *guess])
+        if not is_ahead:
+            self._passes.append(count_new(self._session, fed, len(guess) + 1))
+        for row, guessed in zip(sync(self._session, fed, len(guess) + 1), (*guess, None), strict=True):
+            shared = row[: self._shared_ids]
+            token, is_opinion = propose(int(shared.argmax().item()), self._old, context, revise)
+            self._drafted.append(self._scored(token, shared, is_opinion, is_ahead))
+            context.append(token)
+            if token != guessed or token in self._eos:
+                break
+
+    def _scored(self, token: int, row: Tensor, is_opinion: bool, is_ahead: bool) -> DraftToken:
+        gate, stop = self._strategy.gate, self._strategy.draft_stop
+        score = None
+        if gate.score is not None:
+            score = gate.opinion_risk if is_opinion and gate.name == "risk" else gate.score(row)
+        stops = stop is not None and stop(row, () if score is None else (score,))
+        return DraftToken(token, score, stops, is_ahead)
+
+    def _scores(self, length: int) -> tuple[float, ...]:
+        return tuple(token.score for token in self._drafted[:length] if token.score is not None)
+
+    def _readable(self, tokens: list[int]) -> list[int]:
+        """Return tokens as the draft model reads them. Its embedding may lack an id that the target wrote."""
+        return tokens if self._shared_ids is None else [min(token, self._shared_ids - 1) for token in tokens]
 
     @property
     def _is_ended(self) -> bool:
-        return bool(self._tokens) and self._tokens[-1] in self._eos
+        return bool(self._drafted) and self._drafted[-1].id in self._eos

@@ -6,6 +6,7 @@ back, so every step is "feed the new tokens, read the last rows".
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -35,7 +36,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Draft:
-    """Up to k tokens from the edge. `scores` has the gate's score of each token, or is empty without such a score."""
+    """Up to k tokens from the edge. `scores` has the gate's score of each token, or is empty without such a score.
+
+    If gate token ended the draft, `scores` has one more: that of the uncertain token after it.
+    """
 
     tokens: tuple[int, ...]
     scores: tuple[float, ...] = ()
@@ -71,15 +75,23 @@ class Opened:
 
 @dataclass(frozen=True)
 class Drafted:
-    """The edge has a draft. The first `ahead` of its tokens were drafted ahead, in earlier rounds."""
+    """The edge has a draft. Earlier rounds drafted `ahead` of its tokens ahead.
+
+    `passes` has the number of tokens fed in each forward pass of the edge since the draft before, without those
+    that drafted ahead.
+    """
 
     draft: Draft
     ahead: int = 0
+    passes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Escalated:
-    """The gate sends the draft to the cloud, with `sent` committed tokens that the cloud does not have yet."""
+    """The gate asks the cloud about `draft`, with `sent` committed tokens that the cloud does not have yet.
+
+    With look-back, the draft begins with the tokens that are not final. Under gate token it has no others.
+    """
 
     draft: Draft
     sent: int
@@ -116,10 +128,28 @@ class Verified:
 
 @dataclass(frozen=True)
 class Committed:
-    """Tokens are output from now on. They have one origin, and there is at least one."""
+    """Tokens are output from now on. They have one origin, and there is at least one.
+
+    With look-back a later verdict can confirm or take back local tokens, so they are not final before it.
+    """
 
     tokens: tuple[int, ...]
     origin: Origin
+    is_final: bool = True
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """The cloud accepts the first `count` of the local tokens that were not final. They are final from now on."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Retracted:
+    """The last `count` local tokens that were not final are taken back. None is left that is not final."""
+
+    count: int
 
 
 @dataclass(frozen=True)
@@ -131,12 +161,25 @@ class Degraded:
 
 @dataclass(frozen=True)
 class Finished:
-    """The generation is at its end."""
+    """The generation is at its end. All tokens are final."""
 
     reason: Literal["eos", "length"]
 
 
-Event = Prepared | Opened | Drafted | Escalated | Ahead | Verified | Committed | Degraded | Finished
+Event = (
+    Prepared | Opened | Drafted | Escalated | Ahead | Verified | Committed | Confirmed | Retracted | Degraded | Finished
+)
+
+
+def output_tokens(events: Iterable[Event]) -> list[int]:
+    """Return the ids that the events leave as output, in order."""
+    output: list[int] = []
+    for event in events:
+        if isinstance(event, Committed):
+            output += event.tokens
+        elif isinstance(event, Retracted):
+            del output[len(output) - event.count :]
+    return output
 
 
 # Parts of spans that mark a moment: a failure opened the breaker of the cloud, or a caption met it open
@@ -175,8 +218,8 @@ class Trace:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Every committed id, in order."""
-        return tuple(token for _, event in self.events if isinstance(event, Committed) for token in event.tokens)
+        """The ids of the output, in order."""
+        return tuple(output_tokens(event for _, event in self.events))
 
     @property
     def seconds(self) -> float:

@@ -1,6 +1,10 @@
-"""Gates decide if a draft goes to the cloud. Draft stops decide where a draft ends.
+"""Gates decide if the cloud is asked. Draft stops decide where a draft ends.
 
 Both read a score of each draft token, computed from the row of logits that the token was drafted from.
+
+- `entropy`, `margin` and `logprob` escalate a draft if one of its tokens is too uncertain.
+- `token` and its forms end the draft before the uncertain token, and let the cloud write that token.
+- `risk` sums up all tokens since the last verdict, so it can let a caption go, or send it, as a whole.
 """
 
 from __future__ import annotations
@@ -17,47 +21,93 @@ from edgecloud_sd.fields import check_type, real_number
 if TYPE_CHECKING:
     from torch import Tensor
 
-GATE_NAMES = ("entropy", "always", "never")
+GATE_NAMES = (
+    *("entropy", "margin", "logprob", "token", "token(margin)", "token(logprob)", "risk"),
+    *("always", "never"),
+)
 Score = Callable[["Tensor"], float]  # scores a row of logits [vocab_size]
 DRAFT_STOP_FORMS = ("none", "entropy", "entropy=x", "margin=x")
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A rule that escalates a draft if its largest score exceeds `threshold`.
+    """A rule that asks the cloud if the scores of the tokens since its last verdict are too high.
 
-    `score` is None for a gate that decides without one: `ALWAYS` and `NEVER`. Raise ValueError for a threshold that
-    makes an entropy gate one of these, and TypeError for one that is no number.
+    Gate risk asks if the total risk (`total_risk`) exceeds `threshold`, or at the end of a caption if it exceeds
+    `send_above`. A token that the target proposed has the risk `opinion_risk`. Any other gate asks if one score exceeds
+    `threshold`. `score` is None for a gate that decides without one: `ALWAYS` and `NEVER`. Raise ValueError for numbers
+    that do not fit the gate, and TypeError for those that are none.
     """
 
     name: str
     threshold: float
     score: Score | None = None
+    send_above: float = 0.0
+    opinion_risk: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "threshold", real_number("threshold", self.threshold))
+        for field in ("threshold", "send_above", "opinion_risk"):
+            object.__setattr__(self, field, real_number(field, getattr(self, field)))
         constants = {"always": -math.inf, "never": math.inf}
         if self.score is None:
             is_valid = constants.get(self.name) == self.threshold
         else:
-            is_valid = self.name not in constants and (self.name != "entropy" or 0 < self.threshold < math.inf)
+            is_valid = self.name not in constants and _is_limit(self.name, self.limit)
         if not is_valid:
             has_score = "without a score" if self.score is None else "with a score"
             raise ValueError(
-                f"gate {self.name!r} {has_score} cannot have threshold {self.threshold:g}: "
-                "use entropy_gate(threshold), ALWAYS or NEVER"
+                f"gate {self.name!r} {has_score} cannot have threshold {self.limit:g}: "
+                "use parse_gate(name, threshold), ALWAYS or NEVER"
+            )
+        if self.name == "risk" and not (self.send_above <= 1 and 0 <= self.opinion_risk <= 1):
+            raise ValueError(
+                "gate 'risk' takes a send level of at most 1 and an opinion risk from 0 to 1, "
+                f"not {self.send_above:g} and {self.opinion_risk:g}"
             )
 
-    def __call__(self, draft: Draft) -> bool:
-        """Return True if the draft goes to the cloud."""
+    def __call__(self, draft: Draft, is_end: bool = False) -> bool:
+        """Return True if the edge asks the cloud after this draft.
+
+        The scores are those of all tokens since the last verdict. Under gate token the last one may be that of the
+        token after the draft. `is_end` says that no token can follow the draft.
+        """
+        return self._exceeds(draft.scores, is_end)
+
+    def ends_draft(self, scores: Sequence[float]) -> bool:
+        """Return True if the gate asks the cloud at once after tokens with these scores, however short the draft is."""
+        return (self.name == "risk" or self.stops_before_token) and self._exceeds(scores)
+
+    def _exceeds(self, scores: Sequence[float], is_end: bool = False) -> bool:
         if self.score is None:
             return self.threshold < 0
-        return max(draft.scores) > self.threshold
+        if self.name == "risk":
+            risk = total_risk(scores)
+            return risk > self.threshold or (is_end and risk > self.send_above)
+        return max(scores, default=-math.inf) > self.threshold
+
+    @property
+    def stops_before_token(self) -> bool:
+        """True if the draft ends before the uncertain token, which the cloud then writes."""
+        return self.name.startswith("token")
+
+    @property
+    def sends_all(self) -> bool:
+        """True if no token is let go without a verdict at last: gate always, and gate risk below a send level of 0."""
+        return self.name == "always" or (self.name == "risk" and self.send_above < 0)
+
+    @property
+    def limit(self) -> float:
+        """The threshold in the unit of its statistic: nats, a difference of probabilities, or a risk."""
+        return -self.threshold if _statistic(self.name) == "margin" else self.threshold
 
     @property
     def label(self) -> str:
         """The gate's part of a case id."""
-        return f"H{self.threshold:g}" if self.name == "entropy" else self.name
+        if self.name == "risk":
+            send = "all" if self.sends_all else f"f{self.send_above:g}"
+            return f"risk{self.threshold:g}{send}s{self.opinion_risk:g}"
+        letter = {"entropy": "H", "margin": "M", "logprob": "L"}.get(_statistic(self.name))
+        return f"{'token' if self.stops_before_token else ''}{letter}{self.limit:g}" if letter else self.name
 
     @property
     def can_escalate(self) -> bool:
@@ -67,6 +117,11 @@ class Gate:
 
 ALWAYS = Gate("always", -math.inf)
 NEVER = Gate("never", math.inf)
+
+
+def total_risk(risks: Sequence[float]) -> float:
+    """Return R = 1 - prod(1 - r): the chance that one token is wrong, if each is wrong with its own chance r."""
+    return 1 - math.prod(1 - risk for risk in risks)
 
 
 def entropy_gate(threshold: float) -> Gate:
@@ -82,15 +137,43 @@ def entropy_gate(threshold: float) -> Gate:
     return Gate("entropy", threshold, probs.entropy)
 
 
-def parse_gate(name: str, threshold: float = math.nan) -> Gate:
-    """Return a gate by name. Only `entropy` reads `threshold`. Raise ValueError for an unknown name."""
+def risk_gate(threshold: float = 1.0, send_above: float = -1.0, opinion_risk: float = 0.02) -> Gate:
+    """Return gate risk: ask above `threshold` at once, and above `send_above` at the end of a caption.
+
+    The numbers are risks from 0 to 1. A `threshold` of 1 waits for the end. A `send_above` below 0 always sends.
+    """
+    return Gate("risk", threshold, probs.risk, send_above, opinion_risk)
+
+
+def parse_gate(name: str, threshold: float = math.nan, *risk_numbers: float) -> Gate:
+    """Return a gate by name. Gates always and never read no number.
+
+    `risk_numbers` are the send level and the opinion risk of gate risk. Raise ValueError for an unknown name.
+    """
     if name == "entropy":
         return entropy_gate(threshold)
     if name == "always":
         return ALWAYS
     if name == "never":
         return NEVER
+    if name == "risk":
+        return risk_gate(threshold, *risk_numbers)
+    if name in GATE_NAMES:
+        statistic = _statistic(name)
+        return Gate(name, -threshold if statistic == "margin" else threshold, GATE_SCORES[statistic])
     raise ValueError(f"unknown gate {name!r}: choose one of {', '.join(GATE_NAMES)}")
+
+
+def _statistic(name: str) -> str:
+    """Return the statistic that a gate reads."""
+    return "entropy" if name == "token" else name.removeprefix("token(").removesuffix(")")
+
+
+def _is_limit(name: str, limit: float) -> bool:
+    """Return True for a limit that leaves both answers possible to a gate with a score."""
+    if name == "risk" or _statistic(name) == "margin":
+        return 0 < limit <= 1
+    return name not in GATE_NAMES or 0 < limit < math.inf
 
 
 @dataclass(frozen=True)
@@ -169,3 +252,6 @@ def statistics_per_token(gate: Gate, draft_stop: DraftStop | None) -> int:
 
 def _negative_margin(row: Tensor) -> float:
     return -probs.margin(row)
+
+
+GATE_SCORES: dict[str, Score] = {"entropy": probs.entropy, "margin": _negative_margin, "logprob": probs.surprisal}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 from edgecloud_sd.acceptance import GREEDY, Rule, parse_rule
 from edgecloud_sd.config import Settings
@@ -54,17 +55,21 @@ def has_speculative(settings: Settings) -> bool:
     return any(strategy.is_speculative for strategy in strategies(settings))
 
 
-def _gates(settings: Settings) -> list[Gate]:
-    return [
-        parse_gate(name, threshold)
-        for name in settings.gate
-        for threshold in (settings.entropy_threshold if name == "entropy" else (0.0,))
-    ]
+def _gates(settings: Settings) -> Iterator[Gate]:
+    for name in settings.gate:
+        if name == "risk":
+            numbers = itertools.product(settings.risk_limit, settings.send_above, settings.opinion_risk)
+            yield from itertools.starmap(partial(parse_gate, name), numbers)
+        else:
+            thresholds = settings.entropy_threshold if name == "entropy" else settings.threshold
+            yield from (parse_gate(name, threshold) for threshold in thresholds)
 
 
-def _speculative(settings: Settings, gates: list[Gate], rules: list[Rule]) -> Iterator[Strategy]:
-    others = list(itertools.product(rules, settings.k, settings.draft_stop, settings.draft_ahead, settings.open))
+def _speculative(settings: Settings, gates: Iterable[Gate], rules: list[Rule]) -> Iterator[Strategy]:
+    fields = (settings.k, settings.draft_stop, settings.draft_ahead, settings.open, settings.revise, settings.look_back)
+    others = list(itertools.product(rules, *fields))
     for gate in gates:
         # if nothing is sent, no other field matters
-        for rule, k, stop, ahead, prefill in others if gate.can_escalate else others[:1]:
-            yield Strategy("speculative", gate, rule, k, parse_draft_stop(stop, gate), ahead, prefill)
+        for rule, k, stop, ahead, prefill, revise, look_back in others if gate.can_escalate else others[:1]:
+            draft_stop = parse_draft_stop(stop, gate)
+            yield Strategy("speculative", gate, rule, k, draft_stop, ahead, prefill, revise, look_back == "yes")

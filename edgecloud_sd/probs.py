@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,6 +26,17 @@ def margin(logits: Tensor) -> float:
     """
     first, second = logits.float().softmax(dim=-1).topk(2).values.tolist()
     return float(first - second)
+
+
+def surprisal(logits: Tensor) -> float:
+    """Return -ln p of the most likely token in nats, from 0 on. `logits` is [vocab_size]."""
+    wide = logits if logits.element_size() >= 4 else logits.float()
+    return -float(wide.log_softmax(dim=-1).max())
+
+
+def risk(logits: Tensor) -> float:
+    """Return 1 - p of the most likely token, from 0 to 1. `logits` is [vocab_size]."""
+    return -math.expm1(-surprisal(logits))
 
 
 def rank(logits: Tensor, token: int) -> int:

@@ -66,6 +66,16 @@ def check_truncation(length: int, cached: int) -> None:
         raise ValueError(f"cannot truncate to {length} tokens: the session holds {cached}")
 
 
+def count_new(session: Session, context: Sequence[int], rows: int = 1) -> int:
+    """Return how many tokens of the context `sync` feeds."""
+    cached = session.tokens
+    common = 0
+    most = min(len(cached), len(context) - rows)
+    while common < most and cached[common] == context[common]:
+        common += 1
+    return len(context) - common
+
+
 def sync(session: Session, context: Sequence[int], rows: int = 1) -> Tensor:
     """Make the session's cache equal `context`, in one forward pass, and return the last `rows` rows of logits.
 
@@ -81,12 +91,8 @@ def sync_steps(
     """Do the work of `sync` in passes within `limit`, for a session after a prompt of `prompt_length` tokens."""
     if not 1 <= rows <= len(context):
         raise ValueError(f"cannot return {rows} rows of a context of {len(context)} tokens")
-    cached = session.tokens
-    common = 0
-    most = min(len(cached), len(context) - rows)
-    while common < most and cached[common] == context[common]:
-        common += 1
-    if common < len(cached):
+    common = len(context) - count_new(session, context, rows)
+    if common < len(session.tokens):
         session.truncate(common)
     logits: list[Tensor] = []
     first_row = prompt_length + len(context) - rows

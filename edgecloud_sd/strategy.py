@@ -11,6 +11,8 @@ from edgecloud_sd.acceptance import GREEDY, Rank, Rule, Synthetic, parse_rule
 from edgecloud_sd.fields import check_type, whole_number
 from edgecloud_sd.gate import ALWAYS, DraftStop, Gate, parse_draft_stop, parse_gate, statistics_per_token
 from edgecloud_sd.prefill import PREFILL_TIMES
+from edgecloud_sd.revise import REVISE_NAMES
+from edgecloud_sd.wire import MAX_DRAFT
 
 MODES = ("edge", "cloud", "speculative")
 ADAPTIVE_K = "auto"  # the text for a draft length that is found while decoding
@@ -32,6 +34,8 @@ class Strategy:
     draft_stop: DraftStop | None = None
     draft_ahead: int = 0  # tokens drafted during a verification, at most; a lossless draft may keep more than k of them
     prefill: str = "eager"  # when the cloud prefills: beside the edge, or at the first escalation
+    revise: str = "none"  # the way to redraft after a correction (see `edgecloud_sd.revise`)
+    look_back: bool = False  # send the local tokens since the last verdict as draft; gate risk always does
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -45,6 +49,11 @@ class Strategy:
         self._set("draft_ahead", whole_number("draft_ahead", self.draft_ahead, 0))
         if self.prefill not in PREFILL_TIMES:
             raise ValueError(f"prefill must be one of {', '.join(PREFILL_TIMES)}, not {self.prefill!r}")
+        if self.revise not in REVISE_NAMES:
+            raise ValueError(f"revise must be one of {', '.join(REVISE_NAMES)}, not {self.revise!r}")
+        check_type("look_back", self.look_back, bool, "write True or False")
+        if self.gate.name == "risk":
+            self._set("look_back", True)
         if self.draft_stop and self.draft_stop.score is self.gate.score is probs.entropy:
             self._set("draft_stop", replace(self.draft_stop, score=None))  # one entropy serves both
         if self.draft_stop and self.draft_stop.score is None and self.gate.score is None:
@@ -78,14 +87,22 @@ class Strategy:
     def is_lossless(self) -> bool:
         """True if the output is promised to equal the cloud's own, token for token (in float32 and float64).
 
-        Mode cloud is lossless. Mode speculative is lossless under gate always with rule greedy.
+        Mode cloud is lossless. Mode speculative is lossless with rule greedy under gate always, and under gate risk if
+        it always sends.
         """
-        return self.mode == "cloud" or (self.is_speculative and self.gate == ALWAYS and self.rule.is_lossless)
+        return self.mode == "cloud" or (self.is_speculative and self.gate.sends_all and self.rule.is_lossless)
+
+    @property
+    def wants_rest(self) -> bool:
+        """True if the edge reads the target's opinions on the rest of a rejected draft."""
+        return self.revise != "none"
 
     def longest_draft(self, max_new_tokens: int) -> int:
-        """Return the most draft tokens of a round. Adaptive k stays far below any limit of a server."""
+        """Return the most tokens that are sent as draft. Adaptive k stays far below any limit of a server."""
+        if not self.is_speculative:
+            return 0
         reused = self.draft_ahead if self.is_lossless else 0
-        return min(max(self.k or 1, reused), max_new_tokens) if self.is_speculative else 0
+        return min(MAX_DRAFT if self.look_back else max(self.k or 1, reused), max_new_tokens)
 
     @property
     def scores_per_token(self) -> int:
@@ -101,6 +118,8 @@ class Strategy:
         details += [self.draft_stop.label] if self.draft_stop else []
         details += [f"ahead{self.draft_ahead}"] if self.draft_ahead else []
         details += [self.prefill] if self.prefill != "eager" else []
+        details += [f"revise_{self.revise}"] if self.revise != "none" else []
+        details += ["lookback"] if self.look_back and self.gate.name != "risk" else []
         return tuple(details)
 
     @property
@@ -113,12 +132,16 @@ class Strategy:
         values = {
             "mode": self.mode,
             "gate": self.gate.name,
-            "entropy_threshold": self.gate.threshold if self.gate.score else None,
+            "threshold": self.gate.limit if self.gate.score else None,
+            "send_above": self.gate.send_above if self.gate.name == "risk" else None,
+            "opinion_risk": self.gate.opinion_risk if self.gate.name == "risk" else None,
             "rule": self.rule.text,
             "k": ADAPTIVE_K if self.k is None else self.k,
             "draft_stop": self.draft_stop.text if self.draft_stop else None,
             "draft_ahead": self.draft_ahead,
             "prefill": self.prefill,
+            "revise": self.revise,
+            "look_back": self.look_back,
         }
         return values if self.is_speculative else dict.fromkeys(values) | {"mode": self.mode}
 
@@ -130,8 +153,8 @@ class Strategy:
                 return cls(values["mode"])
             if values["k"] is None:
                 raise ValueError(f"not a saved strategy: its k is null; adaptive k is {ADAPTIVE_K!r}")
-            threshold = values["entropy_threshold"]  # null for other gates
-            gate = parse_gate(values["gate"], threshold if values["gate"] == "entropy" else 0.0)
+            numbers = [values[name] for name in ("threshold", "send_above", "opinion_risk")]  # null without a meaning
+            gate = parse_gate(values["gate"], *(number for number in numbers if number is not None))
             return cls(
                 values["mode"],
                 gate,
@@ -140,6 +163,8 @@ class Strategy:
                 parse_draft_stop(values["draft_stop"] or "none", gate),
                 values["draft_ahead"],
                 values["prefill"],
+                values["revise"],
+                values["look_back"],
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a saved strategy: {error!r}") from error

@@ -110,7 +110,7 @@ def test_the_default_file_is_a_copy_of_the_defaults() -> None:
     [
         ("mode", "fast", "edge, cloud, speculative"),
         ("mode", "edge,fast", "edge, cloud, speculative"),
-        ("gate", "Entropy", "entropy, always, never"),
+        ("gate", "Entropy", "entropy, margin, logprob, token, token(margin), token(logprob), risk, always, never"),
         ("entropy-threshold", "high", "a number of nats"),
         ("entropy-threshold", "nan", "a number of nats"),
         ("entropy-threshold", "1_0", "a number of nats"),
@@ -191,7 +191,7 @@ def test_a_value_of_the_wrong_type_is_refused(file: Path, content: str, complain
     assert str(error.value).startswith(f"{file}: {complaint}")
 
 
-@pytest.mark.parametrize("name", ["threshold", "K", "mode ", "1"])
+@pytest.mark.parametrize("name", ["thresholds", "K", "mode ", "1"])
 def test_an_unknown_option_is_refused_with_the_known_ones(file: Path, name: str) -> None:
     file.write_text(yaml.safe_dump({"k": 3, name: 3}))
     with pytest.raises(ConfigError) as error:
@@ -367,4 +367,6 @@ def test_a_list_of_links_may_contain_custom_links() -> None:
 def test_the_help_of_an_option_names_its_choices_once() -> None:
     meanings = {option.name: option.meaning for option in OPTIONS}
     assert meanings["caption-type"].endswith("<language>_caption (audio_only)")
-    assert meanings["gate"] == "which drafts go to the cloud (entropy, always, never)"
+    assert meanings["gate"].endswith(
+        " (entropy, margin, logprob, token, token(margin), token(logprob), risk, always, never)"
+    )

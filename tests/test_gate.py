@@ -27,8 +27,8 @@ def test_a_threshold_of_0_is_gate_always_and_an_infinite_one_is_gate_never() -> 
 
 
 def test_an_unknown_gate_and_a_threshold_of_nan_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown gate 'margin': choose one of entropy, always, never"):
-        gate.parse_gate("margin", 1)
+    with pytest.raises(ValueError, match=r"unknown gate 'rank': choose one of entropy, .*, always, never"):
+        gate.parse_gate("rank", 1)
     with pytest.raises(ValueError, match="not nan"):
         gate.entropy_gate(math.nan)
 

@@ -78,8 +78,9 @@ def test_no_rate_of_a_file_becomes_a_metric_and_none_is_lost(tmp_path: Path) -> 
 def test_settings_that_the_file_names_are_kept_and_the_others_are_null(tmp_path: Path) -> None:
     experiment = import_one(write_published(tmp_path / "hybrid.json", "counts"))["experiment_config"]
     assert experiment["strategy"] == {
-        "mode": "speculative", "gate": "entropy", "entropy_threshold": 4.0, "rule": None, "k": 5,
-        "draft_stop": None, "draft_ahead": None, "prefill": None,
+        "mode": "speculative", "gate": "entropy", "threshold": 4.0, "send_above": None, "opinion_risk": None,
+        "rule": None, "k": 5, "draft_stop": None, "draft_ahead": None, "prefill": None,
+        "revise": None, "look_back": None,
     }  # fmt: skip
     assert (experiment["max_cpu_cores"], experiment["max_memory_gb"]) == (2, 16.0)
     assert (experiment["pair"], experiment["link"], experiment["profile"], experiment["output"]) == (None,) * 4

@@ -87,7 +87,7 @@ def test_json_of_anything_else_is_refused(saved: dict[str, Any]) -> None:
 def test_an_entropy_gate_without_its_threshold_is_never_read_as_lossless(threshold: object) -> None:
     saved = Strategy("speculative", gate.entropy_gate(1.5)).to_json()
     with pytest.raises(ValueError, match=r"not a saved strategy|threshold"):
-        Strategy.from_json(saved | {"entropy_threshold": threshold})
+        Strategy.from_json(saved | {"threshold": threshold})
 
 
 def test_the_grid_has_one_cell_for_a_gate_that_never_escalates() -> None:

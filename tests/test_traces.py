@@ -8,7 +8,21 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from edgecloud_sd.events import Ahead, Draft, Drafted, Escalated, Finished, Prepared, Span, Trace, Verdict, Verified
+from edgecloud_sd.events import (
+    Ahead,
+    Committed,
+    Confirmed,
+    Draft,
+    Drafted,
+    Escalated,
+    Finished,
+    Prepared,
+    Retracted,
+    Span,
+    Trace,
+    Verdict,
+    Verified,
+)
 from edgecloud_sd.measure import traces
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import Link
@@ -19,12 +33,15 @@ DRAFT = Draft((4, 5), (0.1, 0.7))
 TRACE = Trace(
     (
         (0.5, Prepared(9)),
-        (1.0, Drafted(DRAFT)),
+        (1.0, Drafted(DRAFT, passes=(1, 2))),
         (1.0, Escalated(DRAFT, 1)),
         (1.25, Ahead((6, 7), 2)),
         (1.5, Verified(DRAFT, Verdict(2, 6))),
         (1.625, Verified(DRAFT, Verdict(0, 6, (5,)))),
         (1.75, Drafted(Draft((7, 9), (0.3, 0.2)), 1)),
+        (1.75, Committed((7, 9), "local", False)),
+        (1.75, Confirmed(1)),
+        (1.75, Retracted(1)),
         (2.0, Finished("eos")),
     ),
     (Span("uplink", 1.25, 1.25, 16, 0.25),),
@@ -32,12 +49,15 @@ TRACE = Trace(
 SAVED: dict[str, Any] = {
     "events": [
         [0.5, "prepared", 9],
-        [1.0, "drafted", [4, 5], [0.1, 0.7], 0],
-        [1.0, "escalated", 1],
+        [1.0, "drafted", [4, 5], [0.1, 0.7], 0, [1, 2]],
+        [1.0, "escalated", [4, 5], [0.1, 0.7], 1],
         [1.25, "ahead", [6, 7], 2],
         [1.5, "verified", 2, 6],
         [1.625, "verified", 0, 6, [5]],
-        [1.75, "drafted", [7, 9], [0.3, 0.2], 1],
+        [1.75, "drafted", [7, 9], [0.3, 0.2], 1, []],
+        [1.75, "committed", [7, 9], "local", False],
+        [1.75, "confirmed", 1],
+        [1.75, "retracted", 1],
         [2.0, "finished", "eos"],
     ],
     "spans": [["uplink", 1.25, 1.25, 16, 0.25]],
@@ -83,6 +103,7 @@ def test_a_trace_read_from_json_equals_the_original(case: Case, profile: Profile
         {"events": [[0.5, "opened", "moon"]], "spans": []},
         {"events": [[0.5, "drafted", "ab", "cd"]], "spans": []},
         {"events": [[0.5, "committed", [4], "local", 9]], "spans": []},
+        {"events": [[0.5, "committed", [4], "local", True, 9]], "spans": []},
         {"events": [], "spans": [["lunch", 0.0, 1.0, 0]]},
         {"events": [], "spans": [["uplink", "now", 1.0, 0]]},
     ],

@@ -105,7 +105,7 @@ def _experiment(run: RecordedRun, language: str) -> dict[str, Any]:
     if run.mode == "speculative":
         threshold, rank = run.setting("entropy_threshold"), run.setting("rank_threshold")
         gate = run.setting("gate_type") or (None if threshold is None else "entropy")
-        strategy |= {"gate": gate, "entropy_threshold": threshold if gate == "entropy" else None}
+        strategy |= {"gate": gate, "threshold": threshold if gate == "entropy" else None}
         strategy |= {"k": run.setting("k"), "rule": Rank(rank).text if isinstance(rank, int) else None}
     named = {name: run.setting(name) for name in ("max_cpu_cores", "max_memory_gb", "caption_type", "prompt_type")}
     unnamed = dict.fromkeys(("pair", "link", "cloud_url", "profile", "profile_costs", "output"))

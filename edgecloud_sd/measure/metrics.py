@@ -18,11 +18,13 @@ from edgecloud_sd.events import (
     BREAKER_OPENED,
     Ahead,
     Committed,
+    Confirmed,
     Degraded,
     Drafted,
     Escalated,
     Opened,
     Prepared,
+    Retracted,
     Trace,
     Verified,
 )
@@ -216,6 +218,10 @@ def counts(trace: Trace) -> Counts:
     for _, event in trace.events:
         if isinstance(event, Committed):
             origins[event.origin] += len(event.tokens)
+        elif isinstance(event, Confirmed):
+            origins.update(local=-event.count, accepted=event.count)
+        elif isinstance(event, Retracted):
+            origins["local"] -= event.count
         elif isinstance(event, Drafted):
             rounds += 1
             drafted += len(event.draft.tokens)

@@ -8,6 +8,7 @@ from edgecloud_sd.events import (
     BREAKER_MARKS,
     Ahead,
     Committed,
+    Confirmed,
     Degraded,
     Draft,
     Drafted,
@@ -16,18 +17,20 @@ from edgecloud_sd.events import (
     Finished,
     Opened,
     Prepared,
+    Retracted,
     Span,
     Trace,
     Verdict,
     Verified,
 )
+from edgecloud_sd.fields import check_type
 from edgecloud_sd.measure.breakdown import PARTS
 
 
 def trace_to_json(trace: Trace) -> dict[str, Any]:
     """Return `{"events": [[seconds, name, values...], ...], "spans": [[part, start, end, bytes, hidden], ...]}`.
 
-    Escalated and verified events do not repeat the draft of the drafted event before them.
+    Verified events do not repeat the draft of the escalated event before them.
     """
     return {
         "events": [[seconds, type(event).__name__.lower(), *_values(event)] for seconds, event in trace.events],
@@ -42,7 +45,7 @@ def trace_from_json(saved: dict[str, Any]) -> Trace:
     try:
         for seconds, name, *values in saved["events"]:
             event = _event(name, values, draft)
-            if isinstance(event, Drafted):
+            if isinstance(event, Escalated):
                 draft = event.draft
             events.append((seconds, event))
         trace = Trace(tuple(events), tuple(Span(*span) for span in saved["spans"]))
@@ -64,16 +67,18 @@ def _values(event: Event) -> list[Any]:
     if isinstance(event, Opened):
         return [event.side]
     if isinstance(event, Drafted):
-        return [list(event.draft.tokens), list(event.draft.scores), event.ahead]
+        return [list(event.draft.tokens), list(event.draft.scores), event.ahead, list(event.passes)]
     if isinstance(event, Escalated):
-        return [event.sent]
+        return [list(event.draft.tokens), list(event.draft.scores), event.sent]
     if isinstance(event, Ahead):
         return [list(event.tokens), event.made]
     if isinstance(event, Verified):
         verdict = event.verdict
         return [verdict.accepted, verdict.token, *([list(verdict.rest)] if verdict.rest else [])]
     if isinstance(event, Committed):
-        return [list(event.tokens), event.origin]
+        return [list(event.tokens), event.origin, event.is_final]
+    if isinstance(event, Confirmed | Retracted):
+        return [event.count]
     return [event.reason]  # degraded or finished
 
 
@@ -84,15 +89,21 @@ def _event(name: str, values: list[Any], draft: Draft) -> Event:
     if name == "opened":
         return Opened(*values)
     if name == "drafted":
-        return Drafted(Draft(tuple(values[0]), tuple(values[1])), *values[2:])
+        return Drafted(Draft(tuple(values[0]), tuple(values[1])), values[2], tuple(values[3]))
     if name == "escalated":
-        return Escalated(draft, *values)
+        return Escalated(Draft(tuple(values[0]), tuple(values[1])), *values[2:])
     if name == "ahead":
         return Ahead(tuple(values[0]), *values[1:])
     if name == "verified":
         return Verified(draft, Verdict(*values[:2], *map(tuple, values[2:])))
     if name == "committed":
-        return Committed(tuple(values[0]), values[1])
+        tokens, origin, is_final = values
+        check_type("is_final", is_final, bool, "write true or false")
+        return Committed(tuple(tokens), origin, is_final)
+    if name == "confirmed":
+        return Confirmed(*values)
+    if name == "retracted":
+        return Retracted(*values)
     if name == "degraded":
         return Degraded(*values)
     if name == "finished":
