@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 OCTETS, JSON, LINES = "application/octet-stream", "application/json", "application/x-ndjson"  # media types
-VERSION = 2  # every check and the identity of a server depend on it, so that two versions never mix
+VERSION = 3  # every check and the identity of a server depend on it, so that two versions never mix
 MAX_IDS = 32_768  # in one list of a message: the maximum length of the published models
 MAX_DRAFT = 256  # tokens of one draft: more than any k that pays, and few enough to verify between others' calls
 MAX_HEADER = 1024  # bytes of the safetensors header of a prompt
@@ -73,10 +73,15 @@ class VerifyRequest:
 
 @dataclass(frozen=True)
 class VerdictMessage:
-    """Answer to a verify request: the count of accepted draft tokens, and the target model's next token."""
+    """Answer to a verify request: the count of accepted draft tokens, and the target model's next token.
+
+    `rest` has the opinions on the later draft tokens. It is None if there are none, or if the prompt was opened
+    without asking for them.
+    """
 
     accepted: int
     token: int
+    rest: tuple[int, ...] | None
     check: int
 
 
@@ -149,9 +154,12 @@ def _encode_field(value: Field) -> tuple[bytes, bytes]:
     return b"l", np.fromiter(value, dtype="<i4").tobytes()
 
 
-def prompt_checksum(body: bytes, rule: str) -> int:
-    """Return the check of a prompt's body and of the text of its acceptance rule. All later checks start from it."""
-    return checksum("prompt", rule, body)
+def prompt_checksum(body: bytes, rule: str, wants_rest: bool = False) -> int:
+    """Return the check of a prompt: its body, the text of its acceptance rule, and if its verdicts have a rest.
+
+    All later checks start from it.
+    """
+    return checksum("prompt", rule, wants_rest, body)
 
 
 def request_checksum(method: str, path: str, query: bytes, media_type: bytes, body: bytes) -> int:
@@ -218,8 +226,8 @@ def build_verify_request(prompt_check: int, context: Sequence[int], base: int, d
 
 def build_verdict_message(verdict: Verdict, request_check: int) -> VerdictMessage:
     """Return the answer to the verify request with the check `request_check`."""
-    check = checksum("verdict", verdict.accepted, verdict.token, after=request_check)
-    return VerdictMessage(verdict.accepted, verdict.token, check)
+    check = checksum("verdict", verdict.accepted, verdict.token, verdict.rest, after=request_check)
+    return VerdictMessage(verdict.accepted, verdict.token, verdict.rest or None, check)
 
 
 def build_generate_request(
@@ -265,13 +273,18 @@ def read_opened(answer: bytes, prompt_check: int) -> tuple[str, str]:
     return session, model
 
 
-def read_verdict(answer: bytes, drafted: int, request_check: int) -> Verdict:
+def read_verdict(answer: bytes, drafted: int, request_check: int, wants_rest: bool = False) -> Verdict:
     """Return the verdict on a draft of `drafted` tokens. Raise WireError for an answer to another request."""
-    message = _integers(answer, ("accepted", "token", "check"))
-    verdict = Verdict(message["accepted"], message["token"])
-    if not 0 <= verdict.accepted <= drafted or not _is_id(verdict.token):
+    message = _object(answer)
+    rest = message.pop("rest", [])
+    if not isinstance(rest, list) or not all(map(_is_id, rest)):
+        raise WireError("has a rest that is no list of token ids")
+    _check_integers(message, ("accepted", "token", "check"))
+    verdict = Verdict(message["accepted"], message["token"], tuple(rest))
+    later = max(drafted - verdict.accepted - 1, 0) if wants_rest else 0
+    if not 0 <= verdict.accepted <= drafted or not _is_id(verdict.token) or len(rest) != later:
         raise WireError("is not a possible verdict on the draft")
-    if message != vars(build_verdict_message(verdict, request_check)):
+    if message["check"] != build_verdict_message(verdict, request_check).check:
         raise WireError("does not belong to the verify request")
     return verdict
 
@@ -333,10 +346,14 @@ def _object(body: bytes) -> dict[str, Any]:
 
 def _integers(body: bytes, names: Sequence[str]) -> dict[str, int]:
     message = _object(body)
-    if message.keys() != set(names) or not all(type(value) is int for value in message.values()):
-        raise WireError(f"must be an object of the integers {', '.join(names)}")
+    _check_integers(message, names)
     return message
 
 
-def _is_id(token: int) -> bool:
-    return 0 <= token < 2**31
+def _check_integers(message: dict[str, Any], names: Sequence[str]) -> None:
+    if message.keys() != set(names) or not all(type(value) is int for value in message.values()):
+        raise WireError(f"must be an object of the integers {', '.join(names)}")
+
+
+def _is_id(token: Any) -> bool:
+    return type(token) is int and 0 <= token < 2**31

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from random import Random
 
 import pytest
 
@@ -39,7 +40,7 @@ from tests.support.canned import (
 from tests.support.proxy import ERRORS, Fault, Proxy, http_answer, http_chunk
 from tests.support.serving import ToyEngine, served
 from tests.support.strategies import VOCABULARY
-from tests.support.toy import ToyModel, random_table
+from tests.support.toy import ToyModel, random_table, stateless_verdict
 
 MODEL = ToyModel(random_table(VOCABULARY, 0), frozenset())
 
@@ -71,9 +72,9 @@ def proxy(shared_proxy: Proxy) -> Proxy:
 
 
 def open_verification(
-    connection: Connection, rule: Rule = GREEDY, harness: Harness | None = None
+    connection: Connection, rule: Rule = GREEDY, harness: Harness | None = None, wants_rest: bool = False
 ) -> RemoteVerification:
-    verification = remote_verification(connection, rule, harness)
+    verification = remote_verification(connection, rule, harness, wants_rest)
     verification.wait()
     return verification
 
@@ -158,17 +159,24 @@ def test_a_synthetic_rule_is_refused_if_the_engine_has_none(narrow_url: str) -> 
         assert open_verification(connection, Rank(3)).verify(0, [3], []).accepted == 0
 
 
-@pytest.mark.parametrize("rule", [Rank(3), Synthetic((0.6,)), Synthetic((0.9, 0.5, 0.1))])
-def test_the_server_applies_the_rule_as_a_local_verifier_does(url: str, rule: Rule) -> None:
-    local = LocalVerifier(MODEL, rule).open(PROMPT)
+@pytest.mark.parametrize("wants_rest", [True, False])
+@pytest.mark.parametrize("rule", [GREEDY, Rank(3), Synthetic((0.6,)), Synthetic((0.9, 0.5, 0.1))])
+def test_the_server_applies_the_rule_as_a_local_verifier_does(url: str, rule: Rule, wants_rest: bool) -> None:
+    local = LocalVerifier(MODEL, rule, wants_rest=wants_rest).open(PROMPT)
+    random, opinions = Random(0), 0
     with connected(url) as connection:
-        remote = open_verification(connection, rule)
+        remote = connection.verifier(rule, Harness(), wants_rest).open(PROMPT)
         context, base = [PROMPT.last], 0
-        for _ in range(20):
-            verdict = remote.verify(base, context[base:], [1, 2, 3])
-            assert verdict == local.verify(base, context[base:], [1, 2, 3])
+        for length in (3, 6, 0, 1, 4, 0, 0, 6, 2, 6):
+            draft = [random.randrange(VOCABULARY) for _ in range(length)]
+            verdict = remote.verify(base, context[base:], draft)
+            assert verdict == local.verify(base, context[base:], draft)
+            plain = stateless_verdict(MODEL, PROMPT, rule, context, draft)
+            assert verdict == (plain if wants_rest else replace(plain, rest=()))
             base = len(context) + verdict.accepted
-            context += [*[1, 2, 3][: verdict.accepted], verdict.token]
+            context += [*draft[: verdict.accepted], verdict.token]
+            opinions += len(verdict.rest)
+    assert bool(opinions) == wants_rest
 
 
 # Verdicts
@@ -180,17 +188,18 @@ def test_the_server_applies_the_rule_as_a_local_verifier_does(url: str, rule: Ru
 def test_a_repeated_request_gets_the_same_verdict(proxy: Proxy, kind: Fault) -> None:
     draft = [*cloud_tokens(stopping=replace(SIX_TOKENS, max_new_tokens=2)), 0, 0, 0]
     with connected(proxy.url) as connection:
-        verification = open_verification(connection)
+        verification = open_verification(connection, wants_rest=True)
         plain = verification.verify(0, [3], draft)
         proxy.plan([kind])
         repeated = verification.verify(0, [3], draft)
-        assert plain == repeated == local_verdict([3], draft)
+        assert plain == repeated == stateless_verdict(MODEL, PROMPT, GREEDY, [3], draft)
+        assert len(plain.rest) == 2
         verification.close()
 
 
 def test_after_a_lost_session_the_prompt_is_opened_and_the_whole_context_sent(proxy: Proxy) -> None:
     with connected(proxy.url) as connection:
-        verification = open_verification(connection)
+        verification = open_verification(connection, wants_rest=True)
         verdict = verification.verify(0, [3], [1, 2])
         base = 1 + verdict.accepted
         proxy.plan(())

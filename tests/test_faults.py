@@ -138,8 +138,8 @@ class RecordingCloud(FakeCloud):
     connection: Connection
     cloud_faults: list[CloudFault]
 
-    def verifier(self, rule: Rule, harness: Harness) -> Verifier:
-        return RecordingVerifier(self.connection.verifier(rule, harness), self.cloud_faults)
+    def verifier(self, rule: Rule, harness: Harness, wants_rest: bool = False) -> Verifier:
+        return RecordingVerifier(self.connection.verifier(rule, harness, wants_rest), self.cloud_faults)
 
 
 def caption(plan: Plan, connection: Connection, cloud_faults: list[CloudFault] | None = None) -> Trace:

@@ -127,9 +127,10 @@ class Attacker:
                 "POST", f"/v1/sessions?rule={RULE}&check={wire.prompt_checksum(body, RULE)}", body, OCTETS
             )
         rule = self.random.choice(RULES)
-        check = wire.prompt_checksum(body, rule) if self.random.random() < 0.9 else 7
+        wants_rest, query = self.random.choice(((False, ""), (True, "&rest=1"), (True, "&rest=x"), (False, "&rest=1")))
+        check = wire.prompt_checksum(body, rule, wants_rest) if self.random.random() < 0.9 else 7
         return WireRequest(
-            "POST", f"/v1/sessions?rule={rule}&check={check}", body, self.random.choice((OCTETS, OCTETS, JSON))
+            "POST", f"/v1/sessions?rule={rule}{query}&check={check}", body, self.random.choice((OCTETS, OCTETS, JSON))
         )
 
     def session_request(self) -> WireRequest:
@@ -191,10 +192,9 @@ class HonestClient:
     def __init__(self) -> None:
         self.prompt = Prompt((1, 2, 3))
         self.body = wire.encode_prompt(self.prompt)
-        self.check = wire.prompt_checksum(self.body, RULE)
-        self._local = LocalVerifier(ToyModel(random_table(VOCABULARY, 0), frozenset()), parse_rule(RULE)).open(
-            self.prompt
-        )
+        self.check = wire.prompt_checksum(self.body, RULE, wants_rest=True)
+        model = ToyModel(random_table(VOCABULARY, 0), frozenset())
+        self._local = LocalVerifier(model, parse_rule(RULE), wants_rest=True).open(self.prompt)
         self._random = Random(0)
         self._context, self._base = [self.prompt.last], 0
 
@@ -210,7 +210,7 @@ class HonestClient:
         check = message_fields(message)["check"]
 
         def check_response(body: bytes) -> None:
-            assert wire.read_verdict(body, len(draft), check) == expected
+            assert wire.read_verdict(body, len(draft), check, wants_rest=True) == expected
 
         return wire.dumps(message), check_response
 
@@ -221,7 +221,7 @@ def test_random_requests_of_one_client_do_not_change_the_verdicts_of_another(see
     async def scene() -> None:
         async with running_app(SpyEngine(), LIMITS) as app:
             attacker, honest = Attacker(Random(seed)), HonestClient()
-            session = await Edge(app, OTHER_KEY).open(honest.prompt, RULE)
+            session = await Edge(app, OTHER_KEY).open(honest.prompt, RULE, wants_rest=True)
             for _ in range(8):
                 request = attacker.next_request()
                 edge = Edge(app, request.key)

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecloud_sd import gate, wire
+from edgecloud_sd.acceptance import Rank
+from edgecloud_sd.cloud.local import local_verifier
 from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import (
     Ahead,
@@ -114,6 +116,27 @@ def test_lazy_prefill_starts_at_the_first_escalated_draft() -> None:
         assert (seconds, same) == (soon + delay * (soon > 4.375), event)
     assert latency_breakdown(lazy).parts["cloud_prefill"] == 5.0
     assert metrics.wire_bytes(lazy) == metrics.wire_bytes(eager)
+
+
+@pytest.mark.parametrize("prefill", ["eager", "lazy"])
+def test_a_rest_crosses_the_link_in_a_real_message_and_nothing_crosses_without_it(prefill: str) -> None:
+    base, sizes = wire.prompt_checksum(wire.encode_prompt(PROMPT), "rank(2)", wants_rest=True), []
+    for wants_rest, expected in ((True, Verdict(1, 0, (1, 0))), (False, Verdict(1, 0))):
+        harness = Harness(PROFILE, LINK)
+        verifier = harness.deferred(local_verifier(CLOUD, Rank(2), harness, wants_rest), prefill)
+        verification = verifier.open(PROMPT)
+        assert verification.verify(0, [6], [1, 2, 1, 2]) == expected
+        assert verification.verify(2, [0], []) == Verdict(0, 0)
+        sizes.append([span.size for span in harness.watch.spans if span.part == "downlink"])
+    requests = wire.build_verify_request(base, [6], 0, [1, 2, 1, 2]), wire.build_verify_request(base, [6, 1, 0], 2, [])
+    verdicts = Verdict(1, 0, (1, 0)), Verdict(0, 0)
+    assert sizes[0] == [
+        wire.ANSWER_HEAD + len(wire.dumps(wire.build_verdict_message(verdict, request.check)))
+        for verdict, request in zip(verdicts, requests, strict=True)
+    ]
+    checks = 2  # two checks may differ in their numbers of digits
+    assert sizes[0][0] - sizes[1][0] == pytest.approx(len(',"rest":[1,0]'), abs=checks)
+    assert sizes[0][1] == pytest.approx(sizes[1][1], abs=checks)
 
 
 def test_every_span_of_a_speculative_caption_by_hand() -> None:

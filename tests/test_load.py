@@ -192,8 +192,8 @@ class ReplacingEngine(ToyEngine):
     model: ToyModel = CLOUD
     replace_verification: Callable[[Verification], Verification] = field(default=lambda verification: verification)
 
-    def verifier(self, rule: Rule) -> SteppedVerifier:
-        return _ReplacingVerifier(super().verifier(rule), self)
+    def verifier(self, rule: Rule, *, wants_rest: bool = False) -> SteppedVerifier:
+        return _ReplacingVerifier(super().verifier(rule, wants_rest=wants_rest), self)
 
 
 @dataclass(frozen=True)

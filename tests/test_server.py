@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
@@ -57,16 +58,17 @@ def open_path(body: bytes, rule: str = "greedy") -> str:
     return f"/v1/sessions?rule={rule}&check={wire.prompt_checksum(body, rule)}"
 
 
-def open_locally(rule: str = "greedy", prompt: Prompt = PROMPT) -> Any:
+def open_locally(rule: str = "greedy", prompt: Prompt = PROMPT, wants_rest: bool = False) -> Any:
     """Return the verification that the service must agree with."""
-    return LocalVerifier(ToyModel(random_table(VOCABULARY, 0), frozenset()), parse_rule(rule)).open(prompt)
+    model = ToyModel(random_table(VOCABULARY, 0), frozenset())
+    return LocalVerifier(model, parse_rule(rule), wants_rest=wants_rest).open(prompt)
 
 
-def read_verdict(response: Response, message: Any) -> Verdict:
+def read_verdict(response: Response, message: Any, wants_rest: bool = False) -> Verdict:
     """Return the verdict in the response to a message."""
     assert response.status == 200, response
     fields = message_fields(message)
-    return wire.read_verdict(response.body, len(fields["draft"]), fields["check"])
+    return wire.read_verdict(response.body, len(fields["draft"]), fields["check"], wants_rest)
 
 
 def waiting_requests(app: Any, session: EdgeSession) -> int:
@@ -80,7 +82,7 @@ def waiting_requests(app: Any, session: EdgeSession) -> int:
     [
         (wire.build_opened_message("name", "model", 1), server.OpenedBody),
         (wire.build_verify_request(1, [3, 1], 1, [2]), server.VerifyBody),
-        (wire.build_verdict_message(Verdict(1, 2), 1), server.VerdictBody),
+        (wire.build_verdict_message(Verdict(1, 2, (3,)), 1), server.VerdictBody),
         (wire.build_generate_request(1, [1], [2], 3), server.GenerateBody),
     ],
     ids=["opened", "to_verify", "verdict", "to_generate"],
@@ -93,18 +95,24 @@ def test_the_documented_fields_are_those_on_the_wire(message: Any, model: type[B
 def test_verdicts_equal_the_models_own_even_if_a_request_is_repeated(rule: str) -> None:
     async def scene() -> None:
         async with running_app() as app:
-            session = await Edge(app).open(rule=rule)
-            local = open_locally(rule)
-            context, base, accepted = [PROMPT.last], 0, 0
-            for draft in ([0, 1, 2], [], [4, 4], [6], [1, 1, 1, 1], [2, 5]):
+            session = await Edge(app).open(rule=rule, wants_rest=True)
+            local = open_locally(rule, wants_rest=True)
+            context, base, counts = [PROMPT.last], 0, Counter[str]()
+            for draft in ([0, 1, 2], [], [4, 4], [6], [1, 1, 1, 1], [2, 5, 0]):
                 expected = local.verify(base, context[base:], draft)
                 for sent_base in (base, base, base, 0):
                     message = wire.build_verify_request(session.prompt_check, context, sent_base, draft)
-                    assert read_verdict(await session.verify(context, sent_base, draft), message) == expected
-                accepted += expected.accepted
+                    response = await session.verify(context, sent_base, draft)
+                    assert read_verdict(response, message, wants_rest=True) == expected
+                    counts.update(
+                        draft_tokens=len(draft), accepted_tokens=expected.accepted, opinions=len(expected.rest)
+                    )
                 base = len(context) + expected.accepted
                 context = [*context, *draft[: expected.accepted], expected.token]
-            assert accepted
+            assert all(counts.values())
+            assert f'edgecloud_requests_total{{call="verify",status="200"}} {6 * 4}.0' in await metrics(app)
+            for name, count in counts.items():
+                assert f"edgecloud_{name}_total {count}.0" in await metrics(app)
 
     run_scene(scene())
 

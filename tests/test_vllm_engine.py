@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -22,7 +22,7 @@ from edgecloud_sd.acceptance import GREEDY, Rank, Synthetic
 from edgecloud_sd.cloud import vllm_engine
 from edgecloud_sd.cloud.batching import Batcher, EngineRequest, SamplingOptions, Stream
 from edgecloud_sd.cloud.engine import VLLM
-from edgecloud_sd.cloud.vllm_engine import VLLMModel, VLLMVerifier, collapse
+from edgecloud_sd.cloud.vllm_engine import VLLMModel, VLLMVerifier, collapse, verify_rows
 from edgecloud_sd.data import prompts
 from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import Committed, Prompt, Verdict
@@ -30,7 +30,7 @@ from edgecloud_sd.models import checkpoint
 from edgecloud_sd.stopping import Stopping, check_length
 from edgecloud_sd.verifier import LocalVerifier, Verification
 from tests.support.serving import ToyEngine
-from tests.support.strategies import VOCABULARY, Scene, ks, ranks, scenes, speculative
+from tests.support.strategies import VOCABULARY, Scene, ks, logit_rows, ranks, scenes, speculative
 from tests.support.toy import ToyModel, random_table
 
 AUDIO = VOCABULARY  # an id that the toy models never output
@@ -253,8 +253,9 @@ def test_verdicts_equal_those_of_a_local_verifier(
 ) -> None:
     least = VOCABULARY if rule.r >= VOCABULARY - 1 else rule.r + 1
     engine = FakeVLLM(scene.cloud, VOCABULARY if data.draw(st.booleans()) else max(least, VOCABULARY))
-    local = LocalVerifier(scene.cloud, rule).open(scene.prompt)
-    verification = run_directly(engine).verifier(rule).open(scene.prompt)
+    wants_rest = data.draw(st.booleans())
+    local = LocalVerifier(scene.cloud, rule, wants_rest=wants_rest).open(scene.prompt)
+    verification = run_directly(engine).verifier(rule, wants_rest).open(scene.prompt)
     verification.wait()
     committed: list[int] = []
     for call in edge_calls:
@@ -299,9 +300,38 @@ def test_generation_continues_an_output_greedily(scene: Scene, output: list[int]
 def test_equal_logits_rank_by_their_ids(r: int, tied: int) -> None:
     cloud = equal_logits(tied)
     for token in range(VOCABULARY):
-        local = LocalVerifier(cloud, Rank(r)).open(Prompt((1, 2)))
-        verification = run_directly(FakeVLLM(cloud)).verifier(Rank(r)).open(Prompt((1, 2)))
-        assert verification.verify(0, [2], [token, 0]) == local.verify(0, [2], [token, 0])
+        local = LocalVerifier(cloud, Rank(r), wants_rest=True).open(Prompt((1, 2)))
+        verification = run_directly(FakeVLLM(cloud)).verifier(Rank(r), wants_rest=True).open(Prompt((1, 2)))
+        assert verification.verify(0, [2], [token, 0, token]) == local.verify(0, [2], [token, 0, token])
+
+
+@given(ranks, st.lists(logit_rows, min_size=1, max_size=5), st.booleans(), st.data())
+def test_a_few_of_the_highest_logits_give_the_verdict_or_leave_it_open(
+    rule: Rank, rows: list[torch.Tensor], wants_rest: bool, data: st.DataObject
+) -> None:
+    rows = [row[: min(map(len, rows))].round() for row in rows]
+    vocab_size = len(rows[0])
+    draft = [data.draw(st.integers(0, vocab_size - 1)) for _ in rows[1:]]
+    whole = rule(draft, torch.stack(rows))
+    expected = whole if wants_rest else replace(whole, rest=())
+    for width in range(rule.r + 1, vocab_size + 1):
+        highest = [
+            {token: entry.logprob for token, entry in top_logits(row, token, width).items()}
+            for row, token in zip(rows, [*draft, 0], strict=True)
+        ]
+        is_whole = width == vocab_size
+        verdict = verify_rows(draft, highest, rule.r, None if is_whole else width, wants_rest)
+        assert verdict == expected or (verdict is None and not is_whole)
+
+
+def test_ties_and_logits_after_a_rejected_token_matter_for_the_rest_alone() -> None:
+    rejecting, tied, bad = {0: 2.0, 1: 1.0}, {0: 2.0, 1: 2.0}, {0: 2.0, 1: math.nan}
+    for later in (tied, bad):
+        assert verify_rows([1, 1], [rejecting, later, rejecting], 1, 2) == Verdict(0, 0)
+    assert verify_rows([1, 1], [rejecting, tied, rejecting], 1, 2, wants_rest=True) is None
+    with pytest.raises(FloatingPointError, match="not finite"):
+        verify_rows([1, 1], [rejecting, bad, rejecting], 1, 2, wants_rest=True)
+    assert verify_rows([1, 1], [rejecting, rejecting, bad], 1, 2, wants_rest=True) == Verdict(0, 0, (0,))
 
 
 def test_ties_beyond_the_logits_of_vllm_are_an_error() -> None:

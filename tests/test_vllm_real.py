@@ -137,8 +137,9 @@ def test_every_verdict_equals_that_of_transformers(
     pipeline: Pipeline, model: VLLMModel, rule: Rank, k: int, index: int, language: str
 ) -> None:
     prompt = make_prompt(pipeline, index, language)
-    cloud = LocalVerifier(pipeline.cloud_model, rule)
-    strategy, both = Strategy("speculative", rule=rule, k=k), TwoVerifiers(cloud, model.verifier(rule))
+    cloud = LocalVerifier(pipeline.cloud_model, rule, wants_rest=True)
+    strategy = Strategy("speculative", rule=rule, k=k)
+    both = TwoVerifiers(cloud, model.verifier(rule, wants_rest=True))
     events = list(decode(prompt, strategy, stopping(pipeline), pipeline.edge, both))
     written = [token for event in events if isinstance(event, Committed) for token in event.tokens]
     assert rule != GREEDY or written == list(cloud.open(prompt).generate(stopping(pipeline)))

@@ -25,7 +25,8 @@ from edgecloud_sd.wire import JSON, OCTETS
 from tests.support.asgi import KEY
 from tests.support.serving import ToyEngine, served
 
-ids = st.lists(st.integers(0, 2**31 - 1), max_size=8)
+token_ids = st.integers(0, 2**31 - 1)
+ids = st.lists(token_ids, max_size=8)
 checks = st.integers(0, 2**32 - 1)
 
 
@@ -118,25 +119,30 @@ def test_random_bytes_are_refused_or_decode_to_a_valid_prompt(junk: bytes, data:
 def test_a_verdict_is_read_back_and_any_altered_answer_is_refused(
     context: list[int], draft: list[int], prompt_check: int, data: st.DataObject
 ) -> None:
-    base = data.draw(st.integers(0, len(context)))
+    base, wants_rest = data.draw(st.integers(0, len(context))), data.draw(st.booleans())
     check = wire.build_verify_request(prompt_check, context, base, draft).check
-    verdict = Verdict(data.draw(st.integers(0, len(draft))), data.draw(st.integers(0, 2**31 - 1)))
+    accepted, token = data.draw(st.integers(0, len(draft))), data.draw(st.integers(0, 2**31 - 1))
+    verdict = Verdict(accepted, token, tuple(draft[accepted + 1 :]) if wants_rest else ())
     answer = wire.dumps(wire.build_verdict_message(verdict, check))
-    assert wire.read_verdict(answer, len(draft), check) == verdict
+    assert wire.read_verdict(answer, len(draft), check, wants_rest) == verdict
+    assert (b'"rest"' in answer) == bool(verdict.rest)
     message = json.loads(answer)
-    field = data.draw(st.sampled_from(sorted(message)))
-    changed = data.draw(st.integers(-1, 2**32) | st.none() | st.text(max_size=3) | st.floats() | st.booleans())
-    if type(changed) is int and changed == message[field]:
+    field = data.draw(st.sampled_from([*sorted(message), "rest"]))
+    number = st.integers(-1, 2**32) | st.floats()
+    changed = data.draw(number | st.none() | st.text(max_size=3) | st.booleans() | st.lists(token_ids, max_size=4))
+    if type(changed) is type(message.get(field, [])) and changed == message.get(field, []):
         return
-    shorter = {name: message[name] for name in message if name != field}
-    for altered in (message | {field: changed}, shorter, message | {"more": 1}):
+    without = {name: message[name] for name in message if name != field}
+    for altered in (message | {field: changed}, message | {"more": 1}, *[without] * (field in message)):
         with pytest.raises(wire.WireError):
-            wire.read_verdict(json.dumps(altered).encode(), len(draft), check)
+            wire.read_verdict(json.dumps(altered).encode(), len(draft), check, wants_rest)
     with pytest.raises(wire.WireError):
-        wire.read_verdict(answer, len(draft), check ^ 1)
-    beyond = wire.dumps(wire.build_verdict_message(Verdict(len(draft) + 1, verdict.token), check))
-    with pytest.raises(wire.WireError):
-        wire.read_verdict(beyond, len(draft), check)
+        wire.read_verdict(answer, len(draft), check ^ 1, wants_rest)
+    longer, shorter = Verdict(accepted, token, (*verdict.rest, 1)), Verdict(accepted, token, verdict.rest[1:])
+    for impossible in (longer, *[shorter] * bool(verdict.rest), Verdict(len(draft) + 1, token)):
+        answer = wire.dumps(wire.build_verdict_message(impossible, check))
+        with pytest.raises(wire.WireError):
+            wire.read_verdict(answer, len(draft), check, wants_rest)
 
 
 @given(ids.filter(bool), checks, st.data())
@@ -183,6 +189,7 @@ def test_messages_are_json_without_spaces_and_their_fields_in_order() -> None:
         wire.build_opened_message("name", "model", 5),
         wire.build_verify_request(1, [3, 4, 5], 1, [6]),
         wire.build_verdict_message(Verdict(1, 2), 3),
+        wire.build_verdict_message(Verdict(1, 2, (4, 5)), 3),
         wire.build_generate_request(1, [7], {9, 8}, 4),
         wire.build_token_line([5, 6], 1),
         wire.build_end_line([5, 6], 1),
@@ -194,11 +201,12 @@ def test_messages_are_json_without_spaces_and_their_fields_in_order() -> None:
         f'{{"session":"name","model":"model","check":{checks[0]}}}',
         f'{{"base":1,"tokens":[4,5],"draft":[6],"check":{checks[1]}}}',
         f'{{"accepted":1,"token":2,"check":{checks[2]}}}',
-        f'{{"output":[7],"eos":[8,9],"max_new_tokens":4,"check":{checks[3]}}}',
-        f'{{"token":6,"check":{checks[4]}}}',
-        f'{{"end":2,"check":{checks[5]}}}',
-        f'{{"detail":"why","check":{checks[6]}}}',
-        f'{{"detail":"why","received":0,"check":{checks[7]}}}',
+        f'{{"accepted":1,"token":2,"rest":[4,5],"check":{checks[3]}}}',
+        f'{{"output":[7],"eos":[8,9],"max_new_tokens":4,"check":{checks[4]}}}',
+        f'{{"token":6,"check":{checks[5]}}}',
+        f'{{"end":2,"check":{checks[6]}}}',
+        f'{{"detail":"why","check":{checks[7]}}}',
+        f'{{"detail":"why","received":0,"check":{checks[8]}}}',
     ]
     assert len(set(checks)) == len(checks)
 
@@ -253,11 +261,13 @@ def tapped_connection() -> Iterator[tuple[Tap, Connection]]:
 
 
 def test_the_sizes_charged_to_a_link_are_within_5_percent_of_the_bytes_on_a_socket() -> None:
-    prompt = Prompt((1, 2, 3))
+    prompt = Prompt((1, 2, 3) * 9)
     body = wire.encode_prompt(prompt)
-    prompt_check = wire.prompt_checksum(body, "rank(7)")
+    prompt_check = wire.prompt_checksum(body, "rank(7)", wants_rest=True)
     with tapped_connection() as (tap, connection):
-        answer = connection.transport.call("POST", f"/v1/sessions?rule=rank(7)&check={prompt_check}", body, OCTETS)
+        answer = connection.transport.call(
+            "POST", f"/v1/sessions?rule=rank(7)&rest=1&check={prompt_check}", body, OCTETS
+        )
         up, down = tap.take_sizes()
         assert up == pytest.approx(wire.REQUEST_HEAD + len(body), rel=0.05)
         assert down == pytest.approx(wire.ANSWER_HEAD + len(answer.content), rel=0.05)

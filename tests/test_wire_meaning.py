@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,6 +143,11 @@ ANSWERS: dict[str, tuple[Fields, Fields, Callable[[bytes], object]]] = {  # its 
         fields_of(wire.build_verdict_message(Verdict(2, 1), 6)),
         lambda answer: wire.read_verdict(answer, 3, 5),
     ),
+    "verdict with a rest": (
+        fields_of(wire.build_verdict_message(Verdict(1, 2, (4, 6, 4)), 5)),
+        fields_of(wire.build_verdict_message(Verdict(2, 1, (6, 4)), 5)),
+        lambda answer: wire.read_verdict(answer, 5, 5, wants_rest=True),
+    ),
     "token": (
         fields_of(wire.build_token_line([4, 6, 2], 5)),
         fields_of(wire.build_token_line([4, 6], 5)),
@@ -176,6 +182,18 @@ def test_a_changed_answer_is_refused_or_means_the_same(kind: str, data: st.DataO
     except wire.WireError:
         return
     assert meaning == honest
+
+
+def test_no_other_verdict_is_read_under_the_check_of_a_verdict_with_a_rest() -> None:
+    sent = Verdict(1, 2, (4, 6, 4))
+    check, ids = wire.build_verdict_message(sent, 5).check, (2, 4, 6)
+    rests = [rest for length in range(5) for rest in itertools.product(ids, repeat=length)]
+    read = []
+    for accepted, token, rest in itertools.product(range(4), ids, rests):
+        with suppress(wire.WireError):
+            answer = json.dumps({"accepted": accepted, "token": token, "rest": rest, "check": check}).encode()
+            read.append(wire.read_verdict(answer, 5, 5, wants_rest=True))
+    assert read == [sent]
 
 
 @given(st.sampled_from([400, 401, 403, 404, 409, 413, 422, 501]), st.sampled_from([*range(200, 600)]))
@@ -239,13 +257,13 @@ class RecordingEngine(ToyEngine):
 
     calls: list[object] = field(default_factory=list)
 
-    def verifier(self, rule: Rule) -> Any:
-        return SimpleNamespace(open_steps=lambda prompt: self.open_steps(prompt, rule))
+    def verifier(self, rule: Rule, *, wants_rest: bool = False) -> Any:
+        return SimpleNamespace(open_steps=lambda prompt: self.open_steps(prompt, rule, wants_rest))
 
-    def open_steps(self, prompt: Prompt, rule: Rule) -> Steps[Any]:
-        start = (prompt.ids, rule.text)
+    def open_steps(self, prompt: Prompt, rule: Rule, wants_rest: bool) -> Steps[Any]:
+        start = (prompt.ids, rule.text, wants_rest)
         self.calls.append(("open", *start))
-        verification: Any = yield from super().verifier(rule).open_steps(prompt)
+        verification: Any = yield from super().verifier(rule, wants_rest=wants_rest).open_steps(prompt)
         verify_steps, generate = verification.verify_steps, verification.generate
 
         def record_verify(base: int, tokens: Sequence[int], draft: Sequence[int]) -> Any:
@@ -274,6 +292,7 @@ class Exchange:
     fields: Fields
     call: object
     answer: bytes
+    wants_rest: bool
 
 
 async def send(path: str, body: bytes, content_type: str = JSON) -> tuple[int, bytes, list[object]]:
@@ -284,10 +303,10 @@ async def send(path: str, body: bytes, content_type: str = JSON) -> tuple[int, b
     return response.status, response.body, list(ENGINE.calls)
 
 
-async def exchange(path: str, message: wire.Message) -> Exchange:
+async def exchange(path: str, message: wire.Message, wants_rest: bool) -> Exchange:
     status, answer, (call,) = await send(path, wire.dumps(message))
     assert status == 200
-    return Exchange(path, fields_of(message), call, answer)
+    return Exchange(path, fields_of(message), call, answer, wants_rest)
 
 
 def read_answer(one: Exchange, answer: bytes) -> object:
@@ -296,7 +315,7 @@ def read_answer(one: Exchange, answer: bytes) -> object:
     tokens: list[int] = []
     try:
         if "draft" in fields:
-            return wire.read_verdict(answer, len(fields["draft"]), fields["check"])
+            return wire.read_verdict(answer, len(fields["draft"]), fields["check"], one.wants_rest)
         for line in answer.splitlines():
             token = wire.read_stream_line(line, tokens, fields["check"])
             tokens += [] if token is None else [token]
@@ -305,16 +324,16 @@ def read_answer(one: Exchange, answer: bytes) -> object:
     return tokens
 
 
-async def converse(ids: Sequence[int], rule: str) -> list[Exchange]:
+async def converse(ids: Sequence[int], rule: str, wants_rest: bool = False) -> list[Exchange]:
     """Return valid exchanges of one session, each kind of request twice."""
-    session = await EDGE.open(Prompt(tuple(ids)), rule)
+    session = await EDGE.open(Prompt(tuple(ids)), rule, wants_rest)
     check, verify, generate = session.prompt_check, f"{session.path}/verify", f"{session.path}/generate"
     context = [ids[-1], 4, 6, 1]
     return [
-        await exchange(generate, wire.build_generate_request(check, [4], [6, 1], 3)),
-        await exchange(generate, wire.build_generate_request(check, [4, 6], [1], 3)),
-        await exchange(verify, wire.build_verify_request(check, context[:2], 0, [6, 1, 5])),
-        await exchange(verify, wire.build_verify_request(check, context, 2, [1, 5])),
+        await exchange(generate, wire.build_generate_request(check, [4], [6, 1], 3), wants_rest),
+        await exchange(generate, wire.build_generate_request(check, [4, 6], [1], 3), wants_rest),
+        await exchange(verify, wire.build_verify_request(check, context[:2], 0, [6, 1, 5]), wants_rest),
+        await exchange(verify, wire.build_verify_request(check, context, 2, [1, 5]), wants_rest),
     ]
 
 
@@ -342,8 +361,9 @@ def test_a_request_is_refused_if_ids_move_from_one_field_to_another() -> None:
 
 def test_whole_messages_of_other_requests_and_sessions_are_refused_or_mean_the_same() -> None:
     async def scene() -> None:
-        prompts = (((1, 2, 3), "greedy"), ((1, 2, 3), "greedy"), ((2, 1, 3), "rank(2)"))
-        exchanges = [one for ids, rule in prompts for one in await converse(ids, rule)]
+        prompts = [((1, 2, 3), "greedy", False), ((1, 2, 3), "greedy", False), ((2, 1, 3), "rank(2)", False)]
+        prompts += [((1, 2, 3), "greedy", True)]
+        exchanges = [one for ids, rule, wants_rest in prompts for one in await converse(ids, rule, wants_rest)]
         for one in exchanges:
             for other in exchanges:
                 status, _, calls = await send(other.path, to_json(one.fields))
@@ -356,24 +376,41 @@ def test_whole_messages_of_other_requests_and_sessions_are_refused_or_mean_the_s
 @given(st.data())
 def test_a_changed_prompt_or_rule_is_refused_or_opens_the_same(data: st.DataObject) -> None:
     body, rule = wire.encode_prompt(PROMPT), data.draw(st.sampled_from(["greedy", "rank(1)", "rank(2)"]))
-    query = [("rule", rule), ("check", str(wire.prompt_checksum(body, rule)))]
-    others = [("rule", "rank(3)"), ("rule", "rank(1)"), ("check", "7")]
+    wants_rest = data.draw(st.booleans())
+    query = [("rule", rule), ("check", str(wire.prompt_checksum(body, rule, wants_rest)))]
+    query = [*query, ("rest", "1")] if wants_rest else query
+    others = [("rule", "rank(3)"), ("rule", "rank(1)"), ("check", "7"), ("rest", "1"), ("rest", "0")]
     fields = data.draw(changed(query, others))
     moved = data.draw(st.integers(0, 3))
     kind = data.draw(st.sampled_from(["none", "to the body", "from the body", "flip", "drop", "again"]))
     place = data.draw(st.integers(0, len(body) - 1))
     if kind == "to the body":
-        fields, body = [("rule", rule[:-moved] if moved else rule), query[1]], rule[len(rule) - moved :].encode() + body
+        fields, body = (
+            [("rule", rule[:-moved] if moved else rule), *query[1:]],
+            rule[len(rule) - moved :].encode() + body,
+        )
     elif kind == "from the body":
-        fields, body = [("rule", rule + body[:moved].decode("latin-1")), query[1]], body[moved:]
+        fields, body = [("rule", rule + body[:moved].decode("latin-1")), *query[1:]], body[moved:]
     elif kind != "none":
         flipped = {"flip": bytes([body[place] ^ 1]), "drop": b"", "again": body[place : place + 1] * 2}[kind]
         body = body[:place] + flipped + body[place + 1 :]
 
     async def scene() -> None:
         status, _, calls = await send(f"/v1/sessions?{urlencode(fields)}", body, OCTETS)
-        assert calls == ([("open", PROMPT.ids, parse_rule(rule).text)] if status == 201 else [])
+        assert calls == ([("open", PROMPT.ids, parse_rule(rule).text, wants_rest)] if status == 201 else [])
         assert status == 422 or body == wire.encode_prompt(PROMPT)
+
+    run_scene(scene())
+
+
+def test_a_prompt_opens_only_if_its_check_is_for_the_rest_that_its_query_asks_for() -> None:
+    async def scene() -> None:
+        body, queries = wire.encode_prompt(PROMPT), {"": False, "&rest=0": False, "&rest=1": True, "&rest=2": None}
+        for (query, asked), wants_rest in itertools.product(queries.items(), (False, True)):
+            check = wire.prompt_checksum(body, "greedy", wants_rest)
+            status, _, calls = await send(f"/v1/sessions?rule=greedy{query}&check={check}", body, OCTETS)
+            is_opened = asked is wants_rest
+            assert (status, calls) == ((201, [("open", PROMPT.ids, "greedy", asked)]) if is_opened else (422, []))
 
     run_scene(scene())
 
@@ -406,6 +443,10 @@ def test_the_examples_of_the_guide_have_the_checks_of_their_messages() -> None:
     request = json.loads(verify)
     assert verify == wire.dumps(wire.build_verify_request(check, request["tokens"], 0, request["draft"])).decode()
     wire.read_verdict(verdict.encode(), len(request["draft"]), request["check"])
+    asking = wire.prompt_checksum(wire.encode_prompt(Prompt((1, 2, 3))), "greedy", wants_rest=True)
+    asked = wire.build_verify_request(asking, request["tokens"], 0, request["draft"])
+    with_rest = re.findall(r"`(\{[^`]*\"rest\"[^`]*\})`", guide)[0]
+    assert wire.read_verdict(with_rest.encode(), len(asked.draft), asked.check, wants_rest=True).rest
     request = json.loads(generate)
     assert generate == wire.dumps(wire.build_generate_request(check, [], request["eos"], 3)).decode()
     tokens: list[int] = []

@@ -81,12 +81,12 @@ class Connection:
         """Always 0, because the model runs elsewhere."""
         return 0
 
-    def verifier(self, rule: Rule, harness: Harness) -> Verifier:
+    def verifier(self, rule: Rule, harness: Harness, wants_rest: bool = False) -> Verifier:
         """Return a verifier for one caption, timed by its harness. Raise Refused for a rule the server cannot apply."""
         if refusal := self.identity.refusal(rule):
             raise Refused(refusal)
         harness.count_messages()
-        return harness.timed_verifier(RemoteVerifier(self, rule, harness))
+        return harness.timed_verifier(RemoteVerifier(self, rule, harness, wants_rest))
 
     def new_retries(
         self,
@@ -126,7 +126,10 @@ class Connection:
         try:
             return _parse_identity(answer)
         except (ValueError, KeyError, TypeError, RecursionError):
-            other_service = f"{self.url} is not an edgecloud_sd cloud of this version"
+            other_service = (
+                f"{self.url} is not an edgecloud_sd cloud of this version: check the URL, or install one version on "
+                "both ends"
+            )
             answers[answer] += 1
             is_other = answers[answer] >= SAME_ANSWERS or answers.total() >= OTHER_ANSWERS
             raise (Refused if is_other else AttemptFailed)(other_service) from None
@@ -145,11 +148,12 @@ def _parse_identity(answer: bytes) -> Identity:
 
 @dataclass(frozen=True)
 class RemoteVerifier:
-    """A server and an acceptance rule, for one caption."""
+    """A server and an acceptance rule, for one caption. Its verdicts have a rest if `wants_rest` is True."""
 
     connection: Connection
     rule: Rule
     harness: Harness
+    wants_rest: bool = False
 
     def open(self, prompt: Prompt) -> RemoteVerification:
         """Return a verification of the prompt, which is not sent yet: the first call on the verification sends it."""
@@ -163,8 +167,9 @@ class RemoteVerification:
         self._connection = verifier.connection
         self._harness = verifier.harness
         self._rule = verifier.rule
+        self._wants_rest = verifier.wants_rest
         self._body = wire.encode_prompt(prompt)
-        self._prompt_check = wire.prompt_checksum(self._body, self._rule.text)
+        self._prompt_check = wire.prompt_checksum(self._body, self._rule.text, self._wants_rest)
         self._retries = self._connection.new_retries()  # the attempts at the call that runs
         self._session: str | None = None
         self._was_opened = False
@@ -269,7 +274,8 @@ class RemoteVerification:
                 note_loss(again=True)
 
     def _open(self) -> None:
-        path = f"{SESSIONS_PATH}?rule={self._rule.text}&check={self._prompt_check}"
+        rest = "&rest=1" if self._wants_rest else ""
+        path = f"{SESSIONS_PATH}?rule={self._rule.text}{rest}&check={self._prompt_check}"
         answer = self._post(path, self._body, wire.OCTETS, self._prompt_check)
         session, model = _read(lambda: wire.read_opened(answer, self._prompt_check))
         if not SESSION.fullmatch(session):
@@ -282,7 +288,7 @@ class RemoteVerification:
     def _verify(self, draft: Sequence[int]) -> Verdict:
         request = wire.build_verify_request(self._prompt_check, self._context, self._agreed, draft)
         answer = self._post(f"{SESSIONS_PATH}/{self._session}/verify", wire.dumps(request), wire.JSON, request.check)
-        return _read(lambda: wire.read_verdict(answer, len(draft), request.check))
+        return _read(lambda: wire.read_verdict(answer, len(draft), request.check, self._wants_rest))
 
     def _post(self, path: str, body: bytes, content: str, check: int) -> bytes:
         """Return the answer to one attempt at the request with this check, and note its time and its bytes."""

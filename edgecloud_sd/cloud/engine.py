@@ -29,8 +29,11 @@ class Engine(Protocol):
     def concurrency(self) -> int:
         """Return the number of calls that the engine can run at once."""
 
-    def verifier(self, rule: Rule) -> SteppedVerifier:
-        """Return a verifier with this acceptance rule. It works in steps, between which the server takes turns."""
+    def verifier(self, rule: Rule, *, wants_rest: bool = False) -> SteppedVerifier:
+        """Return a verifier with this acceptance rule. It works in steps, between which the server takes turns.
+
+        Its verdicts have a rest if `wants_rest` is True.
+        """
 
     def close(self) -> None:
         """Stop the engine and free its model."""
@@ -69,9 +72,9 @@ class VLLM:
         """Return the number of requests in one batch."""
         return self.model.concurrency
 
-    def verifier(self, rule: Rule) -> SteppedVerifier:
+    def verifier(self, rule: Rule, *, wants_rest: bool = False) -> SteppedVerifier:
         """Return a verifier. Raise ValueError for a rule that needs more logits than vLLM returns."""
-        return self.model.verifier(rule)
+        return self.model.verifier(rule, wants_rest)
 
     def close(self) -> None:
         """Stop vLLM and its processes."""

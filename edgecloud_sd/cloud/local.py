@@ -30,16 +30,20 @@ class Cloud(Protocol):
     def local_parameters(self) -> int:
         """The number of parameters that this process computes with: 0 for a service elsewhere."""
 
-    def verifier(self, rule: Rule, harness: Harness) -> Verifier:
-        """Return the verifier of one generation, timed by its harness. Raise ValueError for a rule that it lacks."""
+    def verifier(self, rule: Rule, harness: Harness, wants_rest: bool = False) -> Verifier:
+        """Return the verifier of one generation, timed by its harness. Raise ValueError for a rule that it lacks.
+
+        Its verdicts have a rest if `wants_rest` is True.
+        """
 
     def close(self) -> None:
         """Release connections. Never raise."""
 
 
-def local_verifier(model: Model, rule: Rule, harness: Harness) -> Verifier:
+def local_verifier(model: Model, rule: Rule, harness: Harness, wants_rest: bool = False) -> Verifier:
     """Return a model of this process as a verifier, behind the harness's link."""
-    return harness.timed_verifier(harness.linked(LocalVerifier(harness.cloud(model), rule)))
+    verifier = LocalVerifier(harness.cloud(model), rule, wants_rest=wants_rest)
+    return harness.timed_verifier(harness.linked(verifier))
 
 
 @dataclass(frozen=True)
@@ -86,18 +90,18 @@ class LocalCloud:
         return count
 
     @overload
-    def verifier(self, rule: Rule, harness: Harness) -> Verifier: ...
+    def verifier(self, rule: Rule, harness: Harness, wants_rest: bool = False) -> Verifier: ...
     @overload
-    def verifier(self, rule: Rule) -> LocalVerifier: ...
-    def verifier(self, rule: Rule, harness: Harness | None = None) -> Verifier:
+    def verifier(self, rule: Rule, *, wants_rest: bool = False) -> LocalVerifier: ...
+    def verifier(self, rule: Rule, harness: Harness | None = None, wants_rest: bool = False) -> Verifier:
         """Return the verifier of one generation, timed by its harness.
 
         Without one, return a server's verifier. The server measures its calls itself, and runs them in steps.
         """
         if harness:
-            return local_verifier(self.model, rule, harness)
+            return local_verifier(self.model, rule, harness, wants_rest)
         is_on_cpu = self.model.text.device.type == "cpu"
-        return LocalVerifier(self.model, rule, limit_rows if is_on_cpu else limit_rows_on_gpu)
+        return LocalVerifier(self.model, rule, limit_rows if is_on_cpu else limit_rows_on_gpu, wants_rest)
 
     def close(self) -> None:
         """Do nothing: the memory goes with this object."""

@@ -73,6 +73,7 @@ class VerdictBody(BaseModel):
 
     accepted: Annotated[int, Field(description="number of draft tokens accepted")]
     token: Annotated[int, Field(description="the target's own token after them: correction or bonus")]
+    rest: Annotated[list[int] | None, Field(description="the target's opinions on the draft tokens after it")] = None
     check: int
 
 
@@ -226,14 +227,15 @@ async def open_prompt(
     rule: Annotated[
         str, Query(max_length=MAX_RULE_LENGTH, description=f"acceptance rule: {', '.join(acceptance.RULE_NAMES)}")
     ],
-    check: Annotated[int, Query(ge=0, lt=2**32, description="CRC-32 over rule and body")],
+    check: Annotated[int, Query(ge=0, lt=2**32, description="CRC-32 over rule, rest and body")],
+    rest: Annotated[bool, Query(description="verdicts have opinions on the tokens after a rejected one")] = False,
 ) -> Response:
     """Encode the audio and prefill a prompt.
 
     The body is safetensors: `ids` int32 [n], and for a prompt with audio `features` float16 [mel bins, frames]. `ids`
     contains one placeholder per position of the audio encoder.
     """
-    name, completed = await service.open(client, body, rule, check)
+    name, completed = await service.open(client, body, rule, check, rest)
     request.scope["if_unanswered"].append(partial(service.abandon, SessionKey(client, name)))
     opened = wire.build_opened_message(name, service.fingerprint, check)
     return message_response(opened, 201, timing_header(completed, check))

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, fields
 from typing import Any
 
-from edgecloud_sd.acceptance import Rank, Rule
+from edgecloud_sd.acceptance import Rank, Rule, build_verdict
 from edgecloud_sd.cloud.batching import Batcher, EngineRequest, SamplingOptions, Stream
 from edgecloud_sd.data import prompts
 from edgecloud_sd.events import Prompt, Verdict
@@ -53,11 +53,11 @@ class VLLMModel:
         """Return the largest r of rule rank(r). One logit more than r shows if the r-th is tied."""
         return self.vocab_size if self.max_logprobs >= self.vocab_size else self.max_logprobs - 1
 
-    def verifier(self, rule: Rule) -> VLLMVerifier:
+    def verifier(self, rule: Rule, wants_rest: bool = False) -> VLLMVerifier:
         """Return a verifier. Raise ValueError for a rule that needs more logits than vLLM returns."""
         if not isinstance(rule, Rank):
             raise ValueError(f"rule {rule.text}: needs all logits, and vLLM returns the highest: use greedy or rank(r)")
-        return VLLMVerifier(self, rule)
+        return VLLMVerifier(self, rule, wants_rest)
 
     def close(self) -> None:
         """Stop the engine and its processes. Running requests raise RuntimeError."""
@@ -66,10 +66,14 @@ class VLLMModel:
 
 @dataclass(frozen=True)
 class VLLMVerifier:
-    """A verifier on a model under vLLM. It raises ValueError for a rank that needs more logits than vLLM returns."""
+    """A verifier on a model under vLLM. It raises ValueError for a rank that needs more logits than vLLM returns.
+
+    Its verdicts have a rest if `wants_rest` is True.
+    """
 
     model: VLLMModel
     rule: Rank
+    wants_rest: bool = False
 
     def __post_init__(self) -> None:
         if min(self.rule.r, self.model.vocab_size) > self.model.max_rank:
@@ -82,7 +86,7 @@ class VLLMVerifier:
         """Start the prefill and return at once. Raise ValueError if placeholders and frames do not match."""
         if prompt.features is not None:
             prompts.check_placeholders(prompt, self.model.placeholder)
-        return VLLMVerification(self.model, prompt, self.rule)
+        return VLLMVerification(self, prompt)
 
     def open_steps(self, prompt: Prompt) -> Steps[VLLMVerification]:
         """Open and prefill a prompt in one step: vLLM itself divides long passes between its requests."""
@@ -95,11 +99,12 @@ class VLLMVerifier:
 class VLLMVerification:
     """A verification whose every request contains the whole context. It stores only the committed ids."""
 
-    def __init__(self, model: VLLMModel, prompt: Prompt, rule: Rank) -> None:
-        self._model = model
+    def __init__(self, verifier: VLLMVerifier, prompt: Prompt) -> None:
+        self._model = verifier.model
         self._prompt = prompt
-        self._rule = rule
-        self._base = _request(prompt, model.placeholder)
+        self._rule = verifier.rule
+        self._wants_rest = verifier.wants_rest
+        self._base = _request(prompt, self._model.placeholder)
         self._agreed: list[int] = []
         # The prefill asks for no logits of the prompt, which would take time and memory. It leaves out the last id,
         # because the first verdict needs the logits after it, and vLLM returns none for a position in its cache.
@@ -159,7 +164,8 @@ class VLLMVerification:
         width = min(self._rule.r + 1, max_width)
         while True:
             rows = self._logits(context, len(draft), width)
-            verdict = verify_rows(draft, rows, self._rule.r, width if width < self._model.vocab_size else None)
+            known = width if width < self._model.vocab_size else None
+            verdict = verify_rows(draft, rows, self._rule.r, known, self._wants_rest)
             if verdict is not None:
                 return verdict
             if width == max_width:
@@ -205,14 +211,21 @@ class VLLMVerification:
         return len(self._prompt.ids) - 1 + len(context)
 
 
-def verify_rows(draft: Sequence[int], rows: Sequence[Row], r: int, width: int | None) -> Verdict | None:
+def verify_rows(
+    draft: Sequence[int], rows: Sequence[Row], r: int, width: int | None, wants_rest: bool = False
+) -> Verdict | None:
     """Return the verdict of rule rank(r) from the highest logits alone, or None if ties leave it open.
 
     Each of the len(draft) + 1 rows has the `width` > r highest logits of its position, or all if `width` is None.
     Equal logits rank by their ids, as in argmax. Ties at the lowest of the `width` logits may go on beyond the row:
-    then more logits decide. Raise FloatingPointError for a logit that is not finite.
+    then more logits decide. Rows after a rejected token are read for the rest alone. Raise FloatingPointError for a
+    logit that is not finite.
     """
-    for accepted, row in enumerate(rows):
+    accepts: list[bool] = []
+    best: list[int] = []  # at a place with an accepted token, ties may go on beyond the row, so any of them
+    for token, row in zip([*draft, None], rows, strict=True):
+        if False in accepts and (token is None or not wants_rest):
+            break
         if not all(map(math.isfinite, row.values())):
             raise FloatingPointError(
                 "the model gave logits that are not finite: choose --dtype float32, or if it is that already, "
@@ -220,15 +233,13 @@ def verify_rows(draft: Sequence[int], rows: Sequence[Row], r: int, width: int | 
             )
         # Tokens outside the row have at most the lowest of its logits, and may be tied with it.
         lowest = -math.inf if width is None else sorted(row.values(), reverse=True)[width - 1]
-        if accepted < len(draft):
-            is_accepted = _is_among(row, draft[accepted], r, lowest)
-            if is_accepted is None:
-                return None
-            if is_accepted:
-                continue
+        is_accepted = False if token is None else _is_among(row, token, r, lowest)
         top = max(row.values())
-        return None if top == lowest else Verdict(accepted, min(token for token in row if row[token] == top))
-    raise ValueError(f"{len(rows)} rows for a draft of {len(draft)} tokens")
+        if is_accepted is None or (not is_accepted and top == lowest):
+            return None
+        accepts.append(is_accepted)
+        best.append(min(other for other in row if row[other] == top))
+    return build_verdict(draft, accepts, best)
 
 
 def _is_among(row: Row, token: int, r: int, lowest: float) -> bool | None:

@@ -26,7 +26,7 @@ from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import VirtualClock, Watch
 from edgecloud_sd.timing.link import NO_LINK, Link
 from edgecloud_sd.timing.profile import Costs, Profile
-from edgecloud_sd.verifier import CloudFault, Verification, Verifier
+from edgecloud_sd.verifier import CloudFault, LocalVerifier, Verification, Verifier
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ class Harness:
         """Return a model of this process as the cloud's. `timed_verifier` times its forward passes."""
         return _TimedModel(model, self, self.profile.cloud if self.profile else None)
 
-    def linked(self, verifier: Verifier) -> Verifier:
+    def linked(self, verifier: LocalVerifier) -> Verifier:
         """Return a verifier of this process behind the emulated link and the cloud's queue."""
         return _LinkedVerifier(verifier, self) if self.profile or self.link != NO_LINK else verifier
 
@@ -278,7 +278,7 @@ class _TimedVerification:
 class _LinkedVerifier:
     """A verifier of this process whose messages take the time of a link. Their bytes are those of real messages."""
 
-    verifier: Verifier
+    verifier: LocalVerifier
     harness: Harness
 
     def open(self, prompt: Prompt) -> Verification:
@@ -286,7 +286,8 @@ class _LinkedVerifier:
         body = wire.encode_prompt(prompt)
         self.harness.send_up(wire.REQUEST_HEAD + len(body))
         self.harness.wait_in_queue()
-        return _LinkedVerification(self.verifier.open(prompt), self.harness, wire.prompt_checksum(body, "greedy"))
+        check = wire.prompt_checksum(body, self.verifier.rule.text, self.verifier.wants_rest)
+        return _LinkedVerification(self.verifier.open(prompt), self.harness, check)
 
 
 class _LinkedVerification:

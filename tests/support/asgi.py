@@ -173,11 +173,12 @@ class Edge:
             b"".join(message.get("body", b"") for message in responses[1:]),
         )
 
-    async def open(self, prompt: Prompt | None = None, rule: str = "greedy") -> EdgeSession:
+    async def open(self, prompt: Prompt | None = None, rule: str = "greedy", wants_rest: bool = False) -> EdgeSession:
         prompt = prompt or Prompt((1, 2, 3))
         body = wire.encode_prompt(prompt)
-        check = wire.prompt_checksum(body, rule)
-        response = await self.request("POST", f"/v1/sessions?rule={rule}&check={check}", body, OCTETS)
+        check = wire.prompt_checksum(body, rule, wants_rest)
+        rest = "&rest=1" if wants_rest else ""
+        response = await self.request("POST", f"/v1/sessions?rule={rule}{rest}&check={check}", body, OCTETS)
         assert response.status == 201, response
         return EdgeSession(self, response.json["session"], prompt, check)
 

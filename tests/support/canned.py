@@ -82,12 +82,12 @@ def fetch_identity(connection: Connection) -> None:
 
 
 def remote_verification(
-    connection: Connection, rule: Rule = GREEDY, harness: Harness | None = None
+    connection: Connection, rule: Rule = GREEDY, harness: Harness | None = None, wants_rest: bool = False
 ) -> RemoteVerification:
     """Return a verification of the prompt that records its messages, without the spans of `timed_verifier`."""
     harness = harness or Harness()
     harness.count_messages()
-    return RemoteVerifier(connection, rule, harness).open(PROMPT)
+    return RemoteVerifier(connection, rule, harness, wants_rest).open(PROMPT)
 
 
 def open_prompt(connection: Connection) -> None:

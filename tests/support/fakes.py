@@ -36,8 +36,8 @@ class ModelCloud(FakeCloud):
 
     model: Model
 
-    def verifier(self, rule: Rule, harness: Harness) -> Verifier:
-        return local_verifier(self.model, rule, harness)
+    def verifier(self, rule: Rule, harness: Harness, wants_rest: bool = False) -> Verifier:
+        return local_verifier(self.model, rule, harness, wants_rest)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class VerifierCloud(FakeCloud):
 
     inner: Verifier
 
-    def verifier(self, rule: Rule, harness: Harness) -> Verifier:
+    def verifier(self, rule: Rule, harness: Harness, wants_rest: bool = False) -> Verifier:
         return harness.timed_verifier(self.inner)
 
 

@@ -71,8 +71,8 @@ class ToyEngine:
             synthetic=self.synthetic,
         )
 
-    def verifier(self, rule: Rule) -> SteppedVerifier:
-        return LocalVerifier(self.model, rule)
+    def verifier(self, rule: Rule, *, wants_rest: bool = False) -> SteppedVerifier:
+        return LocalVerifier(self.model, rule, wants_rest=wants_rest)
 
     def close(self) -> None:
         self.closed = True
