@@ -216,5 +216,5 @@ def test_the_command_writes_a_file_for_each_run_and_names_it(
 
 def test_references_in_no_known_script_are_refused(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", [RECORDED_LINES[0] | {"reference": "123"}])
-    with pytest.raises(SystemExit, match=r"^error: x\.jsonl: the references are in none of chinese, english"):
+    with pytest.raises(SystemExit, match=r"^error: x\.jsonl: the texts are in none of chinese, english"):
         imported.main([str(path), "--output-dir", str(tmp_path / "out")])

@@ -94,7 +94,7 @@ def find_language(texts: Sequence[str]) -> str:
     votes = {language: sum(quality.is_in_language(text, language) for text in texts) for language in LANGUAGES}
     best = max(votes, key=lambda language: votes[language])
     if not votes[best]:
-        raise BadClip(f"the references are in none of {', '.join(LANGUAGES)}, and the file names no language")
+        raise BadClip(f"the texts are in none of {', '.join(LANGUAGES)}, and the file names no language")
     return best
 
 
