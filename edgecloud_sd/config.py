@@ -31,14 +31,13 @@ from edgecloud_sd.models.devices import AUTO, DTYPES_OR_AUTO
 from edgecloud_sd.prefill import PREFILL_TIMES
 from edgecloud_sd.revise import REVISE_NAMES
 from edgecloud_sd.stopping import MAX_NEW_TOKENS
-from edgecloud_sd.strategy import ADAPTIVE_K, MODES, Strategy
+from edgecloud_sd.strategy import ADAPTIVE_K, LOSSLESS_REVISION, MODES, Strategy
 from edgecloud_sd.timing import link, profile
 
 CLOCKS = ("real", "virtual")
 YES_NO = ("yes", "no")
 MEASURE = "measure"  # the profile of this machine
-RUN_MODES = (*MODES, "lossless")
-LOSSLESS_RISK = gate.risk_gate()
+RUN_MODES = (*MODES, "lossless", "revise", "revise-lossless")
 GROUPS = ("decoding", "models", "cloud", "limits", "clock and link", "data", "results")
 
 
@@ -236,7 +235,9 @@ class Settings:
     mode: tuple[str, ...] = _option(
         "decoding",
         RUN_MODES,
-        "who decodes; lossless is mode speculative with gate always and rule greedy, whatever --gate and --rule are",
+        "who decodes; three names stand for mode speculative with rule greedy, whatever --gate and --rule are: "
+        "lossless has gate always; revise has gate risk, and --revise context unless that names another way; "
+        "revise-lossless is the same but always sends",
         choices=RUN_MODES,
         many=True,
     )
@@ -266,7 +267,7 @@ class Settings:
     )
     risk_limit: tuple[float, ...] = _option(
         "decoding",
-        LOSSLESS_RISK.threshold,
+        LOSSLESS_REVISION.gate.threshold,
         "gate risk asks the cloud at once if the risk of the tokens since its last verdict exceeds this; 1 waits for "
         "the end of the caption",
         _read_share,
@@ -274,14 +275,14 @@ class Settings:
     )
     send_above: tuple[float, ...] = _option(
         "decoding",
-        LOSSLESS_RISK.send_above,
+        0.5,
         "gate risk sends a caption at its end if the risk since the last verdict exceeds this; below 0 it always sends",
         _read_send_level,
         many=True,
     )
     opinion_risk: tuple[float, ...] = _option(
         "decoding",
-        LOSSLESS_RISK.opinion_risk,
+        LOSSLESS_REVISION.gate.opinion_risk,
         "risk of a token that the cloud proposed, under gate risk",
         _read_share,
         many=True,

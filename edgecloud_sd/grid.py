@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from edgecloud_sd.acceptance import GREEDY, Rule, parse_rule
 from edgecloud_sd.config import Settings
 from edgecloud_sd.gate import ALWAYS, Gate, parse_draft_stop, parse_gate
-from edgecloud_sd.strategy import Strategy
+from edgecloud_sd.strategy import LOSSLESS_REVISION, Strategy
 from edgecloud_sd.timing.link import NO_LINK, Link, parse_link
 
 
@@ -39,6 +40,8 @@ def strategies(settings: Settings) -> list[Strategy]:
             found += _speculative(settings, _gates(settings), rules)
         elif mode == "lossless":
             found += _speculative(settings, [ALWAYS], [GREEDY])
+        elif mode in ("revise", "revise-lossless"):
+            found += _revising(settings, always_sends=mode == "revise-lossless")
         else:
             found.append(Strategy(mode))
     return list(dict.fromkeys(found))
@@ -53,6 +56,15 @@ def asks_cloud(settings: Settings) -> bool:
 def has_speculative(settings: Settings) -> bool:
     """Return True if a strategy of the grid drafts."""
     return any(strategy.is_speculative for strategy in strategies(settings))
+
+
+def _revising(settings: Settings, always_sends: bool) -> Iterator[Strategy]:
+    """Yield the strategies of modes revise and revise-lossless. Each token is shown at once, so k is 1."""
+    usual = LOSSLESS_REVISION
+    revise = tuple(name for name in settings.revise if name != "none") or (usual.revise,)
+    send_above = (usual.gate.send_above,) if always_sends else settings.send_above
+    revising = replace(settings, gate=("risk",), send_above=send_above, k=(usual.k,), revise=revise)
+    yield from _speculative(revising, _gates(revising), [GREEDY])
 
 
 def _gates(settings: Settings) -> Iterator[Gate]:

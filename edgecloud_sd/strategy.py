@@ -9,7 +9,7 @@ from typing import Any
 from edgecloud_sd import probs
 from edgecloud_sd.acceptance import GREEDY, Rank, Rule, Synthetic, parse_rule
 from edgecloud_sd.fields import check_type, whole_number
-from edgecloud_sd.gate import ALWAYS, DraftStop, Gate, parse_draft_stop, parse_gate, statistics_per_token
+from edgecloud_sd.gate import ALWAYS, DraftStop, Gate, parse_draft_stop, parse_gate, risk_gate, statistics_per_token
 from edgecloud_sd.prefill import PREFILL_TIMES
 from edgecloud_sd.revise import REVISE_NAMES
 from edgecloud_sd.wire import MAX_DRAFT
@@ -171,3 +171,4 @@ class Strategy:
 
 
 LOSSLESS = Strategy()
+LOSSLESS_REVISION = Strategy(gate=risk_gate(), k=1, revise="context")  # k=1 shows every token at once

@@ -26,7 +26,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_without_a_file_and_options_the_defaults_apply() -> None:
     resolved = resolve({})
-    assert resolved.mode == ("edge", "cloud", "speculative", "lossless")
+    assert resolved.mode == ("edge", "cloud", "speculative", "lossless", "revise", "revise-lossless")
     assert (resolved.k, resolved.rank, resolved.entropy_threshold) == ((3,), (20,), (1.5,))
     assert (resolved.edge_model, resolved.max_samples) == (None, None)
 
