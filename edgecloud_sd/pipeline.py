@@ -121,7 +121,7 @@ def generation_events(
         try:
             if fault:
                 raise fault
-            verifier = cloud.verifier(strategy.rule, harness)
+            verifier = cloud.verifier(strategy.rule, harness, strategy.wants_rest)
         except CloudFault as error:
             if not (finish_alone and strategy.is_speculative):
                 raise
