@@ -187,7 +187,9 @@ def record_passes(
     cloud = _RecordingModel("cloud", pipeline.cloud_model, passes)
     stopping = Stopping(cloud.eos, max_new_tokens)
     runtime = Runtime(shared_ids=count_shared_ids(pipeline.edge, pipeline.cloud_model.vocab_size))
-    events = decode(prompt, strategy, stopping, edge, LocalVerifier(cloud, strategy.rule), runtime)
+    events = decode(
+        prompt, strategy, stopping, edge, LocalVerifier(cloud, strategy.rule, wants_rest=strategy.wants_rest), runtime
+    )
     return Trace(tuple((0.0, event) for event in events)).tokens, tuple(passes)
 
 

@@ -89,20 +89,20 @@ def test_every_moment_of_a_speculative_caption_by_hand() -> None:
     assert speculative(Harness(PROFILE, LINK)).events == (
         (0.125, Prepared(2)),
         (2.125, Opened("edge")),
-        (3.25, Drafted(local)),  # two steps of 0.5, two statistics of 0.0625
+        (3.25, Drafted(local, 0, (1, 1))),  # two steps of 0.5, two statistics of 0.0625
         (3.25, Committed((0, 0), "local")),
-        (4.375, Drafted(rejected)),
+        (4.375, Drafted(rejected, 0, (1, 1))),
         (4.375, Escalated(rejected, 3)),  # feeds the last prompt token and two local ones
         (5.625, Opened("cloud")),  # starts at 0.125: up 0.25, queue 0.25, prefill 5
         (8.375, Verified(rejected, Verdict(1, 0))),  # up 0.25, queue, a pass over 5, down 0.25
         (8.375, Committed((0,), "accepted")),
         (8.375, Committed((0,), "correction")),
-        (9.5, Drafted(whole)),
+        (9.5, Drafted(whole, 0, (1, 1))),
         (9.5, Escalated(whole, 1)),
         (11.75, Verified(whole, Verdict(2, 0))),  # up 0.25, queue, a pass over 3, down 0.25
         (11.75, Committed((0, 0), "accepted")),
         (11.75, Committed((0,), "bonus")),
-        (12.5625, Drafted(last)),  # one pass over the last draft token and the bonus, one statistic
+        (12.5625, Drafted(last, 0, (2,))),  # one pass over the last draft token and the bonus, one statistic
         (12.5625, Committed((0,), "local")),
         (12.5625, Finished("length")),
     )
@@ -203,7 +203,7 @@ def test_every_moment_of_a_caption_drafted_ahead_by_hand() -> None:
     assert draft_ahead(Harness(PROFILE, LINK)).events == (
         (0.125, Prepared(2)),
         (2.125, Opened("edge")),
-        (3.125, Drafted(first)),
+        (3.125, Drafted(first, 0, (1, 1))),
         (3.125, Escalated(first, 1)),
         (5.625, Opened("cloud")),
         (7.625, Ahead((0, 0, 0, 0), 4)),  # four steps of 0.5 fit into the 2.25 of the verification
@@ -221,7 +221,7 @@ def test_every_moment_of_a_caption_drafted_ahead_by_hand() -> None:
         (10.375, Ahead((), 0)),
         (12.625, Verified(third, Verdict(0, 0))),
         (12.625, Committed((0,), "correction")),
-        (13.125, Drafted(last)),  # drafted again
+        (13.125, Drafted(last, 0, (1,))),  # drafted again
         (13.125, Escalated(last, 1)),
         (13.125, Ahead((), 0)),
         (15.125, Verified(last, Verdict(1, 0))),

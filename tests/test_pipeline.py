@@ -15,7 +15,7 @@ from edgecloud_sd import gate
 from edgecloud_sd.acceptance import Rank, Synthetic
 from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.local import LocalCloud
-from edgecloud_sd.events import Ahead, Committed, Drafted, Trace
+from edgecloud_sd.events import Ahead, Committed, Drafted, Trace, Verified
 from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.strategy import Strategy
@@ -41,6 +41,16 @@ def fresh(pipeline: Pipeline) -> Pipeline:
 
 def draft_lengths(trace: Trace) -> list[int]:
     return [len(event.draft.tokens) for _, event in trace.events if isinstance(event, Drafted)]
+
+
+def test_a_verdict_has_a_rest_if_the_strategy_reads_it(pipeline: Pipeline, remote: Pipeline, request_: Request) -> None:
+    for place, revise in ((pipeline, "repeat"), (remote, "repeat"), (remote, "none")):
+        trace = place.trace(request_, replace(ALWAYS, revise=revise), NEW_TOKENS)
+        verified = [event for _, event in trace.events if isinstance(event, Verified)]
+        opinions = [len(event.draft.tokens) - event.verdict.accepted - 1 for event in verified]
+        assert max(opinions) > 0
+        expected = [0 if revise == "none" else max(count, 0) for count in opinions]
+        assert [len(event.verdict.rest) for event in verified] == expected
 
 
 def test_a_draft_stop_ends_drafts_early(pipeline: Pipeline, request_: Request) -> None:

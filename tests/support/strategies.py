@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
 
 from edgecloud_sd import acceptance, gate
-from edgecloud_sd.events import Prompt, Trace
+from edgecloud_sd.events import Committed, Confirmed, Event, Prompt, Retracted, Trace, output_tokens
 from edgecloud_sd.pipeline import generation_events
 from edgecloud_sd.prefill import PREFILL_TIMES
 from edgecloud_sd.session import Model
@@ -109,6 +109,21 @@ def cases(draw: st.DrawFn) -> Case:
     ahead = draw(st.sampled_from([0, 0, 1, 3, 9]))
     strategy = Strategy(mode, chosen, rule, draw(ks), draw(draft_stops(chosen)), ahead, draw(prefills))
     return Case(scene, strategy, rule)
+
+
+def final_tokens(events: Iterable[Event]) -> tuple[int, ...]:
+    """Return the ids that no later event may take back, in order."""
+    final = shown = 0
+    seen = list(events)
+    for event in seen:
+        if isinstance(event, Committed):
+            shown += len(event.tokens)
+            final = shown if event.is_final else final
+        elif isinstance(event, Confirmed):
+            final += event.count
+        elif isinstance(event, Retracted):
+            shown -= event.count
+    return tuple(output_tokens(seen)[:final])
 
 
 def play(prompt: Prompt, edge: Model, cloud: Model, strategy: Strategy, stopping: Stopping, harness: Harness) -> Trace:
