@@ -266,6 +266,7 @@ def test_free_captions_name_their_attributes_in_every_wording_and_order(language
     wordings = [*voices.WORDS[language].values(), *voices.OTHER_WORDS[language].values()]
     assert all(any(words in text for text in texts) for words in itertools.chain(*wordings))
     assert len(orders) == len(voices.FREE_TEMPLATES[language])
+    assert len({voices.write_free_caption(draw_attributes(0), language, (seed,)) for seed in range(20)}) > 5
 
 
 @pytest.mark.parametrize("language", prompts.LANGUAGES)
@@ -310,8 +311,9 @@ def test_training_reduces_the_loss() -> None:
     ],
 )
 def test_a_free_pair_is_not_written_over_anything(
-    path: str, status: int, problem: str, capsys: pytest.CaptureFixture[str]
+    path: str, status: int, problem: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(train, "train_pair", lambda *_, **__: pytest.fail("the training began"))
     with pytest.raises(SystemExit) as stopped:
         pocket.main(["train", "--free", "--folder", path])
     line = capsys.readouterr().err + str(stopped.value)
