@@ -2,6 +2,9 @@
 
 `--pareto` decodes held-out clips in many ways, and shows how much of the quality gap between edge and cloud each way
 closes, at which cost. Times are those of the virtual clock.
+
+`--calibrate` decodes clips that are in no other set, and writes what each level of gate risk or token costs. A run
+chooses the level by that file: `--calibration FILE` with `--own`, `--cloud-calls` or `--cloud-budget`.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from bench.gate_calibration import calibrate_gate, find_strategy
 from bench.pareto import run_pareto
 from edgecloud_sd import config
 from edgecloud_sd.config import Settings
@@ -43,11 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = tune_parser().parse_args(hyphenate(arguments))
     with errors_to_exit():
         settings = resolve_settings(options)
-        with open_pair(settings) as pipeline:
-            for path in run_pareto(
-                pipeline, settings, options.clips, options.output, own_strategies(options, settings)
-            ):
-                print(f"wrote {path}")
+        output = find_output(options)
+        if options.calibrate:
+            strategy = find_strategy(settings)
+            with open_pair(settings) as pipeline:
+                files = calibrate_gate(pipeline, settings, strategy, options.calibrate, output)
+        else:
+            own = own_strategies(options, settings)
+            with open_pair(settings) as pipeline:
+                files = run_pareto(pipeline, settings, options.clips, output, own)
+        for path in files:
+            print(f"wrote {path}")
 
 
 def tune_parser() -> argparse.ArgumentParser:
@@ -57,15 +67,21 @@ def tune_parser() -> argparse.ArgumentParser:
     )
     task = parser.add_argument_group("task").add_mutually_exclusive_group(required=True)
     task.add_argument("--pareto", action="store_true", help="write the table and the picture of quality against costs")
+    task.add_argument(
+        "--calibrate",
+        metavar="N",
+        type=_parse_clips,
+        help="write what each level of the gate costs on N clips a language",
+    )
     parser.add_argument(
         "--clips", metavar="N", type=_parse_clips, default=40, help="held-out clips a language (default: %(default)s)"
     )
     parser.add_argument(
         "--output",
-        metavar="FILE.html",
-        type=_parse_output,
-        default=Path("results/pareto.html"),
-        help="the page with the picture; its numbers are written to FILE.json (default: %(default)s)",
+        metavar="FILE",
+        type=Path,
+        help="the page with the picture, whose numbers are written to FILE.json (default: results/pareto.html), or the "
+        "calibration (default: results/calibration.yaml)",
     )
     groups = {name: parser.add_argument_group(name) for name in config.GROUPS}
     for option in config.OPTIONS:
@@ -91,6 +107,15 @@ def resolve_settings(options: argparse.Namespace) -> Settings:
     return settings
 
 
+def find_output(options: argparse.Namespace) -> Path:
+    """Return the file that the task writes. Raise ConfigError for one whose name has another ending."""
+    name, endings = ("calibration.yaml", (".yaml", ".yml")) if options.calibrate else ("pareto.html", (".html", ".htm"))
+    path: Path = options.output or Path("results", name)
+    if path.suffix.lower() not in endings:
+        raise config.ConfigError(f"--output: {str(path)!r} does not end in {endings[0]}")
+    return path
+
+
 def own_strategies(options: argparse.Namespace, settings: Settings) -> list[Strategy]:
     """Return the grid of the decoding options on the command line, or nothing if it has none of them."""
     has_own = any(getattr(options, name.replace("-", "_")) is not None for name in GRID_OPTIONS)
@@ -110,13 +135,6 @@ def _parse_clips(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 2")
     return int(text)
-
-
-def _parse_output(text: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .html; give the name of an HTML file")
-    return path
 
 
 if __name__ == "__main__":

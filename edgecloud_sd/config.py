@@ -6,6 +6,7 @@ A file given with `--config` overrides the defaults, and the command line overri
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -23,6 +24,15 @@ from edgecloud_sd.data.prompts import LANGUAGES, PROMPT_TYPES
 from edgecloud_sd.data.published_settings import PublishedSettings, is_published_group, translate_settings
 from edgecloud_sd.data.task_texts import TaskTexts, read_task_texts
 from edgecloud_sd.data.texts import BadText, check_characters, parse_yaml, read_utf8
+from edgecloud_sd.forecast.budgets import LEVEL_RANGES, Budget
+from edgecloud_sd.forecast.calibration import (
+    Calibration,
+    CalibrationError,
+    GateChoice,
+    choose_budget,
+    choose_own,
+    load_calibration,
+)
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.passwords import hide_passwords
 from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION, NORMALISATIONS
@@ -38,7 +48,8 @@ CLOCKS = ("real", "virtual")
 YES_NO = ("yes", "no")
 MEASURE = "measure"  # the profile of this machine
 RUN_MODES = (*MODES, "lossless", "revise", "revise-lossless")
-GROUPS = ("decoding", "models", "cloud", "limits", "clock and link", "data", "results")
+BUDGETS = {"cloud_calls": "calls", "cloud_budget": "written_share"}  # option: its kind of `Budget`
+GROUPS = ("decoding", "budget", "models", "cloud", "limits", "clock and link", "data", "results")
 
 
 class ConfigError(ValueError):
@@ -177,10 +188,17 @@ def _read_positive(text: str, unit: str) -> float:
     return value
 
 
-def _read_share(text: str) -> float:
+def _read_share(text: str, unit: str = "risk") -> float:
     value = _read_float(text)
     if not 0 < value <= 1:
-        raise ValueError("is not a risk above 0, at most 1")
+        raise ValueError(f"is not a {unit} above 0, at most 1")
+    return value
+
+
+def _read_chance(text: str) -> float:
+    value = _read_float(text)
+    if not 0 < value < 1:
+        raise ValueError("is not a chance above 0 and below 1")
     return value
 
 
@@ -350,6 +368,40 @@ class Settings:
         many=True,
     )
     max_new_tokens: int = _option("decoding", MAX_NEW_TOKENS, "tokens of a caption, at most", _read_count)
+    own: float | None = _option(
+        "budget",
+        None,
+        "chance, such as 0.9, at which a caption must be the cloud's own, token for token; chooses the send level of "
+        "gate risk by --calibration",
+        _read_chance,
+        optional=True,
+    )
+    cloud_calls: float | None = _option(
+        "budget",
+        None,
+        "calls of the cloud per caption, in the mean; chooses the level of gate risk or token by --calibration, or by "
+        "feedback after each caption",
+        partial(_read_positive, unit="a number"),
+        optional=True,
+    )
+    cloud_budget: float | None = _option(
+        "budget",
+        None,
+        "share of the tokens that the cloud may write, instead of --cloud-calls",
+        partial(_read_share, unit="share"),
+        optional=True,
+    )
+    calibration: str | None = _option(
+        "budget", None, "file of python -m bench.tune --calibrate for this pair, language and strategy", optional=True
+    )
+    audit: float | None = _option(
+        "budget",
+        None,
+        "share of the captions that are verified afterwards, off the clock, if the cloud has not verified them whole: "
+        "shows if the rate that --own promises is the one that the run has",
+        partial(_read_share, unit="share"),
+        optional=True,
+    )
     pair: str = _option("models", "pocket", "the two checkpoints", choices=tuple(pairs.PAIRS))
     edge_model: str | None = _option(
         "models", None, "edge checkpoint instead of the pair's: a folder or a name on the hub", optional=True
@@ -521,6 +573,26 @@ class Settings:
         return self.own_tasks.text(language) if self.own_tasks else None
 
     @property
+    def budget(self) -> Budget | None:
+        """The budget of `--cloud-calls` or `--cloud-budget`, or None without one."""
+        limits = {kind: getattr(self, name) for name, kind in BUDGETS.items()}
+        return next((Budget(kind, limit) for kind, limit in limits.items() if limit is not None), None)
+
+    @cached_property
+    def calibrated(self) -> Calibration | None:
+        """The calibration of the run, read once; None without one. Raise CalibrationError for a bad file."""
+        return load_calibration(Path(self.calibration)) if self.calibration else None
+
+    @cached_property
+    def gate_choice(self) -> GateChoice | None:
+        """The level of the gate by the calibration, or None without one. Raise CalibrationError if it gives none."""
+        if self.calibrated is None:
+            return None
+        if self.own:
+            return choose_own(self.calibrated, self.own)
+        return choose_budget(self.calibrated, self.budget) if self.budget else None
+
+    @property
     def profile_name(self) -> str:
         """The name of the profile in case ids: its own, or that of its file without folder and ending."""
         return Path(self.profile or "").stem
@@ -553,6 +625,7 @@ def _check(settings: Settings) -> None:
     """Raise ConfigError for values that do not fit together."""
     _check_clock(settings)
     _check_task_texts(settings)
+    _check_budget(settings)
     limited = [name for name in ("max_cpu_cores", "max_memory_gb") if getattr(settings, name) is not None]
     if limited and settings.mode != ("edge",) and not settings.cloud_url:
         raise ConfigError(
@@ -567,6 +640,63 @@ def _check(settings: Settings) -> None:
         )
     if settings.cloud_key_file and settings.cloud_url in (None, AUTO):
         raise ConfigError("--cloud-key-file: is for a server at --cloud-url http://...")
+
+
+def _check_budget(settings: Settings) -> None:
+    """Raise ConfigError for a budget, promise or calibration that does not fit the gate or the other options."""
+    given = [name for name in ("own", *BUDGETS) if getattr(settings, name) is not None]
+    options = [f"--{name.replace('_', '-')}" for name in given]
+    if len(given) > 1:
+        raise ConfigError(f"{options[0]}: give it alone, without {options[1]}")
+    if given:
+        _check_level(settings, options[0])
+    if given == ["own"]:
+        _check_own(settings)
+    if settings.calibration and not given:
+        raise ConfigError("--calibration: chooses nothing alone: add --own, --cloud-calls or --cloud-budget")
+    if settings.calibration:
+        _check_calibration(settings)
+    elif given and "speculative" in settings.mode and None in settings.k:
+        raise ConfigError(f"--k: {ADAPTIVE_K} needs a level that stays: give a number, or add --calibration")
+
+
+def _check_level(settings: Settings, option: str) -> None:
+    """Raise ConfigError unless the run has one gate, whose level the option can choose."""
+    gates = (settings.gate if "speculative" in settings.mode else ()) + (("risk",) if "revise" in settings.mode else ())
+    fitting = ("risk",) if settings.own else tuple(LEVEL_RANGES)
+    if len(set(gates)) != 1 or gates[0] not in fitting:
+        raise ConfigError(
+            f"{option}: needs one gate of {', '.join(fitting)}, and --mode {','.join(settings.mode)} has "
+            f"{', '.join(dict.fromkeys(gates)) or 'none'}: give --mode revise, or --mode speculative --gate risk"
+        )
+    level = "send_above" if gates[0] == "risk" else "threshold"
+    is_default = getattr(settings, level) == getattr(Settings, level)
+    if len(getattr(settings, level)) > 1 or (settings.calibration and not is_default):
+        raise ConfigError(f"--{level.replace('_', '-')}: {option} chooses it: leave one of them out")
+
+
+def _check_own(settings: Settings) -> None:
+    """Raise ConfigError for a promise without a calibration, or under a rule that accepts more than the cloud's own."""
+    if not settings.calibration:
+        raise ConfigError("--own: needs --calibration: python -m bench.tune --calibrate writes its file")
+    rules = itertools.product(settings.rule, settings.rank) if "speculative" in settings.mode else ()
+    for text, rank in rules:
+        if not acceptance.parse_rule(text, rank).is_lossless:
+            raise ConfigError(f"--own: needs --rule greedy, and --rule is {text}: it accepts more than the cloud's own")
+
+
+def _check_calibration(settings: Settings) -> None:
+    """Raise ConfigError for a calibration that gives no level, or is for another language."""
+    try:
+        _ = settings.gate_choice
+    except CalibrationError as error:
+        raise ConfigError(f"--calibration: {error}") from None
+    if settings.calibrated and settings.language != (settings.calibrated.conditions.language,):
+        language = settings.calibrated.conditions.language
+        raise ConfigError(
+            f"--calibration: {settings.calibrated.name} is for {language}, and --language is "
+            f"{', '.join(settings.language)}: give each language a run and a file of its own"
+        )
 
 
 def _check_task_texts(settings: Settings) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 
 from edgecloud_sd.acceptance import GREEDY, Rule, parse_rule
 from edgecloud_sd.config import Settings
+from edgecloud_sd.forecast.budgets import LEVEL_RANGES, LevelFeedback, gate_at, start_feedback
 from edgecloud_sd.gate import ALWAYS, Gate, parse_draft_stop, parse_gate
 from edgecloud_sd.strategy import LOSSLESS_REVISION, Strategy
 from edgecloud_sd.timing.link import NO_LINK, Link, parse_link
@@ -37,7 +38,7 @@ def strategies(settings: Settings) -> list[Strategy]:
     for mode in settings.mode:
         if mode == "speculative":
             rules = [parse_rule(rule, rank) for rule in settings.rule for rank in settings.rank]
-            found += _speculative(settings, _gates(settings), rules)
+            found += _speculative(settings, _levelled(settings, _gates(settings)), rules)
         elif mode == "lossless":
             found += _speculative(settings, [ALWAYS], [GREEDY])
         elif mode in ("revise", "revise-lossless"):
@@ -64,7 +65,27 @@ def _revising(settings: Settings, always_sends: bool) -> Iterator[Strategy]:
     revise = tuple(name for name in settings.revise if name != "none") or (usual.revise,)
     send_above = (usual.gate.send_above,) if always_sends else settings.send_above
     revising = replace(settings, gate=("risk",), send_above=send_above, k=(usual.k,), revise=revise)
-    yield from _speculative(revising, _gates(revising), [GREEDY])
+    gates = _gates(revising)
+    yield from _speculative(revising, gates if always_sends else _levelled(settings, gates), [GREEDY])
+
+
+def find_feedback(settings: Settings, strategy: Strategy) -> LevelFeedback | None:
+    """Return the feedback that moves the gate of a strategy of the grid after each caption, or None without one."""
+    has_level = strategy.is_speculative and strategy.gate.name in LEVEL_RANGES and not strategy.gate.sends_all
+    if not settings.budget or settings.calibration or not has_level:
+        return None
+    return start_feedback(settings.budget, strategy.gate)
+
+
+def _levelled(settings: Settings, gates: Iterable[Gate]) -> Iterator[Gate]:
+    """Yield gates at the level that a calibration gives, or at which the feedback of a budget begins."""
+    for gate in gates:
+        if settings.gate_choice:
+            yield gate_at(gate, settings.gate_choice.level)
+        elif settings.budget:
+            yield gate_at(gate, start_feedback(settings.budget, gate).level)
+        else:
+            yield gate
 
 
 def _gates(settings: Settings) -> Iterator[Gate]:

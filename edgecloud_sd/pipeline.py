@@ -6,6 +6,7 @@ caption = pipeline.caption("speech.wav", language="english", strategy=Strategy("
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import Event, Prepared, Prompt, Trace
 from edgecloud_sd.fields import check_type, whole_number
 from edgecloud_sd.forecast.adaptive_k import AdaptiveK
+from edgecloud_sd.forecast.budgets import calibrated_strategy
+from edgecloud_sd.forecast.calibration import Conditions
 from edgecloud_sd.host.limits import Limits, LimitsInForce, apply_limits, memory_limit_paused
 from edgecloud_sd.models import checkpoint, devices, pairs, traits
 from edgecloud_sd.session import Model
@@ -314,6 +317,24 @@ class Pipeline:
                 dummy.check_vocab_sizes(self.edge.vocab_size, cloud.vocab_size)
             parameters.append(self.cloud.local_parameters)
         return front, devices.choose_threads(self._threads, parameters)
+
+    def conditions(self, settings: Settings, strategy: Strategy, language: str) -> Conditions:
+        """Return what a calibration depends on, for a strategy with a level. Both sides are loaded."""
+        self.prepare("speculative")
+        cloud = self.cloud.identity
+        task = prompts.format_task(language, settings.prompt_type, None, settings.own_task(language))
+        text = f"{task}\ntranscription: {settings.with_transcription}"
+        return Conditions(
+            pair=self.pair.name,
+            edge_weights=self.edge_weights,
+            cloud_weights=cloud.weights or cloud.name,
+            edge_dtype=self._edge_dtype,
+            cloud_dtype=cloud.dtype,
+            language=language,
+            prompt=hashlib.sha256(text.encode()).hexdigest()[:16],
+            strategy=calibrated_strategy(strategy).label,
+            max_new_tokens=settings.max_new_tokens,
+        )
 
     def prompt(self, request: Request, mode: str = "speculative") -> Prompt:
         """Return the prompt of a request: its features, and its ids."""

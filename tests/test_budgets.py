@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgecloud_sd.acceptance import GREEDY, Rank
+from edgecloud_sd.events import Trace
 from edgecloud_sd.forecast.budgets import (
     ALWAYS_SEND,
+    LEVEL_RANGES,
     NEVER_SEND,
     Budget,
     Ending,
     LevelCost,
     LevelFeedback,
+    LevelRange,
     budget_level,
+    calibrated_strategy,
+    gate_at,
     let_go,
     level_costs,
     own_level,
     own_score,
+    trace_endings,
 )
+from edgecloud_sd.gate import Gate, risk_gate
+from edgecloud_sd.measure import metrics
+from edgecloud_sd.revise import REVISE_NAMES
+from edgecloud_sd.strategy import Strategy
+from edgecloud_sd.timing.harness import Harness
+from tests.support.strategies import Case, Scene, ks, scenes
 
 
 def caption(*risks: float, is_own_at_last: bool = True) -> tuple[Ending, ...]:
@@ -113,9 +127,9 @@ def test_a_budget_below_all_costs_is_refused() -> None:
 )
 def test_feedback_spends_no_more_than_its_bound(seed: int, budget: Budget) -> None:
     rng = random.Random(seed)
-    feedback = LevelFeedback(budget, 0.3, ALWAYS_SEND, NEVER_SEND, 0.05)
+    feedback = LevelFeedback(budget, 0.3, LevelRange(ALWAYS_SEND, NEVER_SEND, 0.05))
     excesses = []
-    for _ in range(400):
+    for _ in range(100):
         scale = rng.choice((0.01, 1.0))
         end = let_go(caption(*(scale * rng.random() for _ in range(rng.randrange(1, 4)))), feedback.level)
         feedback.observe(end.calls, end.written, end.tokens)
@@ -128,10 +142,35 @@ def test_feedback_spends_no_more_than_its_bound(seed: int, budget: Budget) -> No
 def test_feedback_reaches_a_budget_from_both_sides() -> None:
     for start in (ALWAYS_SEND, NEVER_SEND):
         rng = random.Random(7)
-        feedback = LevelFeedback(Budget("calls", 1.0), start, -0.05, NEVER_SEND, 0.05)
+        feedback = LevelFeedback(Budget("calls", 1.0), start, LEVEL_RANGES["risk"])
         calls = 0
-        for _ in range(2000):
+        for _ in range(800):
             end = let_go(draw_caption(rng), feedback.level)
             feedback.observe(end.calls, end.written, end.tokens)
             calls += end.calls
-        assert calls / 2000 == pytest.approx(1.0, abs=0.02)
+        assert calls / 800 == pytest.approx(1.0, abs=0.05)
+
+
+@given(
+    scenes(),
+    st.builds(risk_gate, st.sampled_from([0.6, 1.0]), st.just(ALWAYS_SEND), st.sampled_from([0.01, 0.2])),
+    st.sampled_from([GREEDY, Rank(2)]),
+    ks,
+    st.sampled_from(REVISE_NAMES),
+)
+def test_one_decode_shows_what_every_send_level_does(scene: Scene, gate: Gate, rule: Rank, k: int, revise: str) -> None:
+    strategy = Strategy("speculative", gate, rule, k, draft_ahead=k % 4, prefill="lazy", revise=revise)
+
+    def decode(strategy: Strategy, level: float) -> Trace:
+        return Case(scene, replace(strategy, gate=gate_at(gate, level))).play(Harness())
+
+    trace = decode(calibrated_strategy(strategy), ALWAYS_SEND)
+    endings = trace_endings(trace, gate)
+    for level in (NEVER_SEND, *(ending.risk for ending in endings[:2] if ending.risk >= 0)):
+        decoded, expected = decode(strategy, level), let_go(endings, level)
+        counts = metrics.counts(decoded)
+        assert counts.cloud_calls == expected.calls
+        assert counts.correction + counts.bonus == expected.written
+        assert len(decoded.tokens) == expected.tokens
+        assert (decoded.tokens == trace.tokens) == expected.is_own
+        assert expected.is_own == (level < own_score(endings))

@@ -9,29 +9,18 @@ from typing import Any
 
 import pytest
 
-from edgecloud_sd.forecast.budgets import LevelCost
+from edgecloud_sd.forecast.budgets import Budget
 from edgecloud_sd.forecast.calibration import (
-    Calibration,
     CalibrationError,
     Conditions,
+    choose_budget,
+    choose_own,
     load_calibration,
     save_calibration,
 )
+from tests.support.calibrations import CALIBRATION
 
-CONDITIONS = Conditions(
-    pair="pocket",
-    edge_weights="1a",
-    cloud_weights="2b",
-    edge_dtype="float32",
-    cloud_dtype="float32",
-    language="chinese",
-    prompt="3c",
-    strategy="speculative-risk1-s0.02-k64-greedy",
-    max_new_tokens=64,
-)
-CALIBRATION = Calibration(
-    CONDITIONS, "4d", 3, (LevelCost(-1.0, 2.1, 0.07), LevelCost(0.1 + 0.2, 1.0, 0.03)), (math.inf, 1 / 3, 5e-324)
-)
+CONDITIONS = CALIBRATION.conditions
 
 
 def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
@@ -41,28 +30,30 @@ def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
 
 def test_a_failed_save_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="cannot represent"):
-        save_calibration(replace(CALIBRATION, dataset=object()), tmp_path / "zh.yaml")  # type: ignore[arg-type]
+        save_calibration(replace(CALIBRATION, scores=(object(),)), tmp_path / "zh.yaml")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Conditions)])
 def test_other_conditions_are_refused_by_name(field: str) -> None:
-    CALIBRATION.check(CONDITIONS, "zh.yaml")
+    CALIBRATION.check(CONDITIONS)
     change: dict[str, Any] = {field: 48 if field == "max_new_tokens" else "other"}
     other = replace(CONDITIONS, **change)
     with pytest.raises(
         CalibrationError, match=rf"^zh.yaml, {field}: is .*, and this run has (48|'other'): calibrate again"
     ):
-        CALIBRATION.check(other, "zh.yaml")
+        CALIBRATION.check(other)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("format: edgecloud_sd calibration 1", "format: other", "is no calibration"),
-        ("clips: 3", "clips: 4", "scores: must be a risk"),
-        ("clips: 3", "clips: many", "clips: must be of type int"),
-        ("dataset:", "data:", "missing or unknown fields"),
+        ("clips: [a, ", "clips: [", "scores: must be a risk"),
+        ("clips: [a, ", "clips: [[a], ", "clips: must be the file ids"),
+        ("language: chinese", "language:", "language: must be of type str"),
+        ("max_new_tokens: 64", "max_new_tokens: many", "max_new_tokens: must be a whole number"),
+        ("clips:", "data:", "missing or unknown fields"),
         ("[-1.0, 2.1, 0.07]", "[1.0, 2.1, 0.07]", "rising levels"),
         ("[-1.0, 2.1, 0.07]", "[-1.0, 2.1]", "rising levels"),
         (".inf", ".nan", "scores: must be a risk"),
@@ -84,3 +75,18 @@ def test_a_damaged_file_is_refused(tmp_path: Path, old: str, new: str, message: 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"none\.yaml: cannot be read"):
         load_calibration(tmp_path / "none.yaml")
+
+
+def test_a_calibration_gives_a_level_and_its_reason() -> None:
+    many = replace(CALIBRATION, clips=tuple("abcdefghi"), scores=(0.5, 0.25, *[math.inf] * 7))
+    own = choose_own(many, 0.9)
+    assert own.level == math.nextafter(0.25, 0)
+    assert own.reason.startswith("send level 0.25, below score 1 of 9 in zh.yaml: a caption differs")
+    assert "with chance 0.100 at most; there 2.10 calls a caption" in own.reason
+    assert choose_own(many, 0.95).level < 0
+    assert "9 clips are too few, so every caption is sent: lossless" in choose_own(many, 0.95).reason
+    assert choose_budget(many, Budget("calls", 1.5)).level == 0.1 + 0.2
+    with pytest.raises(CalibrationError, match=r"zh\.yaml: 0\.5 is less than any level"):
+        choose_budget(many, Budget("calls", 0.5))
+    with pytest.raises(CalibrationError, match=r"zh\.yaml: has no scores"):
+        choose_own(replace(many, scores=()), 0.9)

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 
 from edgecloud_sd import config
 from edgecloud_sd.config import OPTIONS, ConfigError, resolve
+from edgecloud_sd.forecast.calibration import save_calibration
+from edgecloud_sd.grid import strategies
+from tests.support.calibrations import CALIBRATION
 
 BY_NAME = {option.name: option for option in OPTIONS}
 COUNTS = ("k", "rank", "max-samples", "max-new-tokens")
@@ -345,6 +348,62 @@ def test_an_option_that_does_not_fit_the_place_of_the_cloud_is_refused(options: 
     with pytest.raises(ConfigError) as error:
         resolve(options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"own": "1"}, "--own: '1' is not a chance above 0 and below 1"),
+        ({"cloud-calls": "0"}, "--cloud-calls: '0' is not a number above 0"),
+        ({"cloud-budget": "1.5"}, "--cloud-budget: '1.5' is not a share above 0, at most 1"),
+        ({"audit": "nan"}, "--audit: 'nan' is not a share above 0, at most 1"),
+        ({"own": "0.9", "cloud-calls": "1"}, "--own: give it alone, without --cloud-calls"),
+        ({"own": "0.9", "mode": "revise"}, "--own: needs --calibration"),
+        (
+            {"own": "0.9", "mode": "speculative", "gate": "token"},
+            "--own: needs one gate of risk, and --mode speculative has token",
+        ),
+        (
+            {"cloud-calls": "1", "gate": "risk,token"},
+            "needs one gate of risk, token, token(logprob), token(margin), and",
+        ),
+        ({"cloud-calls": "1", "mode": "edge,lossless"}, "and --mode edge,lossless has none: give --mode revise"),
+        ({"cloud-calls": "1", "mode": "revise", "send-above": "0.1,0.2"}, "--send-above: --cloud-calls chooses it"),
+        ({"cloud-calls": "1", "gate": "risk", "k": "auto"}, "--k: auto needs a level that stays"),
+        ({"calibration": "zh.yaml"}, "--calibration: chooses nothing alone"),
+        ({"calibration": "zh.yaml", "cloud-calls": "1", "mode": "revise"}, "--calibration: zh.yaml: cannot be read"),
+    ],
+)
+def test_a_budget_that_does_not_fit_is_refused(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "rank"}, "--own: needs --rule greedy, and --rule is rank"),
+        ({"send-above": "0.2"}, "--send-above: --own chooses it: leave one of them out"),
+        ({"language": "english"}, "zh.yaml is for chinese, and --language is english"),
+        ({"own": "", "cloud-budget": "0.001"}, "zh.yaml: 0.001 is less than any level of this gate needs, 0.03"),
+    ],
+)
+def test_a_calibration_that_does_not_fit_is_refused(tmp_path: Path, options: dict[str, str], message: str) -> None:
+    save_calibration(CALIBRATION, tmp_path / "zh.yaml")
+    fitting = {"mode": "speculative", "gate": "risk", "rule": "greedy", "own": "0.8"}
+    fitting["calibration"] = str(tmp_path / "zh.yaml")
+    assert strategies(resolve(fitting))[0].gate.send_above == math.nextafter(0.25, 0)
+    with pytest.raises(ConfigError) as error:
+        resolve(fitting | options)
+    assert message in str(error.value)
+
+
+def test_a_calibrated_level_is_for_mode_revise_and_not_for_revise_lossless(tmp_path: Path) -> None:
+    save_calibration(CALIBRATION, tmp_path / "zh.yaml")
+    options = {"mode": "revise,revise-lossless", "own": "0.8", "calibration": str(tmp_path / "zh.yaml")}
+    levels = [strategy.gate.send_above for strategy in strategies(resolve(options))]
+    assert levels == [math.nextafter(0.25, 0), -1.0]
 
 
 def test_mode_edge_may_be_limited_without_a_server() -> None:

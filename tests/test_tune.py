@@ -14,7 +14,8 @@ from edgecloud_sd.config import ConfigError
         ([], "one of the arguments --pareto"),
         (["--pareto", "--clips", "1"], "--clips: '1' is not a whole number of at least 2"),
         (["--pareto", "--clips", "many"], "--clips: 'many' is not"),
-        (["--pareto", "--output", "picture.svg"], "--output: 'picture.svg' does not end in .html"),
+        (["--pareto", "--calibrate", "9"], "not allowed with argument --pareto"),
+        (["--calibrate", "0"], "--calibrate: '0' is not a whole number of at least 2"),
     ],
 )
 def test_a_bad_option_ends_the_command_with_its_reason(
@@ -45,3 +46,22 @@ def test_options_of_decoding_add_their_grid() -> None:
     assert [strategy.label for strategy in added] == ["speculative-always-k3-rank2", "speculative-always-k3-rank3"]
     options = tune.tune_parser().parse_args(["--pareto"])
     assert not tune.own_strategies(options, tune.resolve_settings(options))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--pareto", "--output", "picture.svg"], "--output: 'picture.svg' does not end in .html"),
+        (["--calibrate", "9", "--output", "zh.json"], "--output: 'zh.json' does not end in .yaml"),
+        (["--calibrate", "9"], "--gate: entropy has no level to calibrate: give one of risk, token"),
+        (["--calibrate", "9", "--gate", "risk", "--rank", "2,3"], "--calibrate: needs one strategy"),
+        (
+            ["--calibrate", "9", "--gate", "token", "--max-new-tokens", "300"],
+            "--max-new-tokens: a calibration verifies",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_done_is_refused_before_a_model_loads(arguments: list[str], problem: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        tune.main(arguments)
+    assert problem in str(error.value)

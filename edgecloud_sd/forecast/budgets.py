@@ -19,11 +19,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import NamedTuple
+
+from edgecloud_sd.events import Committed, Confirmed, Trace, Verified
+from edgecloud_sd.gate import Gate, total_risk
+from edgecloud_sd.strategy import Strategy
 
 ALWAYS_SEND = -1.0  # a send level below every risk: lossless
 NEVER_SEND = 1.0  # a send level that no risk exceeds
+
+
+class LevelRange(NamedTuple):
+    """The levels that a feedback may give a gate, and the step for one call or token."""
+
+    low: float
+    high: float
+    step: float
+
+
+LEVEL_RANGES = {
+    "risk": LevelRange(0.0, NEVER_SEND, 0.05),
+    "token": LevelRange(1e-6, 12.0, 0.1),  # 12 nats: ln of a vocabulary of 160,000 ids
+    "token(logprob)": LevelRange(1e-6, 12.0, 0.1),
+    "token(margin)": LevelRange(-1.0, -1e-6, 0.05),  # a margin with its sign changed, so that less of it is uncertain
+}
+
+
+def gate_at(gate: Gate, level: float) -> Gate:
+    """Return a gate of `LEVEL_RANGES` with another level: the send level of gate risk, or a gate's threshold."""
+    return replace(gate, send_above=level) if gate.name == "risk" else replace(gate, threshold=level)
+
+
+def gate_level(gate: Gate) -> float:
+    """Return the level of a gate of `LEVEL_RANGES`."""
+    return gate.send_above if gate.name == "risk" else gate.threshold
 
 
 @dataclass(frozen=True)
@@ -68,6 +99,37 @@ class Budget:
     def excess(self, calls: int, written: int, tokens: int) -> float:
         """Return calls, or tokens written by the cloud, beyond what the budget grants one caption."""
         return calls - self.limit if self.kind == "calls" else written - self.limit * tokens
+
+
+def calibrated_strategy(strategy: Strategy) -> Strategy:
+    """Return the strategy at the lowest level of its gate, and without fields that change no call and no token.
+
+    Under gates risk and token the cloud gets the same requests, however the draft tokens are split into rounds.
+    """
+    lowest = gate_at(strategy.gate, LEVEL_RANGES[strategy.gate.name].low)
+    return replace(strategy, gate=lowest, k=1, draft_stop=None, draft_ahead=0, prefill=Strategy.prefill)
+
+
+def trace_endings(trace: Trace, gate: Gate) -> Endings:
+    """Return the endings of a caption that was decoded losslessly under gate risk.
+
+    A request that exceeded the gate's limit B was no ending: it is sent at every f.
+    """
+    endings: list[Ending] = []
+    final = calls = written = 0
+    for _, event in trace.events:
+        if isinstance(event, Verified):
+            risk = total_risk(event.draft.scores)
+            tokens = (*trace.tokens[:final], *event.draft.tokens)
+            if risk <= gate.threshold:
+                endings.append(Ending(risk, calls, written, len(tokens), tokens == trace.tokens))
+            calls += 1
+        elif isinstance(event, Confirmed):
+            final += event.count
+        elif isinstance(event, Committed):
+            final += len(event.tokens) * event.is_final
+            written += len(event.tokens) * (event.origin in ("correction", "bonus"))
+    return (*endings, Ending(-math.inf, calls, written, len(trace.tokens), True))
 
 
 def let_go(endings: Endings, level: float) -> Ending:
@@ -123,26 +185,31 @@ class LevelFeedback:
     """A level that follows a budget without a calibration: it moves after each caption.
 
     It rises by `step` for each call or token that a caption spent beyond the budget, and falls by as much for each one
-    less. `state` is the level before it is held to `low` and `high`. If a caption at `high` spends nothing, the mean
+    less. `state` is the level before it is held to the range. If a caption at its top, `high`, spends nothing, the mean
     excess of T captions is at most (high - low + step * largest excess) / (step T). No caption can change that. The
     argument is that of adaptive conformal inference (Gibbs and Candes, arXiv:2106.00170).
     """
 
     budget: Budget
     state: float
-    low: float
-    high: float
-    step: float
+    range: LevelRange
 
     @property
     def level(self) -> float:
         """The level of the next caption."""
-        return min(max(self.state, self.low), self.high)
+        return min(max(self.state, self.range.low), self.range.high)
 
     def observe(self, calls: int, written: int, tokens: int) -> None:
         """Move the level after a caption.
 
         A debt beyond `high` is paid back, up to the width of the range. Saving beyond `low` earns nothing.
         """
-        moved = self.state + self.step * self.budget.excess(calls, written, tokens)
-        self.state = min(max(moved, self.low), 2 * self.high - self.low)
+        low, high, step = self.range
+        moved = self.state + step * self.budget.excess(calls, written, tokens)
+        self.state = min(max(moved, low), 2 * high - low)
+
+
+def start_feedback(budget: Budget, gate: Gate) -> LevelFeedback:
+    """Return the feedback of a run, which begins at the level of a gate of `LEVEL_RANGES`."""
+    levels = LEVEL_RANGES[gate.name]
+    return LevelFeedback(budget, max(gate_level(gate), levels.low), levels)

@@ -16,7 +16,7 @@ from edgecloud_sd.pocket import synthesis, voices
 
 POCKET = "pocket"  # the name of this data set in --dataset-path
 # The number of a set is part of the seed of each of its clips, so that no two sets share a clip.
-SETS = {"train": 1, "evaluation": 2, "held-out": 3}
+SETS = {"train": 1, "evaluation": 2, "held-out": 3, "calibration": 4}
 EVALUATION_CLIPS = 20  # per language
 FORMAT_VERSION = 1  # increase it when a seed gives another clip or manifest, so that no old set is reused
 
