@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from random import Random
 
 import pytest
@@ -113,6 +113,19 @@ def test_the_answer_of_another_service_is_refused(body: bytes) -> None:
         pytest.raises(CloudFault, match="is not an edgecloud_sd cloud of this version"),
     ):
         _ = connection.identity
+
+
+def test_a_server_of_another_version_is_refused_before_a_prompt_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(wire, "VERSION", wire.VERSION - 1)
+        identity = ToyEngine().identity
+        facts = {**asdict(identity), "fingerprint": identity.fingerprint, "check": identity.check}
+    answer = http_answer(200, json.dumps(facts).encode())
+    refusal = r"of this version: check the URL, or install one version on both ends"
+    with CannedServer(lambda number: answer) as server, connected(server.url) as connection:
+        with pytest.raises(Refused, match=refusal):
+            connection.verifier(GREEDY, Harness(), wants_rest=True)
+        assert {head.split()[1] for head in server.heads} == {b"/v1/model"}
 
 
 def test_a_service_without_the_path_of_the_identity_is_refused_at_once() -> None:

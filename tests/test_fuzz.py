@@ -323,7 +323,7 @@ def attack(port: int, server: psutil.Process, requests: int = 5000, warm_up: int
 
     sizes = []
     with closing(Client(port)) as bad, closing(Client(port)) as good:
-        path = f"/v1/sessions?rule={RULE}&check={honest.check}"
+        path = f"/v1/sessions?rule={RULE}&rest=1&check={honest.check}"
         status, response = good.request(WireRequest("POST", path, honest.body, OCTETS, OTHER_KEY))
         assert status == 201
         path = f"/v1/sessions/{json.loads(response)['session']}/verify"

@@ -27,11 +27,12 @@ from edgecloud_sd.data import prompts
 from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import Committed, Prompt, Verdict
 from edgecloud_sd.models import checkpoint
+from edgecloud_sd.steps import run_steps
 from edgecloud_sd.stopping import Stopping, check_length
 from edgecloud_sd.verifier import LocalVerifier, Verification
 from tests.support.serving import ToyEngine
 from tests.support.strategies import VOCABULARY, Scene, ks, logit_rows, ranks, scenes, speculative
-from tests.support.toy import ToyModel, random_table
+from tests.support.toy import ToyModel, random_table, stateless_verdict
 
 AUDIO = VOCABULARY  # an id that the toy models never output
 BLOCK = 3  # tokens in one block of the prefix cache
@@ -648,3 +649,14 @@ def test_the_published_length_leaves_room_for_the_token_after_a_whole_draft(
     identity = VLLM(run_directly(FakeVLLM(toy)), ToyEngine().identity.traits, "float32").identity
     with pytest.raises(ValueError, match=r"model fake, 98 tokens: .*, or give the server another .* max_model_len$"):
         check_length(60, 39, identity.length_limits)
+
+
+@pytest.mark.parametrize("wants_rest", [True, False])
+def test_the_engine_of_a_server_gives_a_rest_if_it_is_asked_for(toy: ToyModel, wants_rest: bool) -> None:
+    engine = VLLM(run_directly(FakeVLLM(toy)), ToyEngine().identity.traits, "float32")
+    opened = run_steps(engine.verifier(Rank(2), wants_rest=wants_rest).open_steps(Prompt((1, 2))))
+    expected = stateless_verdict(toy, Prompt((1, 2)), Rank(2), [2], [0] * 6)
+    assert len(expected.rest) > 1
+    assert run_steps(opened.verify_steps(0, [2], [0] * 6)) == (expected if wants_rest else replace(expected, rest=()))
+    empty = stateless_verdict(toy, Prompt((1, 2)), Rank(2), [2], [])
+    assert run_steps(opened.verify_steps(0, [2], [])) == empty
