@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgecloud_sd.config import Settings
-from edgecloud_sd.grid import cells
+from edgecloud_sd.grid import cells, find_feedback
 from edgecloud_sd.host.limits import MONITOR
 from edgecloud_sd.models.devices import AUTO
 from edgecloud_sd.pocket.clips import POCKET
@@ -46,6 +46,8 @@ def case_id(settings: Settings, strategy: Strategy, link: Link, language: str) -
     Parts that are usual are left out.
     """
     parts = [strategy.mode, *model_parts(settings, strategy.mode), *strategy.details]
+    if feedback := find_feedback(settings, strategy):
+        parts.append(f"{feedback.budget.kind.removesuffix('_share')}{feedback.budget.limit:g}")
     if strategy.mode != "edge" and settings.cloud_url:
         parts.append("served")
     if settings.max_cpu_cores:

@@ -13,6 +13,7 @@ import pytest
 from tqdm import tqdm
 
 from bench import cases, rows, tables
+from bench.budget import budget_lines, budget_parts, shared_clip_notes
 from bench.calibrate import measure_profile
 from bench.forecasts import forecast_to_json
 from bench.regression import FAIL_RULES, find_regressions
@@ -289,9 +290,14 @@ def report(
             captions, case.language, settings.bertscore_model, meaningless, settings.score_normalisation
         )
         experiment = tables.describe_case(case, pipeline, settings, profile, data.digest)
-        document = results.results_document(experiment, captions, summary, scores, in_force, data.skipped)
+        budget = budget_parts(settings, case.strategy, captions)
+        document = results.results_document(experiment, captions, summary, scores, in_force, data.skipped, budget)
         file = tables.results_file(settings, case)
         session = outcomes(pytestconfig)
+        session.notes += [
+            *budget_lines(budget, case.id),
+            *shared_clip_notes(settings, case.strategy, [clip.file_id for clip in data.clips]),
+        ]
         session.notes += keep_other_results(file, experiment)
         results.write_results(file, document)
         session.captions[case.id] = (case, captions)

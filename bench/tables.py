@@ -77,6 +77,8 @@ def describe_case(
     for name in ("edge_model", "cloud_model", "bertscore_model"):
         if shared[name] and Path(shared[name]).is_dir():
             shared[name] = checkpoint_name(shared[name])
+    if settings.calibrated:
+        shared["calibration"] = settings.calibrated.name
     if cloud:
         shared |= {"cloud_model": cloud.name, "cloud_device": cloud.device, "cloud_dtype": cloud.dtype}
     experiment = shared | {

@@ -21,10 +21,13 @@ from edgecloud_sd.config import Settings
 from edgecloud_sd.data.dataset import Clip
 from edgecloud_sd.events import BREAKER_OPENED, Finished, Trace
 from edgecloud_sd.forecast.adaptive_k import AdaptiveK
+from edgecloud_sd.forecast.budgets import gate_at
+from edgecloud_sd.grid import find_feedback, has_chosen_level
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.utilization import Meter, Utilization, unmeasured
 from edgecloud_sd.measure import results
-from edgecloud_sd.measure.metrics import Hindsight, degraded_reason
+from edgecloud_sd.measure.audit import is_drawn
+from edgecloud_sd.measure.metrics import Hindsight, counts, degraded_reason
 from edgecloud_sd.measure.shadow import rejected_places, shadow_verify
 from edgecloud_sd.measure.summary import ClipResult, clip_result
 from edgecloud_sd.pipeline import Pipeline, Request
@@ -48,6 +51,15 @@ class Captioning:
     saved: SavedClips
     captions: list[ClipResult] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.feedback = find_feedback(self.settings, self.case.strategy)
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy of the next caption: that of the case, at the level that the feedback of a budget gives."""
+        strategy = self.case.strategy
+        return replace(strategy, gate=gate_at(strategy.gate, self.feedback.level)) if self.feedback else strategy
+
     def decode(
         self,
         clip: Clip,
@@ -58,7 +70,7 @@ class Captioning:
         with self.one_line(clip):
             return self.pipeline.trace(
                 request,
-                self.case.strategy,
+                self.strategy,
                 self.settings.max_new_tokens,
                 link=self.case.link,
                 profile=self.profile,
@@ -114,19 +126,23 @@ class Captioning:
     def keep(self, clip: Clip, request: Request, measured: Measured) -> ClipResult:
         """Add a caption off the clock: ask the cloud about local tokens, and save the record."""
         trace, used, hindsight = measured
+        is_own = self.saved.records.get(clip.file_id, {}).get("is_own")
         if clip.file_id not in self.saved.records:
             fault, harness = None, Harness()
             try:
                 hindsight = self._shadow(trace, request, harness)
+                is_own = self._audit(clip, trace, request, hindsight, harness)
             except CloudFault as error:
                 fault = error
             trace = with_openings(trace, harness)
             with errors_in_one_line():
-                self.saved.add(results.measurement_to_json(clip.file_id, trace, used, hindsight))
+                self.saved.add(results.measurement_to_json(clip.file_id, trace, used, hindsight, is_own))
             if fault:
                 with self.one_line(clip):
                     raise fault
-        self.captions.append(clip_result(clip, trace, used, self._text, hindsight))
+        self.captions.append(clip_result(clip, trace, used, self._text, hindsight, is_own))
+        if self.feedback:
+            self.feedback.observe_counts(self.captions[-1].counts)
         return self.captions[-1]
 
     def _shadow(self, trace: Trace, request: Request, harness: Harness) -> Hindsight | None:
@@ -140,6 +156,27 @@ class Captioning:
                 cloud = self.pipeline.cloud.verifier(self.case.strategy.rule, harness)
                 return shadow_verify(trace, self.pipeline.prompt(request, self.case.strategy.mode), cloud)
         return None
+
+    def _audit(
+        self, clip: Clip, trace: Trace, request: Request, hindsight: Hindsight | None, harness: Harness
+    ) -> bool | None:
+        """Return whether a drawn caption is the cloud's own, or None for any other caption and without an answer."""
+        strategy, share = self.case.strategy, self.settings.audit
+        is_lossy = strategy.is_speculative and not strategy.is_lossless
+        if share and is_lossy and is_drawn(clip.file_id, share) and not degraded_reason(trace):
+            if strategy.rule.is_lossless and (hindsight or not counts(trace).local):
+                return not (hindsight and hindsight.missed)
+            with self.without_cloud():
+                self.pipeline.prepare(strategy.mode)
+                cloud = self.pipeline.cloud.verifier(GREEDY, harness)
+                return not rejected_places(trace.tokens, self.pipeline.prompt(request, strategy.mode), cloud)
+        return None
+
+    def check_calibration(self) -> None:
+        """Fail with one line if the level was calibrated under other conditions than those of the case."""
+        if (calibrated := self.settings.calibrated) and has_chosen_level(self.settings, self.case.strategy):
+            with self.without_cloud(), errors_in_one_line(prefix="--calibration: "):
+                calibrated.check(self.pipeline.conditions(self.settings, self.case.strategy, self.case.language))
 
     @property
     def has_shadow(self) -> bool:
@@ -188,6 +225,7 @@ def test_captioning(
         process_limits.enter_context(pipeline.limited(settings.process_limits))
         job = Captioning(case, pipeline, settings, profile, saved_clips(case))
         job.load()  # before anything is timed
+        job.check_calibration()
         front = pipeline.prepare(pipeline.prepare_for(case.strategy)[0])
         cloud = tables.cloud_identity(case.strategy, pipeline)
     bar = progress(len(clips.clips), case.id)

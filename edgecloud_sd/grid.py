@@ -69,10 +69,16 @@ def _revising(settings: Settings, always_sends: bool) -> Iterator[Strategy]:
     yield from _speculative(revising, gates if always_sends else _levelled(settings, gates), [GREEDY])
 
 
+def has_chosen_level(settings: Settings, strategy: Strategy) -> bool:
+    """Return True if a calibration or a budget chose the level of the gate of a strategy of the grid."""
+    if not strategy.is_speculative or strategy.gate.name not in LEVEL_RANGES:
+        return False
+    return (settings.own or settings.budget) is not None and next(_levelled(settings, [strategy.gate])) == strategy.gate
+
+
 def find_feedback(settings: Settings, strategy: Strategy) -> LevelFeedback | None:
     """Return the feedback that moves the gate of a strategy of the grid after each caption, or None without one."""
-    has_level = strategy.is_speculative and strategy.gate.name in LEVEL_RANGES and not strategy.gate.sends_all
-    if not settings.budget or settings.calibration or not has_level:
+    if not settings.budget or settings.calibration or not has_chosen_level(settings, strategy):
         return None
     return start_feedback(settings.budget, strategy.gate)
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from edgecloud_sd.events import Committed, Confirmed, Trace, Verified
 from edgecloud_sd.gate import Gate, total_risk
+from edgecloud_sd.measure.metrics import Counts
 from edgecloud_sd.strategy import Strategy
 
 ALWAYS_SEND = -1.0  # a send level below every risk: lossless
@@ -198,6 +199,10 @@ class LevelFeedback:
     def level(self) -> float:
         """The level of the next caption."""
         return min(max(self.state, self.range.low), self.range.high)
+
+    def observe_counts(self, counts: Counts) -> None:
+        """Move the level after a caption with these counts."""
+        self.observe(counts.cloud_calls, counts.correction + counts.bonus, counts.tokens)
 
     def observe(self, calls: int, written: int, tokens: int) -> None:
         """Move the level after a caption.

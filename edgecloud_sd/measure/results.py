@@ -11,7 +11,7 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib import metadata
@@ -30,6 +30,7 @@ from edgecloud_sd.measure.published_metrics import published_section
 from edgecloud_sd.measure.summary import ClipResult, Figures, Summary, max_or_none, mean_or_none, min_or_none
 
 SCHEMA_VERSION = 6
+WITHOUT_BUDGET = {"budget": None, "audit": None, "reasons": {"budget": "none was set", "audit": "none was set"}}
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
 CHECKOUT = Path(__file__).parents[2]  # the folder of the package's repository, if there is one
 
@@ -41,8 +42,9 @@ def results_document(
     scores: quality.Quality,
     in_force: LimitsInForce,
     skipped: Iterable[SkippedClip],
+    budget: Mapping[str, Any] = WITHOUT_BUDGET,
 ) -> dict[str, Any]:
-    """Return the contents of the results file of one experiment."""
+    """Return the contents of the results file of one experiment. `budget` is of `bench.budget.budget_parts`."""
     clips = [_clip_record(result, scores, index) for index, result in enumerate(results)]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -61,7 +63,9 @@ def results_document(
                 "worst": summary.closure_worst,
                 "unnamed_median": summary.unnamed_median,
             },
-            "reasons": summary.reasons,
+            "budget": budget["budget"],
+            "audit": budget["audit"],
+            "reasons": summary.reasons | budget["reasons"],
         },
         "published": published_section(results, summary, scores, experiment["strategy"], experiment["language"]),
         "detailed_results": clips,
@@ -109,7 +113,11 @@ def _speculative_metrics(summary: Summary) -> dict[str, Any]:
 
 
 def measurement_to_json(
-    file_id: str, trace: Trace, utilization: Utilization, hindsight: metrics.Hindsight | None
+    file_id: str,
+    trace: Trace,
+    utilization: Utilization,
+    hindsight: metrics.Hindsight | None,
+    is_own: bool | None = None,
 ) -> dict[str, Any]:
     """Return the measurements of one caption, from which every other field of its clip can be computed again."""
     return {
@@ -122,6 +130,7 @@ def measurement_to_json(
         "gpu_memory_mb": utilization.gpu_memory_mb,
         "not_measured": utilization.reasons,
         "hindsight": asdict(hindsight) if hindsight else None,
+        "is_own": is_own,
         "trace": traces.trace_to_json(trace),
     }
 
@@ -144,7 +153,7 @@ def measurement_from_json(saved: dict[str, Any]) -> tuple[Trace, Utilization, me
 
 def _clip_record(result: ClipResult, scores: quality.Quality, index: int) -> dict[str, Any]:
     trace, clip = result.trace, result.clip
-    measurement = measurement_to_json(clip.file_id, trace, result.utilization, result.hindsight)
+    measurement = measurement_to_json(clip.file_id, trace, result.utilization, result.hindsight, result.is_own)
     saved_trace = measurement.pop("trace")
     return {
         "file_id": clip.file_id,

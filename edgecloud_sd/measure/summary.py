@@ -245,6 +245,7 @@ class ClipResult:
     counts: metrics.Counts
     breakdown: LatencyBreakdown
     hindsight: metrics.Hindsight | None = None
+    is_own: bool | None = None  # the audit's answer: the caption is the cloud's own; None if it was not drawn
 
     @property
     def after_first(self) -> tuple[int, float] | None:
@@ -260,6 +261,7 @@ def clip_result(
     utilization: Utilization,
     decode: metrics.DecodeText,
     hindsight: metrics.Hindsight | None = None,
+    is_own: bool | None = None,
 ) -> ClipResult:
     """Return the caption of a trace with its metrics."""
     ttft, e2e = metrics.ttft(trace, decode), metrics.e2e(trace)
@@ -274,6 +276,7 @@ def clip_result(
         counts=metrics.counts(trace),
         breakdown=latency_breakdown(trace),
         hindsight=hindsight,
+        is_own=is_own,
     )
 
 

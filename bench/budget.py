@@ -1,0 +1,92 @@
+"""The budget, the promise and the audit of a cell: parts of its results file, and lines for the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import reduce
+from operator import add
+from typing import Any
+
+from edgecloud_sd.config import BUDGETS, Settings
+from edgecloud_sd.forecast.budgets import gate_level
+from edgecloud_sd.grid import find_feedback, has_chosen_level
+from edgecloud_sd.measure.audit import AuditCount
+from edgecloud_sd.measure.metrics import degraded_reason
+from edgecloud_sd.measure.summary import ClipResult
+from edgecloud_sd.strategy import Strategy
+
+NO_BUDGET = "neither --own, --cloud-calls nor --cloud-budget chose the level of this cell's gate"
+
+
+def budget_parts(settings: Settings, strategy: Strategy, captions: Sequence[ClipResult]) -> dict[str, Any]:
+    """Return `budget` and `audit` of a cell for its results file. `reasons` has the reason for each that is null."""
+    budget = _describe_budget(settings, strategy, captions)
+    audit = count_audit(settings, strategy, captions)
+    reasons = {} if budget else {"budget": NO_BUDGET}
+    if isinstance(audit, str):
+        return {"budget": budget, "audit": None, "reasons": reasons | {"audit": audit}}
+    figures = {"rate": audit.rate, "p": audit.p, "is_broken": audit.is_broken}
+    return {"budget": budget, "audit": asdict(audit) | figures | {"sentence": audit.sentence()}, "reasons": reasons}
+
+
+def budget_lines(parts: dict[str, Any], name: str) -> Iterator[str]:
+    """Yield the lines on the budget and the audit of a cell at the end of a run."""
+    if budget := parts["budget"]:
+        given = f"--{budget['option'].replace('_', '-')} {budget['value']:g} by {budget['by']}: {budget['reason']}"
+        spent = (
+            f"{budget['calls']:.2f} calls a caption, and the cloud wrote {budget['written_share']:.3f} of the tokens"
+        )
+        yield f"- {name}: {given}. Here {spent}"
+    if audit := parts["audit"]:
+        yield f"- {name}: {'warning: ' if audit['is_broken'] else ''}audit: {audit['sentence']}"
+
+
+def _describe_budget(settings: Settings, strategy: Strategy, captions: Sequence[ClipResult]) -> dict[str, Any] | None:
+    if not has_chosen_level(settings, strategy):
+        return None
+    option, value = next((name, value) for name in ("own", *BUDGETS) if (value := getattr(settings, name)) is not None)
+    first = last = gate_level(strategy.gate)
+    if feedback := find_feedback(settings, strategy):
+        for result in captions:
+            feedback.observe_counts(result.counts)
+        last = feedback.level
+    counts = reduce(add, (result.counts for result in captions))
+    calibrated, choice = settings.calibrated, settings.gate_choice
+    return {
+        "option": option,
+        "value": value,
+        "by": "calibration" if calibrated else "feedback",
+        "calibration": calibrated.name if calibrated else None,
+        "calibration_clips": len(calibrated.clips) if calibrated else None,
+        "reason": choice.reason if choice else f"the level went from {first:.4g} to {last:.4g}",
+        "first_level": first,
+        "last_level": last,
+        "calls": counts.cloud_calls / len(captions),
+        "written_share": (counts.correction + counts.bonus) / counts.tokens,
+    }
+
+
+def count_audit(settings: Settings, strategy: Strategy, captions: Sequence[ClipResult]) -> AuditCount | str:
+    """Return the counts of an audit, or the reason why there are none."""
+    if settings.audit is None:
+        return "--audit is not set"
+    if not strategy.is_speculative:
+        return f"mode {strategy.mode} has no captions that the cloud may have left unverified"
+    if strategy.is_lossless:
+        return "every caption is verified, because the cell is lossless"
+    drawn = [result for result in captions if result.is_own is not None]
+    if not drawn:
+        clips = "answered by the cloud" if any(degraded_reason(result.trace) for result in captions) else "of the cell"
+        return f"no clip {clips} was drawn: raise --audit or caption more clips"
+    promised = round(1 - settings.own, 12) if settings.own and has_chosen_level(settings, strategy) else None
+    unverified = sum(result.counts.local > 0 for result in drawn)
+    return AuditCount(len(drawn), unverified, sum(not result.is_own for result in drawn), promised)
+
+
+def shared_clip_notes(settings: Settings, strategy: Strategy, file_ids: Iterable[str]) -> Iterator[str]:
+    """Yield a warning if the level of a cell was chosen on clips of the run itself: nothing is promised for those."""
+    if settings.calibrated and has_chosen_level(settings, strategy):
+        shared = set(settings.calibrated.clips).intersection(file_ids)
+        if shared:
+            yield f"warning: {settings.calibrated.name} was calibrated on {len(shared)} clips of this run: use others"
