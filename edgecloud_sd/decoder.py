@@ -100,7 +100,7 @@ class _State:
     final: int = 1  # context tokens that no verdict can take back
     at_cloud: int = 0  # context tokens that the cloud holds: none before its first verdict
     scores: tuple[float, ...] = ()  # those of the tokens since the last verdict
-    opinions: tuple[int, ...] = ()  # the last verdict's, on the places after its own token
+    opinions: tuple[int, ...] | None = None  # the last verdict's, on the places after its correction if it has one
 
 
 def _speculate(
@@ -229,7 +229,7 @@ def _apply(verdict: Verdict, draft: Draft, state: _State, stopping: Stopping) ->
             state.context += cut
             yield Committed(cut, origin)
     state.final = len(state.context)
-    state.scores, state.opinions = (), verdict.rest
+    state.scores, state.opinions = (), verdict.rest if verdict.accepted < len(draft.tokens) else None
 
 
 def _finish(stopping: Stopping, output: list[int]) -> Finished:

@@ -49,15 +49,16 @@ class Drafter:
         self._old = OldDraft()
         self._passes: list[int] = []
 
-    def follow(self, context: Sequence[int], opinions: Sequence[int] = ()) -> int:
+    def follow(self, context: Sequence[int], opinions: Sequence[int] | None = None) -> int:
         """Draft after `context` from now on. Return how many of the tokens that were drafted ahead follow it.
 
-        `opinions` are the target's opinions on the places after `context` (`Verdict.rest`).
+        If `context` ends with a correction, `opinions` are the target's on the places after it (`Verdict.rest`). They
+        stay until the next correction, because tokens that were drafted ahead may already contain them.
         """
         before = [*self._context, *self.tokens]
         agrees = len(self._context) <= len(context) and before[: len(context)] == list(context)
-        if not agrees:
-            self._old = OldDraft(tuple(before), len(context), tuple(opinions))
+        if not agrees and (opinions is not None or not self._old.opinions):
+            self._old = OldDraft(tuple(before), len(context), tuple(opinions or ()))
         del self._drafted[: len(context) - len(self._context) if agrees else None]
         self._context = list(context)
         return self.count_ahead(len(self._drafted))

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecloud_sd import acceptance, gate, probs
+from edgecloud_sd import gate, probs
 from edgecloud_sd.acceptance import GREEDY, Rank
 from edgecloud_sd.decoder import decode
-from edgecloud_sd.events import Committed, Drafted, Escalated, Event, Finished, Opened, Prompt, Trace, Verified
+from edgecloud_sd.events import (
+    Committed,
+    Drafted,
+    Escalated,
+    Event,
+    Finished,
+    Opened,
+    Prompt,
+    Trace,
+    Verified,
+    output_tokens,
+)
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.verifier import LocalVerification, LocalVerifier
-from tests.support.strategies import Scene, gates, ks, ranks, scenes, speculative
+from tests.support.replay import Conditions, Replay, conditions, record, shown_tokens
+from tests.support.strategies import Scene, ks, ranks, scenes, speculations, speculative
 from tests.support.toy import ToyModel, random_table
 
 
 def run(scene: Scene, strategy: Strategy) -> Trace:
-    verifier = LocalVerifier(scene.cloud, strategy.rule)
+    verifier = LocalVerifier(scene.cloud, strategy.rule, wants_rest=strategy.wants_rest)
     return stamp(decode(scene.prompt, strategy, scene.stopping, scene.edge, verifier))
 
 
@@ -68,11 +81,9 @@ def test_every_token_of_a_perfect_drafter_is_accepted(scene: Scene, k: int) -> N
     assert counts.accepted == counts.verified == counts.drafted
 
 
-@given(scenes(), ks, gates, ranks)
-def test_every_draft_token_and_every_committed_token_has_one_origin(
-    scene: Scene, k: int, chosen: gate.Gate, rule: Rank
-) -> None:
-    trace = run(scene, speculative(k, chosen, rule))
+@given(scenes(), speculations())
+def test_every_draft_token_and_every_committed_token_has_one_origin(scene: Scene, strategy: Strategy) -> None:
+    trace = run(scene, strategy)
     counts = metrics.counts(trace)
     assert len(trace.tokens) == counts.local + counts.accepted + counts.correction + counts.bonus
     assert counts.local + counts.verified == counts.drafted
@@ -92,9 +103,9 @@ def test_the_cloud_token_is_a_correction_after_a_rejection_and_a_bonus_otherwise
             assert event.origin == ("correction" if rejected else "bonus")
 
 
-@given(scenes(), ks, gates, ranks)
-def test_output_ends_at_eos_or_at_the_length_limit(scene: Scene, k: int, chosen: gate.Gate, rule: Rank) -> None:
-    trace = run(scene, speculative(k, chosen, rule))
+@given(scenes(), speculations())
+def test_output_ends_at_eos_or_at_the_length_limit(scene: Scene, strategy: Strategy) -> None:
+    trace = run(scene, strategy)
     assert all(token not in scene.stopping.eos for token in trace.tokens[:-1])
     assert 1 <= len(trace.tokens) <= scene.stopping.max_new_tokens
     (finished,) = [event for _, event in trace.events if isinstance(event, Finished)]
@@ -102,25 +113,37 @@ def test_output_ends_at_eos_or_at_the_length_limit(scene: Scene, k: int, chosen:
     assert (finished.reason == "eos") == (trace.tokens[-1] in scene.stopping.eos)
 
 
-@given(scenes(), ks, gates, ranks)
-def test_every_accepted_token_has_at_most_the_rank_of_the_rule(
-    scene: Scene, k: int, chosen: gate.Gate, rule: Rank
-) -> None:
+@given(scenes(), speculations())
+def test_every_accepted_token_has_at_most_the_rank_of_the_rule(scene: Scene, strategy: Strategy) -> None:
     context = list(scene.prompt.ids)
-    for event in commits(run(scene, speculative(k, chosen, rule))):
-        for token in event.tokens:
-            rank = probs.rank(scene.cloud.logits(context), token)
-            if event.origin == "accepted":
-                assert rank <= rule.r
-            elif event.origin in ("correction", "bonus"):
-                assert rank == 1
-            context.append(token)
+    for token, origin in shown_tokens(event for _, event in run(scene, strategy).events):
+        rank = probs.rank(scene.cloud.logits(context), token)
+        assert isinstance(strategy.rule, Rank)
+        assert rank <= {"local": 7, "accepted": strategy.rule.r}.get(origin, 1)
+        context.append(token)
 
 
-@given(scenes(), ks, gates)
-def test_rank_1_is_the_greedy_rule(scene: Scene, k: int, chosen: gate.Gate) -> None:
-    rank_1, greedy = (speculative(k, chosen, rule) for rule in (Rank(1), acceptance.parse_rule("greedy")))
-    assert run(scene, rank_1).tokens == run(scene, greedy).tokens
+@given(scenes(), speculations(), conditions())
+def test_all_events_and_calls_are_those_of_plain_decoding(scene: Scene, strategy: Strategy, given: Conditions) -> None:
+    events, calls = record(scene, strategy, given)
+    Replay(scene, strategy, given, calls).check(events)
+    assert [token for token, _ in shown_tokens(events)] == output_tokens(events) != []
+
+
+test_all_events_of_many_captions_are_those_of_plain_decoding = pytest.mark.slow(
+    settings(max_examples=1000)(test_all_events_and_calls_are_those_of_plain_decoding)
+)
+
+
+@given(scenes(), speculations(), conditions())
+def test_a_strategy_that_sends_all_is_lossless_under_rule_greedy(
+    scene: Scene, strategy: Strategy, given: Conditions
+) -> None:
+    sends_all = strategy.gate if strategy.gate.sends_all else gate.risk_gate(0.5)
+    strategy = replace(strategy, gate=sends_all, rule=GREEDY, draft_stop=None)
+    assert strategy.is_lossless
+    events, _ = record(scene, strategy, replace(given, fails_at=None))
+    assert tuple(output_tokens(events)) == decode_greedily(scene.cloud, scene.prompt, scene.stopping)
 
 
 @given(scenes(), ks, ranks)
@@ -173,11 +196,10 @@ class RecordingModel:
         return session
 
 
-@given(scenes(), ks, gates)
-def test_a_verification_is_one_forward_pass_and_feeds_no_token_twice(scene: Scene, k: int, chosen: gate.Gate) -> None:
+@given(scenes(), speculations())
+def test_a_verification_is_one_forward_pass_and_feeds_no_token_twice(scene: Scene, strategy: Strategy) -> None:
     cloud = RecordingModel(scene.cloud)
-    verifier = LocalVerifier(cloud, GREEDY)  # type: ignore[arg-type]
-    trace = stamp(decode(scene.prompt, speculative(k, chosen), scene.stopping, scene.edge, verifier))
+    trace = run(replace(scene, cloud=cloud), strategy)  # type: ignore[arg-type]
     counts = metrics.counts(trace)
     assert len(cloud.passes) == counts.cloud_calls
     # each pass feeds the last prompt token, committed tokens and draft tokens, and none of them twice

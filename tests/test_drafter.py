@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -21,29 +21,13 @@ from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.verifier import CloudFault, LocalVerifier
-from tests.support.fakes import Scripted
-from tests.support.strategies import Case, Scene, draft_stops, gates, ks, ranks, scenes, speculative
+from tests.support.fakes import Scripted, Slow
+from tests.support.strategies import Case, Scene, draft_stops, gates, ks, scenes, speculations, speculative
 from tests.support.toy import ToyModel
 
 LIMITS = st.sampled_from([0, 1, 2, 5, 30])
 MANY = 8 * settings().max_examples  # an example takes milliseconds
 ANSWERS = st.lists(st.booleans(), max_size=8)
-
-
-@dataclass(frozen=True)
-class Slow:
-    """A call that is done when `answers` yields True. It runs when the loop waits for its result."""
-
-    call: Callable[[], Verdict]
-    answers: Iterator[bool]
-    waited: list[bool]
-
-    def done(self) -> bool:
-        return next(self.answers, False)
-
-    def result(self) -> Verdict:
-        self.waited.append(True)
-        return self.call()
 
 
 def run(case: Case, ahead: int = 0, answers: Sequence[bool] = ()) -> Trace:
@@ -55,15 +39,14 @@ def run(case: Case, ahead: int = 0, answers: Sequence[bool] = ()) -> Trace:
 
     scene, strategy = case.scene, replace(case.strategy, draft_ahead=ahead)
     runtime = Runtime(background=background if ahead else None)
-    verifier = LocalVerifier(scene.cloud, strategy.rule)
+    verifier = LocalVerifier(scene.cloud, strategy.rule, wants_rest=strategy.wants_rest)
     return stamp(decode(scene.prompt, strategy, scene.stopping, scene.edge, verifier, runtime))
 
 
 @st.composite
 def drafting(draw: st.DrawFn) -> Case:
-    """Draw a scene and a speculative strategy with any gate, rule and draft stop."""
-    chosen = draw(gates)
-    return Case(draw(scenes()), Strategy("speculative", chosen, draw(ranks), draw(ks), draw(draft_stops(chosen))))
+    """Draw a scene and any speculative strategy."""
+    return Case(draw(scenes()), replace(draw(speculations()), draft_ahead=0))
 
 
 def commits(trace: Trace) -> list[Committed]:
@@ -197,11 +180,12 @@ def test_drafting_ahead_ends_at_the_verdict_at_eos_or_at_the_limit() -> None:
     assert ended.draft_ahead(2, 9, lambda: False)[1] == 0
 
 
-@given(drafting())
-def test_a_draft_stop_ends_a_draft_at_its_first_unsure_token(case: Case) -> None:
-    stop, scene = case.strategy.draft_stop, case.scene
-    assume(stop)
+@given(drafting(), st.data())
+def test_a_draft_stop_ends_a_draft_at_its_first_unsure_token(case: Case, data: st.DataObject) -> None:
+    chosen = data.draw(gates.filter(lambda chosen: chosen.name != "risk" and not chosen.stops_before_token))
+    stop, scene = data.draw(draft_stops(chosen).filter(bool)), case.scene
     assert stop is not None
+    case = replace(case, strategy=replace(case.strategy, gate=chosen, draft_stop=stop, revise="none", look_back=False))
     score = stop.score or probs.entropy
     k, context = case.strategy.k or 0, list(scene.prompt.ids)
     for _, event in run(case).events:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.identity import Identity
 from edgecloud_sd.cloud.local import local_verifier
-from edgecloud_sd.events import Prompt
+from edgecloud_sd.events import Prompt, Verdict
 from edgecloud_sd.gate import Gate
 from edgecloud_sd.session import Model, check_truncation
 from edgecloud_sd.timing.harness import Harness
@@ -48,6 +48,22 @@ class VerifierCloud(FakeCloud):
 
     def verifier(self, rule: Rule, harness: Harness, wants_rest: bool = False) -> Verifier:
         return harness.timed_verifier(self.inner)
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A call that is done when `answers` yields True. It runs when the loop waits for its result."""
+
+    call: Callable[[], Verdict]
+    answers: Iterator[bool]
+    waited: list[bool]
+
+    def done(self) -> bool:
+        return next(self.answers, False)
+
+    def result(self) -> Verdict:
+        self.waited.append(True)
+        return self.call()
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from edgecloud_sd import acceptance, gate
 from edgecloud_sd.events import Committed, Confirmed, Event, Prompt, Retracted, Trace, output_tokens
+from edgecloud_sd.gate import parse_gate
 from edgecloud_sd.pipeline import generation_events
 from edgecloud_sd.prefill import PREFILL_TIMES
+from edgecloud_sd.revise import REVISE_NAMES
 from edgecloud_sd.session import Model
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.strategy import Strategy
@@ -65,11 +67,15 @@ ks = st.integers(1, 9)
 ranks = st.integers(1, VOCABULARY).map(acceptance.Rank)
 rates = st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0])
 synthetics = st.lists(rates, min_size=1, max_size=3).map(lambda values: acceptance.Synthetic(tuple(values)))
+shares = st.floats(0.01, 1.0)
 gates = st.one_of(
     st.sampled_from([gate.ALWAYS, gate.NEVER]),
-    st.floats(0.01, 2.0, allow_nan=False).map(gate.entropy_gate),
+    st.builds(parse_gate, st.sampled_from(["entropy", "logprob", "token", "token(logprob)"]), st.floats(0.01, 2.0)),
+    st.builds(parse_gate, st.sampled_from(["margin", "token(margin)"]), shares),
+    st.builds(gate.risk_gate, shares | st.just(1.0), st.sampled_from([-1.0, -1.0, 0.0, 0.3, 0.9]), shares),
 )
 prefills = st.sampled_from(PREFILL_TIMES)
+revisions = st.sampled_from(REVISE_NAMES)
 
 
 @st.composite
@@ -82,6 +88,17 @@ def draft_stops(draw: st.DrawFn, chosen: gate.Gate) -> gate.DraftStop | None:
 def speculative(k: int, chosen: gate.Gate = gate.ALWAYS, rule: acceptance.Rule = acceptance.GREEDY) -> Strategy:
     """Return a speculative strategy, lossless without further arguments."""
     return Strategy("speculative", chosen, rule, k)
+
+
+@st.composite
+def speculations(draw: st.DrawFn) -> Strategy:
+    """Draw any speculative strategy with a fixed k and a rule by rank."""
+    chosen = draw(gates)
+    stop, ahead = draw(draft_stops(chosen)), draw(st.sampled_from([0, 0, 1, 3, 9]))
+    return Strategy(
+        *("speculative", chosen, draw(ranks), draw(ks), stop, ahead),
+        *(draw(prefills), draw(revisions), draw(st.booleans())),
+    )
 
 
 @dataclass(frozen=True)
@@ -101,14 +118,11 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Draw a scene and any way to decode it."""
-    scene, rule = draw(scenes()), draw(ranks)
     mode = draw(st.sampled_from(["speculative", "speculative", "cloud", "edge"]))
-    if mode != "speculative":
-        return Case(scene, Strategy(mode), rule)
-    chosen = draw(gates)
-    ahead = draw(st.sampled_from([0, 0, 1, 3, 9]))
-    strategy = Strategy(mode, chosen, rule, draw(ks), draw(draft_stops(chosen)), ahead, draw(prefills))
-    return Case(scene, strategy, rule)
+    strategy = draw(speculations()) if mode == "speculative" else Strategy(mode)
+    rule = strategy.rule if mode == "speculative" else draw(ranks)
+    assert isinstance(rule, acceptance.Rank)
+    return Case(draw(scenes()), strategy, rule)
 
 
 def final_tokens(events: Iterable[Event]) -> tuple[int, ...]:
