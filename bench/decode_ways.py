@@ -1,10 +1,14 @@
-"""Decode clips in many ways on the virtual clock. Both sides encode and prefill each clip once, for all ways."""
+"""Decode clips in many ways on the virtual clock. Both sides compute each clip once for all ways.
+
+A side encodes and prefills a clip once, and computes the logits after a context once, because most ways share most
+contexts. The virtual clock takes the time of every pass, recalled or not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from tqdm import tqdm
 
@@ -16,7 +20,7 @@ from edgecloud_sd.config import Settings
 from edgecloud_sd.events import Committed, Event, Prompt, Trace
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.pipeline import Pipeline, count_shared_ids, generation_events
-from edgecloud_sd.session import Model, Session
+from edgecloud_sd.session import Model, Session, check_truncation, sync
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
@@ -24,10 +28,39 @@ from edgecloud_sd.timing.link import Link, parse_link
 from edgecloud_sd.timing.profile import Profile, load_profile
 from edgecloud_sd.verifier import Verifier
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class RecallingSession:
+    """A session that computes the logits after a context once, and recalls them if a later way has that context."""
+
+    def __init__(self, session: Session) -> None:
+        self.tokens: list[int] = []
+        self._session = session
+        self._rows: dict[tuple[int, ...], Tensor] = {}  # keys are contexts
+
+    def extend(self, tokens: Sequence[int]) -> Tensor:
+        """Feed tokens, and return their logits [len(tokens), vocab_size]."""
+        import torch
+
+        before = len(self.tokens)
+        self.tokens.extend(tokens)
+        contexts = [tuple(self.tokens[: before + count]) for count in range(1, len(tokens) + 1)]
+        if new := [context for context in contexts if context not in self._rows]:
+            rows = len(self.tokens) - len(new[0]) + 1
+            self._rows |= zip(contexts[-rows:], sync(self._session, self.tokens, rows), strict=True)
+        return torch.stack([self._rows[context] for context in contexts])
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens. Raise ValueError if there are fewer."""
+        check_truncation(length, len(self.tokens))
+        del self.tokens[length:]
+
 
 @dataclass
 class KeptModel:
-    """A model that opens a prompt once, and gives later callers the same session with an empty cache."""
+    """A model that opens a prompt once. Later callers get the same session, without tokens but with its memory."""
 
     model: Model
     opened: tuple[Prompt, Session] | None = None
@@ -40,7 +73,7 @@ class KeptModel:
     def open(self, prompt: Prompt) -> Session:
         """Encode and prefill the prompt, unless it is the one of the last call."""
         if self.opened is None or self.opened[0] is not prompt:
-            self.opened = (prompt, self.model.open(prompt))
+            self.opened = (prompt, RecallingSession(self.model.open(prompt)))
         self.opened[1].truncate(0)
         return self.opened[1]
 
@@ -51,9 +84,9 @@ class KeptCloud:
 
     model: KeptModel
 
-    def verifier(self, rule: Rule, harness: Harness) -> Verifier:
+    def verifier(self, rule: Rule, harness: Harness, wants_rest: bool = False) -> Verifier:
         """Return the verifier of one generation."""
-        return local_verifier(self.model, rule, harness)
+        return local_verifier(self.model, rule, harness, wants_rest)
 
 
 @dataclass(frozen=True)
@@ -83,10 +116,10 @@ class VirtualBench:
         """Return the trace of a clip. `target` is the cloud's own caption, for a bound."""
         import torch
 
-        committed: list[int] = []
+        output: list[int] = []
         strategy = way.strategy
         if way.make_gate:
-            strategy = replace(strategy, gate=way.make_gate(committed, target, clip.file_id))
+            strategy = replace(strategy, gate=way.make_gate(output, target, clip.file_id))
         harness = Harness(self.profile, self.link, clip.file_id)
         events = generation_events(
             lambda: clip.prompt,
@@ -99,14 +132,14 @@ class VirtualBench:
             shared_ids=count_shared_ids(self.pipeline.edge, self.pipeline.cloud_model.vocab_size),
         )
         with torch.inference_mode():
-            return stamp(_record_tokens(events, committed), harness.watch)
+            return stamp(record_output(events, output), harness.watch)
 
 
-def _record_tokens(events: Iterable[Event], committed: list[int]) -> Iterator[Event]:
-    """Yield the events, and add each committed token to a list before the decoder goes on."""
+def record_output(events: Iterable[Event], output: list[int]) -> Iterator[Event]:
+    """Yield the events, and add each committed token to a list before the decoder goes on. None is taken back."""
     for event in events:
         if isinstance(event, Committed):
-            committed.extend(event.tokens)
+            output.extend(event.tokens)
         yield event
 
 

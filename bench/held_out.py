@@ -45,6 +45,6 @@ def iterate_held_out(
             f"pocket_{set_name}_{index:04d}",
             language,
             pipeline.prompt(request),
-            (voices.write_caption(clip.attributes, language),),
+            (clip.caption(language),),
             clip.attributes,
         )

@@ -4,57 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tabulate import tabulate
 
 from bench.cases import dataset_name
 from bench.decode_ways import VirtualBench, decode_all
-from bench.held_out import HeldOutClip, iterate_held_out
-from bench.ways import CLOUD, EDGE, ParetoWay, list_ways
+from bench.gaps import ParetoPoint, compare_ways
+from bench.held_out import iterate_held_out
+from bench.report.pareto_page import build_pareto_page, list_points
+from bench.report.render import to_html
+from bench.ways import list_ways
 from edgecloud_sd.config import Settings
-from edgecloud_sd.events import Escalated, Trace
 from edgecloud_sd.host.files import write_whole
-from edgecloud_sd.measure import intervals, metrics, quality
-from edgecloud_sd.measure.intervals import Interval, Statistic
 from edgecloud_sd.pipeline import Pipeline
-from edgecloud_sd.pocket.evaluate import share_of_attributes_named
 from edgecloud_sd.strategy import Strategy
-
-SCORES: dict[str, Statistic] = {  # computed from the means of `quality_columns`
-    "bleu1": partial(quality.bleu_of_counts, n=1),
-    "bleu4": partial(quality.bleu_of_counts, n=4),
-    "cider": lambda means: means[..., 0],
-    "attributes": lambda means: means[..., 0],
-}
-GAP_NAMES = {"bleu1": "BLEU-1", "bleu4": "BLEU-4", "cider": "CIDEr", "attributes": "attributes"}
-
-
-@dataclass(frozen=True)
-class Gap:
-    """A score, and the share of the gap between edge and cloud that it closes, or the reason why there is none."""
-
-    score: float | None
-    closed: Interval | None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class ParetoPoint:
-    """A way to decode with its costs, means over clips. `speedup` is over mode cloud, `gaps` by metric."""
-
-    way: ParetoWay
-    calls: float
-    positions: float
-    seconds: float
-    speedup: Interval | None
-    gaps: dict[str, Gap]
 
 
 def run_pareto(
@@ -68,117 +34,34 @@ def run_pareto(
         traces = decode_all(bench, clips, list_ways(own))
         points[language] = compare_ways(clips, traces, pipeline.text, settings.score_normalisation)
         sizes[language] = len(clips)
-    print(render_points(points))
-    numbers = output.with_suffix(".json")
-    write_whole(numbers, json.dumps(points_to_json(points, sizes, settings), ensure_ascii=False, indent=1))
-    return [numbers]
+    table = list_points(points)
+    print(tabulate(table.rows, [column.heading for column in table.columns], "pipe", disable_numparse=True))
+    run = describe_tuning(settings, sizes)
+    texts = {
+        output: to_html(build_pareto_page(points, run)),
+        output.with_suffix(".json"): json.dumps(run | points_to_json(points), ensure_ascii=False, indent=1),
+    }
+    for path, text in texts.items():
+        write_whole(path, text)
+    return list(texts)
 
 
-def compare_ways(
-    clips: Sequence[HeldOutClip],
-    traces: Mapping[ParetoWay, Sequence[Trace]],
-    decode: metrics.DecodeText,
-    normalisation: str,
-) -> list[ParetoPoint]:
-    """Return the point of each way. Modes edge and cloud must be among them."""
-    captions = {way: [decode(trace.tokens) for trace in decoded] for way, decoded in traces.items()}
-    gaps = {name: measure_gaps(name, clips, captions, normalisation) for name in SCORES}
-    cloud_seconds = [trace.seconds for trace in traces[CLOUD]]
-    return [
-        ParetoPoint(
-            way,
-            calls=fmean(map(count_calls, decoded)),
-            positions=fmean(map(count_positions, decoded)),
-            seconds=fmean(trace.seconds for trace in decoded),
-            speedup=intervals.speedup(cloud_seconds, [trace.seconds for trace in decoded]),
-            gaps={name: by_way[way] for name, by_way in gaps.items()},
-        )
-        for way, decoded in traces.items()
-    ]
-
-
-def count_calls(trace: Trace) -> int:
-    """Return the cloud calls of a caption. Mode cloud has one request."""
-    counted = metrics.counts(trace)
-    return 1 if counted.cloud else counted.cloud_calls
-
-
-def count_positions(trace: Trace) -> int:
-    """Return the positions that the cloud computed after its prefill: one a token of its own, and those of each call.
-
-    A call feeds the committed tokens that the cloud lacks, and the draft.
-    """
-    calls = (event for _, event in trace.events if isinstance(event, Escalated))
-    return metrics.counts(trace).cloud + sum(call.sent + len(call.draft.tokens) for call in calls)
-
-
-def measure_gaps(
-    name: str, clips: Sequence[HeldOutClip], captions: Mapping[ParetoWay, Sequence[str]], normalisation: str
-) -> dict[ParetoWay, Gap]:
-    """Return the score of each way in a metric of `SCORES`, and the share of the gap that it closes."""
-    try:
-        columns = {way: quality_columns(name, clips, texts, normalisation) for way, texts in captions.items()}
-    except quality.NotMeasured as error:
-        return dict.fromkeys(captions, Gap(None, None, str(error)))
-    gaps = {}
-    for way, own in columns.items():
-        closed = intervals.gap_interval(columns[EDGE], columns[CLOUD], own, SCORES[name])
-        reason = "" if closed else f"{GAP_NAMES[name]}: the cloud scores no higher than the edge"
-        gaps[way] = Gap(float(SCORES[name](own.mean(0))), closed, reason)
-    return gaps
-
-
-def quality_columns(
-    name: str, clips: Sequence[HeldOutClip], captions: Sequence[str], normalisation: str
-) -> NDArray[np.float64]:
-    """Return what the score of a metric is computed from [clips, columns]. Raise NotMeasured with the reason."""
-    language, references = clips[0].language, [clip.references for clip in clips]
-    if name == "cider":
-        return quality.cider_scores(captions, references, language, normalisation)[:, None]
-    if name != "attributes":
-        return quality.bleu_counts(captions, references, language, normalisation)
-    shares = [
-        share_of_attributes_named([text], [clip.attributes], [language])
-        for text, clip in zip(captions, clips, strict=True)
-        if clip.attributes
-    ]
-    if not shares:
-        raise quality.NotMeasured("only pocket clips have attributes")
-    return np.array(shares)[:, None]
-
-
-def render_points(points: Mapping[str, Sequence[ParetoPoint]]) -> str:
-    """Return the table in Markdown: a row for each way and language."""
-    rows = [
-        [
-            language,
-            point.way.line,
-            point.way.mark or point.way.label,
-            f"{point.calls:.2f}",
-            f"{point.positions:.1f}",
-            f"{point.seconds:.3f}",
-            point.speedup.shown(".2f") if point.speedup else "-",
-            *(gap.closed.shown(".2f") if gap.closed else "-" for gap in point.gaps.values()),
-        ]
-        for language, language_points in points.items()
-        for point in language_points
-    ]
-    headings = ["language", "line", "way", "calls", "positions", "s", "times as fast as cloud", *GAP_NAMES.values()]
-    return tabulate(rows, headings, "pipe", disable_numparse=True)
-
-
-def points_to_json(
-    points: Mapping[str, Sequence[ParetoPoint]], sizes: Mapping[str, int], settings: Settings
-) -> dict[str, Any]:
-    """Return plain values of all that the table and the picture show, and of the run."""
+def describe_tuning(settings: Settings, clips: Mapping[str, int]) -> dict[str, Any]:
+    """Return plain values that say what was run, with the number of clips by language."""
     return {
         "pair": settings.run_pair.name,
         "edge_dtype": settings.edge_dtype,
         "cloud_dtype": settings.cloud_dtype,
         "dataset": dataset_name(settings),
-        "clips": dict(sizes),
+        "clips": dict(clips),
         "profile": settings.profile_name,
         "link": settings.link[0],
+    }
+
+
+def points_to_json(points: Mapping[str, Sequence[ParetoPoint]]) -> dict[str, Any]:
+    """Return plain values of all that the table and the picture show."""
+    return {
         "ways": [
             {
                 "language": language,

@@ -6,18 +6,22 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from edgecloud_sd.acceptance import GREEDY, PUBLISHED_RANK, Rank, Rule
+from edgecloud_sd.acceptance import PUBLISHED_RANK, Rank
+from edgecloud_sd.config import Settings
 from edgecloud_sd.events import Draft
-from edgecloud_sd.gate import Gate, entropy_gate
-from edgecloud_sd.strategy import Strategy
+from edgecloud_sd.gate import Gate, entropy_gate, parse_gate
+from edgecloud_sd.strategy import LOSSLESS_REVISION, Strategy
 
 GateMaker = Callable[[Sequence[int], Sequence[int], str], Gate]  # see `perfect_gate`
-THRESHOLDS = (math.inf, 1.5, 1.2, 0.9, 0.6, 0.3, 0.1)  # nats; inf is gate never
+THRESHOLDS = (1.5, 1.2, 0.9, 0.6, 0.3, 0.1)  # nats; above all entropies the line ends at the edge alone
 RANKS = (50, 20, 10, 5, 2, 1)
-LENGTHS = (64, 16, 8, 4, 2, 1)
+WHOLE = 64  # draft tokens: a whole caption
+LENGTHS = (WHOLE, 16, 8, 4, 2, 1)
+SEND_LEVELS = (0.95, 0.9, 0.8, *Settings.send_above, 0.2, 0.05, LOSSLESS_REVISION.gate.send_above)
+OPINION_RISKS = {"none": 0.0, "repeat": 0.01, "aligned": 0.02, "context": 0.02}  # keys are ways to revise
 MOST_CALLS = (1, 2, 3, math.inf)  # calls a caption of the perfect gate
 PUBLISHED_THRESHOLD = 1.5
 PERFECT, RANDOM = "perfect gate", "random gate"
@@ -51,21 +55,21 @@ class DecidingGate(Gate):
         return self.decide(draft)
 
 
-def perfect_gate(most_calls: float, committed: Sequence[int], target: Sequence[int], seed: str) -> Gate:
+def perfect_gate(most_calls: float, output: Sequence[int], target: Sequence[int], seed: str) -> Gate:
     """Return the gate that escalates the drafts that the cloud would correct, up to `most_calls` of a caption.
 
-    `committed` grows while the caption is decoded, and `target` is the cloud's own caption.
+    `output` grows while the caption is decoded, and `target` is the cloud's own caption.
     """
     calls = itertools.count()
 
     def is_wrong(draft: Draft) -> bool:
-        own = tuple(target[len(committed) : len(committed) + len(draft.tokens)])
+        own = tuple(target[len(output) : len(output) + len(draft.tokens)])
         return draft.tokens != own and next(calls) < most_calls
 
     return DecidingGate("always", -math.inf, decide=is_wrong)
 
 
-def random_gate(rate: float, committed: Sequence[int], target: Sequence[int], seed: str) -> Gate:
+def random_gate(rate: float, output: Sequence[int], target: Sequence[int], seed: str) -> Gate:
     """Return the gate that escalates a share `rate` of the drafts, drawn from `seed`."""
     generator = random.Random(seed)
     return DecidingGate("always", -math.inf, decide=lambda draft: generator.random() < rate)
@@ -74,12 +78,15 @@ def random_gate(rate: float, committed: Sequence[int], target: Sequence[int], se
 def list_ways(own: Sequence[Strategy] = ()) -> list[ParetoWay]:
     """Return the ways of every line but that of the random gate, then a way for each of a run's `own` strategies."""
     ways = [EDGE, CLOUD]
-    ways += _entropy_line(Rank(PUBLISHED_RANK), 3) + _entropy_line(GREEDY, 3) + _entropy_line(GREEDY, 1)
-    ways += [ParetoWay("rank rule, gate always, k 4", f"r {r}", Strategy(rule=Rank(r), k=4)) for r in RANKS]
-    ways += [ParetoWay("lossless", f"k {k}", Strategy(k=k), mark="lossless k 4" if k == 4 else "") for k in LENGTHS]
+    ways += _entropy_line(Strategy(rule=Rank(PUBLISHED_RANK), k=3))
+    ways += _entropy_line(Strategy(k=3)) + _entropy_line(Strategy(k=1)) + _entropy_line(Strategy(k=1, look_back=True))
     ways += [
-        ParetoWay(PERFECT, f"calls <= {most:g}", Strategy(k=4), partial(perfect_gate, most)) for most in MOST_CALLS
+        ParetoWay("token gate", f"H {nats:g}", Strategy(gate=parse_gate("token", nats), k=WHOLE)) for nats in THRESHOLDS
     ]
+    ways += [ParetoWay("rank rule, gate always, k 4", f"r {r}", Strategy(rule=Rank(r), k=4)) for r in RANKS]
+    ways += [ParetoWay("lossless", f"k {k}", Strategy(k=k), mark="lossless, k 4" if k == 4 else "") for k in LENGTHS]
+    ways += [way for revise, opinion_risk in OPINION_RISKS.items() for way in _risk_line(revise, opinion_risk)]
+    ways += [ParetoWay(PERFECT, _call_limit(most), Strategy(k=4), partial(perfect_gate, most)) for most in MOST_CALLS]
     return ways + [ParetoWay("as given", strategy.label, strategy) for strategy in own]
 
 
@@ -88,14 +95,31 @@ def random_ways(rates: Sequence[float]) -> list[ParetoWay]:
     return [ParetoWay(RANDOM, f"{rate:.1%} of drafts", Strategy(k=4), partial(random_gate, rate)) for rate in rates]
 
 
-def _entropy_line(rule: Rule, k: int) -> list[ParetoWay]:
-    published = (PUBLISHED_THRESHOLD, Rank(PUBLISHED_RANK), 3)
+def _call_limit(most: float) -> str:
+    return "all calls" if most == math.inf else f"calls <= {most:g}"
+
+
+def _risk_line(revise: str, opinion_risk: float) -> list[ParetoWay]:
+    usual = LOSSLESS_REVISION
+    marks = dict(zip(Settings.send_above, ["revise"], strict=True)) | {usual.gate.send_above: "revise-lossless"}
     return [
         ParetoWay(
-            f"entropy gate, {rule.text}, k {k}",
-            f"H {threshold:g}",
-            Strategy(gate=entropy_gate(threshold), rule=rule, k=k),
-            mark="published" if (threshold, rule, k) == published else "",
+            f"risk gate, revise {revise}",
+            "f < 0" if level < 0 else f"f {level:g}",
+            replace(usual, gate=replace(usual.gate, send_above=level, opinion_risk=opinion_risk), revise=revise),
+            mark=marks.get(level, "") if revise == usual.revise else "",
         )
-        for threshold in THRESHOLDS
+        for level in SEND_LEVELS
+    ]
+
+
+def _entropy_line(base: Strategy) -> list[ParetoWay]:
+    name = f"entropy gate, {base.rule.text}, k {base.k}{', look-back' * base.look_back}"
+    ways = [
+        ParetoWay(name, f"H {threshold:g}", replace(base, gate=entropy_gate(threshold))) for threshold in THRESHOLDS
+    ]
+    is_published = base == Strategy(rule=Rank(PUBLISHED_RANK), k=3)
+    return [
+        replace(way, mark="published" * (is_published and way.strategy.gate == entropy_gate(PUBLISHED_THRESHOLD)))
+        for way in ways
     ]

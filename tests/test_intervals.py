@@ -119,6 +119,51 @@ def test_the_permutation_test_tells_a_difference_from_none() -> None:
     assert intervals.permutation_p(counts(CAPTIONS)[:0], counts(CAPTIONS)[:0], bleu4) is None
 
 
+def column(values: list[float]) -> NDArray[np.float64]:
+    return np.array(values)[:, None]
+
+
+def mean(means: NDArray[np.float64]) -> NDArray[np.float64]:
+    return means[..., 0]
+
+
+def test_the_gap_closed_lies_between_edge_and_cloud_and_in_its_interval() -> None:
+    edge, cloud = column([1, 2, 3, 4, 5, 6]), column([2, 4, 5, 5, 9, 11])
+    half = (edge + cloud) / 2
+    check_interval(intervals.gap_interval(edge, cloud, half, mean), 0.5)
+    check_interval(intervals.gap_interval(edge, cloud, half + column([1, -1, 1, -1, 1, -1]), mean), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"),
+    [([0.0, 0, 0], Interval(0, None, None, "equals edge")), ([1.0, 2, 3], Interval(1, None, None, "equals cloud"))],
+)
+def test_scores_of_edge_or_cloud_on_every_clip_say_so(ours: list[float], expected: Interval) -> None:
+    assert intervals.gap_interval(column([0, 0, 0]), column([1, 2, 3]), column(ours), mean) == expected
+
+
+@pytest.mark.parametrize("cloud", [[0.0, 0], [-1.0, 0], []])
+def test_there_is_no_gap_if_the_cloud_scores_no_higher(cloud: list[float]) -> None:
+    edge = column([0.0] * len(cloud))
+    assert intervals.gap_interval(edge, column(cloud), edge + 1, mean) is None
+
+
+@pytest.mark.slow
+def test_the_interval_of_the_gap_closed_covers_the_true_share() -> None:
+    generator = np.random.default_rng(0)
+    covered = []
+    for _ in range(200):
+        edge = generator.normal(0.5, 0.1, 40)
+        cloud = edge + np.where(generator.random(40) < 0.8, generator.gamma(4, 0.05, 40), 0)
+        ours = np.where(generator.random(40) < 0.75, cloud, edge)  # closes 0.75 of the gap
+        interval = intervals.gap_interval(edge[:, None], cloud[:, None], ours[:, None], mean)
+        assert interval is not None
+        if interval.low is not None and interval.high is not None:
+            covered.append(interval.low <= 0.75 <= interval.high)
+    assert len(covered) > 150
+    assert np.mean(covered) >= 0.93
+
+
 @pytest.mark.parametrize("compare", [intervals.speedup, intervals.length_matched_speedup, intervals.difference])
 def test_comparing_no_clips_gives_none(compare: object) -> None:
     assert callable(compare)

@@ -180,6 +180,14 @@ def test_two_right_captions_without_shared_words_have_cider_10() -> None:
     assert scores.per_clip["cider"] == pytest.approx([10, 10])
 
 
+def test_cider_alone_is_that_of_all_metrics() -> None:
+    captions, references = ["a dog runs", "a cat sits down"], [["a dog walks"], ["the cat sits down"]]
+    alone = quality.cider_scores(captions, references, "english", normalisation.DEFAULT_NORMALISATION)
+    assert alone == pytest.approx(score(captions, references, "english").per_clip["cider"])
+    with pytest.raises(quality.NotMeasured, match="at least two clips"):
+        quality.cider_scores(captions[:1], references[:1], "english", normalisation.DEFAULT_NORMALISATION)
+
+
 def test_swapped_captions_without_shared_words_have_cider_0() -> None:
     texts = ["the man sounds very angry", "a woman speaks with joy"]
     assert score(texts[::-1], [[text] for text in texts], "english").corpus["cider"] == pytest.approx(0)

@@ -121,7 +121,7 @@ def draw_breakdown(bars: Sequence[Bar], width: float = WIDE) -> str:
     from matplotlib.patches import Patch
 
     columns, row, thickness = (6, 0.34, 0.72) if width == WIDE else (2, 0.5, 0.45)
-    with _open_figure(1.2 + row * len(bars) + 0.2 * (6 - columns), width) as (figure, axes):
+    with open_figure(1.2 + row * len(bars) + 0.2 * (6 - columns), width) as (figure, axes):
         longest = max(1e3 * sum(bar.parts.values()) for bar in bars) or 1.0
         for y, bar in enumerate(bars):
             left = 0.0
@@ -142,7 +142,7 @@ def draw_breakdown(bars: Sequence[Bar], width: float = WIDE) -> str:
             if any(segment[::2] == (part, is_discarded) for bar in bars for segment in list_segments(bar))
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=columns, columnspacing=1.2, handlelength=1.6)
-        return _to_svg(figure)
+        return to_svg(figure)
 
 
 def list_segments(bar: Bar) -> list[tuple[str, float, bool]]:
@@ -170,7 +170,7 @@ def draw_latency_quality(points: Sequence[Point], front: Sequence[int], quality:
     A legend to the right or below names the numbers. The area of a circle shows the cloud call rate.
     """
     height = max(4.4, 1.6 + 0.19 * len(points)) if width == WIDE else 4.6 + 0.2 * len(points)
-    with _open_figure(height, width) as (figure, axes):
+    with open_figure(height, width) as (figure, axes):
         for point in points:
             look = _point_style(point.mode) | {"s": _marker_area(point.cloud_call_rate), "edgecolor": PAPER}
             axes.scatter(point.seconds, point.quality, linewidth=0.8, zorder=3, **look)
@@ -186,20 +186,22 @@ def draw_latency_quality(points: Sequence[Point], front: Sequence[int], quality:
             label = "\n".join(map(str, numbers))
             axes.annotate(label, (x, y), (0, 10), "axes fraction", "offset points", ha="center", size=9, **NUMBER_STYLE)
         _add_point_legends(figure, points, width)
-        return _to_svg(figure)
+        return to_svg(figure)
 
 
 def _add_point_legends(figure: Figure, points: Sequence[Point], width: float) -> None:
     """Explain the markers above the axes, and the numbers and the areas of the circles beside and below them."""
     modes = [mode for mode in MODE_MARKERS if any(point.mode == mode for point in points)]
-    keys = [*(_key(mode, **_point_style(mode)) for mode in modes), _key("Pareto front", **FRONT_STYLE)]
+    keys = [*(legend_key(mode, **_point_style(mode)) for mode in modes), legend_key("Pareto front", **FRONT_STYLE)]
     figure.legend(handles=keys, loc="outside upper left", ncols=len(keys) if width == WIDE else 2)
-    names = [_key(f"{number}  {point.label}", **_point_style(point.mode)) for number, point in enumerate(points, 1)]
+    names = [
+        legend_key(f"{number}  {point.label}", **_point_style(point.mode)) for number, point in enumerate(points, 1)
+    ]
     circles = []
     if any(point.cloud_call_rate is not None for point in points):
         sizes = {f"{rate:.0%}": _marker_area(rate) ** 0.5 for rate in (0, 0.5, 1)}
-        circles = [_key("rounds that went to the cloud:")]
-        circles += [_key(label, marker="o", color=SOFT, markersize=size) for label, size in sizes.items()]
+        circles = [legend_key("rounds that went to the cloud:")]
+        circles += [legend_key(label, marker="o", color=SOFT, markersize=size) for label, size in sizes.items()]
     if width != WIDE:
         figure.legend(handles=[*names, *circles], loc="outside lower left", handletextpad=0.5)
         return
@@ -246,7 +248,7 @@ def draw_acceptance(lines: Sequence[Line], width: float = WIDE) -> str:
     dashes = _assign(DASHES, [line.rule for line in lines])
     markers = _assign(MARKERS, [line.k for line in lines])
     height = max(3.4, 1.0 + 0.2 * len(same)) if width == WIDE else 3.2 + 0.2 * len(same)
-    with _open_figure(height, width) as (figure, axes):
+    with open_figure(height, width) as (figure, axes):
         for values, (line, *others) in same.items():
             axes.plot(
                 range(1, len(values) + 1),
@@ -263,12 +265,12 @@ def draw_acceptance(lines: Sequence[Line], width: float = WIDE) -> str:
         axes.set(ylim=(0, 1.02), xlabel="position in the draft", ylabel="share accepted")
         axes.grid()
         figure.legend(loc="outside right upper" if width == WIDE else "outside lower left", handlelength=3.2)
-        return _to_svg(figure)
+        return to_svg(figure)
 
 
 def draw_accepted_lengths(cells: Sequence[LengthCounts], width: float = WIDE) -> str:
     """Return one histogram per cell: its verifications by the number of draft tokens that they accepted."""
-    with _open_figure(0.7 + (0.65 if width == WIDE else 0.8) * len(cells), width) as (figure, axes):
+    with open_figure(0.7 + (0.65 if width == WIDE else 0.8) * len(cells), width) as (figure, axes):
         for y, cell in enumerate(cells):
             shares = [count / sum(cell.counts) for count in cell.counts]
             heights = [-0.55 * share / max(shares) for share in shares]  # the axis points down
@@ -283,7 +285,7 @@ def draw_accepted_lengths(cells: Sequence[LengthCounts], width: float = WIDE) ->
         axes.set_xticks(range(max(len(cell.counts) for cell in cells)))
         _label_rows(axes, labels, "draft tokens that a verification accepted; % of the cell's verifications", width)
         axes.grid(False)
-        return _to_svg(figure)
+        return to_svg(figure)
 
 
 def _assign(looks: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
@@ -299,7 +301,7 @@ def draw_speedups(rows: Sequence[tuple[str, Mapping[str, Interval | None]]], wid
         for name, colour, marker in zip(names, itertools.cycle(SERIES_COLOURS), itertools.cycle(MARKERS), strict=False)
     }
     label_room = 0.0 if width == WIDE else 0.22
-    with _open_figure(1.1 + len(rows) * (0.16 + label_room + 0.1 * len(names)), width) as (figure, axes):
+    with open_figure(1.1 + len(rows) * (0.16 + label_room + 0.1 * len(names)), width) as (figure, axes):
         ends: list[float] = []
         for y, (_, intervals) in enumerate(rows):
             for name, interval in intervals.items():
@@ -315,9 +317,9 @@ def draw_speedups(rows: Sequence[tuple[str, Mapping[str, Interval | None]]], wid
         if ends and min(ends) > 0 and max(ends) > MAX_LINEAR_RATIO * min(ends):
             _scale_by_ratio(axes, max(ends) / min(ends))
         _label_rows(axes, [label for label, _ in rows], "times as fast, 95% interval; right of 1 is faster", width)
-        keys = [_key(name, linestyle="-", **style) for name, style in styles.items()]
+        keys = [legend_key(name, linestyle="-", **style) for name, style in styles.items()]
         figure.legend(handles=keys, loc="outside upper left", ncols=len(keys))
-        return _to_svg(figure)
+        return to_svg(figure)
 
 
 def _scale_by_ratio(axes: Axes, ratio: float) -> None:
@@ -342,7 +344,7 @@ def _label_rows(axes: Axes, labels: Sequence[str], xlabel: str, width: float) ->
     axes.grid(axis="x")
 
 
-def _key(label: str, **style: Any) -> Line2D:
+def legend_key(label: str, **style: Any) -> Line2D:
     """Return an entry of a legend."""
     from matplotlib.lines import Line2D
 
@@ -350,7 +352,7 @@ def _key(label: str, **style: Any) -> Line2D:
 
 
 @contextmanager
-def _open_figure(height: float, width: float) -> Iterator[tuple[Figure, Axes]]:
+def open_figure(height: float, width: float) -> Iterator[tuple[Figure, Axes]]:
     """Yield an empty picture of this size in inches, in the style of the report and not of the user's matplotlib."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -364,7 +366,8 @@ def _open_figure(height: float, width: float) -> Iterator[tuple[Figure, Axes]]:
         yield figure, figure.add_subplot()
 
 
-def _to_svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
+    """Return the picture as SVG."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
