@@ -175,7 +175,7 @@ class Captioning:
     def check_calibration(self) -> None:
         """Fail with one line if the level was calibrated under other conditions than those of the case."""
         if (calibrated := self.settings.calibrated) and has_chosen_level(self.settings, self.case.strategy):
-            with self.without_cloud(), errors_in_one_line(prefix="--calibration: "):
+            with self.without_cloud(), errors_in_one_line():
                 calibrated.check(self.pipeline.conditions(self.settings, self.case.strategy, self.case.language))
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from edgecloud_sd import config
@@ -31,7 +32,8 @@ LEGEND = {
 # The options of the suite that apply to one file. A list of values is refused.
 CAPTION_OPTIONS = (
     "gate", "entropy-threshold", "threshold", "risk-limit", "send-above", "opinion-risk", "revise", "look-back", "k",
-    "draft-stop", "draft-ahead", "rule", "rank", "pair", "edge-model", "cloud-model",
+    "draft-stop", "draft-ahead", "rule", "rank", "own", "cloud-calls", "cloud-budget", "calibration",
+    "pair", "edge-model", "cloud-model",
     "weights", "edge-device", "edge-dtype", "cloud-device", "cloud-dtype", "cloud-url", "cloud-key-file",
     "cloud-timeout", "on-cloud-fault", "open",
     "max-cpu-cores", "max-memory-gb", "memory-limit", "threads", "link", "language", "prompt-type", "prompt-file",
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with errors_to_exit():
         settings = config.resolve(given | {"mode": options.mode or "speculative", "shadow": "no"})
         refuse_lists(settings)
+        if settings.budget and not settings.calibration:
+            raise config.ConfigError("--calibration: a budget for one caption needs it, because no feedback can follow")
         strategy, link = cells(settings)[0]
         audio = read_audio(options.file)
         request = Request(
@@ -62,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pipeline = Pipeline.from_settings(settings, cloud)
             # inside, the explanation of an error can name the limit
             with pipeline.limited(settings.process_limits), errors_to_exit():
+                if settings.calibrated:
+                    asked = replace(settings, with_transcription="yes" if options.transcription else "no")
+                    settings.calibrated.check(pipeline.conditions(asked, strategy, request.language))
                 harness = Harness(link=link)
                 events = pipeline.events(request, strategy, settings.max_new_tokens, harness)
                 trace = print_caption(

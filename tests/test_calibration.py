@@ -40,7 +40,8 @@ def test_other_conditions_are_refused_by_name(field: str) -> None:
     change: dict[str, Any] = {field: 48 if field == "max_new_tokens" else "other"}
     other = replace(CONDITIONS, **change)
     with pytest.raises(
-        CalibrationError, match=rf"^zh.yaml, {field}: is .*, and this run has (48|'other'): calibrate again"
+        CalibrationError,
+        match=rf"^--calibration: zh.yaml, {field}: is .*, and this run has (48|'other'): calibrate again",
     ):
         CALIBRATION.check(other)
 

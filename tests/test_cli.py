@@ -7,19 +7,24 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import soundfile
 
 from edgecloud_sd.__main__ import COLOURS, main, print_caption, summary_line
+from edgecloud_sd.config import resolve
 from edgecloud_sd.data.dataset import load_audio
 from edgecloud_sd.events import Committed, Degraded, Event, Finished, Trace
+from edgecloud_sd.forecast.calibration import save_calibration
+from edgecloud_sd.gate import risk_gate
 from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import __main__ as pocket
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
+from tests.support.calibrations import CALIBRATION
 
 # One process for all limits, because its libraries take seconds to import. Each limit has a process forked from it.
 SWEEP = """
@@ -110,6 +115,7 @@ def test_an_incomplete_character_is_printed_at_the_end(capsys: pytest.CaptureFix
         (["clip.wav", "--k", "none"], "--k: 'none' is not auto or a whole number of at least 1"),
         (["clip.wav", "--mode", "hybrid"], "--mode: 'hybrid' is not one of edge, cloud, speculative, lossless"),
         (["clip.wav", "--mode", "edge,cloud"], "--mode: give one value for a caption, not 2"),
+        (["clip.wav", "--mode", "revise", "--cloud-calls", "1"], "--calibration: a budget for one caption needs it"),
         (["clip.wav", "--k", "2,4"], "--k: give one value for a caption, not 2"),
         (["clip.wav", "--edge-device", "abacus"], "device 'abacus' cannot be used here"),
         (["clip.wav", "--edge-model", "absent-folder"], "no checkpoint 'absent-folder': give a folder"),
@@ -123,6 +129,22 @@ def test_a_bad_option_ends_with_one_line(
     with pytest.raises(SystemExit, match=re.escape(message)) as stopped:
         main(["caption", *options])
     assert str(stopped.value).startswith("error: ")
+
+
+@pytest.mark.slow
+def test_a_level_by_a_calibration_for_another_prompt_is_refused(
+    wav: Path, tmp_path: Path, pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "zh.yaml"
+    strategy = Strategy(gate=risk_gate(), revise="context")
+    own = pipeline.conditions(resolve({}), strategy, "chinese")
+    options = ["caption", str(wav), "--mode", "revise", "--own", "0.8", "--calibration", str(file)]
+    save_calibration(replace(CALIBRATION, conditions=own), file)
+    main(options)
+    assert "local" in capsys.readouterr().err
+    for more in (["--transcription", "你好"], ["--prompt-type", "concise"]):
+        with pytest.raises(SystemExit, match=r"^error: --calibration: zh\.yaml, prompt: is"):
+            main([*options, *more])
 
 
 def test_the_clips_command_prints_their_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,8 +61,8 @@ class Calibration:
             ours, theirs = getattr(conditions, field.name), getattr(self.conditions, field.name)
             if ours != theirs:
                 raise CalibrationError(
-                    f"{self.name}, {field.name}: is {theirs!r}, and this run has {ours!r}: calibrate again for this "
-                    "run (python -m bench.tune --calibrate)"
+                    f"--calibration: {self.name}, {field.name}: is {theirs!r}, and this run has {ours!r}: calibrate "
+                    "again for this run (python -m bench.tune --calibrate)"
                 )
 
     def cost_at(self, level: float) -> LevelCost:
