@@ -45,7 +45,7 @@ def case_id(settings: Settings, strategy: Strategy, link: Link, language: str) -
 
     Parts that are usual are left out.
     """
-    parts = [strategy.mode, *model_parts(settings, strategy.mode), *strategy.details]
+    parts = [strategy.mode, *model_parts(settings, strategy.model_mode), *strategy.details]
     if feedback := find_feedback(settings, strategy):
         parts.append(f"{feedback.budget.kind.removesuffix('_share')}{feedback.budget.limit:g}")
     if strategy.mode != "edge" and settings.cloud_url:

@@ -63,7 +63,7 @@ def forecast_cells(
         elif workload is None:
             forecasts[name] = "no forecast: no draft was verified"
         else:
-            forecasts[name] = forecast(observed, link_with_network(cell), workload)
+            forecasts[name] = forecast(observed, link_with_network(cell), workload, cell.strategy.needs_edge)
     return forecasts
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tabulate import tabulate
@@ -24,7 +24,7 @@ from edgecloud_sd.lookup import CaptionHistory, Lookup
 from edgecloud_sd.measure.imported import find_language
 from edgecloud_sd.strategy import MODES
 from edgecloud_sd.timing.link import LINKS, NO_LINK, Link
-from edgecloud_sd.timing.profile import PROFILE_NAMES, Costs, Profile, load_profile
+from edgecloud_sd.timing.profile import PROFILE_NAMES, Profile, load_profile
 
 END = 0  # stands for the EOS token, which no file has
 UNIT_PATTERNS = {"chinese": r"\S", "english": r"\w+(?:['’-]\w+)*|[^\w\s]"}
@@ -83,7 +83,7 @@ def replay(run: RecordedRun, length: int) -> HistoryReplay:
     captions = split_units(texts, language)
     half = len(captions) // 2
     history = CaptionHistory()
-    lookup = Lookup(history, (), {END})
+    lookup = Lookup(history, {END})
     rounds: list[tuple[int, int]] = []
     for place, caption in enumerate(tqdm(captions, desc=run.name, unit="caption", disable=None, leave=False)):
         rounds += replay_caption(lookup, caption, length) if place >= half else []
@@ -134,17 +134,13 @@ def render_replays(replays: Sequence[HistoryReplay]) -> str:
 
 def largest_lookup_rtt(profile: Profile, item: HistoryReplay) -> float | None:
     """Return the round trip in seconds at which lookup takes as long as the cloud alone, or None if it always loses."""
-    return forecast(_with_free_drafts(profile), NO_LINK, item.workload).largest_rtt
+    return forecast(profile, NO_LINK, item.workload, has_model=False).largest_rtt
 
 
 def perfect_draft_seconds(profile: Profile, link: Link) -> float:
     """Return seconds per unit of a draft model whose drafts are all accepted, at the best k up to `MAX_K`."""
     workloads = (Workload(k, (1.0,) * k, sent_with_draft=1.0) for k in range(1, MAX_K + 1))
     return min(seconds_per_token(profile, link, workload) for workload in workloads)
-
-
-def _with_free_drafts(profile: Profile) -> Profile:
-    return replace(profile, edge=Costs(0.0, ((1, 0.0),)), correction=0.0)  # no edge model computes anything
 
 
 def render_costs(profile: Profile, replays: Sequence[HistoryReplay]) -> str:
@@ -158,7 +154,7 @@ def render_costs(profile: Profile, replays: Sequence[HistoryReplay]) -> str:
                 for seconds in (
                     cloud_seconds_per_token(profile, link),
                     perfect_draft_seconds(profile, link),
-                    *(seconds_per_token(_with_free_drafts(profile), link, item.workload) for item in verified),
+                    *(seconds_per_token(profile.without_edge(), link, item.workload) for item in verified),
                 )
             ),
         ]

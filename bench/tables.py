@@ -84,7 +84,7 @@ def describe_case(
     experiment = shared | {
         "case": case.id,
         "pair": pipeline.pair.name,
-        "edge_weights": pipeline.edge_weights if case.strategy.mode != "cloud" else None,
+        "edge_weights": pipeline.edge_weights if case.strategy.needs_edge else None,
         "dataset_path": dataset_name(settings),
         "dataset_digest": dataset_digest,
         "cloud_url": settings.cloud_url and (AUTO if settings.cloud_url == AUTO else "elsewhere"),

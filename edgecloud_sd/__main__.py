@@ -31,8 +31,8 @@ LEGEND = {
 }
 # The options of the suite that apply to one file. A list of values is refused.
 CAPTION_OPTIONS = (
-    "gate", "entropy-threshold", "threshold", "risk-limit", "send-above", "opinion-risk", "revise", "look-back", "k",
-    "draft-stop", "draft-ahead", "rule", "rank", "own", "cloud-calls", "cloud-budget", "calibration",
+    "gate", "entropy-threshold", "threshold", "risk-limit", "send-above", "opinion-risk", "revise", "look-back",
+    "drafter", "k", "draft-stop", "draft-ahead", "rule", "rank", "own", "cloud-calls", "cloud-budget", "calibration",
     "pair", "edge-model", "cloud-model",
     "weights", "edge-device", "edge-dtype", "cloud-device", "cloud-dtype", "cloud-url", "cloud-key-file",
     "cloud-timeout", "on-cloud-fault", "open",
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 harness = Harness(link=link)
                 events = pipeline.events(request, strategy, settings.max_new_tokens, harness)
                 trace = print_caption(
-                    events, lambda tokens: pipeline.text(tokens, strategy.mode), is_coloured, harness.watch
+                    events, lambda tokens: pipeline.text(tokens, strategy.load_mode), is_coloured, harness.watch
                 )
         print(summary_line(trace), file=sys.stderr)
 

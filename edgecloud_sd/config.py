@@ -35,13 +35,14 @@ from edgecloud_sd.forecast.calibration import (
 )
 from edgecloud_sd.host import limits
 from edgecloud_sd.host.passwords import hide_passwords
+from edgecloud_sd.lookup import DRAFTERS
 from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION, NORMALISATIONS
 from edgecloud_sd.models import devices, pairs
 from edgecloud_sd.models.devices import AUTO, DTYPES_OR_AUTO
 from edgecloud_sd.prefill import PREFILL_TIMES
 from edgecloud_sd.revise import REVISE_NAMES
 from edgecloud_sd.stopping import MAX_NEW_TOKENS
-from edgecloud_sd.strategy import ADAPTIVE_K, LOSSLESS_REVISION, MODES, Strategy
+from edgecloud_sd.strategy import ADAPTIVE_K, LOSSLESS_REVISION, MODES, WITHOUT_MODEL, Strategy
 from edgecloud_sd.timing import link, profile
 
 CLOCKS = ("real", "virtual")
@@ -320,6 +321,15 @@ class Settings:
         "send the local tokens since the last verdict as draft, so that the cloud can take them back; gate risk always "
         "does",
         choices=YES_NO,
+        many=True,
+    )
+    drafter: tuple[str, ...] = _option(
+        "decoding",
+        Strategy.drafter,
+        "the source of drafts: the edge's model; lookup of what followed the same tokens in the prompt and in earlier "
+        "captions of the run, without a model (gate always); or both (model+lookup): the model checks what lookup "
+        "guesses in one pass, with equal tokens; in place of lookup, modes edge, revise and revise-lossless use model",
+        choices=DRAFTERS,
         many=True,
     )
     k: tuple[int | None, ...] = _option(
@@ -626,6 +636,7 @@ def _check(settings: Settings) -> None:
     _check_clock(settings)
     _check_task_texts(settings)
     _check_budget(settings)
+    _check_lookup(settings)
     limited = [name for name in ("max_cpu_cores", "max_memory_gb") if getattr(settings, name) is not None]
     if limited and settings.mode != ("edge",) and not settings.cloud_url:
         raise ConfigError(
@@ -697,6 +708,20 @@ def _check_calibration(settings: Settings) -> None:
             f"--calibration: {settings.calibrated.name} is for {language}, and --language is "
             f"{', '.join(settings.language)}: give each language a run and a file of its own"
         )
+
+
+def _check_lookup(settings: Settings) -> None:
+    """Raise ConfigError for values that drafter lookup cannot use. Mode lossless replaces the gate."""
+    if "lookup" not in settings.drafter or not {"speculative", "lossless"} & {*settings.mode}:
+        return
+    for name, usual in WITHOUT_MODEL.items():
+        for value in getattr(settings, name):
+            if value != usual and (name != "gate" or "speculative" in settings.mode):
+                advice = " or --mode lossless" if name == "gate" else ""
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: {value} needs the edge's model, which --drafter lookup does not run: "
+                    f"give {usual}{advice}"
+                )
 
 
 def _check_task_texts(settings: Settings) -> None:

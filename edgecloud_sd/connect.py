@@ -50,7 +50,7 @@ def connect(settings: Settings) -> Iterator[Cloud]:
         connection = Connection(url, key, settings.cloud_timeout, PATIENCE[settings.on_cloud_fault])
         stack.callback(connection.close)
         grid = strategies(settings)
-        may_fail = settings.on_cloud_fault == "edge" and any(strategy.mode != "cloud" for strategy in grid)
+        may_fail = settings.on_cloud_fault == "edge" and any(strategy.needs_edge for strategy in grid)
         if any(strategy.asks_cloud for strategy in grid) and not may_fail:
             try:
                 _ = connection.identity

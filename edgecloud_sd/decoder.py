@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from edgecloud_sd.drafter import Drafter
+from edgecloud_sd.drafter import Drafter, LookupDrafter
 from edgecloud_sd.events import (
     Ahead,
     Committed,
@@ -30,6 +30,7 @@ from edgecloud_sd.events import (
     Verified,
 )
 from edgecloud_sd.gate import NEVER, Gate
+from edgecloud_sd.lookup import Lookup
 from edgecloud_sd.prefill import Background
 from edgecloud_sd.session import Model
 from edgecloud_sd.stopping import Stopping
@@ -47,13 +48,14 @@ class Runtime:
     `choose_k` gives the length of the next draft if the strategy has none. `background` starts a verification
     beside which the edge drafts ahead; None makes the edge wait. `finish_alone` lets the edge finish after a fault of
     the cloud. `shared_ids` is the smaller of two vocabulary sizes, or None if they are equal. The edge drafts ids below
-    it alone, and reads a larger id of the cloud as the last of them.
+    it alone, and reads a larger id of the cloud as the last of them. `lookup` is for drafters lookup and model+lookup.
     """
 
     choose_k: Callable[[], int] | None = None
     background: Background[Verdict] | None = None
     finish_alone: bool = False
     shared_ids: int | None = None
+    lookup: Lookup | None = None
 
 
 DEFAULT_RUNTIME = Runtime()
@@ -67,14 +69,17 @@ def decode(
     cloud: Verifier | None = None,
     runtime: Runtime = DEFAULT_RUNTIME,
 ) -> Iterator[Event]:
-    """Decode one prompt. Modes edge and speculative need `edge`, modes cloud and speculative need `cloud`."""
+    """Decode one prompt. Modes edge and speculative need `edge`, modes cloud and speculative need `cloud`.
+
+    Drafter lookup needs no `edge`.
+    """
     if strategy.mode == "cloud":
         return _generate(prompt, stopping, _require(cloud, "cloud"))
     if strategy.mode == "edge":
-        alone = Strategy("speculative", NEVER, k=1)  # one local token per round
-        return _speculate(prompt, alone, stopping, _require(edge, "edge"), None, runtime)
+        alone = Strategy("speculative", NEVER, k=1, drafter=strategy.drafter)  # one local token per round
+        return _speculate(prompt, alone, stopping, edge, None, runtime)
     verifier = _require(cloud, "cloud") if strategy.asks_cloud else None
-    return _speculate(prompt, strategy, stopping, _require(edge, "edge"), verifier, runtime)
+    return _speculate(prompt, strategy, stopping, edge, verifier, runtime)
 
 
 def _generate(prompt: Prompt, stopping: Stopping, cloud: Verifier) -> Iterator[Event]:
@@ -104,15 +109,16 @@ class _State:
 
 
 def _speculate(
-    prompt: Prompt, strategy: Strategy, stopping: Stopping, edge: Model, cloud: Verifier | None, runtime: Runtime
+    prompt: Prompt, strategy: Strategy, stopping: Stopping, edge: Model | None, cloud: Verifier | None, runtime: Runtime
 ) -> Iterator[Event]:
     """Draft at the edge; verify at the cloud what the gate escalates. One iteration is one round."""
     state = _State([prompt.last])
     verification = cloud.open(prompt) if cloud else None
     gate, looks_back = (strategy.gate, strategy.look_back) if cloud else (NEVER, False)
     try:
-        drafter = Drafter(edge.open(prompt), stopping.eos, strategy, runtime.shared_ids)
-        yield Opened("edge")
+        drafter = _open_drafter(prompt, strategy, stopping, edge, runtime)
+        if isinstance(drafter, Drafter):
+            yield Opened("edge")
         while stopping.reason(state.context[1:]) is None:
             drafted, is_end = _next_draft(drafter, gate, state, strategy, stopping, runtime)
             yield drafted
@@ -139,8 +145,23 @@ def _speculate(
             verification.close()
 
 
+def _open_drafter(
+    prompt: Prompt, strategy: Strategy, stopping: Stopping, edge: Model | None, runtime: Runtime
+) -> Drafter | LookupDrafter:
+    lookup = None if strategy.drafter == "model" else _require(runtime.lookup, "lookup")
+    if lookup and not strategy.needs_edge:
+        return LookupDrafter(lookup)
+    session = _require(edge, "edge").open(prompt)
+    return Drafter(session, stopping.eos, strategy, runtime.shared_ids, lookup)
+
+
 def _next_draft(
-    drafter: Drafter, gate: Gate, state: _State, strategy: Strategy, stopping: Stopping, runtime: Runtime
+    drafter: Drafter | LookupDrafter,
+    gate: Gate,
+    state: _State,
+    strategy: Strategy,
+    stopping: Stopping,
+    runtime: Runtime,
 ) -> tuple[Drafted, bool]:
     """Draft up to k tokens after the context. Return True if the caption or a request to the cloud ends with them.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgecloud_sd.events import Draft
 from edgecloud_sd.gate import ALWAYS, Gate
+from edgecloud_sd.lookup import GUESS_LENGTH, Lookup
 from edgecloud_sd.revise import OldDraft, expect, propose
 from edgecloud_sd.session import Session, count_new, sync
 from edgecloud_sd.strategy import Strategy
@@ -31,19 +32,26 @@ class Drafter:
 
     One forward pass gives one token. If the edge has a guess of the tokens to come, it feeds the guess in the same
     pass. It keeps the tokens that the guess has right, and the one after them. A guess never changes the tokens. After
-    a correction the guess is the old draft, with the target's opinions in it if there are any (`revise`).
+    a correction the guess is the old draft, with the target's opinions in it if there are any (`revise`). Else it is
+    what `lookup` proposes, if the edge has one.
 
     The strategy's gate computes the scores, and its draft stop may end a draft early. `shared_ids` is
     `Runtime.shared_ids`.
     """
 
     def __init__(
-        self, session: Session, eos: frozenset[int], strategy: Strategy, shared_ids: int | None = None
+        self,
+        session: Session,
+        eos: frozenset[int],
+        strategy: Strategy,
+        shared_ids: int | None = None,
+        lookup: Lookup | None = None,
     ) -> None:
         self._session = session
         self._eos = eos
         self._strategy = strategy
         self._shared_ids = shared_ids
+        self._lookup = lookup
         self._context: list[int] = []
         self._drafted: list[DraftToken] = []  # tokens after the context
         self._old = OldDraft()
@@ -111,7 +119,7 @@ class Drafter:
     def _draft_more(self, room: int, is_ahead: bool = False) -> None:
         """Add at least one token, in one forward pass. After it at most `room` tokens follow the context."""
         context, revise = [*self._context, *self.tokens], self._strategy.revise
-        guess = () if is_ahead else expect(self._old, context, revise)[: room - len(self._drafted) - 1]
+        guess = () if is_ahead else self._guess(context)[: room - len(self._drafted) - 1]
         fed = self._readable([*context, *guess])
         if not is_ahead:
             self._passes.append(count_new(self._session, fed, len(guess) + 1))
@@ -122,6 +130,10 @@ class Drafter:
             context.append(token)
             if token != guessed or token in self._eos:
                 break
+
+    def _guess(self, context: Sequence[int]) -> tuple[int, ...]:
+        old = expect(self._old, context, self._strategy.revise)
+        return old or (self._lookup.propose(context, GUESS_LENGTH) if self._lookup else ())
 
     def _scored(self, token: int, row: Tensor, is_opinion: bool, is_ahead: bool) -> DraftToken:
         gate, stop = self._strategy.gate, self._strategy.draft_stop
@@ -141,3 +153,32 @@ class Drafter:
     @property
     def _is_ended(self) -> bool:
         return bool(self._drafted) and self._drafted[-1].id in self._eos
+
+
+class LookupDrafter:
+    """The drafts of `Lookup`, which take no model. A draft may be empty, and none is drafted ahead."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        self._lookup = lookup
+        self._context: list[int] = []
+
+    def follow(self, context: Sequence[int], opinions: Sequence[int] | None = None) -> int:
+        """Draft after `context` from now on. Return 0, because no token was drafted before."""
+        self._context = list(context)
+        return 0
+
+    def count_ahead(self, length: int) -> int:
+        """Return 0."""
+        return 0
+
+    def draft(self, k: int, room: int, gate: Gate = ALWAYS, scores: Sequence[float] = ()) -> Draft:
+        """Return up to `k` tokens after the context."""
+        return Draft(self._lookup.propose(self._context, k))
+
+    def draft_ahead(self, length: int, limit: int, is_done: Callable[[], bool]) -> tuple[tuple[int, ...], int]:
+        """Return no tokens, because lookup takes no time that a verification could hide."""
+        return (), 0
+
+    def take_passes(self) -> tuple[int, ...]:
+        """Return no passes."""
+        return ()

@@ -43,6 +43,8 @@ def strategies(settings: Settings) -> list[Strategy]:
             found += _speculative(settings, [ALWAYS], [GREEDY])
         elif mode in ("revise", "revise-lossless"):
             found += _revising(settings, always_sends=mode == "revise-lossless")
+        elif mode == "edge":
+            found += [Strategy(mode, drafter=name) for name in _drafters_with_model(settings)]
         else:
             found.append(Strategy(mode))
     return list(dict.fromkeys(found))
@@ -64,7 +66,8 @@ def _revising(settings: Settings, always_sends: bool) -> Iterator[Strategy]:
     usual = LOSSLESS_REVISION
     revise = tuple(name for name in settings.revise if name != "none") or (usual.revise,)
     send_above = (usual.gate.send_above,) if always_sends else settings.send_above
-    revising = replace(settings, gate=("risk",), send_above=send_above, k=(usual.k,), revise=revise)
+    drafter = _drafters_with_model(settings)
+    revising = replace(settings, gate=("risk",), send_above=send_above, k=(usual.k,), revise=revise, drafter=drafter)
     gates = _gates(revising)
     yield from _speculative(revising, gates if always_sends else _levelled(settings, gates), [GREEDY])
 
@@ -94,6 +97,11 @@ def _levelled(settings: Settings, gates: Iterable[Gate]) -> Iterator[Gate]:
             yield gate
 
 
+def _drafters_with_model(settings: Settings) -> tuple[str, ...]:
+    """Return the drafters of modes that need the edge's model. In place of lookup they draft by the model alone."""
+    return tuple("model" if name == "lookup" else name for name in settings.drafter)
+
+
 def _gates(settings: Settings) -> Iterator[Gate]:
     for name in settings.gate:
         if name == "risk":
@@ -106,9 +114,11 @@ def _gates(settings: Settings) -> Iterator[Gate]:
 
 def _speculative(settings: Settings, gates: Iterable[Gate], rules: list[Rule]) -> Iterator[Strategy]:
     fields = (settings.k, settings.draft_stop, settings.draft_ahead, settings.open, settings.revise, settings.look_back)
-    others = list(itertools.product(rules, *fields))
+    others = list(itertools.product(rules, *fields, settings.drafter))
     for gate in gates:
         # if nothing is sent, no other field matters
-        for rule, k, stop, ahead, prefill, revise, look_back in others if gate.can_escalate else others[:1]:
+        for rule, k, stop, ahead, prefill, revise, look_back, drafter in others if gate.can_escalate else others[:1]:
             draft_stop = parse_draft_stop(stop, gate)
-            yield Strategy("speculative", gate, rule, k, draft_stop, ahead, prefill, revise, look_back == "yes")
+            yield Strategy(
+                "speculative", gate, rule, k, draft_stop, ahead, prefill, revise, look_back == "yes", drafter
+            )

@@ -15,13 +15,17 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import NamedTuple
 
+from edgecloud_sd.events import Event, Finished, output_tokens
+
+DRAFTERS = ("model", "lookup", "model+lookup")
 # On the recorded SECap captions (600 of each mode), suffixes of up to 6 gained at most 0.03 characters a call
 MAX_NGRAM = 4
+GUESS_LENGTH = 8  # tokens of a guess that the edge checks in one pass, at most
 HISTORY_TOKENS = 16_384  # about 1000 captions
 START = -1  # stands for the last prompt token, so that only the beginning of a caption matches a beginning
 
@@ -110,14 +114,15 @@ class CaptionHistory:
 class Lookup:
     """The proposals for one caption, from the captions before it and the text of its prompt.
 
-    `control` are the ids of the chat format, which part the prompt into texts and are never proposed. A proposal ends
-    at a token of `eos`.
+    A proposal ends at a token of `eos`. `control` are the ids of the chat format, which part the prompt into texts and
+    are never proposed from it.
     """
 
     def __init__(
-        self, history: CaptionHistory, prompt: Sequence[int], eos: Collection[int], control: Collection[int] = ()
+        self, history: CaptionHistory, eos: Collection[int], control: Collection[int] = (), prompt: Sequence[int] = ()
     ) -> None:
         parts = itertools.groupby(prompt, lambda token: token in control)
+        self._history = history
         self._sources = history, NgramIndex([list(part) for is_control, part in parts if not is_control])
         self._eos = eos
 
@@ -136,6 +141,15 @@ class Lookup:
             proposed.append(max(matches, key=lambda match: match.length).token)
             suffix = [*suffix, proposed[-1]][-MAX_NGRAM:]
         return tuple(proposed)
+
+    def observe(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Yield the events of the caption. Add it to the history when it has finished, because it is final then."""
+        seen = []
+        for event in events:
+            seen.append(event)
+            if isinstance(event, Finished):
+                self._history.add(output_tokens(seen))
+            yield event
 
 
 def _followed_ngrams(text: Sequence[int]) -> list[tuple[tuple[int, ...], int]]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING
@@ -26,7 +26,9 @@ from edgecloud_sd.fields import check_type, whole_number
 from edgecloud_sd.forecast.adaptive_k import AdaptiveK
 from edgecloud_sd.forecast.budgets import calibrated_strategy
 from edgecloud_sd.forecast.calibration import Conditions
+from edgecloud_sd.gate import ALWAYS
 from edgecloud_sd.host.limits import Limits, LimitsInForce, apply_limits, memory_limit_paused
+from edgecloud_sd.lookup import CaptionHistory, Lookup
 from edgecloud_sd.models import checkpoint, devices, pairs, traits
 from edgecloud_sd.session import Model
 from edgecloud_sd.stopping import MAX_NEW_TOKENS, LengthLimit, Stopping, check_length
@@ -108,14 +110,16 @@ def generation_events(
     finish_alone: bool = False,
     fault: CloudFault | None = None,
     shared_ids: int | None = None,
+    open_lookup: Callable[[Sequence[int]], Lookup] | None = None,
 ) -> Iterator[Event]:
     """Yield the events of one generation, from its features to its last token.
 
     Mode cloud needs no `edge`, and a strategy that never asks the cloud needs none. `adaptive_k` is for a strategy
     without a k. `fault` is a failure of the cloud before this generation, which may `finish_alone`. `shared_ids` is
-    `Runtime.shared_ids`.
+    `Runtime.shared_ids`. `open_lookup` takes the ids of the prompt, and is for drafters that look up.
     """
     harness = harness or Harness()
+    finish_alone = finish_alone and strategy.needs_edge
     prompt = harness.prepared(build_prompt)
     yield Prepared(len(prompt.ids))
     verifier: Verifier | None = None
@@ -126,7 +130,7 @@ def generation_events(
                 raise fault
             verifier = cloud.verifier(strategy.rule, harness, strategy.wants_rest)
         except CloudFault as error:
-            if not (finish_alone and strategy.is_speculative):
+            if not finish_alone:
                 raise
             if not fault:
                 harness.record_fault(error, start)
@@ -135,14 +139,17 @@ def generation_events(
             verifier = FailedVerifier(error)
         verifier = harness.deferred(verifier, strategy.prefill) if strategy.is_speculative else verifier
     lengths = adaptive_k.for_generation() if adaptive_k else None
+    lookup = open_lookup(prompt.ids) if open_lookup else None
     runtime = Runtime(
         choose_k=lengths.choose_k if lengths else None,
         background=harness.background_verification if strategy.draft_ahead else None,
         finish_alone=finish_alone,
         shared_ids=shared_ids,
+        lookup=lookup,
     )
     timed_edge = harness.edge(edge) if edge else None
     events = decode(prompt, harness.timed_strategy(strategy), stopping, timed_edge, verifier, runtime)
+    events = lookup.observe(events) if lookup else events
     observed = lengths.observe(events, harness.watch.seconds) if lengths else events
     yield from harness.with_corrections(observed)  # outside, so that adaptive k takes no correction for a step
 
@@ -181,6 +188,7 @@ class Pipeline:
         self._lock = RLock()
         self._ready: dict[str, tuple[Frontend, int]] = {}  # mode: front end, number of torch threads
         self._adaptive: dict[tuple[object, ...], AdaptiveK] = {}
+        self._histories: dict[tuple[object, ...], CaptionHistory] = {}
 
     @classmethod
     def load(
@@ -287,7 +295,7 @@ class Pipeline:
         """
         check_type("strategy", strategy, Strategy, 'write Strategy("edge")')
         harness = harness or Harness()
-        may_finish_alone = self.finish_alone and strategy.is_speculative
+        may_finish_alone = self.finish_alone and strategy.needs_edge
         if may_finish_alone:
             self.prepare("edge")
         harness.watch.restart()
@@ -368,7 +376,7 @@ class Pipeline:
         """
         request = Request.of(source, sampling_rate, language, prompt_type, transcription, task)
         trace = self.trace(request, strategy, max_new_tokens)
-        return Caption(self.text(trace.tokens, strategy.mode), trace.tokens, trace)
+        return Caption(self.text(trace.tokens, strategy.load_mode), trace.tokens, trace)
 
     def events(
         self,
@@ -381,18 +389,20 @@ class Pipeline:
         check_type("request", request, Request, "write Request.of(file)")
         harness = harness or Harness()
         mode, fault = self.prepare_for(strategy, harness)
+        front = self.prepare(mode)
+        history = self.history(strategy, request.language, harness.link, harness.profile)
 
         def build_prompt() -> Prompt:
             prompt = self.prompt(request, mode)
             self.check_fits(prompt, mode, max_new_tokens)
-            if mode == "speculative":
+            if mode != "edge" and strategy.is_speculative:
                 self.cloud.identity.check_draft(strategy.longest_draft(max_new_tokens))
             return prompt
 
         return generation_events(
             build_prompt,
             strategy,
-            Stopping(self.prepare(mode).eos, max_new_tokens),
+            Stopping(front.eos, max_new_tokens),
             None if mode == "cloud" else self.edge,
             self.cloud,
             harness,
@@ -400,6 +410,7 @@ class Pipeline:
             finish_alone=self.finish_alone,
             fault=fault,
             shared_ids=count_shared_ids(self.edge, self.cloud.identity.vocab_size) if mode == "speculative" else None,
+            open_lookup=partial(Lookup, history, front.eos, prompts.control_ids(front.tokenizer)) if history else None,
         )
 
     def check_fits(self, prompt: Prompt, mode: str, max_new_tokens: int) -> None:
@@ -453,3 +464,23 @@ class Pipeline:
             key = (strategy, language, link, profile)
             correction = profile.correction if profile else 0.0
             return self._adaptive.setdefault(key, AdaptiveK.for_strategy(strategy, correction))
+
+    def history(
+        self, strategy: Strategy, language: str, link: Link = NO_LINK, profile: Profile | None = None
+    ) -> CaptionHistory | None:
+        """Return the captions that lookup draws on for requests that are alike, or None for drafter model.
+
+        They belong to this pipeline's run. No strategy sees the captions of another, which may be of the same clips.
+        All levels of a gate share a history, because the feedback of a budget moves the level between captions.
+        """
+        if strategy.drafter == "model":
+            return None
+        with self._lock:
+            alike = replace(strategy, gate=ALWAYS, draft_stop=None), strategy.gate.name
+            return self._histories.setdefault((*alike, language, link, profile), CaptionHistory())
+
+    def forget_captions(self) -> None:
+        """Empty every history, as after a warm-up on a clip that is captioned again."""
+        with self._lock:
+            for history in self._histories.values():
+                history.clear()

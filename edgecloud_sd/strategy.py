@@ -10,12 +10,19 @@ from edgecloud_sd import probs
 from edgecloud_sd.acceptance import GREEDY, Rank, Rule, Synthetic, parse_rule
 from edgecloud_sd.fields import check_type, whole_number
 from edgecloud_sd.gate import ALWAYS, DraftStop, Gate, parse_draft_stop, parse_gate, risk_gate, statistics_per_token
+from edgecloud_sd.lookup import DRAFTERS
 from edgecloud_sd.prefill import PREFILL_TIMES
 from edgecloud_sd.revise import REVISE_NAMES
 from edgecloud_sd.wire import MAX_DRAFT
 
 MODES = ("edge", "cloud", "speculative")
 ADAPTIVE_K = "auto"  # the text for a draft length that is found while decoding
+WITHOUT_MODEL = {
+    "gate": "always",
+    "draft_stop": "none",
+    "draft_ahead": 0,
+    "revise": "none",
+}  # the only values of drafter lookup
 
 
 @dataclass(frozen=True)
@@ -23,8 +30,8 @@ class Strategy:
     """One way to decode.
 
     `Strategy("speculative", k=4)` is lossless: every draft is verified, and the cloud accepts its own tokens only.
-    Raise ValueError for values that do not fit together, and TypeError for one of another type. Modes edge and cloud
-    take no other field.
+    Raise ValueError for values that do not fit together, and TypeError for one of another type. Mode cloud takes no
+    other field, and mode edge takes drafter model+lookup alone.
     """
 
     mode: str = "speculative"
@@ -36,6 +43,7 @@ class Strategy:
     prefill: str = "eager"  # when the cloud prefills: beside the edge, or at the first escalation
     revise: str = "none"  # the way to redraft after a correction (see `edgecloud_sd.revise`)
     look_back: bool = False  # send the local tokens since the last verdict as draft; gate risk always does
+    drafter: str = "model"  # the source of drafts; with model+lookup, lookup guesses what the model drafts
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -60,10 +68,18 @@ class Strategy:
             raise ValueError(
                 f"draft_stop {self.draft_stop.label} reads the gate's score, and gate {self.gate.label} has none"
             )
+        if self.drafter not in DRAFTERS:
+            raise ValueError(f"unknown drafter {self.drafter!r}: choose one of {', '.join(DRAFTERS)}")
         if self.mode != "speculative":
             for field in fields(self)[1:]:
-                if getattr(self, field.name) != field.default:
+                value = getattr(self, field.name)
+                if value != field.default and (self.mode, value) != ("edge", "model+lookup"):
                     raise ValueError(f"mode {self.mode} drafts nothing, so it takes no {field.name}")
+        elif self.drafter == "lookup":
+            values = self.to_json() | {"draft_stop": self.draft_stop.text if self.draft_stop else "none"}
+            for name, usual in WITHOUT_MODEL.items():
+                if values[name] != usual:
+                    raise ValueError(f"drafter lookup runs no model, so its {name} is {usual}, not {values[name]}")
 
     def _set(self, field: str, value: object) -> None:
         object.__setattr__(self, field, value)
@@ -81,7 +97,17 @@ class Strategy:
     @property
     def load_mode(self) -> str:
         """The mode whose sides this strategy needs: edge if it never asks the cloud."""
-        return self.mode if self.asks_cloud else "edge"
+        return self.model_mode if self.asks_cloud else "edge"
+
+    @property
+    def model_mode(self) -> str:
+        """The mode whose models compute for this strategy or for questions about it: cloud with drafter lookup."""
+        return self.mode if self.needs_edge else "cloud"
+
+    @property
+    def needs_edge(self) -> bool:
+        """True unless the edge's model computes nothing: in mode cloud, and with drafter lookup."""
+        return self.mode != "cloud" and self.drafter != "lookup"
 
     @property
     def is_lossless(self) -> bool:
@@ -112,15 +138,16 @@ class Strategy:
     @property
     def details(self) -> tuple[str, ...]:
         """The parts of a case id after the mode and the pair."""
+        drafter = [self.drafter.replace("+", "_")] if self.drafter != "model" else []
         if not self.is_speculative:
-            return ()
+            return tuple(drafter)
         details = [self.gate.label, f"k{self.k or ADAPTIVE_K}", self.rule.label]
         details += [self.draft_stop.label] if self.draft_stop else []
         details += [f"ahead{self.draft_ahead}"] if self.draft_ahead else []
         details += [self.prefill] if self.prefill != "eager" else []
         details += [f"revise_{self.revise}"] if self.revise != "none" else []
         details += ["lookback"] if self.look_back and self.gate.name != "risk" else []
-        return tuple(details)
+        return (*details, *drafter)
 
     @property
     def label(self) -> str:
@@ -142,15 +169,18 @@ class Strategy:
             "prefill": self.prefill,
             "revise": self.revise,
             "look_back": self.look_back,
+            "drafter": self.drafter,
         }
-        return values if self.is_speculative else dict.fromkeys(values) | {"mode": self.mode}
+        if self.is_speculative:
+            return values
+        return dict.fromkeys(values) | {"mode": self.mode, "drafter": self.drafter if self.mode == "edge" else None}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Strategy:
         """Return the strategy that `to_json` wrote. Raise ValueError for anything else."""
         try:
             if values["mode"] != "speculative":
-                return cls(values["mode"])
+                return cls(values["mode"], drafter=values["drafter"] or "model")
             if values["k"] is None:
                 raise ValueError(f"not a saved strategy: its k is null; adaptive k is {ADAPTIVE_K!r}")
             numbers = [values[name] for name in ("threshold", "send_above", "opinion_risk")]  # null without a meaning
@@ -165,6 +195,7 @@ class Strategy:
                 values["prefill"],
                 values["revise"],
                 values["look_back"],
+                values["drafter"],
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a saved strategy: {error!r}") from error

@@ -321,6 +321,26 @@ def test_an_option_that_does_not_fit_the_clock_is_refused(options: dict[str, str
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {},
+            "--gate: entropy needs the edge's model, which --drafter lookup does not run: give always or --mode los",
+        ),
+        ({"gate": "always,never"}, "--gate: never needs the edge's model"),
+        ({"mode": "lossless", "draft-ahead": "0,4"}, "--draft-ahead: 4 needs the edge's model"),
+        ({"mode": "lossless", "revise": "repeat"}, "--revise: repeat needs the edge's model"),
+        ({"mode": "lossless", "draft-stop": "margin=0.3"}, "--draft-stop: margin=0.3 needs the edge's model"),
+    ],
+)
+def test_what_needs_a_model_is_refused_with_drafter_lookup(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve({"drafter": "model,lookup"} | options)
+    assert message in str(error.value)
+    assert resolve({"drafter": "model+lookup"} | options).drafter == ("model+lookup",)
+
+
 def test_a_profile_may_be_measured_on_either_clock() -> None:
     assert resolve({"profile": "measure"}).clock == "real"
     assert resolve({"profile": "measure", "clock": "virtual", "link": "sat"}).link == ("sat",)

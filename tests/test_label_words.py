@@ -18,6 +18,8 @@ GATE = entropy_gate(1.5)
     [
         (Strategy("edge"), ["the edge decodes alone"]),
         (Strategy("cloud"), ["the cloud decodes alone"]),
+        (Strategy("edge", drafter="model+lookup"), ["the edge decodes alone", "checks in one pass"]),
+        (Strategy(drafter="lookup"), ["every draft", "3", "own most likely", "what followed the same tokens"]),
         (Strategy(), ["every draft", "at most 3 draft tokens", "its own most likely token"]),
         (Strategy(gate=NEVER, k=None), ["no draft", "found while decoding", "own most likely"]),
         (
@@ -32,7 +34,7 @@ GATE = entropy_gate(1.5)
     ],
 )
 def test_every_part_of_a_label_has_a_meaning(strategy: Strategy, words: list[str]) -> None:
-    label = " ".join([*(strategy.details or [strategy.mode]), "4g"])
+    label = " ".join([*([] if strategy.is_speculative else [strategy.mode]), *strategy.details, "4g"])
     document = {"experiment_config": {"strategy": strategy.to_json(), "link": "4g"}}
     terms = explain_labels([ReportCell(label, document)] * 2)
     assert " ".join(term for term, _ in terms) == label

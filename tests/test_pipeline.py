@@ -16,6 +16,7 @@ from edgecloud_sd.acceptance import Rank, Synthetic
 from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.local import LocalCloud
 from edgecloud_sd.events import Ahead, Committed, Drafted, Trace, Verified
+from edgecloud_sd.lookup import START, Match
 from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.pocket import clips
 from edgecloud_sd.strategy import Strategy
@@ -70,6 +71,33 @@ def test_the_edge_drafts_ahead_as_far_as_the_strategy_says(pipeline: Pipeline, r
     new = [event.made for _, event in ahead.events if isinstance(event, Ahead)]
     assert 0 < max(new) <= 5
     assert ahead.tokens == waits.tokens
+
+
+def test_lookup_learns_from_the_captions_of_its_own_strategy(pipeline: Pipeline, request_: Request) -> None:
+    learning, guesses = fresh(pipeline), Strategy("edge", drafter="model+lookup")
+    own, first = (learning.trace(request_, strategy) for strategy in (Strategy("edge"), guesses))
+    again = learning.trace(request_, guesses)
+    assert own.tokens == first.tokens == again.tokens
+    counts = [
+        sum(len(event.passes) for _, event in trace.events if isinstance(event, Drafted)) for trace in (first, again)
+    ]
+    assert counts[1] <= len(own.tokens) / 8 + 1 < counts[0]
+    history = learning.history(guesses, "chinese")
+    assert history is not None
+    assert history.match([START]) == Match(1, own.tokens[0])
+    assert learning.history(guesses, "english") != history
+    assert learning.history(Strategy("edge"), "chinese") is None
+    learning.forget_captions()
+    assert history.match([START]) is None
+
+
+def test_drafter_lookup_never_loads_the_edge(pipeline: Pipeline, request_: Request) -> None:
+    bare = Pipeline(pipeline.pair, pipeline.cloud)
+    bare.front_end = pipeline.edge  # reading it again would take a second
+    caption = bare.trace(request_, Strategy(k=8, drafter="lookup"))
+    assert bare.text(caption.tokens, "cloud")
+    assert caption.tokens == pipeline.trace(request_, Strategy("cloud")).tokens
+    assert "edge" not in vars(bare)
 
 
 def test_adaptive_k_knows_its_strategy_and_stays_for_the_run(pipeline: Pipeline, request_: Request) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from edgecloud_sd import config, gate
 from edgecloud_sd.acceptance import GREEDY, Rank
 from edgecloud_sd.grid import cells
+from edgecloud_sd.lookup import DRAFTERS
 from edgecloud_sd.strategy import MODES, Strategy
 from tests.support.strategies import draft_stops, gates, ks, prefills, ranks, synthetics
 
@@ -20,12 +21,14 @@ from tests.support.strategies import draft_stops, gates, ks, prefills, ranks, sy
 @st.composite
 def strategies(draw: st.DrawFn) -> Strategy:
     """Draw any strategy."""
-    mode = draw(st.sampled_from(MODES))
+    mode, drafter = draw(st.sampled_from(MODES)), draw(st.sampled_from(DRAFTERS))
     if mode != "speculative":
-        return Strategy(mode)
+        return Strategy(mode, drafter="model+lookup" if (mode, drafter) == ("edge", "lookup") else "model")
+    if drafter == "lookup":
+        return Strategy(rule=draw(ranks | synthetics), k=draw(ks), prefill=draw(prefills), drafter=drafter)
     chosen, k = draw(gates), draw(ks | st.none())
     stop, ahead = draw(draft_stops(chosen)), draw(st.integers(0, 9))
-    return Strategy(mode, chosen, draw(ranks | synthetics), k, stop, ahead, draw(prefills))
+    return Strategy(mode, chosen, draw(ranks | synthetics), k, stop, ahead, draw(prefills), drafter=drafter)
 
 
 def test_a_speculative_strategy_is_lossless_without_further_fields() -> None:
@@ -55,6 +58,7 @@ def test_a_label_names_every_field_that_is_not_usual() -> None:
     assert strategy.label == "speculative-H1.5-kauto-rank20-stopM0.3-ahead16-lazy"
     assert Strategy("speculative", k=4).label == "speculative-always-k4-greedy"
     assert Strategy("cloud").label == "cloud"
+    assert Strategy("edge", drafter="model+lookup").label == "edge-model_lookup"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +72,19 @@ def test_a_label_names_every_field_that_is_not_usual() -> None:
             {"draft_stop": gate.parse_draft_stop("entropy", gate.entropy_gate(1.5))},
             "draft_stop stopH1.5 reads the gate's score, and gate always has none",
         ),
+        ({"drafter": "lokup"}, "unknown drafter 'lokup': choose one of model, lookup, model.lookup"),
+        ({"drafter": "lookup", "gate": gate.NEVER}, "drafter lookup runs no model, so its gate is always, not never"),
+        ({"drafter": "lookup", "draft_ahead": 2}, "drafter lookup runs no model, so its draft_ahead is 0, not 2"),
+        (
+            {"drafter": "lookup", "revise": "context"},
+            "drafter lookup runs no model, so its revise is none, not context",
+        ),
+        (
+            {"drafter": "lookup", "draft_stop": gate.parse_draft_stop("margin=0.3", gate.ALWAYS)},
+            "drafter lookup runs no model, so its draft_stop is none, not margin=0.3",
+        ),
+        ({"mode": "edge", "drafter": "lookup"}, "mode edge drafts nothing, so it takes no drafter"),
+        ({"mode": "cloud", "drafter": "model+lookup"}, "mode cloud drafts nothing, so it takes no drafter"),
         ({"mode": "edge", "k": 4}, "mode edge drafts nothing, so it takes no k"),
         ({"mode": "cloud", "rule": Rank(3)}, "mode cloud drafts nothing, so it takes no rule"),
     ],
@@ -88,6 +105,14 @@ def test_an_entropy_gate_without_its_threshold_is_never_read_as_lossless(thresho
     saved = Strategy("speculative", gate.entropy_gate(1.5)).to_json()
     with pytest.raises(ValueError, match=r"not a saved strategy|threshold"):
         Strategy.from_json(saved | {"threshold": threshold})
+
+
+def test_modes_that_need_the_model_draft_by_it_alone_in_place_of_lookup() -> None:
+    settings = config.resolve({"mode": "edge,cloud,lossless,revise", "drafter": "lookup,model+lookup"})
+    labels = [strategy.label for strategy, _ in cells(settings)]
+    assert labels[:4] == ["edge", "edge-model_lookup", "cloud", "speculative-always-k3-greedy-lookup"]
+    assert labels[4] == "speculative-always-k3-greedy-model_lookup"
+    assert ["model_lookup" in label for label in labels[5:]] == [False, True]
 
 
 def test_the_grid_has_one_cell_for_a_gate_that_never_escalates() -> None:

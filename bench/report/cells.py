@@ -145,7 +145,7 @@ def _short_label(document: Document) -> str:
     if "origin" in document:  # its strategy is known in part
         return get_case_id(document)
     strategy = Strategy.from_json(experiment["strategy"])
-    words = list(strategy.details or (strategy.mode,))
+    words = [*([] if strategy.is_speculative else [strategy.mode]), *strategy.details]
     if experiment["link"] not in (None, "none"):
         words.append(experiment["link"])
     return " ".join(words)

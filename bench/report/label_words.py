@@ -11,6 +11,11 @@ from edgecloud_sd.gate import DraftStop, Gate
 from edgecloud_sd.strategy import ADAPTIVE_K, Strategy
 from edgecloud_sd.timing.link import NO_LINK
 
+DRAFTER_WORDS = {
+    "model": [],
+    "lookup": [("lookup", "drafts are what followed the same tokens in the prompt and in earlier captions")],
+    "model+lookup": [("model_lookup", "the edge checks in one pass what lookup in earlier captions guesses")],
+}
 MODE_WORDS = {"edge": "the edge decodes alone", "cloud": "the cloud decodes alone"}
 
 
@@ -36,6 +41,7 @@ def list_label_words(cells: Iterable[ReportCell]) -> list[Block]:
 def _explain_strategy(strategy: Strategy) -> Iterator[tuple[str, str]]:
     if not strategy.is_speculative:
         yield strategy.mode, MODE_WORDS[strategy.mode]
+        yield from DRAFTER_WORDS[strategy.drafter]
         return
     yield strategy.gate.label, _gate_words(strategy.gate)
     if strategy.k is None:
@@ -49,6 +55,7 @@ def _explain_strategy(strategy: Strategy) -> Iterator[tuple[str, str]]:
         yield f"ahead{strategy.draft_ahead}", f"draft-ahead: up to {strategy.draft_ahead} tokens during a verification"
     if strategy.prefill == "lazy":
         yield strategy.prefill, "the cloud prefills at the first escalation, not beside the edge"
+    yield from DRAFTER_WORDS[strategy.drafter]
 
 
 def _gate_words(gate: Gate) -> str:

@@ -82,15 +82,20 @@ def format_chat(task: str, audio_tokens: int) -> str:
 def encode_chat(tokenizer: Any, task: str, audio_tokens: int) -> tuple[int, ...]:
     """Return the ids of `chat_pieces`. The text of the task never gives a control token."""
     pieces = chat_pieces(task, audio_tokens)
-    control_ids = dict(zip(CONTROL_TOKENS, tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)), strict=True))
+    control = control_ids(tokenizer)
     plain = _plain_tokenizer(tokenizer)
     ids: list[int] = []
     for place, piece in enumerate(pieces):
         if place % 2:
-            ids.append(control_ids[piece])
+            ids.append(control[CONTROL_TOKENS.index(piece)])
         elif piece:
             ids += plain.encode(piece, add_special_tokens=False).ids
     return tuple(ids)
+
+
+def control_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids of `CONTROL_TOKENS`."""
+    return tuple(tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)))
 
 
 def _plain_tokenizer(tokenizer: Any) -> Any:

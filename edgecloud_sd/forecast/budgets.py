@@ -108,7 +108,9 @@ def calibrated_strategy(strategy: Strategy) -> Strategy:
     Under gates risk and token the cloud gets the same requests, however the draft tokens are split into rounds.
     """
     lowest = gate_at(strategy.gate, LEVEL_RANGES[strategy.gate.name].low)
-    return replace(strategy, gate=lowest, k=1, draft_stop=None, draft_ahead=0, prefill=Strategy.prefill)
+    return replace(
+        strategy, gate=lowest, k=1, draft_stop=None, draft_ahead=0, prefill=Strategy.prefill, drafter="model"
+    )
 
 
 def trace_endings(trace: Trace, gate: Gate) -> Endings:

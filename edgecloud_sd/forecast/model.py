@@ -311,10 +311,14 @@ class Forecast:
         return self.over_cloud > 1
 
 
-def forecast(profile: Profile, link: Link, workload: Workload) -> Forecast:
-    """Return the forecast of a workload on the machines of a profile, over a link."""
+def forecast(profile: Profile, link: Link, workload: Workload, has_model: bool = True) -> Forecast:
+    """Return the forecast of a workload on the machines of a profile, over a link.
+
+    Without `has_model` nothing takes time at the edge, because drafter lookup runs no model.
+    """
+    alone, profile = profile, profile if has_model else profile.without_edge()
     token = seconds_per_token(profile, link, workload)
-    edge, cloud = profile.edge.step, cloud_seconds_per_token(profile, link)
+    edge, cloud = alone.edge.step, cloud_seconds_per_token(profile, link)
     best_k = fastest_k(profile, link, workload)
     largest_rtt, slowest_drafter = _break_even(profile, link, workload)
     all_accepted = replace(workload, acceptance_by_position=(1.0,), draft_ahead=0)
@@ -322,7 +326,8 @@ def forecast(profile: Profile, link: Link, workload: Workload) -> Forecast:
     ceiling_without_bonus = seconds_per_token(profile, NO_LINK, replace(all_accepted, has_bonus=False))
     seconds = {"speculative": token, "edge": edge, "cloud": cloud}
     captions = {
-        mode: expected_prefill_seconds(profile, link, mode, workload) + workload.tokens_per_generation * per_token
+        mode: expected_prefill_seconds(alone if mode == "edge" else profile, link, mode, workload)
+        + workload.tokens_per_generation * per_token
         for mode, per_token in seconds.items()
         if workload.tokens_per_generation is not None
     }
@@ -339,7 +344,7 @@ def forecast(profile: Profile, link: Link, workload: Workload) -> Forecast:
         best_over_cloud=cloud / seconds_per_token(profile, link, workload.with_k(best_k)),
         seen_k=len(workload.acceptance_by_position),
         largest_rtt=largest_rtt if largest_rtt > 0 else None,
-        slowest_drafter=slowest_drafter if slowest_drafter > 0 else None,
+        slowest_drafter=slowest_drafter if has_model and slowest_drafter > 0 else None,
         ceiling_over_edge=edge / ceiling,
         ceiling_over_edge_without_bonus=edge / ceiling_without_bonus,
         ceiling_over_cloud=cloud / ceiling,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,10 @@ class Profile:
     draft_at_cloud: float | None = None  # s per step of the edge model if it ran at the cloud
     correction: float = 0.0  # s per correction at the edge, to repair its cache, beside its next step
     source: str = ""
+
+    def without_edge(self) -> Profile:
+        """Return the profile of a drafter that runs no model: nothing takes time at the edge."""
+        return replace(self, edge=Costs(0.0, ((1, 0.0),)), draft_at_cloud=None, correction=0.0)
 
 
 def load_profile(name: str) -> Profile:
