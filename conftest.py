@@ -17,11 +17,11 @@ from bench.regression import FAIL_RULES, RULE_HELP, FailRule, parse_fail_rule
 from bench.rows import row_metric
 from edgecloud_sd import config as options
 from edgecloud_sd.config import GROUPS, Option, Settings
-from edgecloud_sd.data.dataset import BadClip, find_manifest
+from edgecloud_sd.data.dataset import BadClip
 from edgecloud_sd.host.passwords import hide_passwords
 from edgecloud_sd.host.terminal import escape_unencodable
 from edgecloud_sd.models.hub import CHECKPOINT_NAME
-from edgecloud_sd.pocket.clips import POCKET
+from edgecloud_sd.pocket.clips import POCKET, manifest_path
 from edgecloud_sd.strategy import Strategy
 
 REQUIREMENTS = ("gpu",)  # markers that --require accepts
@@ -192,7 +192,8 @@ def _check_benchmarks(config: pytest.Config, settings: Settings) -> None:
             raise pytest.UsageError(f"--extra: {extra} is not possible here. {needs}")
     if settings.dataset_path != POCKET:
         try:
-            find_manifest(Path(settings.dataset_path))
+            for language in settings.language:
+                manifest_path(settings.dataset_path, language)
         except BadClip as error:
             raise pytest.UsageError(f"--dataset-path: {error}") from None
     if settings.cloud_key_file and not Path(settings.cloud_key_file).is_file():

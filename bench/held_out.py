@@ -15,7 +15,7 @@ from edgecloud_sd.pocket import clips, voices
 
 @dataclass(frozen=True)
 class HeldOutClip:
-    """A clip with its prompt and its references. Only pocket clips have `attributes`."""
+    """A clip with its prompt and its references. It has `attributes` if its first reference names them all."""
 
     file_id: str
     language: str
@@ -35,7 +35,8 @@ def iterate_held_out(
     if settings.dataset_path != clips.POCKET:
         data = DataSet(replace(settings, max_samples=count), language)
         for entry in data.clips:
-            yield HeldOutClip(entry.file_id, language, pipeline.prompt(data.request(entry)), entry.references)
+            named = voices.read_attributes(entry.references[0], language)
+            yield HeldOutClip(entry.file_id, language, pipeline.prompt(data.request(entry)), entry.references, named)
         return
     for index in range(LANGUAGES.index(language), count * len(LANGUAGES), len(LANGUAGES)):
         clip = clips.make_clip(set_name, index)

@@ -518,7 +518,9 @@ class Settings:
         choices=("unified",),
     )
     dataset_path: str = _option(
-        "data", "pocket", "pocket (the clips that ship), a manifest file, or a folder with manifest.json or .jsonl"
+        "data",
+        "pocket",
+        "pocket (the clips that ship), a manifest file, or a folder with manifest.json or .jsonl, or one per language",
     )
     max_samples: int | None = _option(
         "data", None, "number of clips, from the first on; none takes all", _read_count, optional=True

@@ -576,6 +576,16 @@ def test_the_path_of_a_folder_is_its_manifest(folder: Path) -> None:
     assert manifest_path(folder, "english") == path
 
 
+@pytest.mark.parametrize(("names", "expected"), [(["english", "chinese"], "english"), (["english", ""], "")], ids=str)
+def test_a_folder_without_a_common_manifest_may_have_one_per_language(
+    tmp_path: Path, names: list[str], expected: str
+) -> None:
+    paths = {name: tmp_path / f"manifest{'_' if name else ''}{name}.json" for name in names}
+    for path in paths.values():
+        path.write_text("[]", encoding="utf-8")
+    assert manifest_path(tmp_path, "english") == paths[expected]
+
+
 def test_a_folder_without_a_manifest_is_refused_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(BadClip) as error:
         manifest_path(tmp_path, "chinese")

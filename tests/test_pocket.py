@@ -255,7 +255,7 @@ def test_free_captions_name_their_attributes_in_every_wording_and_order(language
         attributes = draw_attributes(seed)
         text = voices.write_free_caption(attributes, language, (seed,))
         assert text == voices.write_free_caption(attributes, language, (seed,))
-        assert voices.find_named_classes(text, language) == vars(attributes)
+        assert voices.read_attributes(text, language) == attributes
         assert voices.find_emotion(attributes).word(language) in text
         texts.append(text)
         written = [voices.WORDS, voices.OTHER_WORDS]
@@ -275,6 +275,10 @@ def test_no_wording_is_part_of_another_one(language: str) -> None:
     words = [word for table in tables for words in table[language].values() for word in words]
     texts = [*words, *voices.FREE_TEMPLATES[language]]
     assert [(word, text) for word in words for text in texts if word in text] == [(word, word) for word in words]
+
+
+def test_a_caption_that_lacks_an_attribute_describes_none() -> None:
+    assert voices.read_attributes("low pitch and high pitch, slow pace", "english") is None
 
 
 def test_a_caption_with_two_classes_of_an_attribute_names_none() -> None:
@@ -341,9 +345,7 @@ def test_a_free_pair_captions_its_own_clips(tmp_path: Path, monkeypatch: pytest.
     train.train_free_pair(tmp_path / "pair")
     own = Pipeline(pairs.find_pair("pocket", str(tmp_path / "pair" / "edge"), str(tmp_path / "pair" / "cloud")))
     for number, language in enumerate(prompts.LANGUAGES):
-        loaded, _ = load_manifest(
-            clips.manifest_path(tmp_path / "pair" / "clips" / f"manifest_{language}.json", language), language
-        )
+        loaded, _ = load_manifest(clips.manifest_path(tmp_path / "pair" / "clips", language), language)
         source = [clips.make_clip("held-out", 2 * number + position) for position in range(2)]
         assert [clip.references[0] for clip in loaded] == [clip.caption(language, is_free=True) for clip in source]
         asked = Request(load_audio(loaded[0].audio_path), language)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecloud_sd.data.dataset import SAMPLE_RATE, find_manifest
+from edgecloud_sd.data.dataset import MANIFEST_NAMES, SAMPLE_RATE, find_manifest
 from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.host.files import build_folder, cache_root
 from edgecloud_sd.pocket import synthesis, voices
@@ -122,5 +122,12 @@ def _manifest_entry(name: str, position: int, clip: PocketClip, language: str, c
 
 
 def manifest_path(dataset: str | Path, language: str) -> Path:
-    """Return the manifest of `POCKET`, of a manifest file, or of a folder. Raise BadClip if there is none."""
-    return evaluation_set() / manifest_name(language) if str(dataset) == POCKET else find_manifest(Path(dataset))
+    """Return the manifest of `POCKET`, of a manifest file, or of a folder. Raise BadClip if there is none.
+
+    A folder without a common manifest may have one per language.
+    """
+    if str(dataset) == POCKET:
+        return evaluation_set() / manifest_name(language)
+    own = Path(dataset) / manifest_name(language)
+    has_common = any((own.parent / name).is_file() for name in MANIFEST_NAMES)
+    return own if own.is_file() and not has_common else find_manifest(Path(dataset))

@@ -163,6 +163,12 @@ def write_free_caption(attributes: Attributes, language: Language, seed: Sequenc
     return templates[order % len(templates)].format(emotion=emotion.word(language), **words)
 
 
+def read_attributes(text: str, language: Language) -> Attributes | None:
+    """Return the attributes that a caption describes, or None unless it names one class of each."""
+    classes = {name: number for name, number in find_named_classes(text, language).items() if number is not None}
+    return Attributes(**classes) if len(classes) == len(ATTRIBUTE_NAMES) else None
+
+
 def find_named_classes(text: str, language: Language) -> dict[str, int | None]:
     """Return the class that a caption names for each attribute, or None if it names none or several."""
     classes: dict[str, int | None] = {}
