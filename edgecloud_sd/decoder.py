@@ -48,7 +48,8 @@ class Runtime:
     `choose_k` gives the length of the next draft if the strategy has none. `background` starts a verification
     beside which the edge drafts ahead; None makes the edge wait. `finish_alone` lets the edge finish after a fault of
     the cloud. `shared_ids` is the smaller of two vocabulary sizes, or None if they are equal. The edge drafts ids below
-    it alone, and reads a larger id of the cloud as the last of them. `lookup` is for drafters lookup and model+lookup.
+    it alone, unless the target has proposed another, and reads a larger id of the cloud as the last of them. `lookup`
+    is for drafters lookup and model+lookup.
     """
 
     choose_k: Callable[[], int] | None = None

@@ -130,7 +130,8 @@ class Verified:
 class Committed:
     """Tokens are output from now on. They have one origin, and there is at least one.
 
-    With look-back a later verdict can confirm or take back local tokens, so they are not final before it.
+    With look-back a later verdict can confirm or take back local tokens, so they are not final before it. A final token
+    makes all tokens before it final.
     """
 
     tokens: tuple[int, ...]

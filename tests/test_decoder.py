@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from edgecloud_sd.acceptance import GREEDY, Rank
 from edgecloud_sd.decoder import decode
 from edgecloud_sd.events import (
     Committed,
+    Confirmed,
     Drafted,
     Escalated,
     Event,
@@ -21,15 +23,16 @@ from edgecloud_sd.events import (
     Opened,
     Prompt,
     Trace,
+    Verdict,
     Verified,
-    output_tokens,
 )
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.verifier import LocalVerification, LocalVerifier
-from tests.support.replay import Conditions, Replay, conditions, record, shown_tokens
+from tests.support.fakes import Scripted
+from tests.support.replay import Conditions, Replay, conditions, record, shown_ids, shown_tokens
 from tests.support.strategies import Scene, ks, ranks, scenes, speculations, speculative
 from tests.support.toy import ToyModel, random_table
 
@@ -127,7 +130,7 @@ def test_every_accepted_token_has_at_most_the_rank_of_the_rule(scene: Scene, str
 def test_all_events_and_calls_are_those_of_plain_decoding(scene: Scene, strategy: Strategy, given: Conditions) -> None:
     events, calls = record(scene, strategy, given)
     Replay(scene, strategy, given, calls).check(events)
-    assert [token for token, _ in shown_tokens(events)] == output_tokens(events) != []
+    assert shown_ids(events) == Trace(tuple((0.0, event) for event in events)).tokens != ()
 
 
 test_all_events_of_many_captions_are_those_of_plain_decoding = pytest.mark.slow(
@@ -143,7 +146,7 @@ def test_a_strategy_that_sends_all_is_lossless_under_rule_greedy(
     strategy = replace(strategy, gate=sends_all, rule=GREEDY, draft_stop=None)
     assert strategy.is_lossless
     events, _ = record(scene, strategy, replace(given, fails_at=None))
-    assert tuple(output_tokens(events)) == decode_greedily(scene.cloud, scene.prompt, scene.stopping)
+    assert shown_ids(events) == decode_greedily(scene.cloud, scene.prompt, scene.stopping)
 
 
 @given(scenes(), ks, ranks)
@@ -204,6 +207,47 @@ def test_a_verification_is_one_forward_pass_and_feeds_no_token_twice(scene: Scen
     assert len(cloud.passes) == counts.cloud_calls
     # each pass feeds the last prompt token, committed tokens and draft tokens, and none of them twice
     assert sum(cloud.passes) <= 1 + len(trace.tokens) + counts.discarded
+
+
+def test_two_interleaved_captions_do_not_change_each_other() -> None:
+    prompts, stopping = [Prompt((1, 2)), Prompt((3, 4))], Stopping(frozenset(), 20)
+    table = random_table(5, 0)
+    edge, cloud = ToyModel(table + 0.5 * random_table(5, 1), frozenset()), ToyModel(table, frozenset())
+    strategy = Strategy("speculative", gate.risk_gate(0.5), k=3, revise="context")
+    verifier = LocalVerifier(cloud, GREEDY, wants_rest=True)
+    captions = [decode(prompt, strategy, stopping, edge, verifier) for prompt in prompts]
+    together = zip(*itertools.zip_longest(*captions), strict=True)  # one event of each in turn
+    for prompt, with_gaps in zip(prompts, together, strict=True):
+        events = list(filter(None, with_gaps))
+        assert shown_ids(events) == decode_greedily(cloud, prompt, stopping)
+        assert events == list(decode(prompt, strategy, stopping, edge, verifier))
+
+
+ENTROPIES = (0.08, 0.08, 0.13)  # nats, of the rows of Scripted: two sure places, and an unsure one
+
+
+@pytest.mark.parametrize("look_back", [False, True])
+def test_under_gate_token_the_cloud_writes_the_uncertain_token(look_back: bool) -> None:
+    edge, cloud, stopping = Scripted(unsure=frozenset({2})), Scripted(wrong=frozenset({2})), Stopping(frozenset(), 4)
+    strategy = Strategy("speculative", gate.parse_gate("token", 0.1), k=3, look_back=look_back)
+    events = list(decode(Prompt((5, 6)), strategy, stopping, edge, LocalVerifier(cloud, GREEDY)))
+    drafted, rest = events[1], events[2:]
+    assert isinstance(drafted, Drafted)
+    assert drafted.draft.tokens == (0, 0)
+    assert drafted.draft.scores == pytest.approx(ENTROPIES, abs=0.002)
+    sent = replace(drafted.draft, tokens=(0, 0) if look_back else ())
+    assert rest[:4] == [
+        Committed((0, 0), "local", is_final=not look_back),
+        Escalated(sent, 1 if look_back else 3),
+        Opened("cloud"),
+        Verified(sent, Verdict(len(sent.tokens), 1)),
+    ]
+    assert [event for event in rest[4:] if not isinstance(event, Drafted)] == [
+        *([Confirmed(2)] if look_back else []),
+        Committed((1,), "bonus"),
+        Committed((0,), "local"),
+        Finished("length"),
+    ]
 
 
 @pytest.mark.parametrize("mode", ["cloud", "speculative"])

@@ -26,7 +26,7 @@ from tests.support.strategies import Case, Scene, draft_stops, gates, ks, scenes
 from tests.support.toy import ToyModel
 
 LIMITS = st.sampled_from([0, 1, 2, 5, 30])
-MANY = 8 * settings().max_examples  # an example takes milliseconds
+MANY = 4 * settings().max_examples  # an example takes milliseconds
 ANSWERS = st.lists(st.booleans(), max_size=8)
 
 

@@ -16,7 +16,6 @@ from edgecloud_sd.events import (
     Committed,
     Confirmed,
     Degraded,
-    Draft,
     Drafted,
     Escalated,
     Event,
@@ -127,6 +126,11 @@ def shown_tokens(events: Iterable[Event]) -> list[tuple[int, str]]:
     return shown
 
 
+def shown_ids(events: Iterable[Event]) -> tuple[int, ...]:
+    """Return the ids of the output, as a display sees it."""
+    return tuple(token for token, _ in shown_tokens(events))
+
+
 @dataclass(frozen=True)
 class Old:
     """A draft that was corrected: the tokens by place, and the target's opinions by place."""
@@ -187,7 +191,7 @@ class Replay:
         left = self.scene.stopping.room(len(self.context) - 1)
         left = min(left, self.given.cap - len(self.context) + self.final)
         tokens, scores = self.draft_plainly(drafted, left)
-        assert drafted.draft == Draft(tokens, scores)
+        assert (drafted.draft.tokens, drafted.draft.scores) == (tokens, scores)
         self.scores += scores
         is_end = len(tokens) == left or not self.scene.stopping.eos.isdisjoint(tokens)
         if not self.asks(self.scores, is_end):
@@ -197,8 +201,10 @@ class Replay:
             self.commit_local(tokens, not self.looks_back)
             tokens = ()
         draft = (*self.context[self.final :], *tokens)
-        escalated = Escalated(Draft(draft, self.scores if self.looks_back else scores), self.final - self.at_cloud)
-        assert next(self.events) == escalated
+        escalated = next(self.events)
+        assert isinstance(escalated, Escalated)
+        assert escalated.sent == self.final - self.at_cloud
+        assert (escalated.draft.tokens, escalated.draft.scores) == (draft, self.scores if self.looks_back else scores)
         assert next(self.calls) == (self.at_cloud, (*self.context[self.at_cloud : self.final],), draft)
         answer = next(self.events)
         if not self.at_cloud:
