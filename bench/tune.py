@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from bench.gate_calibration import calibrate_gate, find_strategy
@@ -22,6 +22,7 @@ from edgecloud_sd.connect import connect
 from edgecloud_sd.data.prompts import LANGUAGES
 from edgecloud_sd.grid import strategies
 from edgecloud_sd.host.errors import errors_to_exit, warnings_in_one_line
+from edgecloud_sd.host.files import NoLock, hold_file
 from edgecloud_sd.host.passwords import SafeArgumentParser
 from edgecloud_sd.host.terminal import hyphenate
 from edgecloud_sd.pipeline import Pipeline
@@ -40,6 +41,8 @@ GRID_OPTIONS = tuple(
     for option in config.OPTIONS
     if option.group == "decoding" and option.name not in ("mode", "max-new-tokens")
 )
+# shown above the options of decoding
+DECODING_NOTE = "--pareto adds the grid of these options, if any is given; --calibrate needs a single strategy"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,11 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         output = find_output(options)
         if options.calibrate:
             strategy = find_strategy(settings)
-            with open_pair(settings) as pipeline:
+            with hold_output(output), open_pair(settings) as pipeline:
                 files = calibrate_gate(pipeline, settings, strategy, options.calibrate, output)
         else:
             own = own_strategies(options, settings)
-            with open_pair(settings) as pipeline:
+            with hold_output(output), open_pair(settings) as pipeline:
                 files = run_pareto(pipeline, settings, options.clips, output, own)
         for path in files:
             print(f"wrote {path}")
@@ -84,10 +87,10 @@ def tune_parser() -> argparse.ArgumentParser:
         "calibration (default: results/calibration.yaml)",
     )
     groups = {name: parser.add_argument_group(name) for name in config.GROUPS}
+    groups["decoding"].description = DECODING_NOTE
     for option in config.OPTIONS:
         if option.name in (*RUN_OPTIONS, *GRID_OPTIONS):
             default = RUN_DEFAULTS.get(option.name, option.default_text)
-            default = "a way of its own for each line of the picture" if option.name in GRID_OPTIONS else default
             help_text = f"{option.meaning} (default: {default})".replace("%", "%%")
             groups[option.group].add_argument(
                 f"--{option.name}", metavar=option.name.upper().replace("-", "_"), help=help_text
@@ -120,6 +123,15 @@ def own_strategies(options: argparse.Namespace, settings: Settings) -> list[Stra
     """Return the grid of the decoding options on the command line, or nothing if it has none of them."""
     has_own = any(getattr(options, name.replace("-", "_")) is not None for name in GRID_OPTIONS)
     return strategies(settings) if has_own else []
+
+
+@contextmanager
+def hold_output(path: Path) -> Iterator[None]:
+    """Hold the output until the block ends, so that one that cannot be written fails before minutes of decoding."""
+    with ExitStack() as stack:
+        with suppress(NoLock):
+            stack.enter_context(hold_file(path))
+        yield
 
 
 @contextmanager

@@ -37,6 +37,11 @@ class ParetoWay:
     make_gate: GateMaker | None = None
     mark: str = ""  # the name of a way that a reader looks for
 
+    @property
+    def name(self) -> str:
+        """The value on the line, with the mark."""
+        return f"{self.label} ({self.mark})" if self.label and self.mark else self.label or self.mark
+
 
 EDGE, CLOUD = (
     ParetoWay("edge", "", Strategy("edge"), mark="edge"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from bench import tune
 from edgecloud_sd.config import ConfigError
+from edgecloud_sd.host.files import hold_file
 
 
 @pytest.mark.parametrize(
@@ -65,3 +69,16 @@ def test_a_task_that_cannot_be_done_is_refused_before_a_model_loads(arguments: l
     with pytest.raises(SystemExit) as error:
         tune.main(arguments)
     assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("file/picture.html", "Not a directory|File exists"), ("held.html", "is writing it")]
+)
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_loads(
+    name: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tune, "open_pair", lambda settings: pytest.fail("a model loads"))
+    with hold_file(tmp_path / "held.html"), pytest.raises(SystemExit) as error:
+        tune.main(["--pareto", "--output", str(tmp_path / name)])
+    assert re.search(problem, str(error.value))

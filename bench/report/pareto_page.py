@@ -21,7 +21,8 @@ READING = (
     "Up is better, left is cheaper. 0 is the edge alone and 1 the cloud alone. A line "
     "joins ways that differ in one value, and a bar is a 95% interval over clips, paired with edge and cloud. The grey "
     "area lies between a gate that escalates at random and one that knows which drafts the cloud would correct, the "
-    "first few or all of them. On its left, a verdict must mend more than one place."
+    "first few or all of them. A way far on its left mends "
+    "more than one place with a verdict."
 )
 
 
@@ -45,7 +46,7 @@ def list_points(points: Points) -> Table:
     columns = [
         Column("language", is_text=True),
         Column("line", "ways that differ in one value", is_text=True),
-        Column("way", "the value, or the name of the way", is_text=True),
+        Column("way", "the value, and the name of a way that the picture marks", is_text=True),
         *(Column(heading, meaning) for heading, meaning in COSTS.items()),
         Column("times as fast as cloud", "seconds of mode cloud / seconds of this way, whole captions, 95% interval"),
         *(Column(name, "share of the gap between edge and cloud, 95% interval") for name in GAP_NAMES.values()),
@@ -54,7 +55,7 @@ def list_points(points: Points) -> Table:
         [
             language,
             point.way.line,
-            point.way.mark or point.way.label,
+            point.way.name,
             f"{point.calls:.2f}",
             f"{point.positions:.1f}",
             f"{point.seconds:.3f}",
