@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -74,6 +74,8 @@ def decode(
 
     Drafter lookup needs no `edge`.
     """
+    if not strategy.needs_edge:
+        runtime = replace(runtime, finish_alone=False)  # there is no model at the edge that could
     if strategy.mode == "cloud":
         return _generate(prompt, stopping, _require(cloud, "cloud"))
     if strategy.mode == "edge":

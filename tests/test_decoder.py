@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edgecloud_sd import gate, probs
 from edgecloud_sd.acceptance import GREEDY, Rank
-from edgecloud_sd.decoder import decode
+from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import (
     Committed,
     Confirmed,
@@ -26,11 +26,12 @@ from edgecloud_sd.events import (
     Verdict,
     Verified,
 )
+from edgecloud_sd.lookup import CaptionHistory, Lookup
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
-from edgecloud_sd.verifier import LocalVerification, LocalVerifier
+from edgecloud_sd.verifier import CloudFault, FailedVerifier, LocalVerification, LocalVerifier
 from tests.support.fakes import Scripted
 from tests.support.replay import Conditions, Replay, conditions, record, shown_ids, shown_tokens
 from tests.support.strategies import Scene, ks, ranks, scenes, speculations, speculative
@@ -144,9 +145,19 @@ def test_a_strategy_that_sends_all_is_lossless_under_rule_greedy(
 ) -> None:
     sends_all = strategy.gate if strategy.gate.sends_all else gate.risk_gate(0.5)
     strategy = replace(strategy, gate=sends_all, rule=GREEDY, draft_stop=None)
-    assert strategy.is_lossless
-    events, _ = record(scene, strategy, replace(given, fails_at=None))
-    assert shown_ids(events) == decode_greedily(scene.cloud, scene.prompt, scene.stopping)
+    by_lookup = Strategy(k=strategy.k, look_back=strategy.look_back, drafter="lookup")
+    adaptive = replace(strategy, k=None)
+    for lossless in (strategy, adaptive, by_lookup):
+        assert lossless.is_lossless
+        events, _ = record(scene, lossless, replace(given, fails_at=None))
+        assert shown_ids(events) == decode_greedily(scene.cloud, scene.prompt, scene.stopping)
+
+
+def test_drafter_lookup_cannot_finish_alone() -> None:
+    lookup = Lookup(CaptionHistory(), ())
+    cloud, runtime = FailedVerifier(CloudFault("gone")), Runtime(finish_alone=True, lookup=lookup)
+    with pytest.raises(CloudFault, match="gone"):
+        list(decode(Prompt((1, 2)), Strategy(drafter="lookup"), Stopping(frozenset(), 5), None, cloud, runtime))
 
 
 @given(scenes(), ks, ranks)

@@ -27,6 +27,7 @@ from edgecloud_sd.events import (
     Verified,
 )
 from edgecloud_sd.gate import NEVER
+from edgecloud_sd.lookup import CaptionHistory, Lookup
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.verifier import CloudFault, LocalVerifier, Verification, Verifier
 from edgecloud_sd.wire import MAX_DRAFT
@@ -80,6 +81,7 @@ class Conditions:
     answers: tuple[bool, ...] = ()  # the verdict has come, as the edge asks while it drafts ahead
     shared_ids: int | None = None
     cap: int = MAX_DRAFT
+    history: tuple[tuple[int, ...], ...] | None = None  # earlier captions, from which lookup guesses
 
 
 @st.composite
@@ -87,18 +89,26 @@ def conditions(draw: st.DrawFn) -> Conditions:
     """Draw conditions. In about half of them the cloud never fails."""
     answers = tuple(draw(st.lists(st.booleans(), max_size=8)))
     fails_at, cap = draw(st.none() | st.integers(0, 4)), draw(st.sampled_from([MAX_DRAFT, MAX_DRAFT, 2, 5]))
-    return Conditions(fails_at, answers, draw(st.sampled_from([None, None, VOCABULARY - 2])), cap)
+    captions = st.lists(st.lists(st.integers(0, VOCABULARY - 1), max_size=20).map(tuple), max_size=3).map(tuple)
+    return Conditions(
+        fails_at, answers, draw(st.sampled_from([None, None, VOCABULARY - 2])), cap, draw(captions | st.none())
+    )
 
 
 def record(scene: Scene, strategy: Strategy, given: Conditions) -> tuple[list[Event], list[Call]]:
     """Decode a scene. Return its events, and the calls that its cloud saw."""
     recorder = Recorder(LocalVerifier(scene.cloud, strategy.rule, wants_rest=strategy.wants_rest), given.fails_at)
-    answers = iter(given.answers)
+    answers, history = iter(given.answers), CaptionHistory()
+    for caption in given.history or ():
+        history.add(caption)
+    if given.history is not None and strategy.drafter == "model":
+        strategy = replace(strategy, drafter="model+lookup")  # it must change no token
     runtime = Runtime(
         choose_k=lambda: 3,
         background=(lambda call: Slow(call, answers, [])) if strategy.draft_ahead else None,
         finish_alone=True,
         shared_ids=given.shared_ids,
+        lookup=Lookup(history, scene.stopping.eos, prompt=scene.prompt.ids),
     )
     with patch.object(decoder, "MAX_DRAFT", given.cap):
         return list(decode(scene.prompt, strategy, scene.stopping, scene.edge, recorder, runtime)), recorder.calls
