@@ -310,8 +310,8 @@ class Settings:
         "decoding",
         Strategy.revise,
         "how the edge redrafts after a correction: alone (none), or with the cloud's opinions on the rest of its "
-        "draft, where it repeats itself (repeat), there and after two equal tokens (context), or after two or three "
-        "equal tokens anywhere in the old draft (aligned)",
+        "draft, where it repeats itself (repeat), there and after two equal tokens (context), or also where it repeats "
+        "itself after two or three equal tokens elsewhere in the old draft (aligned)",
         choices=REVISE_NAMES,
         many=True,
     )

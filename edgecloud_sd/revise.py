@@ -8,7 +8,8 @@ before it now. It proposes the target's opinion in two cases:
 - `context`: in that case, or if the two tokens before the place are those of the old draft there.
 
 In every other case it proposes its own token. `aligned` is `context` for captions of free form, in which places shift.
-It takes a place of the old draft with equal tokens before it, instead of the same place number.
+If the two tokens before the place differ, it is `repeat` at another place of the old draft, after equal tokens. No
+opinion on such a place replaces another token: captions would say one thing twice, or end early.
 """
 
 from __future__ import annotations
@@ -57,18 +58,18 @@ def propose(own: int, old: OldDraft, context: Sequence[int], revise: str) -> tup
     if opinion is None or revise == "none":
         return own, False
     is_repeated = own == old.tokens[place]
-    has_context = revise != "repeat" and _has_neighbours(old, place, context, NEIGHBOURS)
+    has_context = revise != "repeat" and place == len(context) and _has_neighbours(old, place, context, NEIGHBOURS)
     return (opinion, True) if is_repeated or has_context else (own, False)
 
 
 def _old_place(old: OldDraft, context: Sequence[int], revise: str) -> int:
     """Return the place of the old draft that corresponds to the place after `context`.
 
-    Under `aligned` it is the nearest place after the same three tokens, else after the same two, else that of the same
-    number.
+    It is that of the same number. If the tokens before that one differ, `aligned` takes the nearest place after the
+    same three tokens, else after the same two.
     """
     place = len(context)
-    if revise != "aligned":
+    if revise != "aligned" or (old.opinion(place) is not None and _has_neighbours(old, place, context, NEIGHBOURS)):
         return place
     nearest = sorted(range(old.first, old.first + len(old.opinions)), key=lambda other: abs(other - place))
     for length in (NEIGHBOURS + 1, NEIGHBOURS):

@@ -28,10 +28,12 @@ SHIFTED = OldDraft((1, 2, 3, 5, 6, 7, 6, 7, 8), 4, (16, 17, 18, 19, 20))  # 6 7 
         (OLD, (1, 2, 3, 9, 6, 7), 5, 5, 5, 18, 18),  # both are
         (OLD, (1, 2, 3, 9, 6, 7), 6, 6, 18, 18, 18),
         (OLD, (1, 2, 3, 9, 6, 7, 6, 8), 4, 4, 4, 4, 4),  # no opinion on this place
-        (OLD, (1, 2, 3, 9, 0, 6, 7), 5, 5, 5, 5, 18),  # the old draft has these two tokens one place before
-        (OLD, (1, 2, 3, 9, 0, 6, 7), 8, 8, 19, 19, 18),
-        (SHIFTED, (1, 2, 3, 9, 0, 6, 7), 5, 5, 5, 5, 18),  # the first of two places equally near
-        (SHIFTED, (1, 2, 3, 9, 7, 6, 7), 5, 5, 5, 5, 20),  # three equal tokens before two
+        (OLD, (1, 2, 3, 9, 0, 6, 7), 6, 6, 6, 6, 18),  # the old draft has these two tokens one place before
+        (OLD, (1, 2, 3, 9, 0, 6, 7), 5, 5, 5, 5, 5),  # but there it has another token
+        (OLD, (1, 2, 3, 9, 0, 6, 7), 8, 8, 19, 19, 8),
+        (SHIFTED, (1, 2, 3, 9, 0, 6, 7), 6, 6, 6, 6, 18),  # the first of two places equally near
+        (SHIFTED, (1, 2, 3, 9, 7, 6, 7), 8, 8, 8, 8, 20),  # three equal tokens before two
+        (SHIFTED, (1, 2, 3, 9, 0, 5, 6, 7), 5, 5, 5, 20, 20),  # the place of the same number before all others
         (OldDraft(), (1,), 6, 6, 6, 6, 6),
         (OldDraft((1, 2, 3), 2, ()), (1, 4), 3, 3, 3, 3, 3),  # the target was not asked for its opinions
     ],

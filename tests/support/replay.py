@@ -156,13 +156,13 @@ def plain_proposal(own: int, old: Old, context: Sequence[int], revise: str) -> t
         return place >= length and [*context[-length:]] == [*old.tokens[place - length : place]]
 
     opinions, place = dict(old.opinions), len(context)
-    if revise == "aligned":
+    if revise == "aligned" and not (place in opinions and is_alike(place, 2)):
         by_distance = sorted(opinions, key=lambda other: (abs(other - place), other))
         alike = [other for length in (3, 2) for other in by_distance if is_alike(other, length)]
         place = alike[0] if alike else place
     if revise == "none" or place not in opinions:
         return own, False
-    if own == old.tokens[place] or (revise != "repeat" and is_alike(place, 2)):
+    if own == old.tokens[place] or (revise != "repeat" and place == len(context) and is_alike(place, 2)):
         return opinions[place], True
     return own, False
 
