@@ -140,6 +140,7 @@ def test_every_verdict_equals_that_of_transformers(
     cloud = LocalVerifier(pipeline.cloud_model, rule, wants_rest=True)
     strategy = Strategy("speculative", rule=rule, k=k)
     both = TwoVerifiers(cloud, model.verifier(rule, wants_rest=True))
+    assert both.open(prompt).verify(0, [prompt.last], []).accepted == 0
     events = list(decode(prompt, strategy, stopping(pipeline), pipeline.edge, both))
     written = [token for event in events if isinstance(event, Committed) for token in event.tokens]
     assert rule != GREEDY or written == list(cloud.open(prompt).generate(stopping(pipeline)))
