@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from edgecloud_sd.events import Drafted, Trace
 from edgecloud_sd.forecast.budgets import (
     ALWAYS_SEND,
     LEVEL_RANGES,
+    Budget,
     LevelCost,
     calibrated_strategy,
     gate_at,
@@ -23,7 +25,13 @@ from edgecloud_sd.forecast.budgets import (
     own_score,
     trace_endings,
 )
-from edgecloud_sd.forecast.calibration import Calibration, save_calibration
+from edgecloud_sd.forecast.calibration import (
+    Calibration,
+    CalibrationError,
+    choose_budget,
+    choose_own,
+    save_calibration,
+)
 from edgecloud_sd.grid import strategies
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.pipeline import Pipeline, count_shared_ids, generation_events
@@ -33,6 +41,7 @@ from edgecloud_sd.timing.clock import stamp
 from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.wire import MAX_DRAFT
 
+PREVIEWED_OWN, PREVIEWED_CALLS = (0.95, 0.9, 0.8), (0.5, 1.0, 1.5)
 QUANTILES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 1.0)  # shares of the tokens below a level
 
 
@@ -54,6 +63,15 @@ def calibrate_gate(pipeline: Pipeline, settings: Settings, strategy: Strategy, c
         ids = tuple(clip.file_id for clip in clips)
         save_calibration(Calibration(files[-1].name, conditions, ids, tuple(costs), tuple(scores)), files[-1])
     return files
+
+
+def preview_choices(calibration: Calibration) -> Iterator[str]:
+    """Yield a line for each of some promises and budgets: the level that a run would get by this calibration."""
+    for own in PREVIEWED_OWN if calibration.scores else ():
+        yield f"--own {own:g}: {choose_own(calibration, own).reason}"
+    for calls in PREVIEWED_CALLS:
+        with suppress(CalibrationError):  # no level of the gate needs so few
+            yield f"--cloud-calls {calls:g}: {choose_budget(calibration, Budget('calls', calls)).reason}"
 
 
 def find_strategy(settings: Settings) -> Strategy:

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from bench.gate_calibration import calibrate_gate, find_strategy
+from bench.gate_calibration import calibrate_gate, find_strategy, preview_choices
 from bench.pareto import run_pareto
 from edgecloud_sd import config
 from edgecloud_sd.config import Settings
 from edgecloud_sd.connect import connect
 from edgecloud_sd.data.prompts import LANGUAGES
+from edgecloud_sd.forecast.calibration import load_calibration
 from edgecloud_sd.grid import strategies
 from edgecloud_sd.host.errors import errors_to_exit, warnings_in_one_line
 from edgecloud_sd.host.files import NoLock, hold_file
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 files = run_pareto(pipeline, settings, options.clips, output, own)
         for path in files:
             print(f"wrote {path}")
+            if options.calibrate:
+                print(*preview_choices(load_calibration(path)), sep="\n")
 
 
 def tune_parser() -> argparse.ArgumentParser:

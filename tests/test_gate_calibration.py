@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from bench import tune
-from bench.gate_calibration import CalibrationDecoder, calibrate_gate, find_strategy
+from bench.gate_calibration import CalibrationDecoder, calibrate_gate, find_strategy, preview_choices
 from bench.held_out import iterate_held_out
 from edgecloud_sd.forecast.budgets import gate_at
 from edgecloud_sd.forecast.calibration import load_calibration
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.pipeline import Pipeline
+from tests.support.calibrations import CALIBRATION
 
 pytestmark = pytest.mark.slow  # decodes clips with the pocket pair
 
@@ -41,6 +42,15 @@ def test_a_run_at_a_level_costs_what_the_file_says(pipeline: Pipeline, tmp_path:
             cost.calls,
             cost.written_share,
         )
+
+
+def test_the_levels_of_usual_budgets_are_previewed() -> None:
+    lines = list(preview_choices(CALIBRATION))
+    assert [line.partition(":")[0] for line in lines] == [
+        *("--own 0.95", "--own 0.9", "--own 0.8"),
+        *("--cloud-calls 1", "--cloud-calls 1.5"),  # no level needs only 0.5
+    ]
+    assert "4 clips are too few" in lines[1]
 
 
 def test_each_language_has_a_file_of_its_own(pipeline: Pipeline, tmp_path: Path) -> None:
