@@ -263,8 +263,8 @@ almost_valid = st.text(alphabet="acdegklnoprstuvwy(0123) ,-")
 @pytest.mark.parametrize(
     ("name", "valid"),
     [
-        ("mode", "edge|cloud|speculative"),
-        ("gate", "entropy|always|never"),
+        ("mode", "|".join(BY_NAME["mode"].choices)),
+        ("gate", "|".join(map(re.escape, BY_NAME["gate"].choices))),
         ("rule", r"greedy|rank|rank\(0*[1-9]\d*\)|synthetic\((0|0?\.\d+|1)(/(0|0?\.\d+|1))*\)"),
     ],
 )
