@@ -127,16 +127,25 @@ def test_every_accepted_token_has_at_most_the_rank_of_the_rule(scene: Scene, str
         context.append(token)
 
 
+@settings(max_examples=4 * settings().max_examples)
 @given(scenes(), speculations(), conditions())
 def test_all_events_and_calls_are_those_of_plain_decoding(scene: Scene, strategy: Strategy, given: Conditions) -> None:
+    check_against_plain_decoding(scene, strategy, given)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(scenes(), speculations(), conditions())
+def test_all_events_of_a_thousand_captions_are_those_of_plain_decoding(
+    scene: Scene, strategy: Strategy, given: Conditions
+) -> None:
+    check_against_plain_decoding(scene, strategy, given)
+
+
+def check_against_plain_decoding(scene: Scene, strategy: Strategy, given: Conditions) -> None:
     events, calls = record(scene, strategy, given)
     Replay(scene, strategy, given, calls).check(events)
     assert shown_ids(events) == Trace(tuple((0.0, event) for event in events)).tokens != ()
-
-
-test_all_events_of_many_captions_are_those_of_plain_decoding = pytest.mark.slow(
-    settings(max_examples=1000)(test_all_events_and_calls_are_those_of_plain_decoding)
-)
 
 
 @given(scenes(), speculations(), conditions())

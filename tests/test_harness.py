@@ -321,7 +321,7 @@ def test_events_are_the_same_on_every_clock_and_a_virtual_trace_repeats(
     case: Case, profile: Profile, link: Link, seed: str
 ) -> None:
     scene = case.scene
-    verifier = LocalVerifier(scene.cloud, case.strategy.rule)
+    verifier = LocalVerifier(scene.cloud, case.strategy.rule, wants_rest=case.strategy.wants_rest)
     without_harness = stamp(decode(scene.prompt, case.strategy, scene.stopping, scene.edge, verifier))
     real, virtual = case.play(Harness()), case.play(Harness(profile, link, seed))
     for trace in (real, virtual):

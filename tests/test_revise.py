@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecloud_sd.drafter import Drafter
@@ -66,6 +66,7 @@ lists = st.lists(ids, max_size=12)
 sizes = st.sampled_from([None, None, 4])
 
 
+@settings(max_examples=4 * settings().max_examples)
 @given(scenes(), lists, st.integers(1, 12), st.data(), st.sampled_from(REVISE_NAMES), sizes)
 def test_a_wide_pass_drafts_the_tokens_of_drafting_one_by_one(
     scene: Scene, start: list[int], k: int, data: st.DataObject, revise: str, shared_ids: int | None
