@@ -7,7 +7,8 @@ contexts. The virtual clock takes the time of every pass, recalled or not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from tqdm import tqdm
@@ -17,7 +18,9 @@ from bench.ways import CLOUD, PERFECT, ParetoWay, random_ways
 from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.local import Cloud, local_verifier
 from edgecloud_sd.config import Settings
+from edgecloud_sd.data import prompts
 from edgecloud_sd.events import Committed, Event, Prompt, Trace
+from edgecloud_sd.lookup import CaptionHistory, Lookup
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.pipeline import Pipeline, count_shared_ids, generation_events
 from edgecloud_sd.session import Model, Session, check_truncation, sync
@@ -99,6 +102,7 @@ class VirtualBench:
     max_new_tokens: int
     edge: KeptModel
     cloud: KeptCloud
+    histories: dict[tuple[ParetoWay, str], CaptionHistory] = field(default_factory=dict)  # keys are ways and languages
 
     @classmethod
     def of(cls, pipeline: Pipeline, settings: Settings) -> VirtualBench:
@@ -120,6 +124,9 @@ class VirtualBench:
         strategy = way.strategy
         if way.make_gate:
             strategy = replace(strategy, gate=way.make_gate(output, target, clip.file_id))
+        front = self.pipeline.edge
+        history = self.histories.setdefault((way, clip.language), CaptionHistory())
+        open_lookup = partial(Lookup, history, front.eos, prompts.control_ids(front.tokenizer))
         harness = Harness(self.profile, self.link, clip.file_id)
         events = generation_events(
             lambda: clip.prompt,
@@ -129,7 +136,8 @@ class VirtualBench:
             cast("Cloud", self.cloud),  # nothing but its verifier is used
             harness,
             adaptive_k=self.pipeline.adaptive_k(strategy, clip.language, self.link, self.profile),
-            shared_ids=count_shared_ids(self.pipeline.edge, self.pipeline.cloud_model.vocab_size),
+            shared_ids=count_shared_ids(front, self.pipeline.cloud_model.vocab_size),
+            open_lookup=None if strategy.drafter == "model" else open_lookup,
         )
         with torch.inference_mode():
             return stamp(record_output(events, output), harness.watch)

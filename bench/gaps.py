@@ -116,5 +116,5 @@ def quality_columns(
         if clip.attributes
     ]
     if not shares:
-        raise quality.NotMeasured("only pocket clips have attributes")
+        raise quality.NotMeasured("no reference names all attributes of a pocket clip")
     return np.array(shares)[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -29,14 +30,17 @@ def iterate_held_out(
 ) -> Iterator[HeldOutClip]:
     """Yield up to `count` clips in a language: of a set of `pocket.clips.SETS`, or the first ones of a data set.
 
-    Pocket clips stay the same if `count` grows. No two languages share one. Raise BadClip for a clip that cannot be
-    used.
+    Pocket clips stay the same if `count` grows. No two languages share one. Raise ValueError for a clip that cannot be
+    used, or warn of it if the run leaves it out.
     """
     if settings.dataset_path != clips.POCKET:
         data = DataSet(replace(settings, max_samples=count), language)
+        for skipped in data.skipped:
+            warnings.warn(f"{skipped.file_id} is left out: {skipped.reason}", stacklevel=2)
         for entry in data.clips:
             named = voices.read_attributes(entry.references[0], language)
-            yield HeldOutClip(entry.file_id, language, pipeline.prompt(data.request(entry)), entry.references, named)
+            prompt = _fitting_prompt(pipeline, settings, data.request(entry))
+            yield HeldOutClip(entry.file_id, language, prompt, entry.references, named)
         return
     for index in range(LANGUAGES.index(language), count * len(LANGUAGES), len(LANGUAGES)):
         clip = clips.make_clip(set_name, index)
@@ -45,7 +49,14 @@ def iterate_held_out(
         yield HeldOutClip(
             f"pocket_{set_name}_{index:04d}",
             language,
-            pipeline.prompt(request),
+            _fitting_prompt(pipeline, settings, request),
             (clip.caption(language),),
             clip.attributes,
         )
+
+
+def _fitting_prompt(pipeline: Pipeline, settings: Settings, request: Request) -> Prompt:
+    """Return the prompt of a request. Raise ValueError if it and its output do not fit into a model."""
+    prompt = pipeline.prompt(request)
+    pipeline.check_fits(prompt, "speculative", settings.max_new_tokens)
+    return prompt

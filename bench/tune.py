@@ -17,6 +17,7 @@ from pathlib import Path
 from bench.gate_calibration import calibrate_gate, find_strategy, preview_choices
 from bench.pareto import run_pareto
 from edgecloud_sd import config
+from edgecloud_sd.acceptance import Synthetic
 from edgecloud_sd.config import Settings
 from edgecloud_sd.connect import connect
 from edgecloud_sd.data.prompts import LANGUAGES
@@ -123,9 +124,19 @@ def find_output(options: argparse.Namespace) -> Path:
 
 
 def own_strategies(options: argparse.Namespace, settings: Settings) -> list[Strategy]:
-    """Return the grid of the decoding options on the command line, or nothing if it has none of them."""
-    has_own = any(getattr(options, name.replace("-", "_")) is not None for name in GRID_OPTIONS)
-    return strategies(settings) if has_own else []
+    """Return the grid of the decoding options on the command line, or nothing if it has none of them.
+
+    Raise ConfigError for a rule that is for dry runs.
+    """
+    if all(getattr(options, name.replace("-", "_")) is None for name in GRID_OPTIONS):
+        return []
+    own = strategies(settings)
+    for strategy in own:
+        if isinstance(strategy.rule, Synthetic):
+            raise config.ConfigError(
+                f"--rule: {strategy.rule.text} writes no captions to score: give greedy or rank(r)"
+            )
+    return own
 
 
 @contextmanager

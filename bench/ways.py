@@ -24,7 +24,7 @@ SEND_LEVELS = (0.95, 0.9, 0.8, *Settings.send_above, 0.2, 0.05, LOSSLESS_REVISIO
 OPINION_RISKS = {"none": 0.0, "repeat": 0.01, "aligned": 0.02, "context": 0.02}  # keys are ways to revise
 MOST_CALLS = (1, 2, 3, math.inf)  # calls a caption of the perfect gate
 PUBLISHED_THRESHOLD = 1.5
-PERFECT, RANDOM = "perfect gate", "random gate"
+PERFECT, RANDOM, OWN = "perfect gate", "random gate", "as given"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def list_ways(own: Sequence[Strategy] = ()) -> list[ParetoWay]:
     ways += [ParetoWay("lossless", f"k {k}", Strategy(k=k), mark="lossless, k 4" if k == 4 else "") for k in LENGTHS]
     ways += [way for revise, opinion_risk in OPINION_RISKS.items() for way in _risk_line(revise, opinion_risk)]
     ways += [ParetoWay(PERFECT, _call_limit(most), Strategy(k=4), partial(perfect_gate, most)) for most in MOST_CALLS]
-    return ways + [ParetoWay("as given", strategy.label, strategy) for strategy in own]
+    return ways + [ParetoWay(OWN, strategy.label, strategy) for strategy in own]
 
 
 def random_ways(rates: Sequence[float]) -> list[ParetoWay]:

@@ -51,7 +51,7 @@ def test_each_way_has_its_share_of_the_gap_and_a_reason_for_what_it_lacks() -> N
     assert speedup.value == pytest.approx(2)
     for name in ("bleu4", "cider"):
         assert points[CLOUD].gaps[name].closed is not None
-    assert points[OURS].gaps["attributes"].reason == "only pocket clips have attributes"
+    assert points[OURS].gaps["attributes"].reason == "no reference names all attributes of a pocket clip"
     swapped = {**traces, EDGE: traces[CLOUD], CLOUD: traces[EDGE]}
     none = compare_ways(clips, swapped, say, DEFAULT_NORMALISATION)[0].gaps["bleu1"]
     assert (none.closed, none.reason) == (None, "BLEU-1: the cloud scores no higher than the edge")

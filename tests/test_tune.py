@@ -56,6 +56,7 @@ def test_options_of_decoding_add_their_grid() -> None:
     ("arguments", "problem"),
     [
         (["--pareto", "--output", "picture.svg"], "--output: 'picture.svg' does not end in .html"),
+        (["--pareto", "--rule", "greedy,synthetic(0.5)"], "--rule: synthetic(0.5) writes no captions to score"),
         (["--calibrate", "9", "--output", "zh.json"], "--output: 'zh.json' does not end in .yaml"),
         (["--calibrate", "9"], "--gate: entropy has no level to calibrate: give one of risk, token"),
         (["--calibrate", "9", "--gate", "risk", "--rank", "2,3"], "--calibrate: needs one strategy"),

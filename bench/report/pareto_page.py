@@ -9,7 +9,7 @@ from typing import Any
 from bench.gaps import GAP_NAMES, Gap, ParetoPoint
 from bench.report.page import DASH, Block, BulletList, Column, Page, Paragraph, Section, Table, make_picture
 from bench.report.pareto_picture import CostLine, CostPanels, CostPoint, draw_gap_closed
-from bench.ways import EDGE, PERFECT, RANDOM
+from bench.ways import EDGE, OWN, PERFECT, RANDOM
 
 Points = Mapping[str, Sequence[ParetoPoint]]  # keys are languages
 COSTS = {
@@ -96,7 +96,7 @@ def _lines(points: Sequence[ParetoPoint], metric: str) -> Iterator[CostLine]:
     for line, members in groupby(points, lambda point: point.way.line):
         is_bound = line in (PERFECT, RANDOM)
         drawn = [_cost_point(point, metric) for point in (*[edge] * is_bound, *members)]
-        yield CostLine(line, [way for way in drawn if way], is_bound)
+        yield CostLine(line, [way for way in drawn if way], is_bound, line != OWN)
 
 
 def _cost_point(point: ParetoPoint, metric: str) -> CostPoint | None:

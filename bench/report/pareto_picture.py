@@ -52,11 +52,12 @@ class CostPoint:
 
 @dataclass(frozen=True)
 class CostLine:
-    """Ways to decode that differ in one value."""
+    """Ways to decode. Those that differ in one value are joined."""
 
     name: str
     points: Sequence[CostPoint]
     is_bound: bool = False
+    is_joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,18 @@ def draw_gap_closed(rows: Sequence[CostPanels], costs: Sequence[str], quality: s
                 axes.set_title(row.title, loc="left", size=10, weight="bold")
         marks = dict.fromkeys(point.mark for row in rows for line in row.lines for point in line.points if point.mark)
         keys = [legend_key(mark, **MARK_STYLES[mark]) for mark in marks]
-        keys += [legend_key(name, **{"linestyle": "-", **style}) for name, style in styles.items()]
+        keys += [legend_key(name, **style) for name, style in styles.items()]
         figure.legend(handles=keys, loc="outside lower left", ncols=4 if is_wide else 1)
         return to_svg(figure)
 
 
 def _line_styles(lines: Sequence[CostLine]) -> dict[str, dict[str, Any]]:
-    """Return a look for the name of each line of several points: filled markers first, then open ones."""
+    """Return a look for each line with a point that has no mark: filled markers first, then open ones."""
     looks = itertools.product((None, PAPER), zip(LINE_COLOURS, MARKERS, strict=False))
     styles: dict[str, dict[str, Any]] = {}
     bounds = iter(DASHES[1:])
     for line in lines:
-        if line.name in styles or len(line.points) == 1:
+        if line.name in styles or all(point.mark for point in line.points):
             continue
         if line.is_bound:
             styles[line.name] = BOUND_STYLE | {"linestyle": next(bounds), "marker": "o"}
@@ -110,6 +111,7 @@ def _line_styles(lines: Sequence[CostLine]) -> dict[str, dict[str, Any]]:
                 "markerfacecolor": fill or colour,
                 "markeredgecolor": colour if fill else PAPER,
                 **LINE_STYLE,
+                "linestyle": "-" if line.is_joined else "",
             }
     return styles
 
