@@ -117,6 +117,16 @@ def test_a_budget_is_kept_by_the_lowest_level_that_keeps_it(seed: int, kind: str
     assert costs[-1].calls == 0
 
 
+def test_fields_that_change_no_token_are_no_condition() -> None:
+    plain = Strategy(gate=risk_gate(), revise="context")
+    other = replace(
+        plain, k=None, draft_ahead=4, prefill="lazy", drafter="model+lookup", gate=risk_gate(send_above=0.3)
+    )
+    assert calibrated_strategy(other) == calibrated_strategy(plain)
+    for change in ({"revise": "repeat"}, {"rule": Rank(2)}, {"gate": risk_gate(opinion_risk=0.01)}):
+        assert calibrated_strategy(replace(plain, **change)).label != calibrated_strategy(plain).label
+
+
 def test_a_budget_below_all_costs_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.1 is less than any level of this gate needs, 0\.5"):
         budget_level([LevelCost(-1, 2, 0.1), LevelCost(1, 0.5, 0.02)], Budget("calls", 0.1))
