@@ -75,7 +75,7 @@ class Gate:
 
     def ends_draft(self, scores: Sequence[float]) -> bool:
         """Return True if the gate asks the cloud at once after tokens with these scores, however short the draft is."""
-        return (self.name == "risk" or self.stops_before_token) and self._exceeds(scores)
+        return self.ends_drafts and self._exceeds(scores)
 
     def _exceeds(self, scores: Sequence[float], is_end: bool = False) -> bool:
         if self.score is None:
@@ -84,6 +84,11 @@ class Gate:
             risk = total_risk(scores)
             return risk > self.threshold or (is_end and risk > self.send_above)
         return max(scores, default=-math.inf) > self.threshold
+
+    @property
+    def ends_drafts(self) -> bool:
+        """True if the gate may end a draft at any token, so that k changes only what is shown at once."""
+        return self.name == "risk" or self.stops_before_token
 
     @property
     def stops_before_token(self) -> bool:

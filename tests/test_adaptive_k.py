@@ -111,13 +111,12 @@ def test_drafts_grow_with_the_round_trip_and_shrink_with_a_slow_draft_model() ->
 def test_a_faster_link_in_mid_run_shortens_drafts() -> None:
     run = AdaptiveK()
     captions = wrong_positions(0.95)
+    machines = Profile("slow draft model", Costs(0.02, ((1, 0.1),)), Costs(0.04, ((1, 0.02),)))
     for number, wrong in enumerate(captions[:4]):
-        decode_caption(
-            wrong, run, Harness(profiles.load_profile("laptop-gpu"), Link("far", 1.0, 1e9, 1e9), str(number))
-        )
+        decode_caption(wrong, run, Harness(machines, Link("far", 1.0, 1e9, 1e9), str(number)))
     before = run.fastest(near=run.last_k)
     for number, wrong in enumerate(captions):
-        decode_caption(wrong, run, Harness(profiles.load_profile("laptop-gpu"), links.NO_LINK, str(number)))
+        decode_caption(wrong, run, Harness(machines, links.NO_LINK, str(number)))
     assert run.fastest(near=run.last_k) < before / 2
 
 
@@ -128,7 +127,7 @@ def test_the_observed_costs_are_those_of_the_profile(step: float, base: float, s
     run = AdaptiveK()
     for wrong in wrong_positions(0.8)[:3]:
         run.replay(decode_caption(wrong, k, Harness(machines, Link("still", 0.5, float("inf"), float("inf")))))
-    assert run.step.mean == pytest.approx(step)
+    assert run.edge_costs.step == pytest.approx(step)
     lengths = {run.trip.x / run.trip.n} if run.trip.slope == 0 else {1.0, 20.0, 40.0}
     for fed in lengths:  # drafts of one length show no slope
         assert run.trip.at(fed) == pytest.approx(0.75 + base + (fed - 1) * slope)
@@ -179,7 +178,7 @@ def add_two_rounds(
     draft, generation = Draft(tuple(range(k))), run.for_generation()
     generation.see(Opened("edge"), 0.0)
     for seconds_per_step, wait in ((step_beside_prefill, 0.1), (step, None)):
-        generation.see(Drafted(draft), k * seconds_per_step)
+        generation.see(Drafted(draft, passes=(1,) * k), k * seconds_per_step)
         generation.see(Escalated(draft, 1), 0.0)
         if wait is not None:
             generation.see(Opened("cloud"), wait)
@@ -305,7 +304,7 @@ def test_the_statistics_of_two_rounds_written_by_hand() -> None:
     run = AdaptiveK(draft_ahead=9)
     generation = run.for_generation()
     assert generation.choose_k() == FIRST_K
-    generation.see(Drafted(first), 0.3)
+    generation.see(Drafted(first, passes=(1, 1, 1)), 0.3)
     generation.see(Escalated(first, 2), 0.0)
     generation.see(Ahead((4, 5, 6), 3), 0.6)
     generation.see(Verified(first, Verdict(3, 4)), 0.4)
@@ -313,12 +312,25 @@ def test_the_statistics_of_two_rounds_written_by_hand() -> None:
     assert (run.trip.mean, run.trip.x) == (1.0, 5.0)  # 0.6 spent drafting ahead, and 0.4 waiting
     assert [position.mean for position in run.accepted] == [1.0, 1.0, 1.0]
     assert run.guessed.mean == 1.0
-    generation.see(Drafted(second, 2), 0.2)  # two tokens were drafted ahead, two are new
+    generation.see(Drafted(second, 2, (1, 1)), 0.2)  # two tokens were drafted ahead, two are new
     assert run.drafted.mean == 3.0  # the draft without tokens drafted ahead
     generation.see(Escalated(second, 1), 0.0)
     generation.see(Verified(second, Verdict(1, 9)), 0.5)
     assert [position.n for position in run.accepted] == [1 + CHANCE_DECAY, 1 + CHANCE_DECAY, CHANCE_DECAY]
     assert [position.y for position in run.accepted] == [1 + CHANCE_DECAY, CHANCE_DECAY, CHANCE_DECAY]
+
+
+def test_a_wide_pass_is_no_step_and_shows_how_many_discarded_tokens_were_right() -> None:
+    run = AdaptiveK()
+    generation = run.for_generation()
+    draft = Draft((1, 2, 3, 4, 5))
+    for passes, seconds in (((1,) * 5, 5 * 0.1), ((4, 2), 0.1 + 0.3 + 0.1 + 0.1)):  # 0.1 s, and 0.1 s per token above 1
+        generation.see(Drafted(draft, passes=passes), seconds)
+        generation.see(Escalated(draft, 1), 0.0)
+        generation.see(Verified(draft, Verdict(1, 9)), 1.0)
+    assert run.edge_costs.step == pytest.approx(0.1)
+    assert run.edge_costs.seconds(4) == pytest.approx(0.4)
+    assert run.repeated.mean == 1.0  # two passes instead of five saved three, for the three discarded tokens
 
 
 def test_the_workload_of_rounds_written_by_hand_with_a_local_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def one_round(step: float, is_ahead: bool = False, spans: tuple[Span, ...] = ())
         (
             (0.0, Prepared(3)),
             (1.0, Opened("edge")),
-            (sent, Drafted(DRAFT)),
+            (sent, Drafted(DRAFT, passes=(1, 1))),
             (sent, Escalated(DRAFT, 1)),
             (sent, Opened("cloud")),
             *drafted_ahead,

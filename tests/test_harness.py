@@ -89,20 +89,20 @@ def test_every_moment_of_a_speculative_caption_by_hand() -> None:
     assert speculative(Harness(PROFILE, LINK)).events == (
         (0.125, Prepared(2)),
         (2.125, Opened("edge")),
-        (3.25, Drafted(local, 0, (1, 1))),  # two steps of 0.5, two statistics of 0.0625
+        (3.25, Drafted(local, passes=(1, 1))),  # two steps of 0.5, two statistics of 0.0625
         (3.25, Committed((0, 0), "local")),
-        (4.375, Drafted(rejected, 0, (1, 1))),
+        (4.375, Drafted(rejected, passes=(1, 1))),
         (4.375, Escalated(rejected, 3)),  # feeds the last prompt token and two local ones
         (5.625, Opened("cloud")),  # starts at 0.125: up 0.25, queue 0.25, prefill 5
         (8.375, Verified(rejected, Verdict(1, 0))),  # up 0.25, queue, a pass over 5, down 0.25
         (8.375, Committed((0,), "accepted")),
         (8.375, Committed((0,), "correction")),
-        (9.5, Drafted(whole, 0, (1, 1))),
+        (9.5, Drafted(whole, passes=(1, 1))),  # the last token was corrected, so nothing is left to guess
         (9.5, Escalated(whole, 1)),
         (11.75, Verified(whole, Verdict(2, 0))),  # up 0.25, queue, a pass over 3, down 0.25
         (11.75, Committed((0, 0), "accepted")),
         (11.75, Committed((0,), "bonus")),
-        (12.5625, Drafted(last, 0, (2,))),  # one pass over the last draft token and the bonus, one statistic
+        (12.5625, Drafted(last, passes=(2,))),  # one pass over the last draft token and the bonus, one statistic
         (12.5625, Committed((0,), "local")),
         (12.5625, Finished("length")),
     )
@@ -203,7 +203,7 @@ def test_every_moment_of_a_caption_drafted_ahead_by_hand() -> None:
     assert draft_ahead(Harness(PROFILE, LINK)).events == (
         (0.125, Prepared(2)),
         (2.125, Opened("edge")),
-        (3.125, Drafted(first, 0, (1, 1))),
+        (3.125, Drafted(first, passes=(1, 1))),
         (3.125, Escalated(first, 1)),
         (5.625, Opened("cloud")),
         (7.625, Ahead((0, 0, 0, 0), 4)),  # four steps of 0.5 fit into the 2.25 of the verification
@@ -221,12 +221,32 @@ def test_every_moment_of_a_caption_drafted_ahead_by_hand() -> None:
         (10.375, Ahead((), 0)),
         (12.625, Verified(third, Verdict(0, 0))),
         (12.625, Committed((0,), "correction")),
-        (13.125, Drafted(last, 0, (1,))),  # drafted again
+        (13.125, Drafted(last, passes=(1,))),  # drafted again; the length limit leaves no room for a guess
         (13.125, Escalated(last, 1)),
         (13.125, Ahead((), 0)),
         (15.125, Verified(last, Verdict(1, 0))),
         (15.125, Committed((0,), "accepted")),
         (15.125, Finished("length")),
+    )
+
+
+def test_every_moment_of_a_guess_after_a_correction_by_hand() -> None:
+    first, again = Draft((1, 0, 0)), Draft((0, 0, 0))
+    edge, strategy = Scripted(wrong=frozenset({0})), Strategy("speculative", k=3)
+    assert play(PROMPT, edge, CLOUD, strategy, Stopping(frozenset(), 5), Harness(PROFILE, LINK)).events == (
+        (0.125, Prepared(2)),
+        (2.125, Opened("edge")),
+        (3.625, Drafted(first, passes=(1, 1, 1))),
+        (3.625, Escalated(first, 1)),
+        (5.625, Opened("cloud")),
+        (8.125, Verified(first, Verdict(0, 0))),  # up 0.25, queue 0.25, a pass over 4, down 0.25
+        (8.125, Committed((0,), "correction")),
+        (9.125, Drafted(again, passes=(3,))),  # 0.5 + 2 * 0.25: the correction and two discarded tokens, all right
+        (9.125, Escalated(again, 1)),
+        (11.625, Verified(again, Verdict(3, 0))),  # a pass over 4
+        (11.625, Committed((0, 0, 0), "accepted")),
+        (11.625, Committed((0,), "bonus")),
+        (11.625, Finished("length")),
     )
 
 

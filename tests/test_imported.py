@@ -15,7 +15,7 @@ from bench import comparison
 from bench.report.__main__ import main as report
 from bench.report.runs import read_run
 from edgecloud_sd.data.published import read_recorded_runs
-from edgecloud_sd.forecast.recorded import forecast_from_counts
+from edgecloud_sd.forecast.recorded import forecast_from_results
 from edgecloud_sd.measure import imported, meteor, quality, results
 from edgecloud_sd.measure.summary import METRICS
 from edgecloud_sd.timing.profile import load_profile
@@ -162,7 +162,7 @@ def test_the_report_of_an_imported_hybrid_forecasts_it_from_its_counts(tmp_path:
     source = write_published(tmp_path / "hybrid.json", "counts")
     ((path, document),) = imported.import_files([source], tmp_path / "out")
     answer = read_run(path).forecasts["recorded-hybrid"]
-    assert answer["forecast"] == asdict(forecast_from_counts(document, load_profile("published-as-run")))
+    assert answer["forecast"] == asdict(forecast_from_results(document, load_profile("published-as-run")))
     assert answer["sentence"].startswith(
         "With the costs of the profile published-as-run, from the counts of the file: "
     )

@@ -10,14 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgecloud_sd.events import Prompt, Verified
 from edgecloud_sd.forecast.__main__ import main
 from edgecloud_sd.forecast.model import Workload, forecast, seconds_per_token
-from edgecloud_sd.forecast.recorded import RoundCounts, workload_from_counts
+from edgecloud_sd.forecast.recorded import RoundCounts, forecast_from_results, workload_from_counts
+from edgecloud_sd.gate import risk_gate
 from edgecloud_sd.measure import imported, meteor
+from edgecloud_sd.measure.traces import trace_to_json
+from edgecloud_sd.stopping import Stopping
+from edgecloud_sd.strategy import Strategy
+from edgecloud_sd.timing.harness import Harness
 from edgecloud_sd.timing.link import NO_LINK
 from edgecloud_sd.timing.profile import Profile, load_profile
+from tests.support.fakes import Scripted
 from tests.support.recorded import CLIPS, write_lines, write_published
-from tests.support.strategies import profiles
+from tests.support.strategies import play, profiles
 
 # Ori1anna/Edge-cloud-SEC, English hybrid on 332 captions, k 5, entropy threshold 3.5: summed counts, and seconds after
 # the first token per token after it (ratio of sums). Alone, the edge took 0.380 s per token and the cloud 0.0387 s.
@@ -111,9 +118,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_command_forecasts_imported_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(folder / "zh-speculative.json"), "--profile", "published-as-run", "--k", "5"])
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(
-        "zh-speculative.json, published-as-run: Not faster than the cloud alone: at k=5 a token takes 422 ms, "
-    )
+    start = "zh-speculative.json, published-as-run: Does not pay: a caption of 15 tokens takes 13.8 s, with the cloud "
+    assert line.startswith(start)
+    assert " After prefill, at k=5 a token takes 422 ms, " in line
     assert line.endswith(" Recorded after the first text: 71.4 ms per token.")
     assert "bonus" not in line
 
@@ -138,6 +145,25 @@ def test_a_file_that_cannot_be_forecast_is_refused_by_name(
 ) -> None:
     with pytest.raises(SystemExit, match=f"^error: .*{name}.json.*{message}|^error: .*{message}.*{name}.json"):
         main([str(folder / f"{name}.json"), "--profile", "published", *arguments])
+
+
+def results_of(trace: dict[str, object] | None, **strategy: object) -> dict[str, object]:
+    """Return the parts of a results file that a forecast reads, with one clip."""
+    saved = Strategy("speculative", risk_gate(), k=1, revise="context").to_json() | strategy
+    return {"experiment_config": {"strategy": saved}, "detailed_results": [{"trace": trace}]}
+
+
+def test_a_file_with_traces_is_forecast_from_its_rounds() -> None:
+    machines, scripted = load_profile("laptop-gpu"), Scripted(wrong=frozenset({3}))
+    strategy = Strategy("speculative", risk_gate(), k=1, revise="context")
+    trace = play(Prompt((5, 6)), scripted, Scripted(), strategy, Stopping(frozenset(), 8), Harness(machines))
+    result = forecast_from_results(results_of(trace_to_json(trace)), machines)
+    assert result.caption == pytest.approx(trace.seconds)
+    with pytest.raises(ValueError, match=r"its rounds \(gate risk\) cannot be told from counts; give the file with "):
+        forecast_from_results(results_of(None), machines)
+    silent = replace(trace, events=tuple(event for event in trace.events if not isinstance(event[1], Verified)))
+    with pytest.raises(ValueError, match="no draft was verified"):
+        forecast_from_results(results_of(trace_to_json(silent)), machines)
 
 
 def test_a_file_that_is_no_results_file_is_refused_by_name(tmp_path: Path) -> None:

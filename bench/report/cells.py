@@ -11,7 +11,7 @@ from bench import comparison, forecasts
 from bench.comparison import ClipRecord, Document
 from bench.report.page import DASH
 from edgecloud_sd.forecast.model import Forecast
-from edgecloud_sd.forecast.recorded import forecast_from_counts
+from edgecloud_sd.forecast.recorded import forecast_from_results
 from edgecloud_sd.measure import traces
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing import link
@@ -185,7 +185,7 @@ def forecast_imported(document: Document) -> dict[str, dict[str, Any]]:
     if get_experiment(document)["strategy"]["mode"] != "speculative":
         return {}
     try:
-        answer: Forecast | str = forecast_from_counts(document, profiles.load_profile(IMPORT_PROFILE))
+        answer: Forecast | str = forecast_from_results(document, profiles.load_profile(IMPORT_PROFILE))
     except ValueError as error:
         answer = f"no forecast: {error}"
     saved = forecasts.forecast_to_json(answer)

@@ -1,4 +1,4 @@
-"""The command `python -m edgecloud_sd.forecast`: the forecast of saved runs, from their counts alone."""
+"""The command `python -m edgecloud_sd.forecast`: the forecast of saved runs on other machines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgecloud_sd.forecast.recorded import forecast_from_counts
+from edgecloud_sd.forecast.recorded import forecast_from_results
 from edgecloud_sd.forecast.sentence import forecast_sentence, format_seconds
 from edgecloud_sd.host.errors import errors_to_exit
 from edgecloud_sd.host.terminal import hyphenate
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the forecast of each file of the command line, or exit with one line that says why not."""
     parser = argparse.ArgumentParser(
         prog="python -m edgecloud_sd.forecast",
-        description="Forecast speculative runs on other machines from the counts in their results files, which may be "
+        description="Forecast speculative runs on other machines from their results files, which may be "
         "imported (python -m edgecloud_sd.measure.imported).",
     )
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="the results file of a speculative run")
@@ -46,7 +46,7 @@ def forecast_file(file: Path, profile: Profile, link: Link, k: int | None = None
         advice = "give a results file of this version, or import the file (python -m edgecloud_sd.measure.imported)"
         raise ValueError(f"{file}: {error}; {advice}") from error
     try:
-        answer = forecast_from_counts(document, profile, link, k)
+        answer = forecast_from_results(document, profile, link, k)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     recorded = document["metrics"]["figures"]["tpot"]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import RLock
 
 from edgecloud_sd.events import Ahead, Committed, Degraded, Drafted, Escalated, Event, Opened, Trace, Verified
+from edgecloud_sd.forecast.estimate import count_discarded
 from edgecloud_sd.forecast.model import MAX_K, Workload, fastest_k
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import Clock
@@ -86,13 +87,14 @@ class AdaptiveK:
     is_lossless: bool = True
     has_eager_prefill: bool = True
     correction: float = 0.0  # seconds of a correction in the cost profile of the clock
-    step: DecayingMean = field(default_factory=_cost)  # seconds of an edge step, the gate's score included
+    step: DecayingMean = field(default_factory=_cost)  # seconds of an edge pass, scores included, by tokens fed
     step_beside_prefill: DecayingMean = field(default_factory=_cost)  # the same while the cloud prefills
     trip: DecayingMean = field(default_factory=_cost)  # seconds from sending a draft to its verdict, by tokens fed
     cloud_delay: DecayingMean = field(default_factory=_cost)  # seconds from the edge's prefill to the cloud's
     sent: DecayingMean = field(default_factory=DecayingMean)  # committed tokens sent with a draft
     drafted: DecayingMean = field(default_factory=DecayingMean)  # length of the drafts without tokens drafted ahead
     escalated: DecayingMean = field(default_factory=DecayingMean)  # 1 for a round that was escalated, 0 for any other
+    repeated: DecayingMean = field(default_factory=DecayingMean)  # passes that a discarded token saved later
     guessed: DecayingMean = field(default_factory=DecayingMean)  # 1 for a right guess of a bonus, 0 for a wrong one
     accepted: list[DecayingMean] = field(default_factory=list)  # per position in a draft: 1 if accepted, 0 if rejected
     rounds: int = 0
@@ -116,9 +118,10 @@ class AdaptiveK:
             generation.see(event, seconds - before - (self.correction if is_corrected else 0.0))
 
     @property
-    def mean_step(self) -> float:
-        """Seconds of an edge step; mean over all, or over those beside the cloud's prefill if there are no others."""
-        return (self.step if self.step.n else self.step_beside_prefill).mean
+    def edge_costs(self) -> Costs:
+        """The edge's passes; fitted to all, or to those beside the cloud's prefill if there are no others."""
+        passes = self.step if self.step.n else self.step_beside_prefill
+        return Costs(0.0, ((1, passes.at(1)), (2, passes.at(2))) if passes.n else ((1, 0.0),))
 
     def acceptance(self) -> tuple[float, ...]:
         """Return p_i for i from 1 to `MAX_K`: the product of the rates up to position i (Kaplan and Meier 1958).
@@ -140,8 +143,7 @@ class AdaptiveK:
         apply on a shared processor, where the edge delays the cloud.
         """
         trips = [self.trip.at(n) for n in (1, 2)]
-        edge, cloud = Costs(0.0, ((1, self.mean_step),)), Costs(0.0, tuple(enumerate(trips, 1)))
-        costs = Profile("observed", edge, cloud, correction=self.correction)
+        costs = Profile("observed", self.edge_costs, Costs(0.0, tuple(enumerate(trips, 1))), correction=self.correction)
         workload = Workload(
             k=max(round(self.drafted.mean), 1),
             acceptance_by_position=self.acceptance(),
@@ -150,11 +152,12 @@ class AdaptiveK:
             draft_ahead=self.draft_ahead,
             is_lossless=self.is_lossless,
             bonus_guess_rate=(self.guessed.y + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (self.guessed.n + PRIOR_WEIGHT),
+            repeat_rate=min(self.repeated.mean, 1.0),
         )
         if near is not None:
             candidates = range(max(near - MAX_CHANGE, 1), min(near + MAX_CHANGE, MAX_K) + 1)
             return fastest_k(costs, NO_LINK, workload, candidates)
-        is_shared = self.step_beside_prefill.mean > SHARED_DEVICE_SLOWDOWN * self.mean_step
+        is_shared = self.step_beside_prefill.mean > SHARED_DEVICE_SLOWDOWN * costs.edge.step
         return fastest_k(costs, NO_LINK, workload, free_seconds=0.0 if is_shared else self.cloud_delay.mean)
 
 
@@ -170,7 +173,9 @@ class DraftLengths:
         self._round = 0  # number of the current round in the run
         self._seconds = 0.0  # seconds since the last event that was not Ahead
         self._fed = 0  # tokens sent with the draft, the draft included
-        self._guess: int | None = None
+        self._ahead: Ahead | None = None  # beside the verification under way
+        self._discarded = 0  # tokens that the last verdict discarded
+        self._is_stepwise = True  # each pass of the last draft fed one token
         self._is_alone = False  # the cloud failed, and the edge finishes alone
 
     def choose_k(self) -> int:
@@ -209,22 +214,26 @@ class DraftLengths:
         self._seconds += seconds
         self._see_start(event, seconds)
         if isinstance(event, Drafted):
-            self._add_steps(seconds, len(event.draft.tokens) - event.ahead)
+            self._add_passes(seconds, event.passes)
+            self._is_stepwise = set(event.passes) <= {1}
+            if self._discarded:
+                self.run.repeated.add(len(event.draft.tokens) - event.ahead - len(event.passes), n=self._discarded)
             if not event.ahead:
                 self.run.drafted.add(len(event.draft.tokens))
             if not self._is_alone:
                 self.run.escalated.add(0.0)
                 self.run.rounds += 1
                 self._round = self.run.rounds
-            self._guess = None
+            self._ahead, self._discarded = None, 0
         elif isinstance(event, Escalated):
             # this round was added as 0 and now counts as 1, with its weight after the rounds of other generations
             self.run.escalated.y += CHANCE_DECAY ** (self.run.rounds - self._round)
             self.run.sent.add(event.sent)
             self._fed = event.sent + len(event.draft.tokens)
         elif isinstance(event, Ahead):
-            self._add_steps(seconds, event.made)
-            self._guess = event.guess
+            if self._is_stepwise:  # else a wide pass of the draft may have made some of these tokens
+                self._add_passes(seconds, (1,) * event.made)
+            self._ahead = event
         elif isinstance(event, Verified):
             self._see_verdict(event)
         elif isinstance(event, Degraded):
@@ -239,8 +248,10 @@ class DraftLengths:
         run.accepted += [DecayingMean() for _ in range(reached - len(run.accepted))]
         for position, rate in enumerate(run.accepted):
             rate.add(float(position < accepted), n=float(position < reached))
-        if self._guess is not None and accepted == len(event.draft.tokens):
-            run.guessed.add(float(event.right(self._guess)))
+        guess = self._ahead.guess if self._ahead else None
+        if guess is not None and accepted == len(event.draft.tokens):
+            run.guessed.add(float(event.right(guess)))
+        self._discarded = count_discarded(event, self._ahead)
 
     def _see_start(self, event: Event, seconds: float) -> None:
         """Learn when the cloud is ready. If the edge did not wait for it, the cloud is assumed ready a step earlier."""
@@ -249,13 +260,15 @@ class DraftLengths:
         elif isinstance(event, Drafted) and self._first_length == 0:
             self._first_length, self._first_seconds = len(event.draft.tokens), seconds
         elif isinstance(event, Opened) and self._first_length and self.run.has_eager_prefill:
-            step = self.run.mean_step
+            step = self.run.edge_costs.step
             waited = seconds if seconds > step / 2 else -step
             self.run.cloud_delay.add(max(self._first_seconds + waited, 0.0))
         elif not isinstance(event, Escalated):
             self._first_length = None
 
-    def _add_steps(self, seconds: float, new: int) -> None:
-        if new:
+    def _add_passes(self, seconds: float, passes: Sequence[int]) -> None:
+        """Learn from forward passes of the edge that took `seconds` together, and from the tokens fed in them."""
+        if passes:
             is_beside_prefill = self._first_length and self.run.has_eager_prefill
-            (self.run.step_beside_prefill if is_beside_prefill else self.run.step).add(seconds, n=new)
+            costs = self.run.step_beside_prefill if is_beside_prefill else self.run.step
+            costs.add(seconds, sum(passes) / len(passes), len(passes))

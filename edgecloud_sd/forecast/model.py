@@ -6,7 +6,8 @@ The derivation uses these symbols.
 - g: gate rate, the share of rounds that are escalated.
 - p_i: probability that draft token i is accepted, and so all before it.
 - b: tokens of the target per verification, which is 1: the correction or the bonus (1 - p_k without the bonus).
-- e: seconds of an edge step, with the scores that gate and draft stop compute.
+- e: seconds of an edge step, a pass over one token, with the scores that gate and draft stop compute.
+- h: probability that the edge drafts a discarded token again after a correction, given those before it.
 - L: seconds on the link per verification: rtt + 8 bytes_up / up + 8 bytes_down / down + the smaller terms of `Link`.
 - q: seconds in the cloud's queue.
 - V: seconds of the cloud's forward pass.
@@ -23,16 +24,37 @@ draft was accepted whole, it spends C seconds on the correction. The mean is
 
     T = D + g (W + (1 - p_k) C)    with    W = L + q + V.
 
-D is k e, plus one difference. After a draft accepted whole, the edge feeds its last token and the bonus in one pass,
-which may cost more than a pass over one token. V is the cost of a pass over the tokens that the cloud has not seen.
-After m local rounds these are k m + 1 committed tokens and the draft. m is geometric: P(m) = g (1 - g)^m. If the mean
-number of committed tokens sent with a draft is known, V is the cost at that mean.
+D is k e, plus two differences. After a draft accepted whole, the edge feeds its last token and the bonus in one pass,
+which may cost more than a pass over one token. After a correction it feeds the t discarded tokens after the correction
+in the same pass, as a guess. Each of them that it would draft again saves a pass. The others start a new pass, which is
+assumed to check half of the guess. With E(n) for the seconds of a pass over n tokens, and t for its mean, drafting
+1 + t tokens takes
+
+    E(1 + t) + (1 - h) t E(1 + t/2)    instead of    (1 + t) E(1).
+
+With draft-ahead, t includes tokens drafted ahead. The draft has room for k - 1 of them, and the others save nothing.
+
+V is the cost of a pass over the tokens that the cloud has not seen. After m local rounds these are k m + 1 committed
+tokens and the draft. m is geometric: P(m) = g (1 - g)^m. If the mean number of committed tokens sent with a draft is
+known, V is the cost at that mean.
+
+Observed rounds. Traces show all forward passes with their tokens, the scores, the corrections and the tokens of the
+output. So they show M and T of any profile and link without an assumption about acceptance:
+
+    T = sum of E over the edge's passes + sum of W over the cloud's passes + scores + corrections, per round.
+
+This covers look-back, whose verifications include earlier local tokens, and tokens that are taken back. It covers
+every gate, revise, and drafts from a guess. It is exact where the run would decode alike. With draft-ahead, another
+profile or link would change the tokens drafted ahead, which the sum keeps. Another k multiplies M and T by the ratio of
+the equations at both k. Under gates risk and token the k changes only what is shown at once. A round is then all that
+is drafted between two verdicts, and its mean length is the k of the forecast.
 
 Seconds per token are T / M. Let e = c V, D = k e, L = q = C = 0 and g = 1. Then V M / T is the walltime improvement of
 Leviathan et al. 2023 (theorem 3.8). The model adds the link, the queue and the gate.
 
-Break-even. A baseline takes s seconds per token. The loop is as fast if T = M s. T is linear in the RTT with slope g,
-and in the edge's step with slope k. So the loop breaks even at
+Break-even. A baseline takes s seconds per token. The loop is as fast if T = M s. T is linear in the RTT with slope g.
+A slower step is assumed to slow all passes of the edge by as many seconds. So T is linear in the step too. The slope is
+the number of passes per round: k, if no pass has a guess. The loop breaks even at
 
     rtt* = rtt + (M s - T) / g    and    e* = e + (M s - T) / k.
 
@@ -65,6 +87,45 @@ NEGLIGIBLE = 1e-12  # the probability below which a sum over rounds ends
 
 
 @dataclass(frozen=True)
+class EdgeWork:
+    """Forward passes of the edge, as pairs of tokens fed and number of passes, and the scores that it computed."""
+
+    passes: tuple[tuple[int, float], ...]
+    scores: float = 0.0
+
+    def seconds(self, profile: Profile) -> float:
+        """Return the seconds that the work takes on the edge of a profile."""
+        return sum(number * profile.edge.seconds(fed) for fed, number in self.passes) + self.scores * profile.gate
+
+
+@dataclass(frozen=True)
+class ObservedCall:
+    """A verification: the tokens fed in the cloud's pass, and the edge's steps and scores beside it."""
+
+    fed: int
+    steps_ahead: int = 0
+    scores_ahead: int = 0
+
+    def seconds(self, profile: Profile, link: Link) -> float:
+        """Return the seconds until the edge reads the verdict."""
+        ahead = self.steps_ahead * profile.edge.step + self.scores_ahead * profile.gate
+        return max(_ask_seconds(profile, link, self.fed) + _answer_seconds(profile, link), ahead)
+
+
+@dataclass(frozen=True)
+class ObservedRounds:
+    """The work of the rounds of a run; mean per round."""
+
+    k: int  # the k of the workload that was observed
+    tokens: float  # output gained
+    edge: EdgeWork  # without that beside verifications
+    calls: tuple[tuple[ObservedCall, float], ...]  # with their numbers
+    corrections: float
+    before_call: tuple[EdgeWork, ...]  # work before the first escalation of each generation that has one
+    generations: int
+
+
+@dataclass(frozen=True)
 class Workload:
     """The length, gate rate and acceptance of drafts. A profile and a link complete the input of a forecast.
 
@@ -83,6 +144,9 @@ class Workload:
     draft_ahead: int = 0  # n: tokens drafted during a verification, at most
     is_lossless: bool = True  # False: no draft is longer than k
     bonus_guess_rate: float = 0.0  # probability that the first token drafted ahead is the bonus, if there is a bonus
+    repeat_rate: float = 0.0  # h; 0: the edge guesses nothing, and drafts all tokens one by one
+    has_own_lengths: bool = False  # the gate ends drafts, so that no other k changes a round
+    observed: ObservedRounds | None = None  # None: rounds are derived from the other fields
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -106,7 +170,7 @@ class Workload:
         Each draft token is assumed to exceed the gate's threshold independently, so the gate rate becomes
         1 - (1 - g)^(new k / old k). The mean k m of the local tokens sent keeps its ratio to that of a geometric m.
         """
-        if k == self.k:
+        if k == self.k or self.has_own_lengths:
             return self
         log_local_rate = math.log1p(-self.gate_rate) if self.gate_rate < 1 else -math.inf
         gate_rate = -math.expm1(k / self.k * log_local_rate)  # precise for a small g
@@ -129,6 +193,22 @@ class Round:
 
 def per_round(profile: Profile, link: Link, workload: Workload) -> Round:
     """Return M and T of the mean round."""
+    seen = workload.observed
+    if seen is None:
+        return _derived_round(profile, link, workload)
+    exact = _observed_round(profile, link, seen)
+    if workload.k == seen.k:
+        return exact
+    there, here = (_derived_round(profile, link, other) for other in (workload, workload.with_k(seen.k)))
+    return Round(exact.tokens * there.tokens / here.tokens, exact.seconds * there.seconds / here.seconds)
+
+
+def _observed_round(profile: Profile, link: Link, seen: ObservedRounds) -> Round:
+    calls = sum(number * call.seconds(profile, link) for call, number in seen.calls)
+    return Round(seen.tokens, seen.edge.seconds(profile) + calls + seen.corrections * profile.correction)
+
+
+def _derived_round(profile: Profile, link: Link, workload: Workload) -> Round:
     if not workload.draft_ahead:
         return _round(profile, workload, _verification_seconds(profile, link, workload))
     kinds = _weighted_rounds(profile, link, workload)
@@ -186,23 +266,40 @@ def _round(profile: Profile, workload: Workload, wait: float, left: int = 0, ahe
     draft_seconds = (k - left) * step
     if workload.has_bonus and not ahead:  # drafting ahead feeds the last draft token during the verification
         draft_seconds += g * accepted_whole * (profile.edge.seconds(2) - profile.edge.step)
+    correction = profile.correction
+    if workload.repeat_rate and accepted_whole < 1:
+        discarded = ahead + (k - accepted) / (1 - accepted_whole) - 1  # after the correction, mean
+        correction += _guess_seconds(profile.edge, discarded, min(discarded, k - 1), workload.repeat_rate)
     return Round(
         g * (accepted + from_target) + (1 - g) * k,
-        draft_seconds + g * (max(wait, ahead * step) + (1 - accepted_whole) * profile.correction),
+        draft_seconds + g * (max(wait, ahead * step) + (1 - accepted_whole) * correction),
     )
+
+
+def _guess_seconds(edge: Costs, discarded: float, used: float, repeat_rate: float) -> float:
+    """Return what a guess of discarded tokens adds to the seconds of a draft with 1 + `used` tokens in their place.
+
+    It is below 0 if it saves time.
+    """
+    new_passes = (1 - repeat_rate) * used * edge.seconds(1 + discarded / 2)
+    return edge.seconds(1 + discarded) + new_passes - (1 + used) * edge.step
 
 
 def _verification_seconds(profile: Profile, link: Link, workload: Workload) -> float:
     """Return W: seconds from sending a draft to its verdict."""
-    pass_seconds = sum(chance * profile.cloud.seconds(tokens) for chance, tokens in _pass_lengths(workload))
-    return _link_seconds(link, workload) + profile.queue + pass_seconds
+    asking = sum(chance * _ask_seconds(profile, link, fed) for chance, fed in _pass_lengths(workload))
+    return asking + _answer_seconds(profile, link)
 
 
-def _link_seconds(link: Link, workload: Workload) -> float:
-    if link == NO_LINK:
-        return 0.0
-    up = sum(chance * link.up_seconds(wire.verify_size(tokens)) for chance, tokens in _pass_lengths(workload))
-    return up + link.down_seconds(wire.VERDICT_BYTES)
+def _ask_seconds(profile: Profile, link: Link, fed: float) -> float:
+    """Return the part of W that depends on the `fed` tokens: the request and the cloud's pass."""
+    up = 0.0 if link == NO_LINK else link.up_seconds(wire.verify_size(fed))
+    return up + profile.cloud.seconds(fed)
+
+
+def _answer_seconds(profile: Profile, link: Link) -> float:
+    """Return the rest of W: the queue and the answer."""
+    return profile.queue + (0.0 if link == NO_LINK else link.down_seconds(wire.VERDICT_BYTES))
 
 
 def _pass_lengths(workload: Workload) -> Iterable[tuple[float, float]]:
@@ -234,8 +331,8 @@ def cloud_seconds_per_token(profile: Profile, link: Link) -> float:
 def expected_prefill_seconds(profile: Profile, link: Link, mode: str, workload: Workload) -> float:
     """Return the seconds of a generation that are no decoding: features, prefill, and the wait for the cloud's prefill.
 
-    With eager prefill the edge waits at its first escalation. After m local rounds, with m geometric, the edge has
-    spent its own prefill and m + 1 drafts by then.
+    With eager prefill the edge waits at its first escalation. Observed rounds show the work that it has done by then,
+    beside its own prefill. Else it has spent m + 1 drafts, with m geometric, and each generation is escalated once.
     """
     edge = profile.edge.prefill
     cloud = link.up_seconds(workload.prompt_bytes) + profile.queue + profile.cloud.prefill
@@ -243,6 +340,9 @@ def expected_prefill_seconds(profile: Profile, link: Link, mode: str, workload: 
         return profile.features + edge
     if mode == "cloud":
         return profile.features + cloud + link.down_seconds(0)
+    if seen := workload.observed:
+        done = [work.seconds(profile) + edge if workload.has_eager_prefill else 0.0 for work in seen.before_call]
+        return profile.features + edge + sum(max(cloud - seconds, 0.0) for seconds in done) / seen.generations
     if not workload.has_eager_prefill:
         return profile.features + edge + cloud
     chance, expected_wait, wait = workload.gate_rate, 0.0, cloud - edge
@@ -265,6 +365,8 @@ def fastest_k(
     With `free_seconds`, return the best length for one round whose first `free_seconds` of drafting cost no time,
     because the cloud still prefills. Each token of that round is worth the seconds per token of the rounds after it.
     """
+    if workload.has_own_lengths:
+        return workload.k
     rounds = {k: per_round(profile, link, workload.with_k(k)) for k in candidates}
     per_token = {k: mean.seconds / mean.tokens for k, mean in rounds.items()}
     best = min(per_token, key=lambda k: (per_token[k], k))
@@ -282,6 +384,7 @@ class Forecast:
     """The expected times of one strategy and of edge and cloud alone.
 
     Times are seconds. Speed-ups are ratios of seconds per token after both prefills, above 1 if the loop is faster.
+    They do not tell if the loop pays: that is a matter of whole captions of equal quality.
     """
 
     k: int
@@ -304,11 +407,20 @@ class Forecast:
     caption: float | None  # s per generation, prefill included
     caption_edge: float | None  # s per generation of the edge alone
     caption_cloud: float | None  # s per generation of the cloud alone
+    is_lossless: bool  # the captions are those of the cloud alone
 
     @property
-    def beats_cloud(self) -> bool:
-        """True if a token takes less time than with the cloud alone, whose captions are at least as good."""
-        return self.over_cloud > 1
+    def beats_cloud(self) -> bool | None:
+        """True if a whole caption takes less time than with the cloud alone. None: its length is unknown."""
+        return self._is_shorter_than(self.caption_cloud)
+
+    @property
+    def beats_edge(self) -> bool | None:
+        """True if a whole caption takes less time than with the edge alone. None: its length is unknown."""
+        return self._is_shorter_than(self.caption_edge)
+
+    def _is_shorter_than(self, seconds: float | None) -> bool | None:
+        return None if self.caption is None or seconds is None else self.caption < seconds
 
 
 def forecast(profile: Profile, link: Link, workload: Workload, has_model: bool = True) -> Forecast:
@@ -321,7 +433,7 @@ def forecast(profile: Profile, link: Link, workload: Workload, has_model: bool =
     edge, cloud = alone.edge.step, cloud_seconds_per_token(profile, link)
     best_k = fastest_k(profile, link, workload)
     largest_rtt, slowest_drafter = _break_even(profile, link, workload)
-    all_accepted = replace(workload, acceptance_by_position=(1.0,), draft_ahead=0)
+    all_accepted = replace(workload, acceptance_by_position=(1.0,), draft_ahead=0, observed=None)
     ceiling = seconds_per_token(profile, NO_LINK, all_accepted)
     ceiling_without_bonus = seconds_per_token(profile, NO_LINK, replace(all_accepted, has_bonus=False))
     seconds = {"speculative": token, "edge": edge, "cloud": cloud}
@@ -343,8 +455,8 @@ def forecast(profile: Profile, link: Link, workload: Workload, has_model: bool =
         best_k=best_k,
         best_over_cloud=cloud / seconds_per_token(profile, link, workload.with_k(best_k)),
         seen_k=len(workload.acceptance_by_position),
-        largest_rtt=largest_rtt if largest_rtt > 0 else None,
-        slowest_drafter=slowest_drafter if has_model and slowest_drafter > 0 else None,
+        largest_rtt=largest_rtt if 0 < largest_rtt < math.inf else None,
+        slowest_drafter=slowest_drafter if has_model and 0 < slowest_drafter < math.inf else None,
         ceiling_over_edge=edge / ceiling,
         ceiling_over_edge_without_bonus=edge / ceiling_without_bonus,
         ceiling_over_cloud=cloud / ceiling,
@@ -352,20 +464,30 @@ def forecast(profile: Profile, link: Link, workload: Workload, has_model: bool =
         caption=captions.get("speculative"),
         caption_edge=captions.get("edge"),
         caption_cloud=captions.get("cloud"),
+        is_lossless=workload.is_lossless,
     )
 
 
 def _break_even(profile: Profile, link: Link, workload: Workload) -> tuple[float, float]:
-    """Return rtt* and e* against the cloud alone. A value of 0 or below cannot be reached."""
+    """Return rtt* and e* against the cloud alone. A value of 0 or below, or inf, cannot be reached."""
+
+    def token_at_rtt(rtt: float) -> float:
+        return seconds_per_token(profile, replace(link, rtt=rtt), workload)
+
+    def token_at_step(step: float) -> float:
+        return seconds_per_token(_with_edge_step(profile, step), link, workload)
+
     cloud = cloud_seconds_per_token(profile, link)
-    mean = per_round(profile, link, workload)
-    slack = mean.tokens * cloud - mean.seconds  # M s - T
-    rtt, step = link.rtt + slack / workload.gate_rate, profile.edge.step + slack / workload.k
-    if workload.draft_ahead or link.jitter or link.loss:  # T is not linear in the RTT, or its slope is not g
-        rtt = _solve_rising(lambda rtt: seconds_per_token(profile, replace(link, rtt=rtt), workload), cloud)
-    if workload.draft_ahead:  # T is not linear in the step
-        step = _solve_rising(lambda step: seconds_per_token(_with_edge_step(profile, step), link, workload), cloud)
-    return rtt, step
+    solve_rtt = _solve_rising if workload.draft_ahead or link.jitter or link.loss else _solve_line
+    solve_step = _solve_rising if workload.draft_ahead else _solve_line
+    return solve_rtt(token_at_rtt, cloud), solve_step(token_at_step, cloud)
+
+
+def _solve_line(function: Callable[[float], float], target: float) -> float:
+    """Return x at which the linear function equals `target`, or inf if the function is constant."""
+    start = function(0.0)
+    slope = function(1.0) - start
+    return (target - start) / slope if slope > 0 else math.inf
 
 
 def _solve_rising(function: Callable[[float], float], target: float) -> float:
@@ -380,7 +502,9 @@ def _solve_rising(function: Callable[[float], float], target: float) -> float:
 
 
 def _with_edge_step(profile: Profile, step: float) -> Profile:
-    return replace(profile, edge=Costs(profile.edge.prefill, ((1, step),)))
+    """Return the profile with a step of `step` seconds at the edge, and with all its passes as much slower."""
+    forward = tuple((n, max(seconds + step - profile.edge.step, 0.0)) for n, seconds in profile.edge.forward)
+    return replace(profile, edge=Costs(profile.edge.prefill, forward))
 
 
 def _colocated_speed_up(profile: Profile, workload: Workload, token: float) -> float | None:

@@ -1,4 +1,7 @@
-"""The forecast of a run from its counts alone, for runs without traces."""
+"""The forecast of a saved run: from its traces, or from its counts alone.
+
+Counts do not tell the passes of the edge. Each draft token is assumed to take a pass, as in the published loop.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgecloud_sd.forecast.estimate import estimate_workload
 from edgecloud_sd.forecast.model import Forecast, Workload, forecast
+from edgecloud_sd.measure.traces import trace_from_json
+from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.link import NO_LINK, Link
 from edgecloud_sd.timing.profile import Profile
 
@@ -71,19 +77,32 @@ def counts_from_results(document: Mapping[str, Any]) -> RoundCounts:
     return RoundCounts(tokens, drafted, verifications, corrections, saved["bonus"] or 0, generations)
 
 
-def forecast_from_counts(
+def forecast_from_results(
     document: Mapping[str, Any], profile: Profile, link: Link = NO_LINK, k: int | None = None
 ) -> Forecast:
-    """Return the forecast of a results file from its counts. `k` is for files that do not name their draft length.
+    """Return the forecast of a results file: from its traces, or from its counts if it has none.
 
-    Raise ValueError for a file that cannot be forecast.
+    `k` is for files that do not name their draft length. Raise ValueError for a file that cannot be forecast.
     """
+    saved = document["experiment_config"]["strategy"]
+    if saved["mode"] != "speculative":
+        raise ValueError(f"mode {saved['mode']} drafts nothing; give the file of a speculative run")
+    clips = document["detailed_results"]
+    if not clips or not all(clip.get("trace") for clip in clips):
+        return forecast(profile, link, _workload_without_traces(document, k))
+    strategy = Strategy.from_json(saved)
+    workload = estimate_workload([trace_from_json(clip["trace"]) for clip in clips], strategy)
+    if workload is None:
+        raise ValueError("no draft was verified, so there is nothing to forecast from")
+    return forecast(profile, link, workload, strategy.needs_edge)
+
+
+def _workload_without_traces(document: Mapping[str, Any], k: int | None) -> Workload:
     strategy = document["experiment_config"]["strategy"]
-    if strategy["mode"] != "speculative":
-        raise ValueError(f"mode {strategy['mode']} drafts nothing; give the file of a speculative run")
     length = k if k is not None else strategy["k"]
     if not isinstance(length, int) or length < 1:
         raise ValueError(f"the draft length is {length}; python -m edgecloud_sd.forecast takes one from 1 with --k")
-    scores_per_token = int(strategy["gate"] == "entropy")
-    workload = workload_from_counts(counts_from_results(document), length, scores_per_token)
-    return forecast(profile, link, workload)
+    gate = strategy["gate"] or ""
+    if strategy.get("look_back") or gate.startswith(("token", "risk")):
+        raise ValueError(f"its rounds (gate {gate}) cannot be told from counts; give the file with its traces")
+    return workload_from_counts(counts_from_results(document), length, int(gate == "entropy"))

@@ -1,4 +1,8 @@
-"""A forecast as text for users: how fast the loop is beside the cloud alone, and where it breaks even."""
+"""A forecast as text for users: if the loop pays for whole captions, and where a token breaks even with the cloud.
+
+A forecast knows times, and no quality. A lossless loop has the captions of the cloud. For any other loop, and for the
+edge alone, the text names the condition on quality.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,30 @@ from edgecloud_sd.forecast.model import Forecast
 def forecast_sentence(forecast: Forecast) -> str:
     """Return the forecast as a few short sentences on one line."""
     sentences = (
-        f"{_headline(forecast)}: {_token_seconds(forecast)}.",
-        f"This is {_speed_ups(forecast)}.",
-        *_generation_seconds(forecast),
-        *(_limits(forecast) if forecast.beats_cloud else _conditions(forecast)),
+        f"{_headline(forecast)}.",
+        f"After prefill, {_token_seconds(forecast)}: {_speed_ups(forecast)}.",
+        *(_limits(forecast) if forecast.over_cloud > 1 else _conditions(forecast)),
     )
     return " ".join(sentences)
 
 
 def _headline(forecast: Forecast) -> str:
+    """Return if the loop pays: for whole captions, against the better of edge and cloud alone, at equal quality."""
+    if forecast.caption is None or forecast.caption_edge is None or forecast.caption_cloud is None:
+        return "Not decided if it pays, because the length of captions is not known"
+    ours, edge, cloud = map(format_seconds, (forecast.caption, forecast.caption_edge, forecast.caption_cloud))
+    caption = f"a caption of {forecast.tokens:.0f} tokens takes {ours}"
+    return f"{_answer(forecast)}: {caption}, with the cloud alone {cloud}, and with the edge alone {edge}"
+
+
+def _answer(forecast: Forecast) -> str:
     if not forecast.beats_cloud:
-        return "Not faster than the cloud alone"
-    if forecast.caption is None or forecast.caption_cloud is None or forecast.caption <= forecast.caption_cloud:
-        return "Faster than the cloud alone"
-    return "Faster than the cloud alone after prefill, but not for captions this short"
+        return "Does not pay for captions this short" if forecast.over_cloud > 1 else "Does not pay"
+    if forecast.beats_edge:
+        return "Pays" if forecast.is_lossless else "Pays if its captions are as good as those of edge and cloud alone"
+    if forecast.is_lossless:
+        return "Pays if the captions of the edge alone are worse"
+    return "Pays if its captions are as good as those of the cloud alone, and those of the edge alone are worse"
 
 
 def _token_seconds(forecast: Forecast) -> str:
@@ -36,18 +50,10 @@ def _speed_ups(forecast: Forecast) -> str:
     return _join([f"{speed_up:.2f}x as fast as {baseline}" for speed_up, baseline in baselines], "and")
 
 
-def _generation_seconds(forecast: Forecast) -> list[str]:
-    if forecast.caption is None or forecast.caption_cloud is None:
-        return []
-    ours, cloud = format_seconds(forecast.caption), format_seconds(forecast.caption_cloud)
-    times = f"{ours} with its prefill, and with the cloud alone {cloud}"
-    return [f"A caption of {forecast.tokens:.0f} tokens takes {times}."]
-
-
 def _limits(forecast: Forecast) -> list[str]:
-    """Return the best k, and the break-even points of a loop that beats the cloud alone."""
+    """Return the best k, and the break-even points of a loop whose tokens take less time than with the cloud alone."""
     best = "No other k is faster." if forecast.best_k == forecast.k else f"The best is {_best_k(forecast)}."
-    return [best, f"It stays faster up to {_join(_break_even_points(forecast, 'of'), 'or')}."]
+    return [best, f"A token stays faster up to {_join(_break_even_points(forecast, 'of'), 'or')}."]
 
 
 def _conditions(forecast: Forecast) -> list[str]:
@@ -55,15 +61,15 @@ def _conditions(forecast: Forecast) -> list[str]:
     without_bonus = f" ({forecast.ceiling_over_edge_without_bonus:.2f}x without the bonus token)"
     has_bonus = forecast.ceiling_over_edge != forecast.ceiling_over_edge_without_bonus
     ceiling = (
-        "Even if every draft token is accepted and the link takes no time, this k cannot exceed "
+        "Even if every draft token is accepted and the link takes no time, it cannot exceed "
         f"{forecast.ceiling_over_edge:.2f}x the edge alone{without_bonus if has_bonus else ''} and "
         f"{forecast.ceiling_over_cloud:.2f}x the cloud alone."
     )
     changes = [_best_k(forecast)] if forecast.best_over_cloud > 1 else []
     changes += _break_even_points(forecast, "below")
     if not changes:
-        return [ceiling, "To be faster, it needs more than another k, a faster link or a faster draft model alone."]
-    return [ceiling, f"To be faster, it needs {_join(changes, 'or')}."]
+        return [ceiling, "Faster tokens need more than another k, a faster link or a faster draft model alone."]
+    return [ceiling, f"For faster tokens it needs {_join(changes, 'or')}."]
 
 
 def _best_k(forecast: Forecast) -> str:
