@@ -77,6 +77,13 @@ def bleu_difference(base: Document, ours: Document, n: int = 4) -> tuple[Interva
     return corpus_bleu_difference(base_counts, our_counts, n), p
 
 
+def quality_difference(base: Document, ours: Document, metric: str) -> tuple[Interval | None, float | None]:
+    """Return ours - base of a metric of `quality.QUALITY_METRICS`, and for BLEU the p of `bleu_difference`."""
+    if metric in quality.BLEU:
+        return bleu_difference(base, ours, quality.BLEU.index(metric) + 1)
+    return score_difference(base, ours, metric), None
+
+
 def quality_gap_closed(ours: Document, edge: Document | None, cloud: Document | None, metric: str) -> float | None:
     """Return `metrics.gap_closed` of the mean score over the common clips of all three cells.
 

@@ -1,19 +1,20 @@
-"""Does a strategy pay? Its speed-ups over the edge alone and over the cloud alone, with the quality beside them.
+"""Does a strategy pay? It does if whole captions, prefill included, take less time at equal quality.
 
-The terminal and the report show the same table and the same sentences.
+The rival is the better of edge and cloud alone: the faster one of those whose quality is the best up to its noise. If
+the quality of a strategy is below that of such a baseline, beyond the noise, the sentence says so instead. The terminal
+and the report show the same table and the same sentences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bench import comparison
 from bench.comparison import Document
 from bench.report.page import DASH
 from edgecloud_sd.measure.intervals import Interval
-from edgecloud_sd.measure.quality import BLEU
 
 BASELINES = ("edge", "cloud")
 # The columns of the table: what each speed-up is of
@@ -39,6 +40,14 @@ class Payoff:
     difference: Interval | None
     p: float | None  # the permutation test of BLEU; None for another metric
     differing: int  # clips whose captions differ
+    is_lesser: bool = False  # the quality of the baseline is below that of the other one, beyond the noise
+
+    @property
+    def is_worse(self) -> bool | None:
+        """True if the strategy's quality is below the baseline's, beyond the noise. None: it was not measured."""
+        if not self.differing:
+            return False
+        return None if self.difference is None else is_below(self.difference)
 
     @property
     def is_faster(self) -> bool | None:
@@ -54,19 +63,23 @@ def payoffs(ours: Document, cells: Iterable[Document], metric: str) -> list[Payo
     """Return a strategy against each baseline among the cells that has clips in common with it."""
     documents = list(cells)
     baselines = {name: comparison.find_baseline(ours, name, documents) for name in BASELINES}
-    return [
-        compare_cells(name, base, ours, metric)
-        for name, base in baselines.items()
-        if base and comparison.pair_clips(base, ours)
-    ]
+    common = {name: base for name, base in baselines.items() if base and comparison.pair_clips(base, ours)}
+    rows = []
+    for name, base in common.items():
+        others = [other for other in common.values() if other is not base]
+        is_lesser = any(is_below(comparison.quality_difference(other, base, metric)[0]) for other in others)
+        rows.append(replace(compare_cells(name, base, ours, metric), is_lesser=is_lesser))
+    return rows
+
+
+def is_below(difference: Interval | None) -> bool:
+    """Return True if the whole interval of a difference in quality is below 0."""
+    return difference is not None and difference.high is not None and difference.high < 0
 
 
 def compare_cells(name: str, base: Document, ours: Document, metric: str) -> Payoff:
     """Return the comparison of two cells. `metric` is a name of `quality.QUALITY_METRICS`."""
-    if metric in BLEU:
-        difference, p = comparison.bleu_difference(base, ours, BLEU.index(metric) + 1)
-    else:
-        difference, p = comparison.score_difference(base, ours, metric), None
+    difference, p = comparison.quality_difference(base, ours, metric)
     return Payoff(
         name,
         len(comparison.pair_clips(base, ours)),
@@ -82,17 +95,36 @@ def compare_cells(name: str, base: Document, ours: Document, metric: str) -> Pay
 
 
 def payoff_sentence(rows: Iterable[Payoff], metric_name: str) -> str:
-    """Return in words if a strategy pays: against the faster of both baselines first, then against the other one."""
+    """Return in words if a strategy pays: against the better of both baselines first, then against the other one."""
     ordered = sorted((row for row in rows if row.captions), key=lambda row: row.captions.value)  # type: ignore[union-attr]
     if not ordered:
         return "Not decided: neither the edge alone nor the cloud alone captioned these clips; run them too."
-    headline = {True: "Pays", False: "Does not pay", None: "Not decided"}[ordered[0].is_faster]
-    faster = ", the faster baseline" if len(ordered) > 1 else ""
-    sentences = [f"{headline} against the {ordered[0].baseline} alone{faster}: {_clause(ordered[0], metric_name)}."]
-    sentences += [f"Against the {row.baseline} alone: {_clause(row, metric_name)}." for row in ordered[1:]]
+    rivals = [row for row in ordered if not row.is_lesser] or ordered
+    rival = next((row for row in rivals if row.is_worse), rivals[0])
+    sentences = [f"{_headline(rival, rivals)} the {_rank(rival, ordered)}: {_clause(rival, metric_name)}."]
+    sentences += [f"Against the {row.baseline} alone: {_clause(row, metric_name)}." for row in ordered if row != rival]
     missing = [name for name in BASELINES if name not in [row.baseline for row in ordered]]
     sentences += [f"The {name} alone did not run." for name in missing]
     return " ".join(sentences)
+
+
+def _rank(rival: Payoff, ordered: Sequence[Payoff]) -> str:
+    """Return the name of the rival, and in which way it is the better baseline. `ordered` begins with the fastest."""
+    name = f"{rival.baseline} alone"
+    if len(ordered) == 1:
+        return name
+    if any(row.is_lesser for row in ordered):
+        return f"{name}, the baseline of higher quality"
+    return f"{name}, the faster baseline" if rival == ordered[0] else name
+
+
+def _headline(rival: Payoff, rivals: Iterable[Payoff]) -> str:
+    """Return the answer of a strategy against its rival, without the rival's name."""
+    if rival.is_worse:
+        return "Not compared at equal quality with"
+    if any(row.is_worse is None for row in rivals):
+        return "Not decided without a measured quality against"
+    return {True: "Pays", False: "Does not pay", None: "Not decided"}[rival.is_faster] + " against"
 
 
 def _clause(row: Payoff, metric_name: str) -> str:

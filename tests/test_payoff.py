@@ -12,9 +12,20 @@ from edgecloud_sd.measure.summary import Figures
 FASTER, SLOWER, UNSURE = Interval(2.0, 1.5, 2.5), Interval(0.5, 0.4, 0.6), Interval(1.1, 0.9, 1.3)
 
 
-def row(baseline: str, captions: Interval, typical: Interval | None = None, differing: int = 0) -> Payoff:
-    difference = Interval(0.2, 0.1, 0.3)
-    return Payoff(baseline, 20, captions, typical or captions, captions, 0.5, 0.7, difference, 0.012, differing)
+BETTER, WORSE = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1)
+WITHIN_NOISE, FEW_DIFFER = Interval(-0.1, -0.3, 0.1), Interval(-0.1, None, None, "too few clips differ")
+
+
+def row(
+    baseline: str,
+    captions: Interval,
+    typical: Interval | None = None,
+    differing: int = 0,
+    difference: Interval | None = BETTER,
+    is_lesser: bool = False,
+) -> Payoff:
+    typical = typical or captions
+    return Payoff(baseline, 20, captions, typical, captions, 0.5, 0.7, difference, 0.012, differing, is_lesser)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +56,34 @@ def row(baseline: str, captions: Interval, typical: Interval | None = None, diff
 )
 def test_a_strategy_pays_if_it_beats_the_faster_baseline(rows: list[Payoff], text: str) -> None:
     assert payoff_sentence(rows, "BLEU-4") == text
+
+
+@pytest.mark.parametrize(
+    ("rows", "start"),
+    [
+        (  # the edge is faster, but its captions are worse than the cloud's
+            [row("edge", SLOWER, differing=9, is_lesser=True), row("cloud", FASTER)],
+            "Pays against the cloud alone, the baseline of higher quality: 2.00 [1.50, 2.50] times as fast per "
+            "caption, the same captions (BLEU-4 0.700). Against the edge alone: 0.50 ",
+        ),
+        (  # faster than both, at a lower quality than the better one
+            [row("edge", FASTER, differing=9, is_lesser=True), row("cloud", FASTER, differing=9, difference=WORSE)],
+            "Not compared at equal quality with the cloud alone, the baseline of higher quality: 2.00 ",
+        ),
+        (  # both baselines are equal up to noise, and the slower one is better than the strategy beyond it
+            [row("edge", UNSURE, differing=9), row("cloud", FASTER, differing=9, difference=WORSE)],
+            "Not compared at equal quality with the cloud alone: 2.00 ",
+        ),
+        ([row("cloud", FASTER, differing=9, difference=WITHIN_NOISE)], "Pays against the cloud alone: 2.00 "),
+        ([row("cloud", FASTER, differing=2, difference=FEW_DIFFER)], "Pays against the cloud alone: 2.00 "),
+        (
+            [row("cloud", FASTER, differing=9, difference=None)],
+            "Not decided without a measured quality against the cloud alone: 2.00 ",
+        ),
+    ],
+)
+def test_a_strategy_pays_at_equal_quality_only(rows: list[Payoff], start: str) -> None:
+    assert payoff_sentence(rows, "BLEU-4").startswith(start)
 
 
 def test_a_ratio_that_few_long_captions_carry_is_said_to_be_one() -> None:

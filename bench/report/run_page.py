@@ -334,7 +334,7 @@ def list_forecasts(cells: Sequence[ReportCell], forecasts: Mapping[str, Mapping[
         if cell.mode == "speculative"
     ]
     intro = (
-        "Forecasts of the cost model, from the costs of this run unless a forecast names others. They are about the "
-        "time per token after prefill, so compare them with the speed-ups per token."
+        "Forecasts of the cost model, from the costs of this run unless a forecast names others. A strategy pays for "
+        "whole captions, at equal quality. Their speed-ups are per token after prefill."
     )
     return [Paragraph(intro), BulletList(items)] if items else []
