@@ -62,9 +62,19 @@ def explain_no_escalation(strategy: Strategy, results: Sequence[ClipResult]) -> 
         return "the gate never asks the cloud"
     if faults := [reason for result in results if (reason := metrics.degraded_reason(result.trace))]:
         return f"the cloud failed ({faults[0]})"
-    events = [event for result in results for _, event in result.trace.events]
-    largest = max((max(e.draft.scores) for e in events if isinstance(e, Drafted) and e.draft.scores), default=math.nan)
-    return f"no draft's entropy exceeded {strategy.gate.threshold:g} nats; the largest was {largest:.3g}"
+    gate = strategy.gate
+    levels = [level for result in results if (level := gate.level(_scores(result))) is not None]
+    largest = max(levels, default=math.nan)
+    if gate.statistic == "risk":
+        return f"no caption's risk exceeded {gate.send_above:g}; the largest was {largest:.3g}"
+    if gate.statistic == "margin":
+        return f"no draft's margin was below {gate.limit:g}; the smallest was {-largest:.3g}"
+    name = "surprisal" if gate.statistic == "logprob" else "entropy"
+    return f"no draft's {name} exceeded {gate.limit:g} nats; the largest was {largest:.3g}"
+
+
+def _scores(result: ClipResult) -> list[float]:
+    return [score for _, event in result.trace.events if isinstance(event, Drafted) for score in event.draft.scores]
 
 
 def _number(label: str, value: float | None, form: str, factor: float = 1) -> str:

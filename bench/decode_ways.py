@@ -19,7 +19,7 @@ from edgecloud_sd.acceptance import Rule
 from edgecloud_sd.cloud.local import Cloud, local_verifier
 from edgecloud_sd.config import Settings
 from edgecloud_sd.data import prompts
-from edgecloud_sd.events import Committed, Event, Prompt, Trace
+from edgecloud_sd.events import Event, Output, Prompt, Trace
 from edgecloud_sd.lookup import CaptionHistory, Lookup
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.pipeline import Pipeline, count_shared_ids, generation_events
@@ -143,11 +143,12 @@ class VirtualBench:
             return stamp(record_output(events, output), harness.watch)
 
 
-def record_output(events: Iterable[Event], output: list[int]) -> Iterator[Event]:
-    """Yield the events, and add each committed token to a list before the decoder goes on. None is taken back."""
+def record_output(events: Iterable[Event], tokens: list[int]) -> Iterator[Event]:
+    """Yield the events, and keep the output so far in a list before the decoder goes on."""
+    output = Output()
     for event in events:
-        if isinstance(event, Committed):
-            output.extend(event.tokens)
+        output.see(event)
+        tokens[:] = output.tokens
         yield event
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bench.held_out import HeldOutClip
 from bench.ways import CLOUD, EDGE, ParetoWay
-from edgecloud_sd.events import Escalated, Trace
+from edgecloud_sd.events import Trace
 from edgecloud_sd.measure import intervals, metrics, quality
 from edgecloud_sd.measure.intervals import Interval, Statistic
 from edgecloud_sd.pocket.evaluate import share_of_attributes_named
@@ -60,29 +60,14 @@ def compare_ways(
     return [
         ParetoPoint(
             way,
-            calls=fmean(map(count_calls, decoded)),
-            positions=fmean(map(count_positions, decoded)),
+            calls=fmean(metrics.cloud_calls(metrics.counts(trace)) for trace in decoded),
+            positions=fmean(metrics.counts(trace).cloud_positions for trace in decoded),
             seconds=fmean(trace.seconds for trace in decoded),
             speedup=intervals.speedup(cloud_seconds, [trace.seconds for trace in decoded]),
             gaps={name: by_way[way] for name, by_way in gaps.items()},
         )
         for way, decoded in traces.items()
     ]
-
-
-def count_calls(trace: Trace) -> int:
-    """Return the cloud calls of a caption. Mode cloud has one request."""
-    counted = metrics.counts(trace)
-    return 1 if counted.cloud else counted.cloud_calls
-
-
-def count_positions(trace: Trace) -> int:
-    """Return the positions that the cloud computed after its prefill: one a token of its own, and those of each call.
-
-    A call feeds the committed tokens that the cloud lacks, and the draft.
-    """
-    calls = (event for _, event in trace.events if isinstance(event, Escalated))
-    return metrics.counts(trace).cloud + sum(call.sent + len(call.draft.tokens) for call in calls)
 
 
 def measure_gaps(

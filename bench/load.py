@@ -24,7 +24,7 @@ import numpy as np
 from bench import tables
 from bench.cases import data_parts, model_parts
 from edgecloud_sd.config import Settings
-from edgecloud_sd.events import Committed, Confirmed, Escalated, Prompt, Retracted, Span, Trace, Verdict, Verified
+from edgecloud_sd.events import Escalated, Output, Prompt, Span, Trace, Verdict, Verified
 from edgecloud_sd.grid import strategies
 from edgecloud_sd.measure.metrics import degraded_reason
 from edgecloud_sd.measure.summary import Metric
@@ -136,22 +136,14 @@ def record_rounds(clip: str, prompt: Prompt, trace: Trace) -> RecordedCaption:
     if reason is not None:
         raise LoadError(f"{clip}: the cloud failed while its drafts were recorded: {reason}")
     rounds: list[RecordedRound] = []
-    committed = [prompt.last]
-    not_final = 0
+    output = Output()
     context: tuple[int, ...] = ()
     for _, event in trace.events:
         if isinstance(event, Escalated):
-            context = tuple(committed[: len(committed) - not_final])
+            context = (prompt.last, *output.tokens[: output.final])
         elif isinstance(event, Verified):
             rounds.append(RecordedRound(context, event.draft.tokens, event.verdict))
-        elif isinstance(event, Committed):
-            committed += event.tokens
-            not_final = 0 if event.is_final else not_final + len(event.tokens)
-        elif isinstance(event, Confirmed):
-            not_final -= event.count
-        elif isinstance(event, Retracted):
-            not_final = 0
-            del committed[len(committed) - event.count :]
+        output.see(event)
     return RecordedCaption(clip, prompt, tuple(rounds))
 
 

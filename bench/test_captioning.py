@@ -159,7 +159,8 @@ class Captioning:
             with self.without_cloud():
                 self.pipeline.prepare(self.case.strategy.model_mode)
                 cloud = self.pipeline.cloud.verifier(self.case.strategy.rule, harness)
-                return shadow_verify(trace, self.pipeline.prompt(request, self.case.strategy.model_mode), cloud)
+                prompt = self.pipeline.prompt(request, self.case.strategy.model_mode)
+                return shadow_verify(trace, prompt, cloud, self.case.strategy.gate)
         return None
 
     def _audit(

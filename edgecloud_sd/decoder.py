@@ -134,7 +134,7 @@ def _speculate(
                 yield from _commit_local(state, tokens, not looks_back)
                 tokens = ()
             scores = state.scores if looks_back else drafted.draft.scores
-            draft = Draft((*state.context[state.final :], *tokens), scores)
+            draft = Draft((*state.context[state.final :], *tokens), scores, drafted.draft.doubted)
             drafts_on = partial(drafter.draft_ahead, len(drafted.draft.tokens), limit)
             verdict = yield from _escalate(verification, draft, state, drafts_on, runtime)
             if verdict:

@@ -80,7 +80,7 @@ class Drafter:
 
         The draft ends early at EOS, at the draft stop, and where `gate` asks the cloud at once. The gate reads
         `scores`, those of the tokens since the last verdict, before those of the draft. If it stops before a token, the
-        draft has that token's score as well.
+        draft has that token and its score as well.
         """
         length = 0
         while length < k:
@@ -89,7 +89,8 @@ class Drafter:
             length += 1
             last = self._drafted[length - 1]
             if gate.ends_draft([*scores, *self._scores(length)]):
-                return Draft(self.tokens[: length - gate.stops_before_token], self._scores(length))
+                doubted = last.id if gate.stops_before_token else None
+                return Draft(self.tokens[: length - gate.stops_before_token], self._scores(length), doubted)
             if last.stops or last.id in self._eos:
                 break
         return Draft(self.tokens[:length], self._scores(length))

@@ -38,11 +38,12 @@ class Prompt:
 class Draft:
     """Up to k tokens from the edge. `scores` has the gate's score of each token, or is empty without such a score.
 
-    If gate token ended the draft, `scores` has one more: that of the uncertain token after it.
+    If gate token ended the draft, `doubted` is the edge's own token after it, and `scores` has one more: its score.
     """
 
     tokens: tuple[int, ...]
     scores: tuple[float, ...] = ()
+    doubted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,19 @@ class Verified:
     draft: Draft
     verdict: Verdict
 
+    @property
+    def is_accepted_whole(self) -> bool:
+        """True if the cloud accepted every draft token."""
+        return self.verdict.accepted == len(self.draft.tokens)
+
+    @property
+    def changes_text(self) -> bool:
+        """True if the cloud rejects a draft token, or writes another token than the one that the edge doubts."""
+        return not self.is_accepted_whole or self.draft.doubted not in (None, self.verdict.token)
+
     def right(self, guess: int | None) -> bool:
         """Return True if the cloud accepted the whole draft and its bonus is the `guess`."""
-        return self.verdict == Verdict(len(self.draft.tokens), guess) if guess is not None else False
+        return guess is not None and self.is_accepted_whole and self.verdict.token == guess
 
 
 @dataclass(frozen=True)
@@ -172,15 +183,34 @@ Event = (
 )
 
 
-def output_tokens(events: Iterable[Event]) -> list[int]:
-    """Return the ids that the events leave as output, in order."""
-    output: list[int] = []
-    for event in events:
+class Output:
+    """The tokens that the events so far leave as output, with the origin of each. The first `final` of them stay."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.origins: list[Origin] = []
+        self.final = 0
+
+    def see(self, event: Event) -> None:
+        """Follow one more event."""
         if isinstance(event, Committed):
-            output += event.tokens
+            self.tokens += event.tokens
+            self.origins += [event.origin] * len(event.tokens)
+        elif isinstance(event, Confirmed):
+            self.origins[self.final : self.final + event.count] = ["accepted"] * event.count
+            self.final += event.count
         elif isinstance(event, Retracted):
-            del output[len(output) - event.count :]
-    return output
+            del self.tokens[len(self.tokens) - event.count :], self.origins[len(self.origins) - event.count :]
+        if isinstance(event, Finished) or (isinstance(event, Committed) and event.is_final):
+            self.final = len(self.tokens)
+
+    @classmethod
+    def after(cls, events: Iterable[Event]) -> Output:
+        """Return the output after all the events."""
+        output = cls()
+        for event in events:
+            output.see(event)
+        return output
 
 
 # Parts of spans that mark a moment: a failure opened the breaker of the cloud, or a caption met it open
@@ -220,7 +250,12 @@ class Trace:
     @property
     def tokens(self) -> tuple[int, ...]:
         """The ids of the output, in order."""
-        return tuple(output_tokens(event for _, event in self.events))
+        return tuple(self.output.tokens)
+
+    @property
+    def output(self) -> Output:
+        """The output with the origin of each token."""
+        return Output.after(event for _, event in self.events)
 
     @property
     def seconds(self) -> float:

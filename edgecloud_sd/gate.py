@@ -77,13 +77,20 @@ class Gate:
         """Return True if the gate asks the cloud at once after tokens with these scores, however short the draft is."""
         return self.ends_drafts and self._exceeds(scores)
 
-    def _exceeds(self, scores: Sequence[float], is_end: bool = False) -> bool:
+    def level(self, scores: Sequence[float]) -> float | None:
+        """Return the number that the gate compares with its limits: the total risk, or the largest score.
+
+        It is None for a gate without a score, and without scores under any other gate than risk.
+        """
         if self.score is None:
-            return self.threshold < 0
-        if self.name == "risk":
-            risk = total_risk(scores)
-            return risk > self.threshold or (is_end and risk > self.send_above)
-        return max(scores, default=-math.inf) > self.threshold
+            return None
+        return total_risk(scores) if self.name == "risk" else max(scores, default=None)
+
+    def _exceeds(self, scores: Sequence[float], is_end: bool = False) -> bool:
+        level = self.level(scores)
+        if level is None:
+            return self.score is None and self.threshold < 0
+        return level > self.threshold or (self.name == "risk" and is_end and level > self.send_above)
 
     @property
     def ends_drafts(self) -> bool:
@@ -96,6 +103,11 @@ class Gate:
         return self.name.startswith("token")
 
     @property
+    def statistic(self) -> str:
+        """The statistic that the gate reads: entropy, margin, logprob or risk."""
+        return _statistic(self.name)
+
+    @property
     def sends_all(self) -> bool:
         """True if no token is let go without a verdict at last: gate always, and gate risk below a send level of 0."""
         return self.name == "always" or (self.name == "risk" and self.send_above < 0)
@@ -103,7 +115,7 @@ class Gate:
     @property
     def limit(self) -> float:
         """The threshold in the unit of its statistic: nats, a difference of probabilities, or a risk."""
-        return -self.threshold if _statistic(self.name) == "margin" else self.threshold
+        return -self.threshold if self.statistic == "margin" else self.threshold
 
     @property
     def label(self) -> str:
@@ -111,7 +123,7 @@ class Gate:
         if self.name == "risk":
             send = "all" if self.sends_all else f"f{self.send_above:g}"
             return f"risk{self.threshold:g}{send}s{self.opinion_risk:g}"
-        letter = {"entropy": "H", "margin": "M", "logprob": "L"}.get(_statistic(self.name))
+        letter = {"entropy": "H", "margin": "M", "logprob": "L"}.get(self.statistic)
         return f"{'token' if self.stops_before_token else ''}{letter}{self.limit:g}" if letter else self.name
 
     @property

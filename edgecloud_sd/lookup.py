@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import NamedTuple
 
-from edgecloud_sd.events import Event, Finished, output_tokens
+from edgecloud_sd.events import Event, Finished, Output
 
 DRAFTERS = ("model", "lookup", "model+lookup")
 # On the recorded SECap captions (600 of each mode), suffixes of up to 6 gained at most 0.03 characters a call
@@ -148,7 +148,7 @@ class Lookup:
         for event in events:
             seen.append(event)
             if isinstance(event, Finished):
-                self._history.add(output_tokens(seen))
+                self._history.add(Output.after(seen).tokens)
             yield event
 
 

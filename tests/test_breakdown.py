@@ -14,6 +14,7 @@ from edgecloud_sd import gate
 from edgecloud_sd.events import (
     Ahead,
     Committed,
+    Confirmed,
     Degraded,
     Draft,
     Drafted,
@@ -22,6 +23,7 @@ from edgecloud_sd.events import (
     Finished,
     Opened,
     Prepared,
+    Retracted,
     Span,
     Trace,
     Verdict,
@@ -31,6 +33,7 @@ from edgecloud_sd.measure import metrics
 from edgecloud_sd.measure.breakdown import (
     PARTS,
     LatencyBreakdown,
+    discarded_seconds,
     latency_breakdown,
     mean_breakdown,
     round_trips,
@@ -50,12 +53,12 @@ BOTH = Trace(
         (1.0, Prepared(20)),
         (3.0, Opened("edge")),
         (7.0, Opened("cloud")),
-        (8.5, Drafted(FIRST)),
+        (8.5, Drafted(FIRST, passes=(1, 1, 1))),
         (8.625, Escalated(FIRST, 1)),
         (10.625, Verified(FIRST, Verdict(1, 8))),
         (10.75, Committed((1,), "accepted")),
         (11.0, Committed((8,), "correction")),
-        (12.0, Drafted(SECOND)),
+        (12.0, Drafted(SECOND, passes=(3, 1))),
         (12.5, Committed((4, 5), "local")),
         (13.5, Finished("eos")),
     ),
@@ -133,6 +136,29 @@ def test_discarded_seconds_are_those_of_discarded_draft_tokens() -> None:
     assert latency_breakdown(BOTH).discarded == 0.75 * 2 / 3  # two of the three tokens of the first draft
 
 
+def test_discarded_seconds_are_shared_by_the_tokens_of_wide_passes_and_count_those_taken_back() -> None:
+    wide, more = Draft((1, 2, 3, 4)), Draft((6,), (0.1, 0.9), doubted=7)
+    trace = Trace(
+        (
+            (2.0, Drafted(wide, passes=(4,))),  # 0.5 s for each token
+            (2.0, Committed((1, 2, 3, 4), "local", False)),
+            (3.0, Escalated(wide, 1)),
+            (4.0, Verified(wide, Verdict(1, 5))),
+            (4.0, Confirmed(1)),
+            (4.0, Retracted(3)),
+            (4.0, Committed((5,), "correction")),
+            (6.0, Drafted(more, passes=(1, 1))),
+            (6.0, Committed((6,), "local")),
+            (6.0, Escalated(Draft((), more.scores, doubted=7), 1)),
+            (7.0, Verified(Draft((), more.scores, doubted=7), Verdict(0, 8))),
+            (7.0, Committed((8,), "bonus")),
+            (7.0, Finished("length")),
+        ),
+        (Span("draft", 0.0, 2.0), Span("draft", 4.0, 5.0), Span("draft", 5.0, 5.125)),
+    )
+    assert discarded_seconds(trace) == 3 * 0.5 + 0.125
+
+
 def test_closure_and_unnamed_are_shares_of_the_wall_time() -> None:
     breakdown = LatencyBreakdown(dict.fromkeys(PARTS, 0.0) | {"draft": 6.0, "verify": 3.0, "other": 0.5}, 0.0)
     assert breakdown.seconds == 9.5
@@ -163,12 +189,17 @@ def test_the_mean_of_no_breakdown_is_an_error() -> None:
 
 
 def check_breakdown(trace: Trace) -> None:
-    breakdown, discarded = latency_breakdown(trace), metrics.counts(trace).discarded
+    breakdown, events = latency_breakdown(trace), [event for _, event in trace.events]
+    drafts = [event for event in events if isinstance(event, Drafted)]
+    doubted = [event for event in events if isinstance(event, Verified) and event.draft.doubted is not None]
+    discarded = metrics.counts(trace).discarded + sum(event.changes_text for event in doubted)
     assert list(breakdown.parts) == list(PARTS)
     assert breakdown.seconds == pytest.approx(trace.seconds, rel=1e-9, abs=1e-9)
     assert min(breakdown.parts.values()) >= -1e-9
     assert -1e-9 <= breakdown.discarded <= breakdown.parts["draft"] + 1e-9
-    assert (breakdown.discarded > 1e-9) == (discarded > 0)
+    assert breakdown.discarded <= 1e-9 or discarded
+    if all(len(event.passes) >= len(event.draft.tokens) - event.ahead for event in drafts):  # no pass gave several
+        assert breakdown.discarded > 1e-9 or not discarded
 
 
 @given(cases(), profiles(), any_link)

@@ -144,8 +144,9 @@ def ask_shadow(world: World, schedule: Schedule, connection: Connection, trace: 
     if schedule.strategy not in ("entropy", "never"):
         return None
     with torch.inference_mode():
-        verifier = connection.verifier(STRATEGIES[schedule.strategy].rule, Harness())
-        return shadow_verify(trace, world.prompts[schedule.clip], verifier)
+        strategy = STRATEGIES[schedule.strategy]
+        verifier = connection.verifier(strategy.rule, Harness())
+        return shadow_verify(trace, world.prompts[schedule.clip], verifier, strategy.gate)
 
 
 def draw_schedule(world: World, seed: int) -> Schedule:

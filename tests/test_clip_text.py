@@ -45,6 +45,13 @@ LOCAL = result_of(
 )
 
 
+WIDE = result_of(Drafted(Draft((2,), (-0.5,))), Committed((2,), "local"), Finished("eos"))
+RISKY = result_of(
+    Drafted(Draft((2,), (0.5,))), Committed((2,), "local", False), Drafted(Draft((4,), (0.5,))),
+    Committed((4,), "local"), Finished("eos"),
+)  # fmt: skip
+
+
 def test_verbose_shows_reference_caption_scores_times_and_counts_of_a_clip() -> None:
     lines = describe_clip(LOCAL, "1 of 2", "nfkc")
     scored = quality.score([LOCAL.caption], [LOCAL.clip.references], "chinese", normalisation="nfkc").per_clip
@@ -70,6 +77,10 @@ def test_the_scores_of_the_whole_cell_follow_and_those_that_are_null_are_left_ou
     ("rule", "result", "reason"),
     [
         (gate.entropy_gate(4), LOCAL, "no draft's entropy exceeded 4 nats; the largest was 1.25"),
+        (gate.parse_gate("token", 4), LOCAL, "no draft's entropy exceeded 4 nats; the largest was 1.25"),
+        (gate.parse_gate("logprob", 4), LOCAL, "no draft's surprisal exceeded 4 nats; the largest was 1.25"),
+        (gate.parse_gate("margin", 0.25), WIDE, "no draft's margin was below 0.25; the smallest was 0.5"),
+        (gate.risk_gate(1, 0.9), RISKY, "no caption's risk exceeded 0.9; the largest was 0.75"),
         (gate.NEVER, LOCAL, "the gate never asks the cloud"),
         (gate.ALWAYS, result_of(UNSURE, ASKED, Degraded("no answer"), Committed((2, 3), "local"), Finished("eos")),
          "the cloud failed (no answer)"),

@@ -19,7 +19,7 @@ from edgecloud_sd.acceptance import GREEDY, Rule
 from edgecloud_sd.cloud.client import Connection
 from edgecloud_sd.cloud.sessions import ServiceLimits
 from edgecloud_sd.decoder import decode
-from edgecloud_sd.events import Committed, Degraded, Finished, Prompt, Trace, Verdict, output_tokens
+from edgecloud_sd.events import Committed, Degraded, Finished, Output, Prompt, Trace, Verdict
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.measure.breakdown import latency_breakdown
 from edgecloud_sd.pipeline import generation_events
@@ -237,7 +237,7 @@ def test_an_edge_that_may_finish_alone_finishes_every_caption(world: World, plan
         return
     (mark,) = marks
     assert events[mark] == Degraded(str(cloud_faults[0]))
-    start, final = output_tokens(events[:mark]), final_tokens(events[:mark])
+    start, final = Output.after(events[:mark]).tokens, final_tokens(events[:mark])
     assert final == expected[: len(final)]
     assert {event.origin for event in events[mark:] if isinstance(event, Committed)} == {"local"}
     if plan.strategy.revise == "none":  # otherwise the edge goes on with the target's last opinions

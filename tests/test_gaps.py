@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from bench.gaps import compare_ways, count_calls, count_positions
+from bench.gaps import compare_ways
 from bench.held_out import HeldOutClip
 from bench.ways import CLOUD, EDGE, ParetoWay
-from edgecloud_sd.events import Committed, Draft, Escalated, Event, Prompt, Trace
+from edgecloud_sd.events import Committed, Prompt, Trace
 from edgecloud_sd.measure.normalisation import DEFAULT_NORMALISATION
 from edgecloud_sd.strategy import Strategy
 
@@ -17,21 +17,12 @@ WORDS = ["", "a", "dog", "cat", "runs", "sits", "slowly"]
 OURS = ParetoWay("ours", "k 4", Strategy(k=4))
 
 
-def trace(tokens: list[int], seconds: float, *before: Event) -> Trace:
-    origin = "accepted" if before else "local"
-    return Trace(tuple((seconds, event) for event in (*before, Committed(tuple(tokens), origin))))  # type: ignore[arg-type]
+def trace(tokens: list[int], seconds: float) -> Trace:
+    return Trace(((seconds, Committed(tuple(tokens), "local")),))
 
 
 def say(tokens: Sequence[int]) -> str:
     return " ".join(WORDS[token] for token in tokens)
-
-
-def test_costs_are_those_of_the_events() -> None:
-    calls = Escalated(Draft((1, 2, 3)), 1), Escalated(Draft(()), 2)
-    drafted = trace([1, 2], 1.0, *calls)
-    assert (count_calls(drafted), count_positions(drafted)) == (2, 6)
-    alone = Trace(tuple((1.0, Committed((token,), "cloud")) for token in range(3)))
-    assert (count_calls(alone), count_positions(alone)) == (1, 3)
 
 
 def test_each_way_has_its_share_of_the_gap_and_a_reason_for_what_it_lacks() -> None:

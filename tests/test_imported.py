@@ -80,7 +80,7 @@ def test_settings_that_the_file_names_are_kept_and_the_others_are_null(tmp_path:
     assert experiment["strategy"] == {
         "mode": "speculative", "gate": "entropy", "threshold": 4.0, "send_above": None, "opinion_risk": None,
         "rule": None, "k": 5, "draft_stop": None, "draft_ahead": None, "prefill": None,
-        "revise": None, "look_back": None,
+        "revise": None, "look_back": None, "drafter": None,
     }  # fmt: skip
     assert (experiment["max_cpu_cores"], experiment["max_memory_gb"]) == (2, 16.0)
     assert (experiment["pair"], experiment["link"], experiment["profile"], experiment["output"]) == (None,) * 4

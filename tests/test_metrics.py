@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from edgecloud_sd.events import (
     Committed,
+    Confirmed,
     Draft,
     Drafted,
     Escalated,
     Finished,
     Opened,
+    Output,
     Prepared,
+    Retracted,
     Span,
     Trace,
     Verdict,
@@ -52,6 +55,31 @@ TRACE = Trace(
 )
 
 
+SHOWN, LATER = Draft((2, 3, 4)), Draft((5, 6, 7))
+LOOK_BACK = Trace(
+    (
+        (0.5, Drafted(Draft((2, 3)))),
+        (0.5, Committed((2, 3), "local", False)),
+        (1.0, Drafted(Draft((4,)))),
+        (1.0, Escalated(SHOWN, 1)),
+        (2.0, Verified(SHOWN, Verdict(1, 9))),
+        (2.0, Confirmed(1)),
+        (2.0, Retracted(1)),
+        (2.5, Committed((9,), "correction")),
+        (3.0, Drafted(Draft((5, 6)))),
+        (3.0, Committed((5, 6), "local", False)),
+        (3.5, Drafted(Draft((7,)))),
+        (3.5, Escalated(LATER, 1)),
+        (4.0, Verified(LATER, Verdict(3, 8))),
+        (4.0, Confirmed(2)),
+        (4.5, Committed((7,), "accepted")),
+        (4.5, Committed((8,), "bonus")),
+        (4.75, Finished("eos")),
+    ),
+    (Span("draft", 0.0, 0.5), Span("draft", 0.5, 1.0), Span("draft", 2.5, 3.0)),
+)
+
+
 def letters(ids: Sequence[int]) -> str:
     """Return one letter per token. Token 1 has no text, like a special token."""
     return "".join(" " if token == 1 else chr(96 + token) for token in ids)
@@ -59,8 +87,48 @@ def letters(ids: Sequence[int]) -> str:
 
 def test_counts_of_a_trace_match_a_count_by_hand() -> None:
     assert metrics.counts(TRACE) == metrics.Counts(
-        tokens=7, local=2, accepted=3, correction=1, bonus=1, rounds=3, cloud_calls=2, drafted=7, verified=5
+        tokens=7, local=2, accepted=3, correction=1, bonus=1, rounds=3, cloud_calls=2, drafted=7, verified=5,
+        cloud_positions=1 + 3 + 3 + 2,
+    )  # fmt: skip
+
+
+def test_with_look_back_confirmed_tokens_are_accepted_and_retracted_ones_discarded() -> None:
+    counts = metrics.counts(LOOK_BACK)
+    assert counts == metrics.Counts(
+        tokens=6, accepted=4, correction=1, bonus=1, rounds=4, cloud_calls=2, drafted=6, verified=6, retracted=1,
+        edge_passes=3, cloud_positions=1 + 3 + 1 + 3,
+    )  # fmt: skip
+    assert (counts.discarded, counts.written_share, counts.covered_share) == (2, 2 / 6, 1)
+    assert (counts.edge_passes_per_token, counts.cloud_positions_per_token) == (3 / 6, 8 / 6)
+
+
+def test_a_token_that_is_taken_back_counts_as_never_shown_but_for_the_first_text() -> None:
+    assert metrics.chunks(LOOK_BACK) == [(0.5, 1), (2.5, 1), (3.0, 2), (4.5, 2)]
+    assert metrics.itl_per_chunk(LOOK_BACK) == [2.0, 0.5, 1.5]
+    assert (metrics.ttft(LOOK_BACK, letters), metrics.ttft_final(LOOK_BACK, letters)) == (0.5, 2.0)
+    blank = Trace(((1.0, Committed((2,), "local", False)), (2.0, Retracted(1)), (2.5, Committed((1,), "correction"))))
+    assert (metrics.ttft(blank, letters), metrics.ttft_final(blank, letters)) == (1.0, None)
+    assert metrics.chunks(blank) == [(2.5, 1)]
+
+
+def test_a_caption_ends_when_its_last_token_is_final() -> None:
+    trace = Trace(
+        (
+            (1.0, Committed((2,), "local", False)),
+            (2.0, Committed((3,), "local", False)),
+            (3.0, Confirmed(2)),
+            (3.5, Finished("eos")),
+        )
     )
+    assert metrics.chunks(trace) == [(1.0, 1), (2.0, 1)]
+    assert (metrics.ttft_final(trace, letters), metrics.e2e(trace)) == (3.0, 3.0)
+    assert metrics.after_first_chunk(trace) == (1, 2.0)
+
+
+def test_mode_cloud_asks_once_for_a_caption() -> None:
+    counts = metrics.counts(Trace(((1.0, Committed((2,), "cloud")), (2.0, Committed((3,), "cloud")))))
+    assert (metrics.cloud_calls(counts), counts.cloud_calls, counts.cloud_positions) == (1, 0, 2)
+    assert metrics.cloud_calls(metrics.counts(TRACE)) == 2
 
 
 @pytest.mark.parametrize(
@@ -74,6 +142,8 @@ def test_counts_of_a_trace_match_a_count_by_hand() -> None:
         ("cloud_calls_per_token", 2 / 7),
         ("local_share", 2 / 7),
         ("covered_share", 5 / 7),
+        ("written_share", 2 / 7),
+        ("cloud_positions_per_token", 9 / 7),
         ("waste", 2 / 7),
         ("waste_ahead", None),
     ],
@@ -113,7 +183,7 @@ def test_times_of_a_trace_match_a_count_by_hand() -> None:
 
 def test_an_undefined_metric_is_none() -> None:
     empty = Trace(((0.1, Prepared(3)), (0.2, Opened("cloud")), (0.3, Committed((1,), "cloud")), (0.3, Finished("eos"))))
-    assert metrics.ttft(empty, letters) is None
+    assert metrics.ttft(empty, letters) is metrics.ttft_final(empty, letters) is None
     assert metrics.tpot(1, 0.3, 0.4) is None
     assert metrics.tpot(2, 0.3, 0.3) is None
     assert metrics.after_first_chunk(empty) is metrics.after_first_chunk(Trace(())) is None
@@ -128,7 +198,9 @@ def test_an_undefined_metric_is_none() -> None:
     assert metrics.itl_per_chunk(Trace(())) == metrics.itl_per_token(empty) == []
     assert metrics.acceptance_by_position([empty]) == []
     counts = metrics.counts(empty)
-    assert [name for name in RATES if getattr(counts, name) is not None] == ["local_share", "covered_share"]
+    assert [name for name in RATES if getattr(counts, name) is not None] == [
+        "local_share", "covered_share", "written_share", "cloud_positions_per_token",
+    ]  # fmt: skip
     assert [getattr(metrics.Counts(), name) for name in RATES] == [None] * len(RATES)
 
 
@@ -158,9 +230,10 @@ SHARES = (
     "cloud_calls_per_token",
     "local_share",
     "covered_share",
+    "written_share",
     "waste",
 )
-RATES = (*SHARES, "mean_acceptance_length")
+RATES = (*SHARES, "mean_acceptance_length", "edge_passes_per_token", "cloud_positions_per_token")
 
 
 @given(cases(), profiles(), any_link)
@@ -176,19 +249,54 @@ def test_counts_add_up_shares_stay_in_range_and_chunks_have_every_token(
     assert counts.verified <= counts.drafted
     assert 0 <= counts.ahead_wasted <= counts.ahead
     assert own <= counts.cloud_calls <= counts.rounds
+    assert counts.retracted <= counts.discarded
+    fed = [width for _, event in trace.events if isinstance(event, Drafted) for width in event.passes]
+    assert len(fed) <= counts.edge_passes <= len(fed) + counts.ahead
+    assert counts.written <= counts.covered <= counts.cloud_positions + own
     assert all(0 <= share <= 1 for name in SHARES if (share := getattr(counts, name)) is not None)
-    assert isinstance(case.strategy.k, int)
-    assert counts.mean_acceptance_length is None or counts.mean_acceptance_length <= case.strategy.k + 1
+    longest = case.strategy.longest_draft(case.scene.stopping.max_new_tokens)
+    assert counts.mean_acceptance_length is None or counts.mean_acceptance_length <= longest + 1
     assert all(0 <= p <= 1 for p in metrics.acceptance_by_position([trace]))
     chunks, gaps, last = metrics.chunks(trace), metrics.itl_per_chunk(trace), metrics.e2e(trace)
     assert last is not None
     assert sum(n for _, n in chunks) == counts.tokens
-    assert sum(gaps) == pytest.approx(last - chunks[0][0], abs=1e-9)
-    later = metrics.after_first_chunk(trace) or (0, 0.0)
+    assert min(n for _, n in chunks) >= 1
+    later = metrics.after_first_chunk(trace) or (0, sum(gaps))
     assert later[0] == counts.tokens - chunks[0][1]
-    assert later[1] == pytest.approx(sum(gaps), abs=1e-9)
+    assert -1e-9 <= sum(gaps) - later[1] <= 1e-9 or case.strategy.look_back
+    assert sum(gaps) - 1e-9 <= later[1] <= last - chunks[0][0] + 1e-9
     assert all(0 <= token_gap <= gap for token_gap, gap in zip(metrics.itl_per_token(trace), gaps, strict=True))
-    assert len(chunks) == counts.rounds + counts.cloud  # one per round, or per token of the stream
+    if not case.strategy.look_back and not case.strategy.gate.stops_before_token:
+        assert len(chunks) == counts.rounds + counts.cloud  # one per round, or per token of the stream
+
+
+@given(cases())
+def test_no_event_takes_back_a_final_token_and_the_text_that_stays_is_the_output(case: Case) -> None:
+    trace = case.play(Harness())
+    output, final, text = Output(), "", ""
+    for _, event in trace.events:
+        open_count = len(output.tokens) - output.final
+        if isinstance(event, Committed):
+            text += letters(event.tokens)
+        elif isinstance(event, Confirmed | Retracted):
+            assert 1 <= event.count <= open_count
+            text = text[: len(text) - event.count] if isinstance(event, Retracted) else text
+        output.see(event)
+        assert letters(output.tokens) == text
+        assert text.startswith(final)
+        assert set(output.origins[output.final :]) <= {"local"}
+        final = text[: output.final]
+    assert final == text == letters(trace.tokens)
+
+
+@given(cases(), profiles(), any_link)
+def test_final_text_never_comes_before_shown_text(case: Case, profile: Profile, link: Link) -> None:
+    trace = case.play(Harness(profile, link))
+    shown, final, last = metrics.ttft(trace, letters), metrics.ttft_final(trace, letters), metrics.e2e(trace)
+    assert last is not None
+    assert final is None or (shown is not None and shown <= final <= last)
+    if not case.strategy.look_back:
+        assert shown == final
 
 
 def test_e2e_tps_is_tokens_per_second_over_the_whole_request() -> None:
@@ -232,6 +340,13 @@ def test_wire_bytes_are_summed_for_each_direction() -> None:
 def test_an_escalation_without_a_correction_is_useless() -> None:
     assert metrics.useless_escalations([TRACE, TRACE]) == 1 / 2
     assert metrics.useless_escalations([Trace(TRACE.events[:4])]) is None
+
+
+@pytest.mark.parametrize(("token", "share"), [(4, 1), (5, 0)])
+def test_a_call_for_one_token_is_useless_if_the_edge_had_the_same(token: int, share: int) -> None:
+    doubt = Draft((), (0.9,), doubted=4)
+    trace = Trace(((1.0, Escalated(doubt, 3)), (2.0, Verified(doubt, Verdict(0, token)))))
+    assert metrics.useless_escalations([trace]) == share
 
 
 HINDSIGHTS = [

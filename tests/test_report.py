@@ -48,7 +48,7 @@ MACHINE = {"system": "Linux", "machine": "x86_64", "cpu": "Fast 9000", "cores": 
 VERSIONS = {"python": "3.12.1", "torch": "2.13.0", "transformers": "5.23.0", "edgecloud_sd": "1", "commit": None}
 COUNTS = (
     "tokens", "local", "accepted", "correction", "bonus", "cloud", "rounds", "cloud_calls", "unanswered_calls",
-    "drafted", "verified", "ahead", "ahead_wasted",
+    "drafted", "verified", "ahead", "ahead_wasted", "retracted", "edge_passes", "cloud_positions",
 )  # fmt: skip
 PUBLISHED_SCORES = ("avg_bleu", "avg_cider", "avg_bertscore_precision", "avg_bertscore_recall", "avg_bertscore_f1")
 PUBLISHED_LATENCIES = (
@@ -72,6 +72,7 @@ def clip(name: str, text: str, seconds: float, **fields: Any) -> Document:
         "bleu_score": 0.5,
         "scores": {"bleu4": 0.5},
         "ttft": seconds / 5,
+        "ttft_final": seconds / 5,
         "e2e": seconds,
         "otps": 5 / seconds,
         "after_first_chunk": [4, 0.8 * seconds],
@@ -431,11 +432,11 @@ def test_the_forecast_of_a_single_results_file_is_computed_from_its_traces(tmp_p
         [0.1, "prepared", 5],
         [0.2, "opened", "edge"],
         [0.3, "opened", "cloud"],
-        [0.4, "drafted", [1, 2], [0.1, 0.2], 0],
-        [0.4, "escalated", 1],
+        [0.4, "drafted", [1, 2], [0.1, 0.2], None, 0, [1, 1]],
+        [0.4, "escalated", [1, 2], [0.1, 0.2], None, 1],
         [0.5, "verified", 1, 3],
-        [0.5, "committed", [1], "accepted"],
-        [0.5, "committed", [3], "correction"],
+        [0.5, "committed", [1], "accepted", True],
+        [0.5, "committed", [3], "correction", True],
         [0.5, "finished", "eos"],
     ]
     costs = json.loads(json.dumps(asdict(profile.load_profile("published"))))

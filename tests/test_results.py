@@ -57,14 +57,14 @@ LONG = Trace(
         (0.10, Prepared(5)),
         (0.25, Opened("edge")),
         (0.50, Opened("cloud")),
-        (0.60, Drafted(Draft((2, 3)))),
+        (0.60, Drafted(Draft((2, 3)), passes=(1, 1))),
         (0.60, Escalated(Draft((2, 3)), 1)),
         (0.80, Verified(Draft((2, 3)), Verdict(2, 4))),
         (0.80, Committed((2, 3), "accepted")),
         (0.80, Committed((4,), "bonus")),
-        (0.90, Drafted(Draft((5, 6)))),
+        (0.90, Drafted(Draft((5, 6)), passes=(3, 1))),
         (0.90, Committed((5, 6), "local")),
-        (1.00, Drafted(Draft((7, 8)))),
+        (1.00, Drafted(Draft((7, 8)), passes=(1, 1))),
         (1.00, Escalated(Draft((7, 8)), 3)),
         (1.50, Verified(Draft((7, 8)), Verdict(0, 0))),
         (1.50, Committed((0,), "correction")),
@@ -83,12 +83,12 @@ SHORT = Trace(
         (0.20, Prepared(5)),
         (0.40, Opened("edge")),
         (0.50, Opened("cloud")),
-        (0.60, Drafted(Draft((1,)))),
+        (0.60, Drafted(Draft((1,)), passes=(1,))),
         (0.60, Escalated(Draft((1,)), 1)),
         (1.00, Verified(Draft((1,)), Verdict(1, 3))),
         (1.00, Committed((1,), "accepted")),
         (1.00, Committed((3,), "bonus")),
-        (1.10, Drafted(Draft((8,)))),
+        (1.10, Drafted(Draft((8,)), passes=(2,))),
         (1.20, Committed((8,), "local")),
         (1.20, Finished("eos")),
     ),
@@ -231,7 +231,8 @@ def test_edge_mode_has_no_verification_rates_but_reasons() -> None:
     assert (summary.figures["acceptance_rate"], summary.figures["correction_rate"]) == (None, None)
     assert summary.figures["cloud_call_rate"] == 0
     assert summary.acceptance_by_position == ()
-    assert summary.reasons["acceptance_rate"] == summary.reasons["correction_rate"] == "no draft was verified"
+    assert summary.reasons["acceptance_rate"] == "no draft with a token was verified"
+    assert summary.reasons["correction_rate"] == "no draft was verified"
 
 
 UNANSWERED = ("acceptance_rate", "mean_acceptance_length", "correction_rate", "useless_escalations", "never_sent",
@@ -394,6 +395,9 @@ def test_speculative_metrics_are_sums_over_clips(document: dict[str, Any]) -> No
             "verified": 5,
             "ahead": 0,
             "ahead_wasted": 0,
+            "retracted": 0,
+            "edge_passes": 8,
+            "cloud_positions": 10,
             "discarded": 2,
         }
     )

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from edgecloud_sd.events import BREAKER_MARKS, Ahead, Committed, Drafted, Escalated, Opened, Trace, Verified
+from edgecloud_sd.events import (
+    BREAKER_MARKS,
+    Ahead,
+    Committed,
+    Confirmed,
+    Degraded,
+    Drafted,
+    Escalated,
+    Event,
+    Opened,
+    Retracted,
+    Trace,
+    Verified,
+)
 
 PARTS = {
     "features": "The log-mel spectrogram and the prompt.",
@@ -64,29 +78,71 @@ def latency_breakdown(trace: Trace) -> LatencyBreakdown:
 
 
 def discarded_seconds(trace: Trace) -> float:
-    """Return the seconds of the forward passes that drafted discarded tokens. Each draft token took one pass."""
-    passes: Iterator[float] = (span.seconds for span in trace.spans if span.part == "draft")
-    discarded = 0.0
-    draft: list[float] = []  # seconds of each token of the round's draft that is not committed yet
-    ahead: list[float] = []  # seconds of each token drafted beyond it
-    guess = None
-    for _, event in trace.events:
+    """Return the seconds of the edge's forward passes for tokens that it drafted, and that are not output at the end.
+
+    The new tokens of a draft share the seconds of its passes equally, unless each has a pass of its own.
+    """
+    seconds = _DraftSeconds(trace)
+    for time, event in trace.events:
+        seconds.see(time, event)
+    seconds.discard(seconds.draft)
+    seconds.discard(seconds.ahead)
+    return seconds.discarded
+
+
+class _DraftSeconds:
+    """The seconds of the forward passes behind each drafted token, as long as the token's fate is open."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._passes = deque(span for span in trace.spans if span.part == "draft")
+        self._guess: int | None = None
+        self._shown: list[float] = []  # one for each local token that is not final
+        self.draft: list[float] = []  # one for each draft token that is not output, and for the doubted token
+        self.ahead: list[float] = []  # one for each token drafted beyond the draft
+        self.discarded = 0.0
+
+    def see(self, time: float, event: Event) -> None:
+        """Follow one more event."""
         if isinstance(event, Drafted):
-            discarded += sum(draft)
-            new = [next(passes, 0.0) for _ in event.draft.tokens[event.ahead :]]
-            draft, ahead = [*ahead[: event.ahead], *new], ahead[event.ahead :]
+            self._see_draft(event)
         elif isinstance(event, Ahead):
-            ahead += [next(passes, 0.0) for _ in range(event.made)]
-            guess = event.guess
+            new = self._take(sum(span.end <= time for span in self._passes))
+            self.ahead += [0.0] * (event.made - len(new)) + new  # the others come from a wide pass of an earlier draft
+            self._guess = event.guess
         elif isinstance(event, Verified):
-            if event.right(guess):
-                del ahead[0]
+            if event.right(self._guess):
+                del self.ahead[0]
             else:
-                discarded += sum(ahead)
-                ahead = []
+                self.discard(self.ahead)
+            if event.draft.doubted is not None and not event.changes_text:
+                self.draft.clear()  # the edge's pass gave the token that the cloud wrote
+        elif isinstance(event, Degraded):
+            self._shown += self.draft  # the edge goes on with these tokens
+            self.draft.clear()
+        elif isinstance(event, Confirmed):
+            del self._shown[: event.count]
+        elif isinstance(event, Retracted):
+            self.discard(self._shown)
         elif isinstance(event, Committed) and event.origin in ("local", "accepted"):
-            del draft[: len(event.tokens)]
-    return discarded + sum(draft) + sum(ahead)
+            self._shown = [] if event.is_final else self._shown + self.draft[: len(event.tokens)]
+            del self.draft[: len(event.tokens)]
+
+    def discard(self, tokens: list[float]) -> None:
+        """Count the seconds of the tokens as discarded."""
+        self.discarded += sum(tokens)
+        tokens.clear()
+
+    def _see_draft(self, event: Drafted) -> None:
+        self.discard(self.draft)
+        new = self._take(len(event.passes))
+        is_doubted_new = event.draft.doubted is not None and len(self.ahead) == event.ahead
+        count = len(event.draft.tokens) - event.ahead + is_doubted_new
+        self.draft = self.ahead[: event.ahead] + (new if len(new) == count else [sum(new) / max(count, 1)] * count)
+        del self.ahead[: event.ahead]
+
+    def _take(self, count: int) -> list[float]:
+        """Return the seconds of the next passes."""
+        return [self._passes.popleft().seconds for _ in range(min(count, len(self._passes)))]
 
 
 def round_trips(trace: Trace) -> tuple[float, float]:

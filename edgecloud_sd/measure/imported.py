@@ -59,7 +59,7 @@ def recorded_document(
     language = run.setting("language") or find_language([text for texts in references for text in texts])
     scores = quality.score(captions, references, language, bertscore_model, normalisation=normalisation)
     clips = [_clip_record(run, clip, scores, index) for index, clip in enumerate(run.clips)]
-    figures = dict.fromkeys(METRICS) | _time_figures(run.clips) | _count_figures(run) | scores.corpus
+    figures = dict.fromkeys(METRICS) | _time_figures(run) | _count_figures(run) | scores.corpus
     schema = results.load_schema()["properties"]
     return {
         "schema_version": results.SCHEMA_VERSION,
@@ -149,6 +149,7 @@ def _clip_record(run: RecordedRun, clip: RecordedClip, scores: quality.Quality, 
         "bleu_score": scores.per_clip["bleu4"][index],
         "scores": {name: values[index] for name, values in scores.per_clip.items()},
         "ttft": clip.ttft,
+        "ttft_final": _ttft_final(run.mode, clip),
         "e2e": end,
         "otps": metrics.otps(clip.tokens or 0, clip.ttft, end),
         "after_first_chunk": _after_first_token(run.mode, clip),
@@ -179,6 +180,11 @@ def _output_end(clip: RecordedClip) -> float | None:
     return clip.total if clip.output_end is None else clip.output_end
 
 
+def _ttft_final(mode: str, clip: RecordedClip) -> float | None:
+    """Return the TTFT of a side that decodes alone, because nothing takes back its text."""
+    return None if mode == "speculative" else clip.ttft
+
+
 def _after_first_token(mode: str, clip: RecordedClip) -> list[float] | None:
     """Return [tokens, seconds] after the first token of a side that decodes alone, one token at a time."""
     end = _output_end(clip)
@@ -191,8 +197,10 @@ def _counts(mode: str, clip: RecordedClip) -> dict[str, int | None]:
     """Return the counts that the file has. A side that decodes alone commits every token itself."""
     counts: dict[str, int | None] = dict.fromkeys(field.name for field in fields(metrics.Counts))
     if mode != "speculative":
-        counts |= dict.fromkeys(("local", "accepted", "correction", "bonus", "cloud", "cloud_calls"), 0)
-        return counts | {"tokens": clip.tokens, "local" if mode == "edge" else "cloud": clip.tokens}
+        zeros = ("local", "accepted", "correction", "bonus", "cloud", "cloud_calls", "retracted", "cloud_positions")
+        counts |= dict.fromkeys(zeros, 0) | {"tokens": clip.tokens}
+        names = ("local",) if mode == "edge" else ("cloud", "cloud_positions")
+        return counts | dict.fromkeys(names, clip.tokens)
     return counts | {
         "tokens": clip.tokens,
         "rounds": clip.rounds,
@@ -209,8 +217,9 @@ def _sum_counts(run: RecordedRun) -> dict[str, int | None]:
     return {name: None if None in values else sum(filter(None, values)) for name, values in columns.items()}
 
 
-def _time_figures(clips: Sequence[RecordedClip]) -> Figures:
+def _time_figures(run: RecordedRun) -> Figures:
     """Return the times and uses that the files state."""
+    clips = run.clips
     ends = [(clip, end) for clip in clips if (end := _output_end(clip)) is not None]
     after = [
         (clip.tokens - 1, end - clip.ttft)
@@ -225,6 +234,7 @@ def _time_figures(clips: Sequence[RecordedClip]) -> Figures:
     return {
         "total": mean_or_none(times[0]),
         "ttft": mean_or_none(times[1]),
+        "ttft_final": mean_or_none(_ttft_final(run.mode, clip) for clip in clips),
         "e2e": mean_or_none(end for _, end in ends),
         **percentile_figures(*([value for value in values if value is not None] for values in times)),
         "tpot": metrics.tpot(tokens + 1, 0.0, seconds),
@@ -242,12 +252,15 @@ def _count_figures(run: RecordedRun) -> Figures:
     tokens, calls, corrections = counts["tokens"], counts["cloud_calls"], counts["correction"]
     if run.mode != "speculative":
         is_cloud = float(run.mode == "cloud")
-        return {"covered_share": is_cloud, "local_share": 1 - is_cloud}
+        costs = ("cloud_calls", "written_share", "cloud_positions_per_token", "covered_share")
+        return {**dict.fromkeys(costs, is_cloud), "local_share": 1 - is_cloud}
     figures: Figures = {}
     if calls and corrections is not None:
         figures = {"correction_rate": corrections / calls, "useless_escalations": (calls - corrections) / calls}
     if tokens and calls is not None:
         figures["cloud_calls_per_token"] = calls / tokens
+    if calls is not None:
+        figures["cloud_calls"] = calls / len(run.clips)
     return figures
 
 
@@ -258,23 +271,31 @@ def _reasons(run: RecordedRun, figures: Figures, quality_reasons: dict[str, str]
         reasons |= {name: END_OF_REQUEST for name in ("e2e", "tpot", "otps", "e2e_tps") if figures[name] is not None}
     if figures["cpu_percent"] is not None:
         reasons["cpu_percent"] = "measured in part: mean of samples of the process, not its CPU seconds"
-    if figures["ttft"] is not None:
-        reasons["ttft"] = "measured in part: the file does not say from which moment its ttft counts"
-    times = {"total": "total", "ttft": "ttft", "rss_mean": "rss_mean_mb", "rss_peak": "rss_peak_mb"}
+    for name in ("ttft", "ttft_final"):
+        if figures[name] is not None:
+            reasons[name] = "measured in part: the file does not say from which moment its ttft counts"
+    times = {
+        "total": "total",
+        "ttft": "ttft",
+        "ttft_final": "ttft",
+        "rss_mean": "rss_mean_mb",
+        "rss_peak": "rss_peak_mb",
+    }
     for name, field in times.items():
         present = sum(getattr(clip, field) is not None for clip in run.clips)
-        if 0 < present < len(run.clips):
+        if figures[name] is not None and present < len(run.clips):
             reasons[name] = f"measured in part: {present} of {len(run.clips)} clips have it"
     known = PERCENTILE_REASONS | dict.fromkeys(("ttft", "tpot", "otps"), NO_FIRST_TOKEN)
     if figures["ttft"] is None:
-        known |= {f"ttft_p{percent}": NO_FIRST_TOKEN for percent in PERCENTILES}
+        known |= dict.fromkeys(("ttft_final", *(f"ttft_p{percent}" for percent in PERCENTILES)), NO_FIRST_TOKEN)
     for clip in run.clips:
         known |= _resource_reasons(clip)
     if any("prefill_time" in (clip.record.get("latency_metrics") or {}) for clip in run.clips):
         known |= dict.fromkeys(("edge_prefill", "cloud_prefill"), "the file does not say of which side its prefill is")
     if run.mode != "speculative":
         names = ("acceptance_rate", "mean_acceptance_length", "correction_rate", "cloud_call_rate", "waste")
-        known |= dict.fromkeys((*names, "cloud_calls_per_token", "useless_escalations", "discarded_draft"), NO_ROUNDS)
+        more = ("cloud_calls_per_token", "edge_passes_per_token", "retracted", "useless_escalations", "discarded_draft")
+        known |= dict.fromkeys((*names, *more), NO_ROUNDS)
     elif _sum_counts(run)["cloud_calls"] == 0:
         verified = ("acceptance_rate", "mean_acceptance_length", "correction_rate", "useless_escalations")
         known |= dict.fromkeys(verified, NOT_VERIFIED)

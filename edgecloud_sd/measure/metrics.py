@@ -23,6 +23,7 @@ from edgecloud_sd.events import (
     Drafted,
     Escalated,
     Opened,
+    Output,
     Prepared,
     Retracted,
     Trace,
@@ -33,29 +34,54 @@ DecodeText = Callable[[Sequence[int]], str]  # token ids to text
 
 
 def ttft(trace: Trace, decode: DecodeText) -> float | None:
-    """Return seconds from the request to the first visible text, or None if the caption has no text.
+    """Return seconds from the request to the first visible text, or None if the caption never had text.
 
-    An incomplete UTF-8 character and white space do not count as text.
+    A verification may take this text back (see `ttft_final`). An incomplete UTF-8 character and white space do not
+    count as text.
     """
-    visible = 0
-    for seconds, n in chunks(trace):
-        visible += n
-        if decode(trace.tokens[:visible]).replace("\ufffd", "").strip():
-            return seconds
-    return None
+    return next((seconds for seconds, output in _moments(trace) if _is_visible(decode(output.tokens))), None)
+
+
+def ttft_final(trace: Trace, decode: DecodeText) -> float | None:
+    """Return seconds from the request to the first visible text that nothing can take back, or None without text.
+
+    It equals `ttft` if no token was shown before its verdict.
+    """
+    moments = ((seconds, output.tokens[: output.final]) for seconds, output in _moments(trace))
+    return next((seconds for seconds, tokens in moments if _is_visible(decode(tokens))), None)
+
+
+def _is_visible(text: str) -> bool:
+    return bool(text.replace("\ufffd", "").strip())
+
+
+def _moments(trace: Trace) -> Iterator[tuple[float, Output]]:
+    """Yield the seconds since the request and the output, each time the text may change or become final.
+
+    The accepted tokens of a round and the target's token after them are shown together.
+    """
+    output = Output()
+    following = (event for _, event in trace.events[1:])
+    for (seconds, event), later in itertools.zip_longest(trace.events, following):
+        output.see(event)
+        joins = isinstance(later, Committed) and isinstance(event, Committed) and event.origin == "accepted"
+        if isinstance(event, Committed | Confirmed | Retracted) and not joins:
+            yield seconds, output
 
 
 def e2e(trace: Trace) -> float | None:
-    """Return seconds from the request to the last committed token, or None if no token was committed."""
-    times = [seconds for seconds, event in trace.events if isinstance(event, Committed)]
-    return times[-1] if times else None
+    """Return seconds from the request to the last token, or None if no token was committed.
+
+    The last token counts when it is final, and not before the last change of the text.
+    """
+    return max((seconds for seconds, _ in _moments(trace)), default=None)
 
 
 def tpot(n: int, first: float | None, last: float | None) -> float | None:
     """Return seconds per token after the first: (last - first) / (N - 1), or None if undefined.
 
-    `first` is the TTFT and `last` the E2E latency, in seconds. The ratio is undefined for N < 2, and if all tokens
-    became visible at one moment.
+    `first` is the TTFT and `last` the E2E latency, in seconds: the time of tokens that are taken back counts, and the
+    tokens do not. The ratio is undefined for N < 2, and if all tokens became visible and final at one moment.
     """
     return (last - first) / (n - 1) if first is not None and last is not None and n >= 2 and last > first else None
 
@@ -74,34 +100,30 @@ def e2e_tps(n: int, last: float | None) -> float | None:
 def chunks(trace: Trace) -> list[tuple[float, int]]:
     """Return (seconds since the request, tokens) for each moment at which tokens became visible.
 
-    A chunk is all that one round commits, or one token of the stream in cloud mode.
+    A chunk is all that one round commits, or one token of the stream in cloud mode. A token that is taken back later
+    counts as if it had never been shown: what stands in its place counts when that is shown.
     """
-    moments: list[tuple[float, int]] = []
-    joins = False  # the accepted tokens of a round and the target's token after them are shown together
-    for seconds, event in trace.events:
-        if isinstance(event, Committed):
-            if joins:
-                moments[-1] = (seconds, moments[-1][1] + len(event.tokens))
-            else:
-                moments.append((seconds, len(event.tokens)))
-            joins = event.origin == "accepted"
-        else:
-            joins = False
-    return moments
+    moments = [(seconds, len(output.tokens)) for seconds, output in _moments(trace)]
+    stay = list(itertools.accumulate(reversed([n for _, n in moments]), min))[::-1]  # tokens that are there for good
+    return [
+        (seconds, end - start)
+        for (seconds, _), start, end in zip(moments, [0, *stay], stay, strict=False)
+        if end > start
+    ]
 
 
 def after_first_chunk(trace: Trace) -> tuple[int, float] | None:
     """Return (tokens, seconds) after the first chunk, or None if there are fewer than two chunks.
 
-    Their ratio is the speed of decoding alone. `tpot` is lower, because the tokens that arrive with the first one
-    take no time there.
+    The seconds end where `e2e` does. Their ratio is the speed of decoding alone. `tpot` is lower, because the tokens
+    that arrive with the first one take no time there.
     """
-    moments = chunks(trace)
-    return (sum(n for _, n in moments[1:]), moments[-1][0] - moments[0][0]) if len(moments) > 1 else None
+    moments, last = chunks(trace), e2e(trace)
+    return (sum(n for _, n in moments[1:]), last - moments[0][0]) if last is not None and len(moments) > 1 else None
 
 
 def itl_per_chunk(trace: Trace) -> list[float]:
-    """Return the seconds between consecutive chunks: t_j - t_(j-1)."""
+    """Return the seconds between consecutive chunks: t_j - t_(j-1). No text that is taken back ends a gap."""
     return [later - earlier for (earlier, _), (later, _) in itertools.pairwise(chunks(trace))]
 
 
@@ -132,9 +154,10 @@ def feature_seconds(trace: Trace) -> float | None:
 class Counts:
     """The numbers of tokens, rounds and cloud calls of one caption, or their sums over several captions.
 
-    tokens = local + accepted + correction + bonus + cloud, and drafted = local + accepted + discarded. A guess of the
-    bonus that is right counts as a bonus token only. A wrong guess counts as drafted and discarded. A cloud call that
-    fails for good is unanswered.
+    tokens = local + accepted + correction + bonus + cloud, and drafted = local + accepted + discarded. A local token
+    that a later verdict confirms counts as accepted, and one that it takes back as discarded. A guess of the bonus
+    that is right counts as a bonus token only. A wrong guess counts as drafted and discarded. A cloud call that fails
+    for good is unanswered.
     """
 
     tokens: int = 0
@@ -150,6 +173,9 @@ class Counts:
     verified: int = 0
     ahead: int = 0  # tokens drafted ahead of a verdict, guesses of the bonus included
     ahead_wasted: int = 0  # the part of `ahead` that was thrown away
+    retracted: int = 0  # the part of the discarded tokens that was shown as local, and then taken back
+    edge_passes: int = 0  # forward passes of the edge after its prefill
+    cloud_positions: int = 0  # tokens fed to the cloud: to answered verifications, and N in mode cloud
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
@@ -158,6 +184,16 @@ class Counts:
     def discarded(self) -> int:
         """Draft tokens that were thrown away: drafted - local - accepted."""
         return self.drafted - self.local - self.accepted
+
+    @property
+    def written(self) -> int:
+        """Tokens that the cloud wrote: correction + bonus + cloud."""
+        return self.correction + self.bonus + self.cloud
+
+    @property
+    def covered(self) -> int:
+        """Tokens that the cloud accepted or wrote: accepted + correction + bonus + cloud."""
+        return self.accepted + self.written
 
     @property
     def answered_calls(self) -> int:
@@ -190,14 +226,29 @@ class Counts:
         return _ratio(self.cloud_calls, self.tokens) if self.rounds else None
 
     @property
+    def edge_passes_per_token(self) -> float | None:
+        """Forward passes of the edge / N, or None if the mode has no rounds."""
+        return _ratio(self.edge_passes, self.tokens) if self.rounds else None
+
+    @property
+    def written_share(self) -> float | None:
+        """Share of tokens that the cloud wrote: (correction + bonus + cloud) / N."""
+        return _ratio(self.written, self.tokens)
+
+    @property
+    def cloud_positions_per_token(self) -> float | None:
+        """Positions that the cloud computed after its prefill / N: context tokens and draft tokens alike."""
+        return _ratio(self.cloud_positions, self.tokens)
+
+    @property
     def local_share(self) -> float | None:
         """Local tokens / N."""
         return _ratio(self.local, self.tokens)
 
     @property
     def covered_share(self) -> float | None:
-        """Share of tokens that the cloud verified or wrote: (accepted + correction + bonus + cloud) / N."""
-        return _ratio(self.tokens - self.local, self.tokens)
+        """Share of tokens that the cloud accepted or wrote: (accepted + correction + bonus + cloud) / N."""
+        return _ratio(self.covered, self.tokens)
 
     @property
     def waste(self) -> float | None:
@@ -212,38 +263,38 @@ class Counts:
 
 def counts(trace: Trace) -> Counts:
     """Return the numbers of tokens, rounds and cloud calls of one caption."""
-    origins: Counter[str] = Counter()
-    rounds = cloud_calls = answered = drafted = verified = ahead = 0
+    origins: Counter[str] = Counter(trace.output.origins)
+    sums: Counter[str] = Counter()
+    sent = 0
     useful = sum(event.right(guess) for event, guess in _guesses(trace))  # tokens drafted ahead that a round used
     for _, event in trace.events:
-        if isinstance(event, Committed):
-            origins[event.origin] += len(event.tokens)
-        elif isinstance(event, Confirmed):
-            origins.update(local=-event.count, accepted=event.count)
-        elif isinstance(event, Retracted):
-            origins["local"] -= event.count
+        if isinstance(event, Retracted):
+            sums["retracted"] += event.count
         elif isinstance(event, Drafted):
-            rounds += 1
-            drafted += len(event.draft.tokens)
+            sums["rounds"] += 1
+            sums["drafted"] += len(event.draft.tokens)
             useful += event.ahead
         elif isinstance(event, Ahead):
-            ahead += event.made
+            sums["ahead"] += event.made
         elif isinstance(event, Escalated):
-            cloud_calls += 1
+            sums["cloud_calls"] += 1
+            sums["unanswered_calls"] += 1
+            sent = event.sent
         elif isinstance(event, Verified):
-            answered += 1
-            verified += len(event.draft.tokens)
+            sums["unanswered_calls"] -= 1
+            sums["verified"] += len(event.draft.tokens)
+            sums["cloud_positions"] += sent + len(event.draft.tokens)
+    sums["drafted"] += sums["ahead"] - useful
+    sums["cloud_positions"] += origins["cloud"]
+    edge_passes = sum(span.part == "draft" for span in trace.spans)
     return Counts(
-        tokens=origins.total(),
-        rounds=rounds,
-        cloud_calls=cloud_calls,
-        unanswered_calls=cloud_calls - answered,
-        drafted=drafted + ahead - useful,
-        verified=verified,
-        ahead=ahead,
-        ahead_wasted=ahead - useful,
-        **origins,
+        tokens=origins.total(), ahead_wasted=sums["ahead"] - useful, edge_passes=edge_passes, **origins, **sums
     )
+
+
+def cloud_calls(caption: Counts) -> int:
+    """Return how often one caption asked the cloud for tokens. In mode cloud it did so once."""
+    return 1 if caption.cloud else caption.cloud_calls
 
 
 def acceptance_by_position(traces: Sequence[Trace]) -> list[float]:
@@ -281,7 +332,7 @@ def bonus_guess_rate(traces: Iterable[Trace]) -> float | None:
     right = accepted_whole = 0
     for event, guess in itertools.chain.from_iterable(map(_guesses, traces)):
         if guess is not None:
-            accepted_whole += event.verdict.accepted == len(event.draft.tokens)
+            accepted_whole += event.is_accepted_whole
             right += event.right(guess)
     return _ratio(right, accepted_whole)
 
@@ -329,8 +380,9 @@ def degraded_reason(trace: Trace) -> str | None:
 class Hindsight:
     """The result of verifying one caption's local tokens afterwards, off the clock (`shadow.shadow_verify`).
 
-    `missed` counts the local tokens that the acceptance rule rejects. `drafts` has a triple for each draft: the gate's
-    score (None if the gate reads none), whether it was escalated, and whether the cloud rejects one of its tokens.
+    `missed` counts the local tokens that the acceptance rule rejects. `drafts` has a triple for each decision of the
+    gate: its score (None if it reads none), whether the cloud answered, and whether the cloud changes the text. The
+    decision is on one draft, or with look-back on all tokens since the last verdict.
     """
 
     missed: int
@@ -338,9 +390,12 @@ class Hindsight:
 
 
 def useless_escalations(traces: Sequence[Trace]) -> float | None:
-    """Return verified drafts that were accepted whole / verified drafts, or None without verified drafts."""
+    """Return answered cloud calls that changed no text of the edge / answered cloud calls, or None without one.
+
+    Such a call accepts the whole draft. Under gate token the cloud also writes the token that the edge doubted.
+    """
     verified = [event for trace in traces for _, event in trace.events if isinstance(event, Verified)]
-    return _ratio(sum(event.verdict.accepted == len(event.draft.tokens) for event in verified), len(verified))
+    return _ratio(sum(not event.changes_text for event in verified), len(verified))
 
 
 def missed_corrections(hindsights: Sequence[Hindsight], local: int) -> float | None:
@@ -349,7 +404,7 @@ def missed_corrections(hindsights: Sequence[Hindsight], local: int) -> float | N
 
 
 def auroc(hindsights: Sequence[Hindsight]) -> float | None:
-    """Return the chance that a rejected draft has a higher gate score than an accepted one, with ties as one half.
+    """Return the chance that a changed draft has a higher gate score than an accepted one, with ties as one half.
 
     P(s_rejected > s_accepted) + P(s_rejected = s_accepted) / 2 over all pairs (Mann-Whitney). The value is None without
     scores, and if all drafts were rejected or all were accepted.

@@ -29,7 +29,7 @@ from edgecloud_sd.measure import metrics, quality, traces
 from edgecloud_sd.measure.published_metrics import published_section
 from edgecloud_sd.measure.summary import ClipResult, Figures, Summary, max_or_none, mean_or_none, min_or_none
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 WITHOUT_BUDGET = {"budget": None, "audit": None, "reasons": {"budget": "none was set", "audit": "none was set"}}
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
 CHECKOUT = Path(__file__).parents[2]  # the folder of the package's repository, if there is one
@@ -178,6 +178,7 @@ def _clip_metrics(result: ClipResult) -> dict[str, Any]:
     bytes_up, bytes_down = metrics.wire_bytes(result.trace) or (None, None)
     return {
         "ttft": result.ttft,
+        "ttft_final": result.ttft_final,
         "e2e": result.e2e,
         "otps": result.otps,
         "total_time": result.trace.seconds,

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 from edgecloud_sd import wire
-from edgecloud_sd.events import Committed, Drafted, Prompt, Trace, Verified
+from edgecloud_sd.events import Committed, Drafted, Output, Prompt, Trace, Verified
+from edgecloud_sd.gate import Gate
 from edgecloud_sd.measure.metrics import Hindsight
 from edgecloud_sd.verifier import Verifier
 
 
-def shadow_verify(trace: Trace, prompt: Prompt, cloud: Verifier) -> Hindsight:
+def shadow_verify(trace: Trace, prompt: Prompt, cloud: Verifier, gate: Gate) -> Hindsight:
     """Verify each local token of a trace by the verifier's rule, after the tokens that were really committed.
 
     The cloud opens one prompt and verifies once more than it rejects. A trace without local tokens asks nothing.
     """
-    rejected: frozenset[int] = frozenset()
-    if any(isinstance(event, Committed) and event.origin == "local" for _, event in trace.events):
-        rejected = rejected_places(trace.tokens, prompt, cloud)
-    missed = committed = 0
+    local = {place for place, origin in enumerate(trace.output.origins) if origin == "local"}
+    missed = local & rejected_places(trace.tokens, prompt, cloud) if local else set()
+    output = Output()
     drafts: list[tuple[float | None, bool, bool]] = []
-    score: float | None = None
+    scores: tuple[float, ...] = ()  # those of the tokens that are not final, then those of the draft
     for _, event in trace.events:
+        start = output.final
+        output.see(event)
         if isinstance(event, Drafted):
-            score = max(event.draft.scores, default=None)
+            scores = scores[: len(output.tokens) - start] + event.draft.scores
         elif isinstance(event, Verified):
-            drafts.append((score, True, event.verdict.accepted < len(event.draft.tokens)))
-        elif isinstance(event, Committed):
-            places = range(committed, committed + len(event.tokens))
-            if event.origin == "local":
-                missed += len(rejected.intersection(places))
-                drafts.append((score, False, not rejected.isdisjoint(places)))
-            committed += len(event.tokens)
-    return Hindsight(missed, tuple(drafts))
+            drafts.append((gate.level(event.draft.scores), True, event.changes_text))
+        elif isinstance(event, Committed) and event.origin == "local" and event.is_final:
+            places = range(start, output.final)
+            drafts.append((gate.level(scores[: len(places)]), False, not missed.isdisjoint(places)))
+            scores = ()
+    return Hindsight(len(missed), tuple(drafts))
 
 
 def rejected_places(tokens: tuple[int, ...], prompt: Prompt, cloud: Verifier) -> frozenset[int]:

@@ -36,18 +36,21 @@ METRICS = {
     "ttft": Metric(
         "s",
         "lower",
-        "Seconds from the request to the first token with text: features, prefill on both sides and the link "
-        "included; mean over clips",
+        "Seconds from the request to the first shown text: features, prefill on both sides and the link included; "
+        "mean over clips",
+    ),
+    "ttft_final": Metric(
+        "s", "lower", "Seconds from the request to the first text that no verdict can take back; mean over clips"
     ),
     **{
         f"{name}_p{percent}": Metric("s", "lower", f"{meaning}; {percent}th percentile over clips, interpolated")
         for name, meaning in (
             ("total", "Seconds from the request to the end of the caption"),
-            ("ttft", "Seconds from the request to the first token with text"),
+            ("ttft", "Seconds from the request to the first shown text"),
         )
         for percent in PERCENTILES
     },
-    "e2e": Metric("s", "lower", "Seconds from the request to the last token; mean over clips"),
+    "e2e": Metric("s", "lower", "Seconds from the request to the last token, and until it is final; mean over clips"),
     "tpot": Metric(
         "s",
         "lower",
@@ -62,7 +65,10 @@ METRICS = {
     ),
     "e2e_tps": Metric("tokens/s", "higher", "Tokens per second over the whole request: sum of N / sum of e2e"),
     "itl_per_chunk": Metric(
-        "s", "lower", "Seconds between two consecutive moments at which tokens became visible; mean over all gaps"
+        "s",
+        "lower",
+        "Seconds between two consecutive moments at which tokens became visible, without those that were taken back; "
+        "mean over all gaps",
     ),
     "itl_per_token": Metric(
         "s",
@@ -121,12 +127,21 @@ METRICS = {
     ),
     "correction_rate": Metric("0 to 1", "lower", "Corrections / answered cloud calls"),
     "cloud_call_rate": Metric("0 to 1", "lower", "Escalated rounds / rounds"),
+    "cloud_calls": Metric(
+        "calls", "lower", "Cloud calls, answered or not; mode cloud has one for each caption; mean over clips"
+    ),
     "cloud_calls_per_token": Metric("calls", "lower", "Cloud calls, answered or not / N"),
     "unanswered_calls": Metric(
         "calls", "lower", "Cloud calls that failed for good, without a verdict; mean over clips"
     ),
-    "covered_share": Metric("0 to 1", None, "Tokens that the cloud verified or wrote / N"),
+    "written_share": Metric("0 to 1", "lower", "Tokens that the cloud wrote / N: corrections, bonus and cloud tokens"),
+    "cloud_positions_per_token": Metric(
+        "positions", "lower", "Tokens that the cloud computed after its prefill / N: context, draft and its own tokens"
+    ),
+    "covered_share": Metric("0 to 1", None, "Tokens that the cloud accepted or wrote / N"),
     "local_share": Metric("0 to 1", None, "Local tokens / N"),
+    "edge_passes_per_token": Metric("passes", "lower", "Forward passes of the edge after its prefill / N"),
+    "retracted": Metric("tokens", "lower", "Tokens that were shown, and that a verdict took back; mean over clips"),
     "waste": Metric("0 to 1", "lower", "Discarded draft tokens / draft tokens"),
     "waste_ahead": Metric(
         "0 to 1",
@@ -148,28 +163,32 @@ METRICS = {
         "Failures, shadow verification included, after which the cloud was not tried for a while; sum over clips",
     ),
     "breaker_open": Metric("captions", "lower", "Captions for which the breaker was open; sum over clips"),
-    "useless_escalations": Metric("0 to 1", "lower", "Verified drafts without a correction / verified drafts"),
+    "useless_escalations": Metric(
+        "0 to 1", "lower", "Answered cloud calls that changed no text of the edge / answered cloud calls"
+    ),
     "missed_corrections": Metric(
         "0 to 1", "lower", "Local tokens that the cloud would have replaced / local tokens (see --shadow)"
     ),
     "gate_auroc": Metric(
         "0 to 1",
         "higher",
-        "Chance that the gate scores a draft that the cloud rejects above one that it accepts; ties count one half"
-        " (see --shadow)",
+        "Chance that the gate scores a draft that the cloud changes above one that it accepts; ties count one half "
+        "(see --shadow)",
     ),
 }
 
 # Metrics that are properties of metrics.Counts
 COUNT_RATES = (
     "acceptance_rate", "mean_acceptance_length", "correction_rate", "cloud_call_rate", "cloud_calls_per_token",
-    "covered_share", "local_share", "waste", "waste_ahead",
+    "written_share", "cloud_positions_per_token", "covered_share", "local_share", "edge_passes_per_token", "waste",
+    "waste_ahead",
 )  # fmt: skip
 
 # Metrics that a mode without rounds does not have
 ROUND_METRICS = frozenset(
     ("discarded_draft", "round_trip_exposed", "acceptance_rate", "mean_acceptance_length", "correction_rate",
-     "cloud_call_rate", "cloud_calls_per_token", "unanswered_calls", "waste", "useless_escalations")
+     "cloud_call_rate", "cloud_calls_per_token", "unanswered_calls", "edge_passes_per_token", "retracted", "waste",
+     "useless_escalations")
 )  # fmt: skip
 
 # Metrics that need an answer of the cloud
@@ -191,7 +210,9 @@ NO_SHADOW = (
 )
 NOT_AFTER_FIRST = "no caption has a token that became visible after its first text"
 ONE_MOMENT = "in every caption all tokens became visible at one moment"
+NO_TEXT = "every caption is empty"
 NOT_VERIFIED = "no draft was verified"
+NO_DRAFT_TOKEN = "no draft with a token was verified"
 NOT_ANSWERED = "the cloud failed before it had verified a draft"
 NOT_AHEAD = "no token was drafted ahead of a verdict (see --draft-ahead)"
 NO_MESSAGES = "no message crossed a link"
@@ -204,7 +225,8 @@ PERCENTILE_REASONS = {
 
 # The reason for each metric that is None although its mode has rounds and shadow verification ran
 NULL_REASONS = {
-    "ttft": "every caption is empty",
+    "ttft": NO_TEXT,
+    "ttft_final": NO_TEXT,
     **PERCENTILE_REASONS,
     "tpot": NOT_AFTER_FIRST,
     "otps": NOT_AFTER_FIRST,
@@ -215,7 +237,7 @@ NULL_REASONS = {
     "waste_ahead": NOT_AHEAD,
     "round_trip_exposed": NOT_VERIFIED,
     "round_trip_hidden": NOT_AHEAD,
-    "acceptance_rate": NOT_VERIFIED,
+    "acceptance_rate": NO_DRAFT_TOKEN,
     "mean_acceptance_length": NOT_VERIFIED,
     "correction_rate": NOT_VERIFIED,
     "wire_up_per_token": NO_MESSAGES,
@@ -227,7 +249,7 @@ NULL_REASONS = {
     "breaker_open": NO_MESSAGES,
     "useless_escalations": NOT_VERIFIED,
     "missed_corrections": "no token was local",
-    "gate_auroc": "the gate did not score both a rejected and an accepted draft",
+    "gate_auroc": "the gate did not score both a draft that the cloud changes and one that it accepts",
 }
 
 
@@ -240,6 +262,7 @@ class ClipResult:
     trace: Trace
     utilization: Utilization
     ttft: float | None
+    ttft_final: float | None
     e2e: float | None
     otps: float | None
     counts: metrics.Counts
@@ -271,6 +294,7 @@ def clip_result(
         trace=trace,
         utilization=utilization,
         ttft=ttft,
+        ttft_final=metrics.ttft_final(trace, decode),
         e2e=e2e,
         otps=metrics.otps(len(trace.tokens), ttft, e2e),
         counts=metrics.counts(trace),
@@ -350,6 +374,7 @@ def _time_figures(results: Sequence[ClipResult]) -> Figures:
     return {
         "total": fmean(totals),
         "ttft": mean_or_none(ttfts),
+        "ttft_final": mean_or_none(result.ttft_final for result in results),
         **percentile_figures(totals, ttfts),
         "e2e": mean_or_none(result.e2e for result in results),
         "tpot": metrics.tpot(tokens + 1, 0.0, seconds),
@@ -376,7 +401,9 @@ def _round_figures(results: Sequence[ClipResult], counts: metrics.Counts) -> Fig
         "discarded_draft": fmean(breakdown.discarded for breakdown in breakdowns) if counts.rounds else None,
         "round_trip_exposed": fmean(breakdown.exposed for breakdown in breakdowns) if counts.answered_calls else None,
         "round_trip_hidden": fmean(breakdown.hidden for breakdown in breakdowns) if has_hidden else None,
+        "cloud_calls": fmean(metrics.cloud_calls(result.counts) for result in results),
         "unanswered_calls": counts.unanswered_calls / len(results) if counts.rounds else None,
+        "retracted": counts.retracted / len(results) if counts.rounds else None,
         **{name: getattr(counts, name) for name in COUNT_RATES},
     }
 

@@ -67,9 +67,9 @@ def _values(event: Event) -> list[Any]:
     if isinstance(event, Opened):
         return [event.side]
     if isinstance(event, Drafted):
-        return [list(event.draft.tokens), list(event.draft.scores), event.ahead, list(event.passes)]
+        return [*_draft_values(event.draft), event.ahead, list(event.passes)]
     if isinstance(event, Escalated):
-        return [list(event.draft.tokens), list(event.draft.scores), event.sent]
+        return [*_draft_values(event.draft), event.sent]
     if isinstance(event, Ahead):
         return [list(event.tokens), event.made]
     if isinstance(event, Verified):
@@ -82,6 +82,14 @@ def _values(event: Event) -> list[Any]:
     return [event.reason]  # degraded or finished
 
 
+def _draft_values(draft: Draft) -> list[Any]:
+    return [list(draft.tokens), list(draft.scores), draft.doubted]
+
+
+def _draft(tokens: list[int], scores: list[float], doubted: int | None) -> Draft:
+    return Draft(tuple(tokens), tuple(scores), doubted)
+
+
 def _event(name: str, values: list[Any], draft: Draft) -> Event:
     """Return the event that `_values` took apart. `draft` is the last one drafted."""
     if name == "prepared":
@@ -89,9 +97,9 @@ def _event(name: str, values: list[Any], draft: Draft) -> Event:
     if name == "opened":
         return Opened(*values)
     if name == "drafted":
-        return Drafted(Draft(tuple(values[0]), tuple(values[1])), values[2], tuple(values[3]))
+        return Drafted(_draft(*values[:3]), values[3], tuple(values[4]))
     if name == "escalated":
-        return Escalated(Draft(tuple(values[0]), tuple(values[1])), *values[2:])
+        return Escalated(_draft(*values[:3]), *values[3:])
     if name == "ahead":
         return Ahead(tuple(values[0]), *values[1:])
     if name == "verified":

@@ -16,6 +16,7 @@ from edgecloud_sd.events import (
     Committed,
     Confirmed,
     Degraded,
+    Draft,
     Drafted,
     Escalated,
     Event,
@@ -200,8 +201,9 @@ class Replay:
     def check_round(self, drafted: Drafted) -> None:
         left = self.scene.stopping.room(len(self.context) - 1)
         left = min(left, self.given.cap - len(self.context) + self.final)
-        tokens, scores = self.draft_plainly(drafted, left)
-        assert (drafted.draft.tokens, drafted.draft.scores) == (tokens, scores)
+        draft = self.draft_plainly(drafted, left)
+        assert drafted.draft == draft
+        tokens, scores = draft.tokens, draft.scores
         self.scores += scores
         is_end = len(tokens) == left or not self.scene.stopping.eos.isdisjoint(tokens)
         if not self.asks(self.scores, is_end):
@@ -210,12 +212,10 @@ class Replay:
         if self.gate.stops_before_token:
             self.commit_local(tokens, not self.looks_back)
             tokens = ()
-        draft = (*self.context[self.final :], *tokens)
-        escalated = next(self.events)
-        assert isinstance(escalated, Escalated)
-        assert escalated.sent == self.final - self.at_cloud
-        assert (escalated.draft.tokens, escalated.draft.scores) == (draft, self.scores if self.looks_back else scores)
-        assert next(self.calls) == (self.at_cloud, (*self.context[self.at_cloud : self.final],), draft)
+        scores = self.scores if self.looks_back else scores
+        sent = replace(draft, tokens=(*self.context[self.final :], *tokens), scores=scores)
+        assert next(self.events) == Escalated(sent, self.final - self.at_cloud)
+        assert next(self.calls) == (self.at_cloud, (*self.context[self.at_cloud : self.final],), sent.tokens)
         answer = next(self.events)
         if not self.at_cloud:
             assert answer == Opened("cloud")
@@ -226,10 +226,10 @@ class Replay:
             self.commit_local(tokens, True)
             return
         scene, context = self.scene, self.context[: self.final]
-        verdict = stateless_verdict(scene.cloud, scene.prompt, self.strategy.rule, context, draft)
+        verdict = stateless_verdict(scene.cloud, scene.prompt, self.strategy.rule, context, sent.tokens)
         verdict = verdict if self.strategy.wants_rest else replace(verdict, rest=())
-        assert answer == Verified(escalated.draft, verdict)
-        self.apply(verdict, context, draft, len(self.context) - self.final)
+        assert answer == Verified(sent, verdict)
+        self.apply(verdict, context, sent.tokens, len(self.context) - self.final)
 
     def apply(self, verdict: Verdict, context: list[int], draft: tuple[int, ...], pending: int) -> None:
         is_correction = verdict.accepted < len(draft)
@@ -262,7 +262,7 @@ class Replay:
             return risk > self.gate.threshold or (is_end and risk > self.gate.send_above)
         return any(score > self.gate.threshold for score in scores) if self.gate.score else self.gate.name == "always"
 
-    def draft_plainly(self, drafted: Drafted, left: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    def draft_plainly(self, drafted: Drafted, left: int) -> Draft:
         """Draft token by token. A lossless draft may have as many as were drafted ahead."""
         reused = min(drafted.ahead, self.strategy.draft_ahead) if self.strategy.is_lossless else 0
         k = max(self.strategy.k or len(drafted.draft.tokens), reused)
@@ -280,8 +280,8 @@ class Replay:
                 is_risk_known = is_opinion and gate.name == "risk"
                 scores += (gate.opinion_risk if is_risk_known else gate.score(row),)
             if self.gate.stops_before_token and self.asks(scores, False):
-                return tokens[:-1], scores
+                return Draft(tokens[:-1], scores, tokens[-1])
             asks_now = self.gate.name == "risk" and self.asks((*self.scores, *scores), False)
             stops = stop is not None and (stop.score(row) if stop.score else scores[-1]) > stop.threshold
             is_over = asks_now or stops or token in self.scene.stopping.eos
-        return tokens, scores
+        return Draft(tokens, scores)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from edgecloud_sd import acceptance, gate
-from edgecloud_sd.events import Committed, Confirmed, Event, Prompt, Retracted, Trace, output_tokens
+from edgecloud_sd.events import Event, Output, Prompt, Trace
 from edgecloud_sd.gate import parse_gate
 from edgecloud_sd.pipeline import generation_events
 from edgecloud_sd.prefill import PREFILL_TIMES
@@ -127,17 +127,8 @@ def cases(draw: st.DrawFn) -> Case:
 
 def final_tokens(events: Iterable[Event]) -> tuple[int, ...]:
     """Return the ids that no later event may take back, in order."""
-    final = shown = 0
-    seen = list(events)
-    for event in seen:
-        if isinstance(event, Committed):
-            shown += len(event.tokens)
-            final = shown if event.is_final else final
-        elif isinstance(event, Confirmed):
-            final += event.count
-        elif isinstance(event, Retracted):
-            shown -= event.count
-    return tuple(output_tokens(seen)[:final])
+    output = Output.after(events)
+    return tuple(output.tokens[: output.final])
 
 
 def play(prompt: Prompt, edge: Model, cloud: Model, strategy: Strategy, stopping: Stopping, harness: Harness) -> Trace:
