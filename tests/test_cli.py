@@ -67,7 +67,9 @@ def test_the_caption_is_printed_and_its_counts_follow(
     printed = capsys.readouterr()
     trace = stamp(pipeline.events(Request(load_audio(wav)), Strategy("speculative", k=4)))
     assert printed.out == pipeline.text(trace.tokens) + "\n"
-    assert re.search(r"^\d+ tokens \(\d+ accepted, .*\), \d+ cloud calls in \d+ rounds, [\d.]+ s$", printed.err, re.M)
+    costs = r"cloud: \d+ tokens? written, \d+ positions computed, \d+ tokens covered"
+    line = rf"^\d+ tokens \(\d+ accepted, .*\), \d+ cloud calls in \d+ rounds, {costs}, [\d.]+ s$"
+    assert re.search(line, printed.err, re.M)
 
 
 def test_a_transcription_that_is_not_utf_8_is_refused_in_one_line(wav: Path) -> None:
