@@ -114,9 +114,18 @@ def test_opinions_stay_until_the_next_correction_however_much_was_drafted_ahead(
     drafter.follow([1])
     assert drafter.draft(6, 9).tokens == (0, 0, 0, 0, 0, 0)
     drafter.follow([1, 2], [5, 6, 7, 8, 9])  # a correction of the first token
-    assert drafter.draft(1, 9).tokens == (5,)
+    assert drafter.draft(1, 1).tokens == (5,)  # there is no room for a guess
     drafter.draft_ahead(1, 1 + ahead, lambda: False)
     drafter.follow([1, 2, 5, 6])  # the draft is accepted, and the bonus is the token that the edge would draft
-    assert drafter.draft(3, 9).tokens == (7, 8, 9)
+    assert drafter.draft(3, 3).tokens == drafter.tokens == (7, 8, 9)
     drafter.follow([1, 2, 5, 6, 7, 3], [4])
     assert drafter.draft(2, 9).tokens == (0, 0)
+
+
+def test_a_wide_pass_ends_at_eos() -> None:
+    drafter = Drafter(Scripted().open(Prompt((1,))), frozenset({7}), Strategy(k=6, revise="repeat"))
+    drafter.follow([1])
+    drafter.draft(6, 9)
+    drafter.follow([1, 2], [5, 6, 7, 8, 9])
+    assert drafter.draft(6, 9).tokens == drafter.tokens == (5, 6, 7)
+    assert drafter.take_passes()[-1] == 6  # the correction and the guess, which goes on after EOS
