@@ -9,6 +9,7 @@ same forward pass has computed their logits.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -43,8 +44,10 @@ class Rule(Protocol):
     def is_lossless(self) -> bool:
         """True if the rule accepts the target's own tokens only. Any other rule is lossy."""
 
-    def __call__(self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float]) -> Verdict:
-        """Return the verdict on `draft`, which may be empty, with the rest.
+    def __call__(
+        self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float], wants_rest: bool = True
+    ) -> Verdict:
+        """Return the verdict on `draft`, which may be empty, with the rest if it is wanted.
 
         `logits` is [len(draft) + 1, vocab_size]: row i is for the place of draft[i], the last row for the bonus.
         `uniforms` gives one number in [0, 1) for each draft token, and is read only if the rule needs it.
@@ -75,14 +78,16 @@ class Rank:
         """True for rank 1."""
         return self.r == 1
 
-    def __call__(self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float] = ()) -> Verdict:
+    def __call__(
+        self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float] = (), wants_rest: bool = True
+    ) -> Verdict:
         """Return the verdict on `draft`."""
         best = logits.argmax(dim=-1).tolist()
-        accepts = [
+        accepts = (
             token == top or (not self.is_lossless and probs.rank(row, token) <= self.r)
             for token, top, row in zip(draft, best, logits, strict=False)
-        ]
-        return build_verdict(draft, accepts, best)
+        )
+        return build_verdict(draft, accepts, best, wants_rest)
 
 
 GREEDY = Rank(1)
@@ -125,12 +130,14 @@ class Synthetic:
         """Always False."""
         return False
 
-    def __call__(self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float]) -> Verdict:
+    def __call__(
+        self, draft: Sequence[int], logits: Tensor, uniforms: Iterable[float], wants_rest: bool = True
+    ) -> Verdict:
         """Return the verdict on `draft`."""
         best = logits.argmax(dim=-1).tolist()
         rates = [*self.rates, *self.rates[-1:] * len(draft)]
-        accepts = [number < rate for _, number, rate in zip(draft, uniforms, rates, strict=False)]
-        verdict = build_verdict(draft, accepts, best)
+        accepts = (number < rate for _, number, rate in zip(draft, uniforms, rates, strict=False))
+        verdict = build_verdict(draft, accepts, best, wants_rest)
         if verdict.accepted == len(draft):
             return verdict
         others = logits[verdict.accepted].clone()
@@ -141,15 +148,18 @@ class Synthetic:
         return separator.join(repr(float(rate)).removesuffix(".0") for rate in self.rates)
 
 
-def build_verdict(draft: Sequence[int], accepts: Sequence[bool], best: Sequence[int]) -> Verdict:
+def build_verdict(
+    draft: Sequence[int], accepts: Iterable[bool], best: Sequence[int], wants_rest: bool = True
+) -> Verdict:
     """Return the verdict on `draft` if the rule accepts a token of it where `accepts` is True.
 
-    `best` are the target's most likely tokens at the places of the draft, and at the place after it.
+    `accepts` is read up to the first False if the verdict needs no rest. `best` are the target's most likely tokens at
+    the places of the draft, and at the place after it.
     """
-    accepted = [*accepts, False].index(False)
-    later = zip(draft, accepts, best, strict=False)
-    opinions = tuple(token if is_accepted else top for token, is_accepted, top in later)
-    return Verdict(accepted, best[accepted], opinions[accepted + 1 :])
+    answers = iter(accepts)
+    accepted = sum(1 for _ in itertools.takewhile(bool, answers))
+    later = zip(draft[accepted + 1 :], answers, best[accepted + 1 :], strict=False) if wants_rest else ()
+    return Verdict(accepted, best[accepted], tuple(token if is_kept else top for token, is_kept, top in later))
 
 
 def uniform(seed: bytes, place: int) -> float:

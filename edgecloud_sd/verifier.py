@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -117,9 +117,9 @@ class LocalVerification:
         first = base + len(tokens)
         uniforms = (uniform(self._seed, place) for place in range(first, first + len(draft)))
         logits = yield from sync_steps(self._session, context, len(draft) + 1, self._limit, len(self._prompt.ids) - 1)
-        verdict = self._verifier.rule(draft, logits, uniforms)
+        verdict = self._verifier.rule(draft, logits, uniforms, self._verifier.wants_rest)
         self._committed = first + verdict.accepted
-        return verdict if self._verifier.wants_rest else replace(verdict, rest=())
+        return verdict
 
     @cached_property
     def _seed(self) -> bytes:

@@ -139,3 +139,17 @@ def test_the_share_of_draws_below_a_rate_is_the_rate_over_places_and_over_clips(
         # successive draws are independent
         both_below = sum(first < p and second < p for first, second in pairwise(draws))
         assert abs(both_below - (count - 1) * p**2) < 2 * tolerance
+
+
+def test_no_token_after_a_rejected_one_is_judged_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[int] = []
+
+    def rank(row: torch.Tensor, token: int) -> int:
+        judged.append(token)
+        return 9
+
+    monkeypatch.setattr(probs, "rank", rank)
+    logits = torch.eye(4)  # the target's own tokens are 0, 1, 2, 3
+    assert acceptance.Rank(2)((3, 2, 1), logits, wants_rest=False) == Verdict(0, 0)
+    assert judged == [3]
+    assert acceptance.Rank(2)((3, 2, 1), logits) == Verdict(0, 0, (1, 2))
