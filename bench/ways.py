@@ -39,8 +39,10 @@ class ParetoWay:
 
     @property
     def name(self) -> str:
-        """The value on the line, with the mark."""
-        return f"{self.label} ({self.mark})" if self.label and self.mark else self.label or self.mark
+        """The value on the line, with the mark unless that names the value."""
+        if not self.mark:
+            return self.label
+        return self.mark if self.label in self.mark else f"{self.label} ({self.mark})"
 
 
 EDGE, CLOUD = (

@@ -23,10 +23,10 @@ def few_ways(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_ways")
 def test_the_table_the_picture_and_the_numbers_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "new" / "picture.html"
-    tune.main(["--pareto", "--clips", "4", "--output", str(page)])
+    tune.main(["--pareto", "--clips", "3", "--output", str(page)])
     printed = capsys.readouterr().out
     document = json.loads(page.with_suffix(".json").read_text("utf-8"))
-    assert document["clips"] == {"chinese": 4, "english": 4}
+    assert document["clips"] == {"chinese": 3, "english": 3}
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")][2:]
     assert len(rows) == len(document["ways"])
     for row, way in zip(rows, document["ways"], strict=True):
@@ -46,7 +46,10 @@ def test_the_table_the_picture_and_the_numbers_agree(tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.usefixtures("few_ways")
-def test_the_clips_of_a_data_set_and_its_own_strategies_are_compared(tmp_path: Path) -> None:
+def test_the_clips_of_a_data_set_and_its_own_strategies_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pareto, "to_html", lambda page: page.title)  # the other test draws
     from edgecloud_sd.pocket.clips import write_clips
 
     write_clips(tmp_path, "held-out", 3)
@@ -58,5 +61,5 @@ def test_the_clips_of_a_data_set_and_its_own_strategies_are_compared(tmp_path: P
     assert document["clips"] == {"chinese": 2}
     assert document["ways"][0]["quality"]["attributes"]["closed"]["value"] == 0
     assert [way["label"] for way in document["ways"] if way["line"] == OWN] == [
-        "speculative-always-k9-greedy-model+lookup"
+        "speculative-always-k9-greedy-model_lookup"
     ]
