@@ -179,7 +179,7 @@ def print_caption(
         if pieces != printed:
             print(rewrite(printed, pieces, columns() if columns else 0), end="", flush=True)
             printed = pieces
-    print()
+    print(flush=True)  # before what stderr shows
     if is_coloured:
         legend = [
             f"\x1b[{COLOURS[origin]}m{origin}\x1b[0m: {LEGEND[origin]}"

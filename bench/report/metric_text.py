@@ -11,11 +11,13 @@ from edgecloud_sd.measure.intervals import Interval
 from edgecloud_sd.measure.summary import METRICS
 
 MAIN_METRICS = (
-    "ttft", "otps", "total", "bleu4", "cider", "meteor", "bertscore_f1", "acceptance_rate", "cloud_call_rate",
+    "ttft", "ttft_final", "otps", "total", "bleu4", "cider", "meteor", "bertscore_f1", "acceptance_rate",
+    "cloud_call_rate", "cloud_calls", "written_share", "cloud_positions_per_token", "covered_share",
     "useless_escalations", "missed_corrections", "cpu_percent", "rss_peak",
 )  # fmt: skip
 METRIC_NAMES = {
     "ttft": "TTFT",
+    "ttft_final": "final TTFT",
     "tpot": "TPOT",
     "otps": "OTPS",
     "e2e": "E2E",
@@ -39,6 +41,10 @@ METRIC_NAMES = {
     "bertscore_f1": "BERTScore F1",
     "acceptance_rate": "acceptance",
     "cloud_call_rate": "cloud calls",
+    "cloud_calls": "calls per caption",
+    "written_share": "written by cloud",
+    "cloud_positions_per_token": "cloud positions per token",
+    "covered_share": "covered by cloud",
     "gate_auroc": "gate AUROC",
 }  # every other metric is called by its key, with spaces
 # unit of a metric -> unit of its column, factor, format

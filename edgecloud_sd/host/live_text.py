@@ -27,13 +27,13 @@ def rewrite(old: Sequence[Piece], new: Sequence[Piece], columns: int) -> str:
     """Return what turns the `old` text at the end of a terminal into the `new` one.
 
     Text that only grows is printed after the old one. Else all is printed again from the start of the line on which the
-    first change is. The old text begins on the left.
+    last equal character is, because the next one may fit there now. The old text begins on the left.
     """
     same = next((place for place, (a, b) in enumerate(zip_longest(old, new)) if a != b), len(old))
     if same == len(old):
         return "".join(piece.render() for piece in new[same:])
     starts = line_starts("".join(piece.text for piece in old), columns)
-    line = bisect_right(starts, sum(len(piece.text) for piece in old[:same])) - 1
+    line = bisect_right(starts, max(sum(len(piece.text) for piece in old[:same]) - 1, 0)) - 1
     up = len(starts) - 1 - line
     place, printed = 0, []
     for piece in new:
