@@ -21,7 +21,7 @@ from edgecloud_sd.config import Settings
 from edgecloud_sd.forecast.model import Forecast
 from edgecloud_sd.host.paths import hide_folders
 from edgecloud_sd.measure.breakdown import PARTS
-from edgecloud_sd.measure.summary import Summary
+from edgecloud_sd.measure.summary import Figures, Summary
 from edgecloud_sd.models.devices import AUTO, LOSSLESS_DTYPES
 from edgecloud_sd.models.pairs import DUMMY, checkpoint_name
 from edgecloud_sd.pipeline import Pipeline
@@ -154,8 +154,13 @@ def render_summaries(summaries: Mapping[str, Summary]) -> str:
         for label, summary in summaries.items()
         if sum(summary.accepted_lengths)
     ]
+    costs = [
+        f"- costs at the cloud ({label}): {describe_costs(summary.figures)}"
+        for label, summary in summaries.items()
+        if summary.figures["cloud_calls"]
+    ]
     legend = [f"{case} = {label}" for case, label in labels.items() if case != label]
-    return "\n".join([table, *legend, *_reasons(summaries), *_cloud_notes(summaries), *lengths])
+    return "\n".join([table, *legend, *_reasons(summaries), *_cloud_notes(summaries), *costs, *lengths])
 
 
 def render_breakdowns(summaries: Mapping[str, Summary]) -> str:
@@ -240,6 +245,17 @@ def _grid(rows: Sequence[Sequence[str]], headings: Sequence[str], gap: str) -> s
         colalign=["left"] + ["right"] * (len(headings) - 1),
     )
     return "\n".join(line.rstrip() for line in lines.splitlines())
+
+
+def describe_costs(figures: Figures) -> str:
+    """Return the four costs at the cloud, of which no single one stands for the others."""
+    forms = {
+        "cloud_calls": "{:.2f} calls per caption",
+        "written_share": "{:.3f} of the tokens written",
+        "covered_share": "{:.3f} written or accepted",
+        "cloud_positions_per_token": "{:.2f} positions computed per token",
+    }
+    return ", ".join(form.format(value) for name, form in forms.items() if (value := figures[name]) is not None)
 
 
 def describe_lengths(counts: Sequence[int]) -> str:

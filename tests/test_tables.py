@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.tables import MAX_TABLE_WIDTH, describe_lengths, grid, milliseconds, short_names
+from bench.tables import MAX_TABLE_WIDTH, describe_costs, describe_lengths, grid, milliseconds, short_names
 
 SPECULATIVE = "speculative-pocket-H1.5-k3-rank20-zh"
 
@@ -41,6 +41,15 @@ def test_a_wide_table_has_narrower_gaps() -> None:
 
 def test_accepted_lengths_are_shares_of_the_verifications() -> None:
     assert describe_lengths([1, 3, 0, 6]) == "0 in 10%, 1 in 30%, 2 in 0%, 3 in 60% of 10 verifications"
+
+
+def test_the_costs_at_the_cloud_are_four_figures_and_a_null_one_is_left_out() -> None:
+    names = ("cloud_calls", "written_share", "covered_share", "cloud_positions_per_token")
+    assert describe_costs(dict(zip(names, (1.5, 0.25, 1.0, 2.125), strict=True))) == (
+        "1.50 calls per caption, 0.250 of the tokens written, 1.000 written or accepted, "
+        "2.12 positions computed per token"
+    )
+    assert describe_costs(dict.fromkeys(names) | {"cloud_calls": 2}) == "2.00 calls per caption"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(-1e-9, "0.0"), (0.0, "0.0"), (0.01234, "12.3"), (-0.002, "-2.0")])
