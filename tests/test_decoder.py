@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecloud_sd import gate, probs
+from edgecloud_sd import decoder, gate, probs
 from edgecloud_sd.acceptance import GREEDY, Rank
 from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import (
@@ -268,6 +268,15 @@ def test_under_gate_token_the_cloud_writes_the_uncertain_token(look_back: bool) 
         Committed((0,), "local"),
         Finished("length"),
     ]
+
+
+def test_tokens_that_wait_for_a_verdict_are_sent_when_they_fill_a_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "MAX_DRAFT", 3)
+    strategy, stopping = Strategy("speculative", gate.risk_gate(), k=2), Stopping(frozenset(), 8)
+    events = decode(Prompt((5, 6)), strategy, stopping, Scripted(), LocalVerifier(Scripted(), GREEDY))
+    seen = list(itertools.islice(events, 40))  # a fault may be a loop without end
+    assert [len(event.draft.tokens) for event in seen if isinstance(event, Escalated)] == [3, 3]
+    assert seen[-1] == Finished("length")
 
 
 @pytest.mark.parametrize("mode", ["cloud", "speculative"])
