@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from wcwidth import wcswidth
 
@@ -60,6 +60,7 @@ class Terminal:
 pieces = st.builds(Piece, st.text("ab好，\n", min_size=1, max_size=4), st.sampled_from([None, 31, 90]))
 
 
+@example([[Piece("a"), Piece("好")], [Piece("a")]], 2)  # shrinks to the end of the first line
 @given(st.lists(st.lists(pieces, max_size=6), max_size=6), st.integers(2, 9))
 def test_a_rewritten_text_looks_like_one_that_was_printed_at_once(texts: list[list[Piece]], columns: int) -> None:
     terminal, shown = Terminal(columns), list[Piece]()
