@@ -37,6 +37,7 @@ from tests.support.strategies import VOCABULARY, Scene
 from tests.support.toy import stateless_verdict
 
 Call = tuple[int, tuple[int, ...], tuple[int, ...]]  # base, tokens and draft of one verification
+ADAPTIVE_LENGTH = 3  # draft tokens under adaptive k
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def record(scene: Scene, strategy: Strategy, given: Conditions) -> tuple[list[Ev
     if given.history is not None and strategy.drafter == "model":
         strategy = replace(strategy, drafter="model+lookup")  # it must change no token
     runtime = Runtime(
-        choose_k=lambda: 3,
+        choose_k=lambda: ADAPTIVE_LENGTH,
         background=(lambda call: Slow(call, answers, [])) if strategy.draft_ahead else None,
         finish_alone=True,
         shared_ids=given.shared_ids,
@@ -265,7 +266,7 @@ class Replay:
     def draft_plainly(self, drafted: Drafted, left: int) -> Draft:
         """Draft token by token. A lossless draft may have as many as were drafted ahead."""
         reused = min(drafted.ahead, self.strategy.draft_ahead) if self.strategy.is_lossless else 0
-        k = max(self.strategy.k or len(drafted.draft.tokens), reused)
+        k = max(self.strategy.k or ADAPTIVE_LENGTH, reused)
         stop, gate, size = self.strategy.draft_stop, self.strategy.gate, self.given.shared_ids
         tokens: tuple[int, ...] = ()
         scores: tuple[float, ...] = ()
