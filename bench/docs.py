@@ -27,7 +27,8 @@ file, which gives the reason."""
 COLUMNS_INTRODUCTION = """\
 A run prints some of these metrics in the table "captions", times in ms:"""
 COLUMNS_NOTES = """\
-Below this table, "accepted lengths" gives the share of the verifications that accepted 0, 1, 2 ... draft tokens.
+Below this table, "accepted lengths" gives the share of the verifications that accepted 0, 1, 2 ... draft tokens,
+without the numbers that no verification accepted.
 
 The table "where the time goes" has the parts below that are not 0. Beside them, `discarded draft` is the part of
 `draft` that went into discarded tokens. `round trip exposed` and `hidden` are columns if the edge drafts ahead.

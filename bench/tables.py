@@ -259,9 +259,9 @@ def describe_costs(figures: Figures) -> str:
 
 
 def describe_lengths(counts: Sequence[int]) -> str:
-    """Return the share of the verifications that accepted 0, 1, 2, ... draft tokens, from their counts."""
+    """Return the share of the verifications that accepted so many draft tokens, without those that are 0."""
     total = sum(counts)
-    shares = ", ".join(f"{length} in {count / total:.0%}" for length, count in enumerate(counts))
+    shares = ", ".join(f"{length} in {count / total:.0%}" for length, count in enumerate(counts) if count)
     return f"{shares} of {total} verifications"
 
 

@@ -26,6 +26,7 @@ GATE_NAMES = (
     *("always", "never"),
 )
 Score = Callable[["Tensor"], float]  # scores a row of logits [vocab_size]
+RISK_LIMIT, OPINION_RISK = 1.0, 0.02  # the usual limit of gate risk, and the usual risk of a target's opinion
 DRAFT_STOP_FORMS = ("none", "entropy", "entropy=x", "margin=x")
 
 
@@ -121,8 +122,10 @@ class Gate:
     def label(self) -> str:
         """The gate's part of a case id."""
         if self.name == "risk":
-            send = "all" if self.sends_all else f"f{self.send_above:g}"
-            return f"risk{self.threshold:g}{send}s{self.opinion_risk:g}"
+            parts = ["risk", "all" if self.sends_all else f"f{self.send_above:g}"]
+            parts += [f"B{self.threshold:g}"] if self.threshold != RISK_LIMIT else []
+            parts += [f"s{self.opinion_risk:g}"] if self.opinion_risk != OPINION_RISK else []
+            return "_".join(parts)
         letter = {"entropy": "H", "margin": "M", "logprob": "L"}.get(self.statistic)
         return f"{'token' if self.stops_before_token else ''}{letter}{self.limit:g}" if letter else self.name
 
@@ -154,7 +157,7 @@ def entropy_gate(threshold: float) -> Gate:
     return Gate("entropy", threshold, probs.entropy)
 
 
-def risk_gate(threshold: float = 1.0, send_above: float = -1.0, opinion_risk: float = 0.02) -> Gate:
+def risk_gate(threshold: float = RISK_LIMIT, send_above: float = -1.0, opinion_risk: float = OPINION_RISK) -> Gate:
     """Return gate risk: ask above `threshold` at once, and above `send_above` at the end of a caption.
 
     The numbers are risks from 0 to 1. A `threshold` of 1 waits for the end. A `send_above` below 0 always sends.

@@ -7,8 +7,8 @@ import pytest
 from bench.report.cells import ReportCell
 from bench.report.label_words import explain_labels
 from edgecloud_sd.acceptance import parse_rule
-from edgecloud_sd.gate import NEVER, entropy_gate, parse_draft_stop
-from edgecloud_sd.strategy import Strategy
+from edgecloud_sd.gate import NEVER, entropy_gate, parse_draft_stop, parse_gate, risk_gate
+from edgecloud_sd.strategy import LOSSLESS_REVISION, Strategy
 
 GATE = entropy_gate(1.5)
 
@@ -30,6 +30,28 @@ GATE = entropy_gate(1.5)
             Strategy(rule=parse_rule("synthetic(0.7)"), draft_stop=parse_draft_stop("margin=0.3", GATE)),
             ["every", "3", "by chance", "by less than 0.3"],
         ),
+        (LOSSLESS_REVISION, ["at its end always", "at most 1", "own", "its token or its context is the old one"]),
+        (
+            Strategy(gate=risk_gate(0.5, 0.2, 0.01), revise="aligned", drafter="model+lookup"),
+            [
+                "end if the risk since the last verdict is above 0.2, and before it above 0.5",
+                "3",
+                "own",
+                "other places",
+                "checks in one pass",
+            ],
+        ),
+        (
+            Strategy(gate=parse_gate("token(margin)", 0.3), revise="repeat", look_back=True),
+            [
+                "cloud writes a token itself if the edge's has a difference between its two highest",
+                "3",
+                "own",
+                "repeat its old token",
+                "take them back",
+            ],
+        ),
+        (Strategy(gate=parse_gate("logprob", 0.7)), ["a negative log probability above 0.7 nats", "3", "own"]),
         (Strategy(gate=GATE, draft_stop=parse_draft_stop("entropy=2", GATE)), ["1.5", "3", "own", "above 2 nats"]),
     ],
 )

@@ -70,7 +70,7 @@ def test_a_grid_prints_tables_writes_results_and_can_be_compared(
             "cloud-pocket-manifest_chinese-zh*",
             "speculative-pocket-H1.5-k4-greedy-manifest_chinese-zh*",
             f"{LOSSLESS}*",
-            "- accepted lengths (always k4 greedy): 0 in *% of * verifications",
+            "- accepted lengths (always k4 greedy): * in *% of * verifications",
             "*where the time goes*",
             "*does it pay?*",
             "always k4 greedy *edge alone *",

@@ -40,7 +40,7 @@ def test_a_wide_table_has_narrower_gaps() -> None:
 
 
 def test_accepted_lengths_are_shares_of_the_verifications() -> None:
-    assert describe_lengths([1, 3, 0, 6]) == "0 in 10%, 1 in 30%, 2 in 0%, 3 in 60% of 10 verifications"
+    assert describe_lengths([1, 3, 0, 6]) == "0 in 10%, 1 in 30%, 3 in 60% of 10 verifications"
 
 
 def test_the_costs_at_the_cloud_are_four_figures_and_a_null_one_is_left_out() -> None:

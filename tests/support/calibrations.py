@@ -17,7 +17,7 @@ CALIBRATION = Calibration(
         cloud_dtype="float32",
         language="chinese",
         prompt="3c",
-        strategy="speculative-risk1f0s0.02-k1-greedy",
+        strategy="speculative-risk_f0-k1-greedy",
         max_new_tokens=64,
     ),
     ("a", "010", "~", "d"),
