@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from bench import cases, rows, tables
 from bench.budget import budget_lines, budget_parts, shared_clip_notes
-from bench.calibrate import measure_profile
+from bench.cost_profile import measure_profile
 from bench.forecasts import forecast_to_json
 from bench.regression import FAIL_RULES, find_regressions
 from bench.resume import SavedClips, comparable_limits, keep_other_results
