@@ -21,6 +21,13 @@ def relative(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
+def anchors(document: Path) -> set[str]:
+    """Return the names by which a link can lead to the headings of a document, as on GitHub."""
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("name", docs.PAGES)
 def test_a_generated_page_is_current(name: str) -> None:
     written = (ROOT / "bench" / name).read_text(encoding="utf-8")
@@ -32,10 +39,13 @@ def test_a_bar_in_a_cell_does_not_split_it() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
-def test_every_relative_link_leads_to_a_file(document: Path) -> None:
+def test_every_relative_link_leads_to_a_file_and_to_a_heading_of_it(document: Path) -> None:
     text = re.sub(r"```.*?```|`[^`\n]*`", "", document.read_text(encoding="utf-8"), flags=re.S)
-    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:|#", target)]
-    assert [target for target in targets if not (document.parent / target.partition("#")[0]).exists()] == []
+    for target in re.findall(r"\]\((?![a-z]+:)([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        file = document.parent / name if name else document
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
 
 
 def test_the_readme_shows_the_command_of_the_checks() -> None:
