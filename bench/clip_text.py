@@ -63,8 +63,8 @@ def explain_no_escalation(strategy: Strategy, results: Sequence[ClipResult]) -> 
     if faults := [reason for result in results if (reason := metrics.degraded_reason(result.trace))]:
         return f"the cloud failed ({faults[0]})"
     gate = strategy.gate
-    levels = [level for result in results if (level := gate.level(_scores(result))) is not None]
-    largest = max(levels, default=math.nan)
+    scores = [score for result in results if (score := gate.draft_score(_scores(result))) is not None]
+    largest = max(scores, default=math.nan)
     if gate.statistic == "risk":
         return f"no caption's risk exceeded {gate.send_above:g}; the largest was {largest:.3g}"
     if gate.statistic == "margin":

@@ -13,14 +13,14 @@ from edgecloud_sd.acceptance import PUBLISHED_RANK, Rank
 from edgecloud_sd.config import Settings
 from edgecloud_sd.events import Draft
 from edgecloud_sd.gate import Gate, entropy_gate, parse_gate
-from edgecloud_sd.strategy import LOSSLESS_REVISION, Strategy
+from edgecloud_sd.strategy import REVISE_LOSSLESS, Strategy
 
 GateMaker = Callable[[Sequence[int], Sequence[int], str], Gate]  # see `perfect_gate`
 THRESHOLDS = (1.5, 1.2, 0.9, 0.6, 0.3, 0.1)  # nats; above all entropies the line ends at the edge alone
 RANKS = (50, 20, 10, 5, 2, 1)
 WHOLE = 64  # draft tokens: a whole caption
 LENGTHS = (WHOLE, 16, 8, 4, 2, 1)
-SEND_LEVELS = (0.95, 0.9, 0.8, *Settings.send_above, 0.2, 0.05, LOSSLESS_REVISION.gate.send_above)
+SEND_LEVELS = (0.95, 0.9, 0.8, *Settings.send_above, 0.2, 0.05, REVISE_LOSSLESS.gate.send_above)
 OPINION_RISKS = {"none": 0.0, "repeat": 0.01, "aligned": 0.02, "context": 0.02}  # keys are ways to revise
 MOST_CALLS = (1, 2, 3, math.inf)  # calls a caption of the perfect gate
 PUBLISHED_THRESHOLD = 1.5
@@ -107,7 +107,7 @@ def _call_limit(most: float) -> str:
 
 
 def _risk_line(revise: str, opinion_risk: float) -> list[ParetoWay]:
-    usual = LOSSLESS_REVISION
+    usual = REVISE_LOSSLESS
     marks = dict(zip(Settings.send_above, ["revise"], strict=True)) | {usual.gate.send_above: "revise-lossless"}
     return [
         ParetoWay(

@@ -42,7 +42,7 @@ from edgecloud_sd.models.devices import AUTO, DTYPES_OR_AUTO
 from edgecloud_sd.prefill import PREFILL_TIMES
 from edgecloud_sd.revise import REVISE_NAMES
 from edgecloud_sd.stopping import MAX_NEW_TOKENS
-from edgecloud_sd.strategy import ADAPTIVE_K, LOSSLESS_REVISION, MODES, WITHOUT_MODEL, Strategy
+from edgecloud_sd.strategy import ADAPTIVE_K, MODES, REVISE_LOSSLESS, WITHOUT_MODEL, Strategy
 from edgecloud_sd.timing import link, profile
 
 CLOCKS = ("real", "virtual")
@@ -286,7 +286,7 @@ class Settings:
     )
     risk_limit: tuple[float, ...] = _option(
         "decoding",
-        LOSSLESS_REVISION.gate.threshold,
+        REVISE_LOSSLESS.gate.threshold,
         "gate risk asks the cloud at once if the risk of the tokens since its last verdict exceeds this; 1 waits for "
         "the end of the caption",
         _read_share,
@@ -301,7 +301,7 @@ class Settings:
     )
     opinion_risk: tuple[float, ...] = _option(
         "decoding",
-        LOSSLESS_REVISION.gate.opinion_risk,
+        REVISE_LOSSLESS.gate.opinion_risk,
         "risk of a token that the cloud proposed, under gate risk",
         _read_share,
         many=True,

@@ -47,8 +47,8 @@ class Runtime:
 
     `choose_k` gives the length of the next draft if the strategy has none. `background` starts a verification
     beside which the edge drafts ahead; None makes the edge wait. `finish_alone` lets the edge finish after a fault of
-    the cloud. `shared_ids` is the smaller of two vocabulary sizes, or None if they are equal. The edge drafts ids below
-    it alone, unless the target has proposed another, and reads a larger id of the cloud as the last of them. `lookup`
+    the cloud. `shared_ids` is the smaller of two vocabulary sizes, or None if they are equal. The edge drafts no id
+    from there on, unless it is an opinion of the target. It reads any such id as the last one that both have. `lookup`
     is for drafters lookup and model+lookup.
     """
 
@@ -107,8 +107,8 @@ class _State:
     context: list[int]  # the last prompt token, then every token of the output
     final: int = 1  # context tokens that no verdict can take back
     at_cloud: int = 0  # context tokens that the cloud holds: none before its first verdict
-    scores: tuple[float, ...] = ()  # those of the tokens since the last verdict
-    opinions: tuple[int, ...] | None = None  # the last verdict's, on the places after its correction if it has one
+    scores: tuple[float, ...] = ()  # the gate's scores of the tokens since the last verdict
+    opinions: tuple[int, ...] | None = None  # `rest` of the last verdict if it has a correction, else None
 
 
 def _speculate(
@@ -166,7 +166,7 @@ def _next_draft(
     stopping: Stopping,
     runtime: Runtime,
 ) -> tuple[Drafted, bool]:
-    """Draft up to k tokens after the context. Return True if the caption or a request to the cloud ends with them.
+    """Draft up to k tokens after the context. Return True with them if the caption or the next request is full.
 
     Tokens drafted ahead may make the draft of a lossless strategy longer than k: the output does not depend on k.
     """
@@ -174,10 +174,10 @@ def _next_draft(
     k = strategy.k if strategy.k is not None else _require(runtime.choose_k, "choose_k")()
     length = max(k, min(reused, strategy.draft_ahead)) if strategy.is_lossless else k
     room = stopping.room(len(state.context) - 1)
-    unsent = MAX_DRAFT - len(state.context) + state.final  # tokens that still fit into a draft with look-back
-    draft = drafter.draft(min(length, room, unsent), room, gate, state.scores)
+    fits = MAX_DRAFT - len(state.context) + state.final  # tokens that still fit into a request with look-back
+    draft = drafter.draft(min(length, room, fits), room, gate, state.scores)
     state.scores += draft.scores
-    is_end = stopping.reason([*state.context[1:], *draft.tokens]) is not None or len(draft.tokens) == unsent
+    is_end = stopping.reason([*state.context[1:], *draft.tokens]) is not None or len(draft.tokens) == fits
     return Drafted(draft, drafter.count_ahead(len(draft.tokens)), drafter.take_passes()), is_end
 
 
@@ -232,20 +232,20 @@ def _commit_local(state: _State, tokens: tuple[int, ...], is_final: bool = True)
 
 
 def _apply(verdict: Verdict, draft: Draft, state: _State, stopping: Stopping) -> Iterator[Event]:
-    """Commit the accepted tokens and the cloud's own, after those that were committed before the verdict.
+    """Confirm or take back the tokens that are not final. Then commit the accepted new tokens, and the cloud's own.
 
-    The cloud takes back those of them that it rejects. Nothing follows EOS or exceeds the length limit.
+    Nothing follows EOS or exceeds the length limit.
     """
-    shown = len(state.context) - state.final
-    confirmed = min(verdict.accepted, shown)
+    not_final = len(state.context) - state.final
+    confirmed = min(verdict.accepted, not_final)
     state.at_cloud = state.final + verdict.accepted
     del state.context[state.final + confirmed :]
     if confirmed:
         yield Confirmed(confirmed)
-    if confirmed < shown:
-        yield Retracted(shown - confirmed)
+    if confirmed < not_final:
+        yield Retracted(not_final - confirmed)
     parts: list[tuple[tuple[int, ...], Origin]] = [
-        (draft.tokens[shown : verdict.accepted], "accepted"),
+        (draft.tokens[not_final : verdict.accepted], "accepted"),
         ((verdict.token,), "bonus" if verdict.accepted == len(draft.tokens) else "correction"),
     ]
     for tokens, origin in parts:

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DraftToken:
-    """A token after the context. `score` is None if the gate reads none, and `stops` is the draft stop's answer."""
+    """A token after the context.
+
+    `score` is None if the gate reads none. `stops` is the draft stop's answer. `is_ahead` is True for a token that was
+    drafted during a verification.
+    """
 
     id: int
     score: float | None
@@ -76,11 +80,11 @@ class Drafter:
         return sum(token.is_ahead for token in self._drafted[:length])
 
     def draft(self, k: int, room: int, gate: Gate = ALWAYS, scores: Sequence[float] = ()) -> Draft:
-        """Return up to `k` >= 1 tokens after the context, which at most `room` >= k tokens may follow.
+        """Return up to `k` >= 1 tokens after the context. The caption has room for `room` >= k tokens there.
 
-        The draft ends early at EOS, at the draft stop, and where `gate` asks the cloud at once. The gate reads
-        `scores`, those of the tokens since the last verdict, before those of the draft. If it stops before a token, the
-        draft has that token and its score as well.
+        The draft ends early at EOS, at the draft stop, and when `gate` asks the cloud at once. The gate reads `scores`,
+        then those of the draft: together they belong to the tokens since the last verdict. If the gate stops before a
+        token, the draft has that token as `doubted`, and its score as well.
         """
         length = 0
         while length < k:
@@ -169,7 +173,7 @@ class LookupDrafter:
         return 0
 
     def count_ahead(self, length: int) -> int:
-        """Return 0."""
+        """Return 0, because no token is drafted ahead."""
         return 0
 
     def draft(self, k: int, room: int, gate: Gate = ALWAYS, scores: Sequence[float] = ()) -> Draft:

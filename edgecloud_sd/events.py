@@ -76,7 +76,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Drafted:
-    """The edge has a draft. Earlier rounds drafted `ahead` of its tokens ahead.
+    """The edge has a draft. It drafted `ahead` of its tokens in earlier rounds, during their verifications.
 
     `passes` has the number of tokens fed in each forward pass of the edge since the draft before, without those
     that drafted ahead.
@@ -139,7 +139,7 @@ class Verified:
 
 @dataclass(frozen=True)
 class Committed:
-    """Tokens are output from now on. They have one origin, and there is at least one.
+    """Tokens are shown as output. They have one origin, and there is at least one.
 
     With look-back a later verdict can confirm or take back local tokens, so they are not final before it. A final token
     makes all tokens before it final.

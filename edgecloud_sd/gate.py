@@ -4,7 +4,8 @@ Both read a score of each draft token, computed from the row of logits that the 
 
 - `entropy`, `margin` and `logprob` escalate a draft if one of its tokens is too uncertain.
 - `token` and its forms end the draft before the uncertain token, and let the cloud write that token.
-- `risk` sums up all tokens since the last verdict, so it can let a caption go, or send it, as a whole.
+- `risk` adds up the risks of all tokens since the last verdict. It sends them as a whole at the end of a caption, or
+  lets the caption go: it then ends without a call.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ class Gate:
 
     def ends_draft(self, scores: Sequence[float]) -> bool:
         """Return True if the gate asks the cloud at once after tokens with these scores, however short the draft is."""
-        return self.ends_drafts and self._exceeds(scores)
+        return self.sets_draft_length and self._exceeds(scores)
 
-    def level(self, scores: Sequence[float]) -> float | None:
+    def draft_score(self, scores: Sequence[float]) -> float | None:
         """Return the number that the gate compares with its limits: the total risk, or the largest score.
 
         It is None for a gate without a score, and without scores under any other gate than risk.
@@ -88,14 +89,14 @@ class Gate:
         return total_risk(scores) if self.name == "risk" else max(scores, default=None)
 
     def _exceeds(self, scores: Sequence[float], is_end: bool = False) -> bool:
-        level = self.level(scores)
-        if level is None:
+        score = self.draft_score(scores)
+        if score is None:
             return self.score is None and self.threshold < 0
-        return level > self.threshold or (self.name == "risk" and is_end and level > self.send_above)
+        return score > self.threshold or (self.name == "risk" and is_end and score > self.send_above)
 
     @property
-    def ends_drafts(self) -> bool:
-        """True if the gate may end a draft at any token, so that k changes only what is shown at once."""
+    def sets_draft_length(self) -> bool:
+        """True if the gate may end a draft at any token. Then k changes no call, only the tokens shown at a time."""
         return self.name == "risk" or self.stops_before_token
 
     @property
@@ -110,7 +111,7 @@ class Gate:
 
     @property
     def sends_all(self) -> bool:
-        """True if no token is let go without a verdict at last: gate always, and gate risk below a send level of 0."""
+        """True if every token gets a verdict in the end: under gate always, and gate risk with a send level below 0."""
         return self.name == "always" or (self.name == "risk" and self.send_above < 0)
 
     @property
@@ -140,7 +141,7 @@ NEVER = Gate("never", math.inf)
 
 
 def total_risk(risks: Sequence[float]) -> float:
-    """Return R = 1 - prod(1 - r): the chance that one token is wrong, if each is wrong with its own chance r."""
+    """Return R = 1 - prod(1 - r): the chance that a token is wrong, if each is wrong with a chance r of its own."""
     return 1 - math.prod(1 - risk for risk in risks)
 
 
@@ -190,7 +191,7 @@ def _statistic(name: str) -> str:
 
 
 def _is_limit(name: str, limit: float) -> bool:
-    """Return True for a limit that leaves both answers possible to a gate with a score."""
+    """Return True for a limit under which a gate with a score can give both answers."""
     if name == "risk" or _statistic(name) == "margin":
         return 0 < limit <= 1
     return name not in GATE_NAMES or 0 < limit < math.inf

@@ -11,7 +11,7 @@ from edgecloud_sd.acceptance import GREEDY, Rule, parse_rule
 from edgecloud_sd.config import Settings
 from edgecloud_sd.forecast.budgets import LEVEL_RANGES, LevelFeedback, gate_at, start_feedback
 from edgecloud_sd.gate import ALWAYS, Gate, parse_draft_stop, parse_gate
-from edgecloud_sd.strategy import LOSSLESS_REVISION, Strategy
+from edgecloud_sd.strategy import REVISE_LOSSLESS, Strategy
 from edgecloud_sd.timing.link import NO_LINK, Link, parse_link
 
 
@@ -63,7 +63,7 @@ def has_speculative(settings: Settings) -> bool:
 
 def _revising(settings: Settings, always_sends: bool) -> Iterator[Strategy]:
     """Yield the strategies of modes revise and revise-lossless. Each token is shown at once, so k is 1."""
-    usual = LOSSLESS_REVISION
+    usual = REVISE_LOSSLESS
     revise = tuple(name for name in settings.revise if name != "none") or (usual.revise,)
     send_above = (usual.gate.send_above,) if always_sends else settings.send_above
     drafter = _drafters_with_model(settings)

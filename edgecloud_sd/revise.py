@@ -7,9 +7,11 @@ before it now. It proposes the target's opinion in two cases:
 - `repeat`: its own token is that of the old draft. The edge would say again what the target has answered.
 - `context`: in that case, or if the two tokens before the place are those of the old draft there.
 
-In every other case it proposes its own token. `aligned` is `context` for captions of free form, in which places shift.
-If the two tokens before the place differ, it is `repeat` at another place of the old draft, after equal tokens. No
-opinion on such a place replaces another token: captions would say one thing twice, or end early.
+In every other case it proposes its own token. A third way is for captions of free form, in which places shift:
+
+- `aligned`: `context` if the two tokens before the place are those of the old draft there. Otherwise `repeat` at the
+  nearest place of the old draft after the same two or three tokens. An opinion on such a place never replaces a token
+  that differs from the old draft's: captions would say one thing twice, or end early.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ class OldDraft:
 
     def expected(self, place: int) -> tuple[int, ...]:
         """Return the tokens that are likely to follow from a place on: the opinions, then the rest of the old draft."""
-        known = self.first + len(self.opinions)
-        return (*self.opinions[max(place - self.first, 0) :], *self.tokens[max(place, known) :])
+        end = self.first + len(self.opinions)
+        return (*self.opinions[max(place - self.first, 0) :], *self.tokens[max(place, end) :])
 
     def opinion(self, place: int) -> int | None:
         """Return the target's opinion on a place, or None if it has none."""
@@ -48,25 +50,25 @@ def expect(old: OldDraft, context: Sequence[int], revise: str) -> tuple[int, ...
     return old.expected(_old_place(old, context, revise))
 
 
-def propose(own: int, old: OldDraft, context: Sequence[int], revise: str) -> tuple[int, bool]:
+def propose(edge_token: int, old: OldDraft, context: Sequence[int], revise: str) -> tuple[int, bool]:
     """Return the token to propose after `context`, and True if it is an opinion of the target.
 
-    `own` is the edge's most likely token.
+    `edge_token` is the edge's own most likely token.
     """
     place = _old_place(old, context, revise)
     opinion = old.opinion(place)
     if opinion is None or revise == "none":
-        return own, False
-    is_repeated = own == old.tokens[place]
+        return edge_token, False
+    is_repeated = edge_token == old.tokens[place]
     has_context = revise != "repeat" and place == len(context) and _has_neighbours(old, place, context, NEIGHBOURS)
-    return (opinion, True) if is_repeated or has_context else (own, False)
+    return (opinion, True) if is_repeated or has_context else (edge_token, False)
 
 
 def _old_place(old: OldDraft, context: Sequence[int], revise: str) -> int:
     """Return the place of the old draft that corresponds to the place after `context`.
 
-    It is that of the same number. If the tokens before that one differ, `aligned` takes the nearest place after the
-    same three tokens, else after the same two.
+    It has the same number. If the two tokens before it differ, `aligned` takes the nearest place after the same three
+    tokens, else the nearest one after the same two.
     """
     place = len(context)
     if revise != "aligned" or (old.opinion(place) is not None and _has_neighbours(old, place, context, NEIGHBOURS)):

@@ -17,12 +17,8 @@ from edgecloud_sd.wire import MAX_DRAFT
 
 MODES = ("edge", "cloud", "speculative")
 ADAPTIVE_K = "auto"  # the text for a draft length that is found while decoding
-WITHOUT_MODEL = {
-    "gate": "always",
-    "draft_stop": "none",
-    "draft_ahead": 0,
-    "revise": "none",
-}  # the only values of drafter lookup
+# The only values of these fields that drafter lookup can have, because it runs no model
+WITHOUT_MODEL = {"gate": "always", "draft_stop": "none", "draft_ahead": 0, "revise": "none"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Strategy:
 
     `Strategy("speculative", k=4)` is lossless: every draft is verified, and the cloud accepts its own tokens only.
     Raise ValueError for values that do not fit together, and TypeError for one of another type. Mode cloud takes no
-    other field, and mode edge takes drafter model+lookup alone.
+    other field, and mode edge takes drafter model+lookup only.
     """
 
     mode: str = "speculative"
@@ -71,6 +67,8 @@ class Strategy:
         if self.drafter not in DRAFTERS:
             raise ValueError(f"unknown drafter {self.drafter!r}: choose one of {', '.join(DRAFTERS)}")
         if self.mode != "speculative":
+            if self.mode == "edge" and self.drafter == "lookup":
+                raise ValueError("mode edge needs the edge's model: give drafter model or model+lookup, not 'lookup'")
             for field in fields(self)[1:]:
                 value = getattr(self, field.name)
                 if value != field.default and (self.mode, value) != ("edge", "model+lookup"):
@@ -101,7 +99,7 @@ class Strategy:
 
     @property
     def model_mode(self) -> str:
-        """The mode whose models compute for this strategy or for questions about it: cloud with drafter lookup."""
+        """The mode whose models decode and verify for this strategy: with drafter lookup those of mode cloud."""
         return self.mode if self.needs_edge else "cloud"
 
     @property
@@ -202,4 +200,4 @@ class Strategy:
 
 
 LOSSLESS = Strategy()
-LOSSLESS_REVISION = Strategy(gate=risk_gate(), k=1, revise="context")  # k=1 shows every token at once
+REVISE_LOSSLESS = Strategy(gate=risk_gate(), k=1, revise="context")  # k=1 shows every token at once

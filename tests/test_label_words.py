@@ -8,7 +8,7 @@ from bench.report.cells import ReportCell
 from bench.report.label_words import explain_labels
 from edgecloud_sd.acceptance import parse_rule
 from edgecloud_sd.gate import NEVER, entropy_gate, parse_draft_stop, parse_gate, risk_gate
-from edgecloud_sd.strategy import LOSSLESS_REVISION, Strategy
+from edgecloud_sd.strategy import REVISE_LOSSLESS, Strategy
 
 GATE = entropy_gate(1.5)
 
@@ -30,7 +30,7 @@ GATE = entropy_gate(1.5)
             Strategy(rule=parse_rule("synthetic(0.7)"), draft_stop=parse_draft_stop("margin=0.3", GATE)),
             ["every", "3", "by chance", "by less than 0.3"],
         ),
-        (LOSSLESS_REVISION, ["at its end always", "at most 1", "own", "its token or its context is the old one"]),
+        (REVISE_LOSSLESS, ["at its end always", "at most 1", "own", "its token or its context is the old one"]),
         (
             Strategy(gate=risk_gate(0.5, 0.2, 0.01), revise="aligned", drafter="model+lookup"),
             [

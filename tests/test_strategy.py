@@ -83,7 +83,7 @@ def test_a_label_names_every_field_that_is_not_usual() -> None:
             {"drafter": "lookup", "draft_stop": gate.parse_draft_stop("margin=0.3", gate.ALWAYS)},
             "drafter lookup runs no model, so its draft_stop is none, not margin=0.3",
         ),
-        ({"mode": "edge", "drafter": "lookup"}, "mode edge drafts nothing, so it takes no drafter"),
+        ({"mode": "edge", "drafter": "lookup"}, r"give drafter model or model\+lookup, not 'lookup'"),
         ({"mode": "cloud", "drafter": "model+lookup"}, "mode cloud drafts nothing, so it takes no drafter"),
         ({"mode": "edge", "k": 4}, "mode edge drafts nothing, so it takes no k"),
         ({"mode": "cloud", "rule": Rank(3)}, "mode cloud drafts nothing, so it takes no rule"),

@@ -23,9 +23,9 @@ def estimate_workload(traces: Sequence[Trace], strategy: Strategy) -> Workload |
     traces = [trace for trace in traces if metrics.degraded_reason(trace) is None]
     counts = sum((metrics.counts(trace) for trace in traces), metrics.Counts())
     acceptance = metrics.acceptance_by_position(traces)
-    if not counts.answered_calls or not (acceptance or strategy.gate.ends_drafts):
+    if not counts.answered_calls or not (acceptance or strategy.gate.sets_draft_length):
         return None
-    has_own_lengths = strategy.gate.ends_drafts
+    has_own_lengths = strategy.gate.sets_draft_length
     rounds = sum(map(_count_stretches, traces)) if has_own_lengths else counts.rounds
     k = max(round(counts.drafted / rounds), 1) if has_own_lengths else _draft_length(traces, strategy)
     escalated = [event for trace in traces for _, event in trace.events if isinstance(event, Escalated)]

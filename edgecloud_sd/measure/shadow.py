@@ -25,10 +25,10 @@ def shadow_verify(trace: Trace, prompt: Prompt, cloud: Verifier, gate: Gate) -> 
         if isinstance(event, Drafted):
             scores = scores[: len(output.tokens) - start] + event.draft.scores
         elif isinstance(event, Verified):
-            drafts.append((gate.level(event.draft.scores), True, event.changes_text))
+            drafts.append((gate.draft_score(event.draft.scores), True, event.changes_text))
         elif isinstance(event, Committed) and event.origin == "local" and event.is_final:
             places = range(start, output.final)
-            drafts.append((gate.level(scores[: len(places)]), False, not missed.isdisjoint(places)))
+            drafts.append((gate.draft_score(scores[: len(places)]), False, not missed.isdisjoint(places)))
             scores = ()
     return Hindsight(len(missed), tuple(drafts))
 
