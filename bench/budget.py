@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from functools import reduce
-from operator import add
 from typing import Any
 
 from edgecloud_sd.config import BUDGETS, Settings
 from edgecloud_sd.forecast.budgets import gate_level
 from edgecloud_sd.grid import find_feedback, has_chosen_level
 from edgecloud_sd.measure.audit import AuditCount
-from edgecloud_sd.measure.metrics import degraded_reason
+from edgecloud_sd.measure.metrics import Counts, degraded_reason
 from edgecloud_sd.measure.summary import ClipResult
 from edgecloud_sd.strategy import Strategy
 
@@ -51,7 +49,7 @@ def _describe_budget(settings: Settings, strategy: Strategy, captions: Sequence[
         for result in captions:
             feedback.observe_counts(result.counts)
         last = feedback.level
-    counts = reduce(add, (result.counts for result in captions))
+    counts = sum((result.counts for result in captions), Counts())
     calibrated, choice = settings.calibrated, settings.gate_choice
     return {
         "option": option,
@@ -63,7 +61,7 @@ def _describe_budget(settings: Settings, strategy: Strategy, captions: Sequence[
         "first_level": first,
         "last_level": last,
         "calls": counts.cloud_calls / len(captions),
-        "written_share": (counts.correction + counts.bonus) / counts.tokens,
+        "written_share": counts.written_share,
     }
 
 
@@ -80,8 +78,9 @@ def count_audit(settings: Settings, strategy: Strategy, captions: Sequence[ClipR
         clips = "answered by the cloud" if any(degraded_reason(result.trace) for result in captions) else "of the cell"
         return f"no clip {clips} was drawn: raise --audit or caption more clips"
     promised = round(1 - settings.own, 12) if settings.own and has_chosen_level(settings, strategy) else None
-    unverified = sum(result.counts.local > 0 for result in drawn)
-    return AuditCount(len(drawn), unverified, sum(not result.is_own for result in drawn), promised)
+    # a lossy rule accepts other tokens than the cloud's own, so its verdicts answer nothing
+    verified = sum(result.counts.local > 0 or not strategy.rule.is_lossless for result in drawn)
+    return AuditCount(len(drawn), verified, sum(not result.is_own for result in drawn), promised)
 
 
 def shared_clip_notes(settings: Settings, strategy: Strategy, file_ids: Iterable[str]) -> Iterator[str]:

@@ -173,9 +173,9 @@ class Captioning:
             if strategy.rule.is_lossless and (hindsight or not counts(trace).local):
                 return not (hindsight and hindsight.missed)
             with self.without_cloud():
-                self.pipeline.prepare(strategy.mode)
+                self.pipeline.prepare(strategy.model_mode)
                 cloud = self.pipeline.cloud.verifier(GREEDY, harness)
-                return not rejected_places(trace.tokens, self.pipeline.prompt(request, strategy.mode), cloud)
+                return not rejected_places(trace.tokens, self.pipeline.prompt(request, strategy.model_mode), cloud)
         return None
 
     def check_calibration(self) -> None:

@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 
 from bench import tune
-from bench.budget import budget_lines, budget_parts, shared_clip_notes
+from bench.budget import budget_lines, budget_parts, count_audit, shared_clip_notes
 from bench.gate_calibration import calibrate_gate, find_strategy
+from edgecloud_sd.acceptance import Rank
 from edgecloud_sd.config import Settings, resolve
 from edgecloud_sd.events import Committed, Degraded, Finished, Prepared, Trace
 from edgecloud_sd.forecast.calibration import load_calibration, save_calibration
 from edgecloud_sd.grid import strategies
 from edgecloud_sd.host.utilization import unmeasured
+from edgecloud_sd.measure.audit import AuditCount
+from edgecloud_sd.measure.metrics import Counts
 from edgecloud_sd.measure.summary import ClipResult, clip_result
 from edgecloud_sd.pipeline import Pipeline
 from edgecloud_sd.strategy import Strategy
@@ -54,6 +57,13 @@ def test_a_promise_has_its_choice_its_audit_and_a_warning(tmp_path: Path) -> Non
     choice, warning = budget_lines(parts, "cell")
     assert choice.startswith("- cell: --own 0.8 by calibration: send level 0.25, below score 1 of 4 in zh.yaml")
     assert warning.startswith("- cell: warning: audit: 3 of 4 drawn captions differ")
+
+
+def test_an_audit_verifies_each_drawn_caption_of_a_lossy_rule(tmp_path: Path) -> None:
+    captions = [replace(result, counts=Counts(tokens=2, accepted=2)) for result in make_captions([True, False, None])]
+    audit = count_audit(settings_of(tmp_path, audit="1"), Strategy(rule=Rank(20)), captions)
+    assert isinstance(audit, AuditCount)
+    assert (audit.drawn, audit.verified, audit.wrong) == (2, 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """The audit: verify a share of the captions afterwards, and say if too many are not the cloud's own.
 
-The clips are drawn by their ids alone. A drawn caption that the cloud verified to its end is the cloud's own and costs
-nothing. Any other is verified off the clock. So the drawn captions are a fair sample of all, and the number of wrong
-ones is binomial if the clips are independent.
+The clips are drawn by their ids alone. A drawn caption that a lossless rule verified to its end is the cloud's own and
+costs nothing. Any other is verified off the clock. So the drawn captions are a fair sample of all, and the number of
+wrong ones is binomial if the clips are independent.
 """
 
 from __future__ import annotations
