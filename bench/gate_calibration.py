@@ -66,7 +66,7 @@ def calibrate_gate(pipeline: Pipeline, settings: Settings, strategy: Strategy, c
 
 
 def preview_choices(calibration: Calibration) -> Iterator[str]:
-    """Yield a line for each of some promises and budgets: the level that a run would get by this calibration."""
+    """Yield the level that a run would get by this calibration, in a line for each of some promises and budgets."""
     for own in PREVIEWED_OWN if calibration.scores else ():
         yield f"--own {own:g}: {choose_own(calibration, own).reason}"
     for calls in PREVIEWED_CALLS:
@@ -136,6 +136,5 @@ def _token_costs(decoder: CalibrationDecoder, strategy: Strategy) -> list[LevelC
     for level in np.unique(np.quantile(scores, QUANTILES).clip(low, high)).tolist():
         traces = decoder.traces(replace(strategy, gate=gate_at(strategy.gate, level)), f"level {level:.3g}")
         counts = sum(map(metrics.counts, traces), metrics.Counts())
-        written = (counts.correction + counts.bonus) / counts.tokens
-        costs.append(LevelCost(level, counts.cloud_calls / len(decoder.clips), written))
+        costs.append(LevelCost(level, counts.cloud_calls / len(decoder.clips), counts.written / counts.tokens))
     return costs

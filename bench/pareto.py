@@ -24,18 +24,18 @@ from edgecloud_sd.strategy import Strategy
 
 
 def run_pareto(
-    pipeline: Pipeline, settings: Settings, count: int, output: Path, own: Sequence[Strategy] = ()
+    pipeline: Pipeline, settings: Settings, count: int, output: Path, given: Sequence[Strategy] = ()
 ) -> list[Path]:
     """Decode up to `count` clips a language in every way, print the table, and write the files. Return their paths."""
     bench = VirtualBench.of(pipeline, settings)
     clips = {language: list(iterate_held_out(pipeline, settings, language, count)) for language in settings.language}
     points = {}
-    for language, own_clips in clips.items():
-        traces = decode_all(bench, own_clips, list_ways(own))
-        points[language] = compare_ways(own_clips, traces, pipeline.text, settings.score_normalisation)
+    for language, language_clips in clips.items():
+        traces = decode_all(bench, language_clips, list_ways(given))
+        points[language] = compare_ways(language_clips, traces, pipeline.text, settings.score_normalisation)
     table = list_points(points)
     print(tabulate(table.rows, [column.heading for column in table.columns], "pipe", disable_numparse=True))
-    run = describe_tuning(settings, {language: len(own_clips) for language, own_clips in clips.items()})
+    run = describe_tuning(settings, {language: len(language_clips) for language, language_clips in clips.items()})
     texts = {
         output: to_html(build_pareto_page(points, run)),
         output.with_suffix(".json"): json.dumps(run | points_to_json(points), ensure_ascii=False, indent=1),

@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with hold_output(output), open_pair(settings) as pipeline:
                 files = calibrate_gate(pipeline, settings, strategy, options.calibrate, output)
         else:
-            own = own_strategies(options, settings)
+            given = given_strategies(options, settings)
             with hold_output(output), open_pair(settings) as pipeline:
-                files = run_pareto(pipeline, settings, options.clips, output, own)
+                files = run_pareto(pipeline, settings, options.clips, output, given)
         for path in files:
             print(f"wrote {path}")
             if options.calibrate:
@@ -123,20 +123,20 @@ def find_output(options: argparse.Namespace) -> Path:
     return path
 
 
-def own_strategies(options: argparse.Namespace, settings: Settings) -> list[Strategy]:
+def given_strategies(options: argparse.Namespace, settings: Settings) -> list[Strategy]:
     """Return the grid of the decoding options on the command line, or nothing if it has none of them.
 
     Raise ConfigError for a rule that is for dry runs.
     """
     if all(getattr(options, name.replace("-", "_")) is None for name in GRID_OPTIONS):
         return []
-    own = strategies(settings)
-    for strategy in own:
+    given = strategies(settings)
+    for strategy in given:
         if isinstance(strategy.rule, Synthetic):
             raise config.ConfigError(
                 f"--rule: {strategy.rule.text} writes no captions to score: give greedy or rank(r)"
             )
-    return own
+    return given
 
 
 @contextmanager

@@ -24,12 +24,12 @@ SEND_LEVELS = (0.95, 0.9, 0.8, *Settings.send_above, 0.2, 0.05, REVISE_LOSSLESS.
 OPINION_RISKS = {"none": 0.0, "repeat": 0.01, "aligned": 0.02, "context": 0.02}  # keys are ways to revise
 MOST_CALLS = (1, 2, 3, math.inf)  # calls a caption of the perfect gate
 PUBLISHED_THRESHOLD = 1.5
-PERFECT, RANDOM, OWN = "perfect gate", "random gate", "as given"
+PERFECT, RANDOM, GIVEN = "perfect gate", "random gate", "as given"
 
 
 @dataclass(frozen=True)
 class ParetoWay:
-    """A way to decode. `label` is its value on its line. A bound makes its gate for each caption."""
+    """A way to decode. `label` is its value on its line. A way of a bound has a new gate for each caption."""
 
     line: str
     label: str
@@ -39,7 +39,7 @@ class ParetoWay:
 
     @property
     def name(self) -> str:
-        """The value on the line, with the mark unless that names the value."""
+        """The value on the line, and the mark if there is one. A mark that contains the value stands alone."""
         if not self.mark:
             return self.label
         return self.mark if self.label in self.mark else f"{self.label} ({self.mark})"
@@ -82,8 +82,8 @@ def random_gate(rate: float, output: Sequence[int], target: Sequence[int], seed:
     return DecidingGate("always", -math.inf, decide=lambda draft: generator.random() < rate)
 
 
-def list_ways(own: Sequence[Strategy] = ()) -> list[ParetoWay]:
-    """Return the ways of every line but that of the random gate, then a way for each of a run's `own` strategies."""
+def list_ways(given: Sequence[Strategy] = ()) -> list[ParetoWay]:
+    """Return the ways of every line but that of the random gate, then one for each strategy given by options."""
     ways = [EDGE, CLOUD]
     ways += _entropy_line(Strategy(rule=Rank(PUBLISHED_RANK), k=3))
     ways += _entropy_line(Strategy(k=3)) + _entropy_line(Strategy(k=1)) + _entropy_line(Strategy(k=1, look_back=True))
@@ -94,7 +94,7 @@ def list_ways(own: Sequence[Strategy] = ()) -> list[ParetoWay]:
     ways += [ParetoWay("lossless", f"k {k}", Strategy(k=k), mark="lossless, k 4" if k == 4 else "") for k in LENGTHS]
     ways += [way for revise, opinion_risk in OPINION_RISKS.items() for way in _risk_line(revise, opinion_risk)]
     ways += [ParetoWay(PERFECT, _call_limit(most), Strategy(k=4), partial(perfect_gate, most)) for most in MOST_CALLS]
-    return ways + [ParetoWay(OWN, strategy.label, strategy) for strategy in own]
+    return ways + [ParetoWay(GIVEN, strategy.label, strategy) for strategy in given]
 
 
 def random_ways(rates: Sequence[float]) -> list[ParetoWay]:
@@ -108,7 +108,8 @@ def _call_limit(most: float) -> str:
 
 def _risk_line(revise: str, opinion_risk: float) -> list[ParetoWay]:
     usual = REVISE_LOSSLESS
-    marks = dict(zip(Settings.send_above, ["revise"], strict=True)) | {usual.gate.send_above: "revise-lossless"}
+    (default_level,) = Settings.send_above
+    marks = {default_level: "revise", usual.gate.send_above: "revise-lossless"}
     return [
         ParetoWay(
             f"risk gate, revise {revise}",

@@ -189,7 +189,7 @@ def _read_positive(text: str, unit: str) -> float:
     return value
 
 
-def _read_share(text: str, unit: str = "risk") -> float:
+def _read_fraction(text: str, unit: str) -> float:
     value = _read_float(text)
     if not 0 < value <= 1:
         raise ValueError(f"is not a {unit} above 0, at most 1")
@@ -289,7 +289,7 @@ class Settings:
         REVISE_LOSSLESS.gate.threshold,
         "gate risk asks the cloud at once if the risk of the tokens since its last verdict exceeds this; 1 waits for "
         "the end of the caption",
-        _read_share,
+        partial(_read_fraction, unit="risk"),
         many=True,
     )
     send_above: tuple[float, ...] = _option(
@@ -302,8 +302,8 @@ class Settings:
     opinion_risk: tuple[float, ...] = _option(
         "decoding",
         REVISE_LOSSLESS.gate.opinion_risk,
-        "risk of a token that the cloud proposed, under gate risk",
-        _read_share,
+        "risk, under gate risk, of a token that is taken from the cloud's opinions",
+        partial(_read_fraction, unit="risk"),
         many=True,
     )
     revise: tuple[str, ...] = _option(
@@ -381,8 +381,8 @@ class Settings:
     own: float | None = _option(
         "budget",
         None,
-        "chance, such as 0.9, at which a caption must be the cloud's own, token for token; chooses the send level of "
-        "gate risk by --calibration",
+        "chance, such as 0.9, with which a caption is the cloud's own, token for token; chooses the send level of gate "
+        "risk by --calibration",
         _read_chance,
         optional=True,
     )
@@ -398,7 +398,7 @@ class Settings:
         "budget",
         None,
         "share of the tokens that the cloud may write, instead of --cloud-calls",
-        partial(_read_share, unit="share"),
+        partial(_read_fraction, unit="share"),
         optional=True,
     )
     calibration: str | None = _option(
@@ -408,8 +408,8 @@ class Settings:
         "budget",
         None,
         "share of the captions that are verified afterwards, off the clock, if the cloud has not verified them whole: "
-        "shows if the rate that --own promises is the one that the run has",
-        partial(_read_share, unit="share"),
+        "shows if the run keeps the promise of --own",
+        partial(_read_fraction, unit="share"),
         optional=True,
     )
     pair: str = _option("models", "pocket", "the two checkpoints", choices=tuple(pairs.PAIRS))
@@ -520,7 +520,8 @@ class Settings:
     dataset_path: str = _option(
         "data",
         "pocket",
-        "pocket (the clips that ship), a manifest file, or a folder with manifest.json or .jsonl, or one per language",
+        "pocket (the clips that ship), a manifest file, or a folder with manifest.json or .jsonl, or with "
+        "manifest_<language>.json",
     )
     max_samples: int | None = _option(
         "data", None, "number of clips, from the first on; none takes all", _read_count, optional=True

@@ -23,8 +23,8 @@ from edgecloud_sd.forecast.budgets import (
     LevelRange,
     budget_level,
     calibrated_strategy,
+    ending_at,
     gate_at,
-    let_go,
     level_costs,
     own_level,
     own_score,
@@ -71,7 +71,7 @@ def test_the_level_is_just_below_the_promised_place_in_the_scores(n: int, own: f
     assert level == (math.nextafter(place / 1000, 0) if place else ALWAYS_SEND)
 
 
-def test_captions_that_never_differ_are_all_let_go() -> None:
+def test_captions_that_never_differ_are_all_ending_at() -> None:
     assert own_level([0.4, *[math.inf] * 98], 0.9) == NEVER_SEND
     assert own_level([0.0] * 99, 0.9) < 0  # a caption that differs at no risk at all is never let go
 
@@ -93,7 +93,7 @@ def test_the_promise_holds_over_many_calibrations(n: int, own: float) -> None:
     rng = random.Random(n)
     trials = 3000
     wrong = sum(
-        not let_go(draw_caption(rng), own_level([own_score(draw_caption(rng)) for _ in range(n)], own)).is_own
+        not ending_at(draw_caption(rng), own_level([own_score(draw_caption(rng)) for _ in range(n)], own)).is_own
         for _ in range(trials)
     )
     assert wrong / trials <= 1 - own + 3 * math.sqrt(own * (1 - own) / trials)
@@ -103,7 +103,7 @@ def test_the_promise_holds_over_many_calibrations(n: int, own: float) -> None:
 def test_a_caption_differs_exactly_from_its_score_on(risks: list[list[float]]) -> None:
     for endings in (caption(*row) for row in risks):
         for level in (ALWAYS_SEND, 0.0, 0.1, 0.3, 0.5, 1.0):
-            assert let_go(endings, level).is_own == (level < own_score(endings))
+            assert ending_at(endings, level).is_own == (level < own_score(endings))
 
 
 @given(st.integers(0, 2**32), st.sampled_from(["calls", "written_share"]), st.floats(0.01, 2))
@@ -141,7 +141,7 @@ def test_feedback_spends_no_more_than_its_bound(seed: int, budget: Budget) -> No
     excesses = []
     for _ in range(100):
         scale = rng.choice((0.01, 1.0))
-        end = let_go(caption(*(scale * rng.random() for _ in range(rng.randrange(1, 4)))), feedback.level)
+        end = ending_at(caption(*(scale * rng.random() for _ in range(rng.randrange(1, 4)))), feedback.level)
         feedback.observe(end.calls, end.written, end.tokens)
         excesses.append(budget.excess(end.calls, end.written, end.tokens))
         assert ALWAYS_SEND <= feedback.level <= NEVER_SEND
@@ -155,7 +155,7 @@ def test_feedback_reaches_a_budget_from_both_sides() -> None:
         feedback = LevelFeedback(Budget("calls", 1.0), start, LEVEL_RANGES["risk"])
         calls = 0
         for _ in range(800):
-            end = let_go(draw_caption(rng), feedback.level)
+            end = ending_at(draw_caption(rng), feedback.level)
             feedback.observe(end.calls, end.written, end.tokens)
             calls += end.calls
         assert calls / 800 == pytest.approx(1.0, abs=0.05)
@@ -177,7 +177,7 @@ def test_one_decode_shows_what_every_send_level_does(scene: Scene, gate: Gate, r
     trace = decode(calibrated_strategy(strategy), ALWAYS_SEND)
     endings = trace_endings(trace, gate)
     for level in (NEVER_SEND, *(ending.risk for ending in endings[:2] if ending.risk >= 0)):
-        decoded, expected = decode(strategy, level), let_go(endings, level)
+        decoded, expected = decode(strategy, level), ending_at(endings, level)
         counts = metrics.counts(decoded)
         assert counts.cloud_calls == expected.calls
         assert counts.correction + counts.bonus == expected.written

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import pareto, tune
-from bench.ways import CLOUD, EDGE, OWN, PERFECT, list_ways
+from bench.ways import CLOUD, EDGE, GIVEN, PERFECT, list_ways
 
 pytestmark = pytest.mark.slow  # decodes and draws
 CHOSEN = {"revise", "revise-lossless", "lossless, k 4", "published"}
@@ -60,6 +60,6 @@ def test_the_clips_of_a_data_set_and_its_own_strategies_are_compared(
     document = json.loads(page.with_suffix(".json").read_text("utf-8"))
     assert document["clips"] == {"chinese": 2}
     assert document["ways"][0]["quality"]["attributes"]["closed"]["value"] == 0
-    assert [way["label"] for way in document["ways"] if way["line"] == OWN] == [
+    assert [way["label"] for way in document["ways"] if way["line"] == GIVEN] == [
         "speculative-always-k9-greedy-model_lookup"
     ]

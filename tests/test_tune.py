@@ -46,10 +46,10 @@ def test_a_setting_that_the_picture_cannot_use_is_refused(arguments: list[str], 
 
 def test_options_of_decoding_add_their_grid() -> None:
     options = tune.tune_parser().parse_args(["--pareto", "--gate", "always", "--rank", "2,3"])
-    added = tune.own_strategies(options, tune.resolve_settings(options))
+    added = tune.given_strategies(options, tune.resolve_settings(options))
     assert [strategy.label for strategy in added] == ["speculative-always-k3-rank2", "speculative-always-k3-rank3"]
     options = tune.tune_parser().parse_args(["--pareto"])
-    assert not tune.own_strategies(options, tune.resolve_settings(options))
+    assert not tune.given_strategies(options, tune.resolve_settings(options))
 
 
 @pytest.mark.parametrize(

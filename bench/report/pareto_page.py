@@ -9,7 +9,7 @@ from typing import Any
 from bench.gaps import GAP_NAMES, Gap, ParetoPoint
 from bench.report.page import DASH, Block, BulletList, Column, Page, Paragraph, Section, Table, make_picture
 from bench.report.pareto_picture import CostLine, CostPanels, CostPoint, draw_gap_closed
-from bench.ways import EDGE, OWN, PERFECT, RANDOM
+from bench.ways import EDGE, GIVEN, PERFECT, RANDOM
 
 Points = Mapping[str, Sequence[ParetoPoint]]  # keys are languages
 COSTS = {
@@ -70,15 +70,15 @@ def list_points(points: Points) -> Table:
 def _picture(points: Points, metric: str) -> list[Block]:
     """Return the picture of a metric, or the reason why no language has one."""
     name = GAP_NAMES[metric]
-    gaps = {language: [point.gaps[metric] for point in own] for language, own in points.items()}
+    gaps = {language: [point.gaps[metric] for point in language_points] for language, language_points in points.items()}
     missing: list[Block] = [
-        Paragraph(f"{language}: {own[0].reason}")
-        for language, own in gaps.items()
-        if not any(gap.closed for gap in own)
+        Paragraph(f"{language}: {language_gaps[0].reason}")
+        for language, language_gaps in gaps.items()
+        if not any(gap.closed for gap in language_gaps)
     ]
     rows = [
-        CostPanels(language, list(_lines(own, metric)))
-        for language, own in points.items()
+        CostPanels(language, list(_lines(language_points, metric)))
+        for language, language_points in points.items()
         if any(gap.closed for gap in gaps[language])
     ]
     if not rows:
@@ -96,7 +96,7 @@ def _lines(points: Sequence[ParetoPoint], metric: str) -> Iterator[CostLine]:
     for line, members in groupby(points, lambda point: point.way.line):
         is_bound = line in (PERFECT, RANDOM)
         drawn = [_cost_point(point, metric) for point in (*[edge] * is_bound, *members)]
-        yield CostLine(line, [way for way in drawn if way], is_bound, line != OWN)
+        yield CostLine(line, [way for way in drawn if way], is_bound, line != GIVEN)
 
 
 def _cost_point(point: ParetoPoint, metric: str) -> CostPoint | None:
@@ -108,7 +108,7 @@ def _cost_point(point: ParetoPoint, metric: str) -> CostPoint | None:
 
 
 def _each(points: Points) -> Iterator[tuple[str, ParetoPoint]]:
-    return ((language, point) for language, own in points.items() for point in own)
+    return ((language, point) for language, language_points in points.items() for point in language_points)
 
 
 def _show_gap(gap: Gap) -> str:

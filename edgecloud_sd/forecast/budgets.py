@@ -1,14 +1,14 @@
-"""The level of a gate: from a budget of cloud calls, of tokens that the cloud writes, or from a promise.
+"""The level of a gate: from a budget of cloud calls or of tokens that the cloud writes, or from a promise.
 
 The level is the send level f of gate risk. A caption meets that gate at each of its *endings*: its first draft, and the
-redraft after each correction. The gate lets it go at the first ending whose risk R is at most f. Up to there the
-decoding does not depend on f, so that one lossless decode of a clip shows what every f does with it.
+redraft after each correction. The gate lets it go, without another call, at the first ending whose risk R is at most f.
+Up to there the decoding does not depend on f. So one lossless decode of a clip shows what every f does with it.
 
 The promise is "with chance >= 1 - alpha a caption is the cloud's own". Let s_i be the smallest R at which caption i
 would be let go while it differs, or inf. The caption differs if f >= s_i. `own_level` returns an f just below the k-th
 smallest of n scores, with k = floor(alpha (n + 1)). If n clips and a new one are exchangeable, the caption of the new
-one then differs with chance alpha at most. It differs only if at most k of all n + 1 scores are as small as its own,
-which is one of them. At most k of the clips are so placed.
+one then differs with chance alpha at most. It differs only if its score is below the k-th smallest of the others. Among
+n + 1 clips at most k have such a score, and exchangeable clips are equally likely to be one of these.
 
 This is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, arXiv:2208.02814) of the loss "differs",
 which rises with f. The chance is a mean over calibrations and clips. For one calibration it varies as Beta(k, n + 1 -
@@ -33,7 +33,7 @@ NEVER_SEND = 1.0  # a send level that no risk exceeds
 
 
 class LevelRange(NamedTuple):
-    """The levels that a feedback may give a gate, and the step for one call or token."""
+    """The levels that feedback may give a gate, and the step for each call or token beyond a budget."""
 
     low: float
     high: float
@@ -87,7 +87,7 @@ class LevelCost:
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on `calls` per caption, or on the `written_share` of the tokens."""
+    """A limit on the mean of one figure of `LevelCost`. Its `kind` is `calls` or `written_share`."""
 
     kind: str
     limit: float
@@ -116,7 +116,7 @@ def calibrated_strategy(strategy: Strategy) -> Strategy:
 def trace_endings(trace: Trace, gate: Gate) -> Endings:
     """Return the endings of a caption that was decoded losslessly under gate risk.
 
-    A request that exceeded the gate's limit B was no ending: it is sent at every f.
+    A request because the risk exceeded the gate's limit B is no ending: it is sent at every f.
     """
     endings: list[Ending] = []
     final = calls = written = 0
@@ -135,7 +135,7 @@ def trace_endings(trace: Trace, gate: Gate) -> Endings:
     return (*endings, Ending(-math.inf, calls, written, len(trace.tokens), True))
 
 
-def let_go(endings: Endings, level: float) -> Ending:
+def ending_at(endings: Endings, level: float) -> Ending:
     """Return the ending at which a caption is let go at a send level."""
     return next(ending for ending in endings if ending.risk <= level)
 
@@ -146,7 +146,7 @@ def own_score(endings: Endings) -> float:
 
 
 def own_place(n: int, own: float) -> int:
-    """Return floor(alpha (n + 1)) for alpha = 1 - own, with `own` read as the decimal number that it is printed as."""
+    """Return k = floor(alpha (n + 1)) for alpha = 1 - own. `own` counts as the decimal number that it prints as."""
     return math.floor((1 - Fraction(repr(own))) * (n + 1))
 
 
@@ -164,14 +164,14 @@ def level_costs(captions: Sequence[Endings]) -> list[LevelCost]:
     risks = {ending.risk for endings in captions for ending in endings if ending.risk >= 0}
     costs = []
     for level in (ALWAYS_SEND, *sorted(risks)):
-        last = [let_go(endings, level) for endings in captions]
+        last = [ending_at(endings, level) for endings in captions]
         calls, written, tokens = (sum(getattr(end, name) for end in last) for name in ("calls", "written", "tokens"))
         costs.append(LevelCost(level, calls / len(last), written / tokens))
     return costs
 
 
 def budget_level(costs: Iterable[LevelCost], budget: Budget) -> float:
-    """Return the lowest level within a budget, so the one nearest to the cloud's captions.
+    """Return the lowest level within a budget. Its captions are the nearest to the cloud's.
 
     Raise ValueError if no level is within it.
     """
@@ -188,9 +188,9 @@ class LevelFeedback:
     """A level that follows a budget without a calibration: it moves after each caption.
 
     It rises by `step` for each call or token that a caption spent beyond the budget, and falls by as much for each one
-    less. `state` is the level before it is held to the range. If a caption at its top, `high`, spends nothing, the mean
-    excess of T captions is at most (high - low + step * largest excess) / (step T). No caption can change that. The
-    argument is that of adaptive conformal inference (Gibbs and Candes, arXiv:2106.00170).
+    less. `state` is the level before it is limited to the range. Any T captions have a mean excess of at most
+    (high - low + step * largest excess) / (step T), if captions at the level `high` spend nothing. The argument is that
+    of adaptive conformal inference (Gibbs and Candes, arXiv:2106.00170).
     """
 
     budget: Budget
@@ -204,12 +204,13 @@ class LevelFeedback:
 
     def observe_counts(self, counts: Counts) -> None:
         """Move the level after a caption with these counts."""
-        self.observe(counts.cloud_calls, counts.correction + counts.bonus, counts.tokens)
+        self.observe(counts.cloud_calls, counts.written, counts.tokens)
 
     def observe(self, calls: int, written: int, tokens: int) -> None:
         """Move the level after a caption.
 
-        A debt beyond `high` is paid back, up to the width of the range. Saving beyond `low` earns nothing.
+        The state may exceed `high` by the width of the range, and captions must then save as much. It never falls below
+        `low`, so what captions save there is not spent later.
         """
         low, high, step = self.range
         moved = self.state + step * self.budget.excess(calls, written, tokens)

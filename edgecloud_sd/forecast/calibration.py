@@ -26,7 +26,7 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True)
 class Conditions:
-    """All that a calibration depends on. A level is chosen under the same conditions only.
+    """All that a calibration depends on. It chooses a level only for a run under the same conditions.
 
     `strategy` is the label of the strategy at the lowest level of its gate. `prompt` is a digest of the task's text.
     """
@@ -44,9 +44,9 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The costs of levels on clips, and the score s of each clip (see `budgets`). `name` is that of the file.
+    """The costs of a gate's levels on clips, and the score s of each clip (see `budgets`).
 
-    Only gate risk with a lossless rule has scores.
+    `name` is that of the file. Only gate risk with a lossless rule has scores.
     """
 
     name: str
@@ -92,7 +92,7 @@ def choose_own(calibration: Calibration, own: float) -> GateChoice:
         return GateChoice(level, f"{calibration.name}: {why}, so every caption is sent: lossless")
     chance = f"a caption differs from the cloud's own with chance {place / (n + 1):.3f} at most"
     source = f"send level {level:.4g}, below score {place} of {n} in {calibration.name}"
-    return GateChoice(level, f"{source}: {chance}{_show(calibration, level)}")
+    return GateChoice(level, f"{source}: {chance}{_describe_cost(calibration, level)}")
 
 
 def choose_budget(calibration: Calibration, budget: Budget) -> GateChoice:
@@ -102,11 +102,13 @@ def choose_budget(calibration: Calibration, budget: Budget) -> GateChoice:
     except ValueError as error:
         raise CalibrationError(f"{calibration.name}: {error}") from None
     return GateChoice(
-        level, f"level {level:.4g} by {len(calibration.clips)} clips in {calibration.name}{_show(calibration, level)}"
+        level,
+        f"level {level:.4g} by {len(calibration.clips)} clips in {calibration.name}"
+        f"{_describe_cost(calibration, level)}",
     )
 
 
-def _show(calibration: Calibration, level: float) -> str:
+def _describe_cost(calibration: Calibration, level: float) -> str:
     cost = calibration.cost_at(level)
     return f"; there {cost.calls:.2f} calls a caption, and the cloud wrote {cost.written_share:.3f} of the tokens"
 
@@ -171,10 +173,10 @@ def _read_scores(path: Path, saved: list[Any], clips: int) -> tuple[float, ...]:
     return tuple(scores)
 
 
-def _numbers(texts: list[Any], most: float = sys.float_info.max) -> list[float] | None:
-    """Return the numbers that texts write, or None if one writes another thing."""
+def _numbers(saved: list[Any], most: float = sys.float_info.max) -> list[float] | None:
+    """Return saved values as numbers, or None if one of them is no number up to `most`."""
     try:
-        numbers = [float(text) for text in texts]
+        numbers = [float(value) for value in saved]
     except (TypeError, ValueError):
         return None
     return numbers if all(-math.inf < number <= most for number in numbers) else None
