@@ -638,6 +638,7 @@ def _check(settings: Settings) -> None:
     """Raise ConfigError for values that do not fit together."""
     _check_clock(settings)
     _check_task_texts(settings)
+    _check_margins(settings)
     _check_budget(settings)
     _check_lookup(settings)
     limited = [name for name in ("max_cpu_cores", "max_memory_gb") if getattr(settings, name) is not None]
@@ -654,6 +655,16 @@ def _check(settings: Settings) -> None:
         )
     if settings.cloud_key_file and settings.cloud_url in (None, AUTO):
         raise ConfigError("--cloud-key-file: is for a server at --cloud-url http://...")
+
+
+def _check_margins(settings: Settings) -> None:
+    """Raise ConfigError for a threshold that is no difference of two probabilities, under a gate that reads one."""
+    margins = [name for name in settings.gate if name in ("margin", "token(margin)")]
+    if margins and "speculative" in settings.mode and max(settings.threshold) > 1:
+        raise ConfigError(
+            f"--threshold: {max(settings.threshold):g} is no difference of two probabilities, which --gate "
+            f"{margins[0]} reads: give a number above 0, at most 1"
+        )
 
 
 def _check_budget(settings: Settings) -> None:

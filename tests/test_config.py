@@ -373,6 +373,10 @@ def test_an_option_that_does_not_fit_the_place_of_the_cloud_is_refused(options: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"gate": "token(margin),always", "threshold": "0.5,1.5"},
+            "--threshold: 1.5 is no difference of two probabilities, which --gate token(margin) reads",
+        ),
         ({"own": "1"}, "--own: '1' is not a chance above 0 and below 1"),
         ({"cloud-calls": "0"}, "--cloud-calls: '0' is not a number above 0"),
         ({"cloud-budget": "1.5"}, "--cloud-budget: '1.5' is not a share above 0, at most 1"),
