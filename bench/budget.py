@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from edgecloud_sd.config import BUDGETS, Settings
-from edgecloud_sd.forecast.budgets import gate_level
+from edgecloud_sd.forecast.budgets import gate_at, stated_level
 from edgecloud_sd.grid import find_feedback, has_chosen_level
 from edgecloud_sd.measure.audit import AuditCount
 from edgecloud_sd.measure.metrics import Counts, degraded_reason
 from edgecloud_sd.measure.summary import ClipResult
 from edgecloud_sd.strategy import Strategy
 
+NO_DRAW = "no clip"  # begins the reason of an audit that could have drawn one
 NO_BUDGET = "neither --own, --cloud-calls nor --cloud-budget chose the level of this cell's gate"
 
 
@@ -30,25 +31,32 @@ def budget_parts(settings: Settings, strategy: Strategy, captions: Sequence[Clip
 
 def budget_lines(parts: dict[str, Any], name: str) -> Iterator[str]:
     """Yield the lines on the budget and the audit of a cell at the end of a run."""
-    if budget := parts["budget"]:
+    return (f"- {name}: {note}" for note in budget_notes(parts))
+
+
+def budget_notes(parts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the budget and the audit of a cell say. Results files of an earlier version have neither."""
+    if budget := parts.get("budget"):
         given = f"--{budget['option'].replace('_', '-')} {budget['value']:g} by {budget['by']}: {budget['reason']}"
         spent = (
             f"{budget['calls']:.2f} calls a caption, and the cloud wrote {budget['written_share']:.3f} of the tokens"
         )
-        yield f"- {name}: {given}. Here {spent}"
-    if audit := parts["audit"]:
-        yield f"- {name}: {'warning: ' if audit['is_broken'] else ''}audit: {audit['sentence']}"
+        yield f"{given}. Here {spent}"
+    if audit := parts.get("audit"):
+        yield f"{'warning: ' if audit['is_broken'] else ''}audit: {audit['sentence']}"
+    elif (reason := parts["reasons"].get("audit", "")).startswith(NO_DRAW):
+        yield f"audit: {reason}"
 
 
 def _describe_budget(settings: Settings, strategy: Strategy, captions: Sequence[ClipResult]) -> dict[str, Any] | None:
     if not has_chosen_level(settings, strategy):
         return None
     option, value = next((name, value) for name in ("own", *BUDGETS) if (value := getattr(settings, name)) is not None)
-    first = last = gate_level(strategy.gate)
+    first = last = stated_level(strategy.gate)
     if feedback := find_feedback(settings, strategy):
         for result in captions:
             feedback.observe_counts(result.counts)
-        last = feedback.level
+        last = stated_level(gate_at(strategy.gate, feedback.level))
     counts = sum((result.counts for result in captions), Counts())
     calibrated, choice = settings.calibrated, settings.gate_choice
     return {
@@ -76,7 +84,7 @@ def count_audit(settings: Settings, strategy: Strategy, captions: Sequence[ClipR
     drawn = [result for result in captions if result.is_own is not None]
     if not drawn:
         clips = "answered by the cloud" if any(degraded_reason(result.trace) for result in captions) else "of the cell"
-        return f"no clip {clips} was drawn: raise --audit or caption more clips"
+        return f"{NO_DRAW} {clips} was drawn: raise --audit or caption more clips"
     promised = round(1 - settings.own, 12) if settings.own and has_chosen_level(settings, strategy) else None
     # a lossy rule accepts other tokens than the cloud's own, so its verdicts answer nothing
     verified = sum(result.counts.local > 0 or not strategy.rule.is_lossless for result in drawn)

@@ -17,7 +17,8 @@ from bench.gate_calibration import calibrate_gate, find_strategy
 from edgecloud_sd.acceptance import Rank
 from edgecloud_sd.config import Settings, resolve
 from edgecloud_sd.events import Committed, Degraded, Finished, Prepared, Trace
-from edgecloud_sd.forecast.calibration import load_calibration, save_calibration
+from edgecloud_sd.forecast.budgets import Budget, LevelCost
+from edgecloud_sd.forecast.calibration import choose_budget, load_calibration, save_calibration
 from edgecloud_sd.grid import strategies
 from edgecloud_sd.host.utilization import unmeasured
 from edgecloud_sd.measure.audit import AuditCount
@@ -88,7 +89,9 @@ def test_a_figure_without_a_value_has_a_reason(
 def test_captions_that_the_edge_finished_alone_are_not_audited(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, audit="1")
     parts = budget_parts(settings, strategies(settings)[0], make_captions([None], Degraded("the cloud failed")))
-    assert parts["reasons"] == {"audit": "no clip answered by the cloud was drawn: raise --audit or caption more clips"}
+    reason = "no clip answered by the cloud was drawn: raise --audit or caption more clips"
+    assert parts["reasons"] == {"audit": reason}
+    assert [*budget_lines(parts, "cell")][1:] == [f"- cell: audit: {reason}"]
 
 
 def test_a_feedback_is_replayed_for_the_results(tmp_path: Path) -> None:
@@ -98,6 +101,16 @@ def test_a_feedback_is_replayed_for_the_results(tmp_path: Path) -> None:
     assert (budget["by"], budget["first_level"], budget["calibration"]) == ("feedback", 0.5, None)
     assert budget["last_level"] == pytest.approx(0.5 - 3 * 0.05)  # three captions without a call
     assert (budget["calls"], budget["written_share"]) == (0, 0)
+
+
+def test_the_levels_of_a_margin_are_those_of_its_option() -> None:
+    settings = resolve({"mode": "speculative", "gate": "token(margin)", "threshold": "0.5", "cloud-calls": "1"})
+    budget = budget_parts(settings, strategies(settings)[0], make_captions([None] * 2))["budget"]
+    assert (budget["first_level"], budget["last_level"]) == (0.5, pytest.approx(0.6))
+    assert budget["reason"] == "the level went from 0.5 to 0.6"
+    margins = replace(CALIBRATION.conditions, strategy="speculative-tokenM1-k1-greedy")
+    calibrated = replace(CALIBRATION, conditions=margins, costs=(LevelCost(-0.3, 1.0, 0.03),), scores=())
+    assert choose_budget(calibrated, Budget("calls", 1)).reason.startswith("level 0.3 by 4 clips")
 
 
 def test_clips_of_the_calibration_are_named(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from bench.report.render import to_markdown
 from bench.report.runs import read_run
 from edgecloud_sd.gate import entropy_gate
 from edgecloud_sd.host.errors import EXIT_INTERRUPTED
+from edgecloud_sd.measure.audit import AuditCount
 from edgecloud_sd.measure.breakdown import PARTS
 from edgecloud_sd.measure.intervals import Interval
 from edgecloud_sd.measure.results import SCHEMA_VERSION
@@ -320,6 +321,18 @@ def test_the_summary_has_every_measured_metric_and_reasons_for_the_others(small_
     assert "| H1 k2 greedy | lossy | 250.0 | 10.0 | 6000.0 | 0.800 | 0.400 | 100 |" in markdown
     assert "- **METEOR**: no Java" in markdown
     assert f'title="{METRICS["ttft"].meaning} (lower is better)"' in small_report[0]
+
+
+def test_the_report_says_what_a_budget_and_an_audit_say(tmp_path: Path) -> None:
+    revised = cell("speculative")
+    chosen = {"option": "own", "value": 0.9, "by": "calibration", "calibration": "zh.yaml", "calibration_clips": 9}
+    spent = {"reason": "level 0.3", "first_level": 0.3, "last_level": 0.3, "calls": 1.0, "written_share": 0.1}
+    audit = AuditCount(4, 4, 3, 0.1)
+    figures = {"rate": audit.rate, "p": audit.p, "is_broken": audit.is_broken, "sentence": audit.sentence()}
+    revised["metrics"] |= {"budget": chosen | spent, "audit": asdict(audit) | figures}
+    text = write_report(tmp_path, save(tmp_path / "a.json", [cell("edge"), revised]))[1]
+    assert "--own 0.9 by calibration: level 0.3. Here 1.00 calls a caption" in text
+    assert "warning: audit: 3 of 4 drawn captions differ" in text
 
 
 def test_speedups_quality_gap_and_forecast_are_shown(small_report: tuple[str, str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench import comparison, payoff
+from bench.budget import budget_notes
 from bench.comparison import Document
 from bench.report import pictures
 from bench.report.captions import list_captions
@@ -43,7 +44,7 @@ def build_run_page(run: Run, quality: str, max_clips: int) -> Page:
     for language, cells in groups.items():
         sections += list_sections(
             {
-                "Summary": summarise_metrics(cells),
+                "Summary": [*summarise_metrics(cells), *list_budgets(cells)],
                 "Where the time goes": show_breakdown(cells),
                 "Latency against quality": compare_latency_and_quality(cells, quality),
                 "Acceptance by position": [*show_acceptance(cells), *show_accepted_lengths(cells)],
@@ -131,6 +132,12 @@ def summarise_metrics(cells: Sequence[ReportCell]) -> list[Block]:
     if other_reasons:
         blocks.append(BulletList(other_reasons, fold_title="Reasons for the other dashes"))
     return [*blocks, BulletList(meanings, fold_title="Meaning of each metric")]
+
+
+def list_budgets(cells: Sequence[ReportCell]) -> list[Block]:
+    """Return what the budget, the promise and the audit of each cell say."""
+    notes = [(cell.label, note) for cell in cells for note in budget_notes(cell.document["metrics"])]
+    return [Paragraph("Budgets, promises and audits:"), BulletList(notes)] if notes else []
 
 
 def show_breakdown(cells: Sequence[ReportCell]) -> list[Block]:

@@ -58,6 +58,11 @@ def gate_level(gate: Gate) -> float:
     return gate.send_above if gate.name == "risk" else gate.threshold
 
 
+def stated_level(gate: Gate) -> float:
+    """Return the level of a gate as its option states it: a margin has no sign."""
+    return gate.send_above if gate.name == "risk" else gate.limit
+
+
 @dataclass(frozen=True)
 class Ending:
     """A moment at which gate risk may let a caption go, with the caption as it is then.

@@ -55,6 +55,11 @@ class Calibration:
     costs: tuple[LevelCost, ...]
     scores: tuple[float, ...] = ()
 
+    @property
+    def has_margins(self) -> bool:
+        """True if the levels are margins with their signs changed."""
+        return "-tokenM" in self.conditions.strategy
+
     def check(self, conditions: Conditions) -> None:
         """Raise CalibrationError for other conditions than the file's."""
         for field in fields(Conditions):
@@ -101,11 +106,9 @@ def choose_budget(calibration: Calibration, budget: Budget) -> GateChoice:
         level = budget_level(calibration.costs, budget)
     except ValueError as error:
         raise CalibrationError(f"{calibration.name}: {error}") from None
-    return GateChoice(
-        level,
-        f"level {level:.4g} by {len(calibration.clips)} clips in {calibration.name}"
-        f"{_describe_cost(calibration, level)}",
-    )
+    stated = -level if calibration.has_margins else level
+    source = f"level {stated:.4g} by {len(calibration.clips)} clips in {calibration.name}"
+    return GateChoice(level, source + _describe_cost(calibration, level))
 
 
 def _describe_cost(calibration: Calibration, level: float) -> str:
