@@ -43,7 +43,7 @@ SUMMARY_COLUMNS: dict[str, tuple[str, str, float]] = {
     "METEOR": ("meteor", ".3f", 1),
     "CIDEr": ("cider", ".2f", 1),
     "acceptance": ("acceptance_rate", ".3f", 1),
-    "cloud calls": ("cloud_call_rate", ".3f", 1),
+    "cloud calls": ("cloud_calls", ".2f", 1),
     "corrections": ("correction_rate", ".3f", 1),
     "missed": ("missed_corrections", ".3f", 1),
 }

@@ -317,7 +317,7 @@ def test_a_cell_without_verifications_has_no_histogram(tmp_path: Path, lengths: 
 
 def test_the_summary_has_every_measured_metric_and_reasons_for_the_others(small_report: tuple[str, str]) -> None:
     markdown = small_report[1]
-    assert "| cell | output | TTFT ms | OTPS tokens/s | total ms | BLEU-4 | cloud calls | CPU % |" in markdown
+    assert "| cell | output | TTFT ms | OTPS tokens/s | total ms | BLEU-4 | escalated rounds | CPU % |" in markdown
     assert "| H1 k2 greedy | lossy | 250.0 | 10.0 | 6000.0 | 0.800 | 0.400 | 100 |" in markdown
     assert "- **METEOR**: no Java" in markdown
     assert f'title="{METRICS["ttft"].meaning} (lower is better)"' in small_report[0]

@@ -217,7 +217,7 @@ def compare_latency_and_quality(cells: Sequence[ReportCell], quality: str) -> li
         Column("cell", is_text=True),
         Column("s per caption", METRICS["total"].meaning),
         Column(metric_name(quality), METRICS[quality].meaning),
-        Column("cloud calls", METRICS["cloud_call_rate"].meaning),
+        Column(metric_name("cloud_call_rate"), METRICS["cloud_call_rate"].meaning),
         Column("on the front", "no other cell is as fast and as good, and better in one of the two", is_text=True),
     ]
     numbers = Table(columns, rows, fold_title="The numbers")
