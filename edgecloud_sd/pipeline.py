@@ -122,22 +122,9 @@ def generation_events(
     finish_alone = finish_alone and strategy.needs_edge
     prompt = harness.prepared(build_prompt)
     yield Prepared(len(prompt.ids))
-    verifier: Verifier | None = None
+    verifier = None
     if cloud and strategy.asks_cloud:
-        start = harness.watch.seconds()
-        try:
-            if fault:
-                raise fault
-            verifier = cloud.verifier(strategy.rule, harness, strategy.wants_rest)
-        except CloudFault as error:
-            if not finish_alone:
-                raise
-            if not fault:
-                harness.record_fault(error, start)
-            harness.count_messages()
-            harness.mark_breaker(error)
-            verifier = FailedVerifier(error)
-        verifier = harness.deferred(verifier, strategy.prefill) if strategy.is_speculative else verifier
+        verifier = _open_verifier(cloud, strategy, harness, fault, finish_alone)
     lengths = adaptive_k.for_generation() if adaptive_k else None
     lookup = open_lookup(prompt.ids) if open_lookup else None
     runtime = Runtime(
@@ -152,6 +139,27 @@ def generation_events(
     events = lookup.observe(events) if lookup else events
     observed = lengths.observe(events, harness.watch.seconds) if lengths else events
     yield from harness.with_corrections(observed)  # outside, so that adaptive k takes no correction for a step
+
+
+def _open_verifier(
+    cloud: Cloud, strategy: Strategy, harness: Harness, fault: CloudFault | None, finish_alone: bool
+) -> Verifier:
+    """Return the verifier of a generation. After a fault of the cloud it fails, if the edge may finish alone."""
+    start = harness.watch.seconds()
+    verifier: Verifier
+    try:
+        if fault:
+            raise fault
+        verifier = cloud.verifier(strategy.rule, harness, strategy.wants_rest)
+    except CloudFault as error:
+        if not finish_alone:
+            raise
+        if not fault:
+            harness.record_fault(error, start)
+        harness.count_messages()
+        harness.mark_breaker(error)
+        verifier = FailedVerifier(error)
+    return harness.deferred(verifier, strategy.prefill) if strategy.is_speculative else verifier
 
 
 def count_shared_ids(edge: HFModel, cloud_size: int) -> int | None:
