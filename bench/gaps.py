@@ -60,7 +60,7 @@ def compare_ways(
     return [
         ParetoPoint(
             way,
-            calls=fmean(metrics.cloud_calls(metrics.counts(trace)) for trace in decoded),
+            calls=fmean(metrics.caption_calls(metrics.counts(trace)) for trace in decoded),
             positions=fmean(metrics.counts(trace).cloud_positions for trace in decoded),
             seconds=fmean(trace.seconds for trace in decoded),
             speedup=intervals.speedup(cloud_seconds, [trace.seconds for trace in decoded]),

@@ -213,7 +213,7 @@ def summary_line(trace: Trace) -> str:
     parts = [f"{count(counts.tokens, 'token')} ({', '.join(origins)})"]
     if counts.retracted:
         parts.append(f"{counts.retracted} taken back")
-    calls = metrics.cloud_calls(counts)
+    calls = metrics.caption_calls(counts)
     if counts.rounds or calls:
         unanswered = f" ({counts.unanswered_calls} unanswered)" if counts.unanswered_calls else ""
         rounds = f" in {count(counts.rounds, 'round')}" if counts.rounds else ""

@@ -127,8 +127,8 @@ def test_a_caption_ends_when_its_last_token_is_final() -> None:
 
 def test_mode_cloud_asks_once_for_a_caption() -> None:
     counts = metrics.counts(Trace(((1.0, Committed((2,), "cloud")), (2.0, Committed((3,), "cloud")))))
-    assert (metrics.cloud_calls(counts), counts.cloud_calls, counts.cloud_positions) == (1, 0, 2)
-    assert metrics.cloud_calls(metrics.counts(TRACE)) == 2
+    assert (metrics.caption_calls(counts), counts.cloud_calls, counts.cloud_positions) == (1, 0, 2)
+    assert metrics.caption_calls(metrics.counts(TRACE)) == 2
 
 
 @pytest.mark.parametrize(

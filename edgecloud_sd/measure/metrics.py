@@ -292,8 +292,8 @@ def counts(trace: Trace) -> Counts:
     )
 
 
-def cloud_calls(caption: Counts) -> int:
-    """Return how often one caption asked the cloud for tokens. In mode cloud it did so once."""
+def caption_calls(caption: Counts) -> int:
+    """Return the cloud calls of one caption. Mode cloud has no rounds, and its one request counts as a call."""
     return 1 if caption.cloud else caption.cloud_calls
 
 

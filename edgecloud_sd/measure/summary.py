@@ -401,7 +401,7 @@ def _round_figures(results: Sequence[ClipResult], counts: metrics.Counts) -> Fig
         "discarded_draft": fmean(breakdown.discarded for breakdown in breakdowns) if counts.rounds else None,
         "round_trip_exposed": fmean(breakdown.exposed for breakdown in breakdowns) if counts.answered_calls else None,
         "round_trip_hidden": fmean(breakdown.hidden for breakdown in breakdowns) if has_hidden else None,
-        "cloud_calls": fmean(metrics.cloud_calls(result.counts) for result in results),
+        "cloud_calls": fmean(metrics.caption_calls(result.counts) for result in results),
         "unanswered_calls": counts.unanswered_calls / len(results) if counts.rounds else None,
         "retracted": counts.retracted / len(results) if counts.rounds else None,
         **{name: getattr(counts, name) for name in COUNT_RATES},
