@@ -164,7 +164,7 @@ def decode_all(
     name, total = clips[0].language, len(clips) * (len(ways) + len(perfect))
     with tqdm(total=total, desc=name, unit="caption", disable=None, leave=False) as bar:
 
-        def decode_each(chosen: Sequence[ParetoWay]) -> None:
+        def decode_chosen(chosen: Sequence[ParetoWay]) -> None:
             traces.update((way, []) for way in chosen)
             for place, clip in enumerate(clips):
                 for way in chosen:
@@ -172,7 +172,7 @@ def decode_all(
                     traces[way].append(bench.decode(clip, way, target))
                     bar.update()
 
-        decode_each(ways)
+        decode_chosen(ways)
         rates = [sum(map(metrics.counts, traces[way]), metrics.Counts()).cloud_call_rate for way in perfect]
-        decode_each(random_ways(sorted({rate for rate in rates if rate})))
+        decode_chosen(random_ways(sorted({rate for rate in rates if rate})))
     return traces

@@ -38,9 +38,9 @@ def iterate_held_out(
         for skipped in data.skipped:
             warnings.warn(f"{skipped.file_id} is left out: {skipped.reason}", stacklevel=2)
         for entry in data.clips:
-            named = voices.read_attributes(entry.references[0], language)
+            attributes = voices.read_attributes(entry.references[0], language)
             prompt = _fitting_prompt(pipeline, settings, data.request(entry))
-            yield HeldOutClip(entry.file_id, language, prompt, entry.references, named)
+            yield HeldOutClip(entry.file_id, language, prompt, entry.references, attributes)
         return
     for index in range(LANGUAGES.index(language), count * len(LANGUAGES), len(LANGUAGES)):
         clip = clips.make_clip(set_name, index)

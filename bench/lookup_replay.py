@@ -35,8 +35,8 @@ UNIT_NAMES = {"chinese": "characters", "english": "words"}
 class HistoryReplay:
     """The drafts for the second half of the captions of a run. A call verifies one draft, which may be empty.
 
-    `accepted[i]` is the number of calls that accept more than i units. Each call adds one unit of the verifying model's
-    own. The end of a caption counts as a unit, and always as its own.
+    `accepted[i]` is the number of calls that accept more than i units. Each call also writes one unit of the verifying
+    model. The end of a caption counts as a unit, and never as an accepted one.
     """
 
     mode: str
@@ -54,7 +54,7 @@ class HistoryReplay:
 
     @property
     def units_per_call(self) -> float:
-        """Accepted units and the own one per call; ratio of sums."""
+        """Units that a call writes, the verifying model's one included; ratio of sums."""
         return self.units / self.calls
 
     @property
@@ -106,7 +106,7 @@ def replay_caption(lookup: Lookup, caption: Sequence[int], length: int) -> list[
     while written < len(caption):
         draft = lookup.propose([0, *caption[:written]], length)
         pairs = list(zip(draft, caption[written:-1], strict=False))
-        accepted = next((place for place, (own, right) in enumerate(pairs) if own != right), len(pairs))
+        accepted = next((place for place, (drafted, right) in enumerate(pairs) if drafted != right), len(pairs))
         rounds.append((len(draft), accepted))
         written += accepted + 1
     return rounds

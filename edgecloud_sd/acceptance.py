@@ -151,15 +151,15 @@ class Synthetic:
 def build_verdict(
     draft: Sequence[int], accepts: Iterable[bool], best: Sequence[int], wants_rest: bool = True
 ) -> Verdict:
-    """Return the verdict on `draft` if the rule accepts a token of it where `accepts` is True.
+    """Return the verdict on `draft`. `accepts` says for each of its tokens if the rule accepts it.
 
-    `accepts` is read up to the first False if the verdict needs no rest. `best` are the target's most likely tokens at
-    the places of the draft, and at the place after it.
+    Without a rest, `accepts` is read up to the first False. `best` has the target's most likely token at each place of
+    the draft, and at the place after it.
     """
     answers = iter(accepts)
     accepted = sum(1 for _ in itertools.takewhile(bool, answers))
     later = zip(draft[accepted + 1 :], answers, best[accepted + 1 :], strict=False) if wants_rest else ()
-    return Verdict(accepted, best[accepted], tuple(token if is_kept else top for token, is_kept, top in later))
+    return Verdict(accepted, best[accepted], tuple(token if is_accepted else top for token, is_accepted, top in later))
 
 
 def uniform(seed: bytes, place: int) -> float:
