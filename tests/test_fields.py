@@ -54,7 +54,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (stopping({1.5}, 3), "eos must be a whole number, not 1.5"),
     (stopping({-1}, 3), "eos must be at least 0, not -1"),
     (stopping({1}, 0), "max_new_tokens must be at least 1, not 0"),
-    (lambda: Gate("entropy", 0.0), "gate 'entropy' without a score cannot have threshold 0: use entropy_gate"),
+    (lambda: Gate("entropy", 0.0), "gate 'entropy' without a score cannot have threshold 0: use parse_gate"),
     (lambda: Gate("entropy", math.nan, probs.entropy), "threshold must be a number, not nan"),
     (lambda: Gate("entropy", 0.0, probs.entropy), "gate 'entropy' with a score cannot have threshold 0"),
     (lambda: Gate("entropy", math.inf, probs.entropy), "cannot have threshold inf"),
