@@ -295,7 +295,8 @@ class Settings:
     send_above: tuple[float, ...] = _option(
         "decoding",
         0.5,
-        "gate risk sends a caption at its end if the risk since the last verdict exceeds this; below 0 it always sends",
+        "the send level: gate risk sends a caption at its end if the risk since the last verdict exceeds this; below 0 "
+        "it always sends",
         _read_send_level,
         many=True,
     )
@@ -309,9 +310,10 @@ class Settings:
     revise: tuple[str, ...] = _option(
         "decoding",
         Strategy.revise,
-        "how the edge redrafts after a correction: alone (none), or with the cloud's opinions on the rest of its "
-        "draft, where it repeats itself (repeat), there and after two equal tokens (context), or also where it repeats "
-        "itself after two or three equal tokens elsewhere in the old draft (aligned)",
+        "how the edge redrafts after a correction: alone (none), or with the cloud's opinions on its old draft; "
+        "it takes an opinion if its own token is that of the old draft (repeat), also if the two tokens before are "
+        "(context), or also like repeat after equal tokens elsewhere in the old draft, for captions in which places "
+        "shift (aligned)",
         choices=REVISE_NAMES,
         many=True,
     )
@@ -389,7 +391,7 @@ class Settings:
     cloud_calls: float | None = _option(
         "budget",
         None,
-        "calls of the cloud per caption, in the mean; chooses the level of gate risk or token by --calibration, or by "
+        "cloud calls per caption, in the mean; chooses the level of gate risk or token by --calibration, or by "
         "feedback after each caption",
         partial(_read_positive, unit="a number"),
         optional=True,

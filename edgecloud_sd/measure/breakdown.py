@@ -91,7 +91,7 @@ def discarded_seconds(trace: Trace) -> float:
 
 
 class _DraftSeconds:
-    """The seconds of the forward passes behind each drafted token, as long as the token's fate is open."""
+    """The seconds of the forward passes behind each drafted token, until it is final or discarded."""
 
     def __init__(self, trace: Trace) -> None:
         self._passes = deque(span for span in trace.spans if span.part == "draft")

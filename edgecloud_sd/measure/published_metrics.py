@@ -243,7 +243,6 @@ CLIP_METRICS = {
     ),
     **_ROUNDS,
 }
-SERIES = (*_TIMES, *_USE)
 STATISTICS = {"mean": mean_or_none, "min": min_or_none, "max": max_or_none}
 
 
