@@ -57,9 +57,10 @@ class Gate:
             is_valid = self.name not in constants and _is_limit(self.name, self.limit)
         if not is_valid:
             has_score = "without a score" if self.score is None else "with a score"
+            is_share = self.name == "risk" or self.statistic == "margin"
             raise ValueError(
                 f"gate {self.name!r} {has_score} cannot have threshold {self.limit:g}: "
-                "use parse_gate(name, threshold), ALWAYS or NEVER"
+                f"use parse_gate(name, threshold) with one above 0{' and at most 1' * is_share}, ALWAYS or NEVER"
             )
         if self.name == "risk" and not (self.send_above <= 1 and 0 <= self.opinion_risk <= 1):
             raise ValueError(

@@ -14,7 +14,7 @@ import torch
 
 from edgecloud_sd import gate, probs
 from edgecloud_sd.acceptance import Rank, Synthetic, parse_rule
-from edgecloud_sd.gate import ALWAYS, DraftStop, Gate, entropy_gate, parse_draft_stop
+from edgecloud_sd.gate import ALWAYS, DraftStop, Gate, entropy_gate, parse_draft_stop, parse_gate
 from edgecloud_sd.pipeline import Pipeline, Request
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.strategy import Strategy
@@ -58,6 +58,10 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: Gate("entropy", math.nan, probs.entropy), "threshold must be a number, not nan"),
     (lambda: Gate("entropy", 0.0, probs.entropy), "gate 'entropy' with a score cannot have threshold 0"),
     (lambda: Gate("entropy", math.inf, probs.entropy), "cannot have threshold inf"),
+    (
+        lambda: parse_gate("margin", 1.5),
+        r"'margin' with a score cannot have threshold 1.5: use .* above 0 and at most 1",
+    ),
     (lambda: Gate("always", math.inf), "gate 'always' without a score cannot have threshold inf"),
     (lambda: Gate("never", math.inf, probs.entropy), "gate 'never' with a score cannot"),
     (lambda: Gate("entropy", "1.5", probs.entropy), "threshold must be a number, not '1.5'"),  # type: ignore[arg-type]
