@@ -99,6 +99,7 @@ def test_adaptive_k_takes_little_more_time_than_the_best_fixed_k(name: str, ahea
     assert seconds(run, machines, link, captions, ahead) <= most * min(fixed.values())
 
 
+@pytest.mark.slow
 def test_drafts_grow_with_the_round_trip_and_shrink_with_a_slow_draft_model() -> None:
     captions = wrong_positions(0.95)[:12]
     far, slow = AdaptiveK(), AdaptiveK()

@@ -76,9 +76,9 @@ def outcome(pipeline: Pipeline, request: Request, strategy: Strategy, new_tokens
     return tuple(token for event in seen if isinstance(event, Committed) for token in event.tokens)
 
 
-@pytest.mark.parametrize("examples", [5, pytest.param(60, marks=pytest.mark.slow)])
-def test_cloud_and_lossless_mode_agree_on_what_fits(remote: Pipeline, short: Pipeline, examples: int) -> None:
-    @settings(max_examples=examples)
+@pytest.mark.slow
+def test_cloud_and_lossless_mode_agree_on_what_fits(remote: Pipeline, short: Pipeline) -> None:
+    @settings(max_examples=60)
     @given(
         st.integers(2000, 17_000),
         st.integers(-12, 3),

@@ -240,6 +240,7 @@ def attempts(pipeline: Pipeline) -> list[list[tuple[Trace, float]]]:
     return [[time_caption(*sample) for _ in range(ATTEMPTS)] for sample in SAMPLED]
 
 
+@pytest.mark.slow
 def test_the_breakdown_closes_on_the_pocket_pair(attempts: list[list[tuple[Trace, float]]]) -> None:
     breakdowns = [[(latency_breakdown(trace), wall) for trace, wall in sample] for sample in attempts]
     gaps = [min(abs(1 - breakdown.closure(wall)) for breakdown, wall in sample) for sample in breakdowns]

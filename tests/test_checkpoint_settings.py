@@ -74,6 +74,7 @@ def audio_prompt(pipeline: Pipeline) -> Prompt:
     return pipeline.prompt(Request(clips.make_clip("evaluation", 0).samples, "english"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", EXAMPLES, ids=lambda values: ",".join(values))
 def test_a_setting_gives_the_output_of_generate(pipeline: Pipeline, values: dict[str, Any]) -> None:
     cloud = configure(pipeline.cloud_model, values)
@@ -123,6 +124,7 @@ def test_any_settings_of_two_sides_give_the_outputs_of_generate(pipeline: Pipeli
         assert decode_tokens(edge, cloud, prompt, strategy, length) == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(values=settings_of_a_checkpoint, contexts=st.lists(st.lists(token, min_size=1, max_size=6), max_size=4))
 def test_logits_after_a_roll_back_are_those_of_a_new_session(
@@ -218,6 +220,7 @@ def test_every_field_of_transformers_is_applied_unused_or_refused() -> None:
     assert fields - checkpoint_settings.APPLIED.keys() - checkpoint_settings.UNUSED == REFUSED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_whole", [True, False])
 @pytest.mark.parametrize(
     ("of_generation", "of_text", "expected"),

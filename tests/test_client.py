@@ -355,6 +355,7 @@ def test_an_interrupted_call_leaves_the_session_usable(proxy: Proxy) -> None:
 # Streams
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Fault.STREAM_CUT, Fault.STREAM_DIGIT, Fault.STREAM_ENDED])
 @pytest.mark.parametrize("place", range(7))
 def test_a_stream_continues_where_it_was_cut(proxy: Proxy, kind: Fault, place: int) -> None:

@@ -54,6 +54,7 @@ def load(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> int:
     return len(load_audio(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("container", "codec", "loss"), FORMATS, ids=NAMES)
 def test_whole_speech_is_read_in_every_format(
     tmp_path_factory: pytest.TempPathFactory, container: str, codec: str, loss: float
@@ -62,6 +63,7 @@ def test_whole_speech_is_read_in_every_format(
     assert load(tmp_path_factory, speech(container, codec)) == pytest.approx(expected, rel=loss, abs=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("container", "codec", "loss"), FORMATS, ids=NAMES)
 @settings(max_examples=6)
 @given(data=st.data())

@@ -25,6 +25,7 @@ def problem(**fields: object) -> bytes:
     return json.dumps({"detail": "why", **fields}).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [*range(100, 200), *range(202, 600), 999])
 def test_each_status_has_one_kind(status: int) -> None:
     is_permanent = (

@@ -65,6 +65,7 @@ DAMAGES: list[tuple[str, str | bytes | None, str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "content", "reason"), DAMAGES)
 def test_a_damaged_file_is_named_in_one_line(
     tmp_path: Path, file: str, content: str | bytes | None, reason: str

@@ -167,6 +167,7 @@ def test_a_prefix_is_computed_once_and_the_rest_of_the_prompt_for_each_clip(
     assert prefill_lengths == [n, *(len(prompt.ids) - 1 - n for prompt in prompts)]
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_changes_no_token(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = []
     for is_shared in (True, False):

@@ -235,6 +235,7 @@ def cloud(engine: ReplacingEngine) -> Iterator[MakeVerifier]:
         yield partial(connection.verifier, GREEDY)
 
 
+@pytest.mark.slow
 def test_every_edge_gets_the_recorded_verdicts(cloud: MakeVerifier, clips: list[RecordedCaption]) -> None:
     assignments = load.assign_captions(clips, 5, 4)
     replay = load.replay_rounds(assignments, cloud)

@@ -179,7 +179,6 @@ def run_on_threads(pipeline: Pipeline, jobs: Jobs) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("place", "run", "turns"),
     [
-        ("pipeline", interleave, 1),
         ("remote", run_on_threads, 1),
         *(
             pytest.param(place, run, 3, marks=pytest.mark.slow)  # three turns give every clip three kinds
@@ -233,6 +232,7 @@ def test_bad_arguments_of_a_caption_are_named(pipeline: Pipeline, arguments: dic
         pipeline.caption(np.zeros(16_000, np.float32), **arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["edge", "cloud", "speculative"])
 def test_loading_takes_no_time_of_the_first_caption(
     pipeline: Pipeline, request_: Request, mode: str, monkeypatch: pytest.MonkeyPatch

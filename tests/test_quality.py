@@ -139,6 +139,7 @@ def test_language_match_is_the_share_of_matching_clips() -> None:
 # the metrics
 
 
+@pytest.mark.slow
 def test_every_metric_has_a_value_or_a_reason(bert: Path) -> None:
     for model in (None, str(bert)):
         scores = score(["他很高兴", "", "a"], [["他很高兴"], ["她很悲伤"], ["a", "b"]], "chinese", model)

@@ -183,6 +183,7 @@ IDS = np.array([1, AUDIO, AUDIO, 3], np.int32)
 MEL = np.zeros((8, 8), np.float16)  # 8 frames make 2 positions of the encoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "status", "reason"),
     [
@@ -288,6 +289,7 @@ def test_a_prompt_with_audio_is_opened_only_with_the_right_query_and_media_type(
     run_scene(scene())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [
@@ -582,6 +584,7 @@ def test_requests_that_wait_for_a_closing_session_are_refused() -> None:
     run_scene(scene())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "status", "detail"),
     [
@@ -643,6 +646,7 @@ class CountedMemory:
             raise MemoryError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["open", "verify", "generate"])
 def test_out_of_memory_is_charged_to_the_client_with_the_most_tokens_and_the_asker_is_served(call: str) -> None:
     async def scene() -> None:

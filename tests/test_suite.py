@@ -161,6 +161,7 @@ def test_a_run_of_one_cell_has_the_published_file_name_and_a_grid_has_a_file_per
         assert [tables.results_file(settings, case).name for case in cases.cases(settings)] == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -315,6 +316,7 @@ def test_an_option_may_name_a_path_outside_the_repository(
     )
 
 
+@pytest.mark.slow
 def test_a_mistyped_option_with_a_path_outside_is_named_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

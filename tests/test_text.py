@@ -83,6 +83,7 @@ def test_hidden_states_are_transformers_bit_for_bit(pipeline: Pipeline, side: st
     assert_same_bits((pipeline.edge if side == "edge" else pipeline.cloud_model).thinker)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_hidden_states_are_equal_in_every_dtype_and_with_either_attention(

@@ -82,6 +82,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difference", CHANGES)
 def test_one_changed_property_is_refused_by_name(tmp_path: Path, edge: Traits, difference: str) -> None:
     other = change(tmp_path, *CHANGES[difference])

@@ -206,6 +206,7 @@ GARBAGE = {
 }
 
 
+@pytest.mark.slow
 @every_call
 @pytest.mark.parametrize("name", GARBAGE)
 def test_garbage_is_a_failure_that_is_tried_again(name: str, call: Call, three_attempts: float) -> None:
@@ -313,6 +314,7 @@ TRICKLES = {
 }
 
 
+@pytest.mark.slow
 @every_call
 @pytest.mark.parametrize("part", TRICKLES)
 def test_an_answer_that_trickles_is_left_at_the_deadline(part: str, call: Call) -> None:

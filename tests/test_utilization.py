@@ -112,6 +112,7 @@ class Burner(threading.Thread):
         self.burnt = time.thread_time()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_gpu", "ends_only")
 @pytest.mark.parametrize("burners", [0, 1, 2])
 def test_the_cpu_seconds_of_every_thread_are_counted(burners: int) -> None:

@@ -71,13 +71,11 @@ def drafted(trace: Trace) -> list[int]:
     return [token for _, event in trace.events if isinstance(event, Drafted) for token in event.draft.tokens]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", ["edge", "cloud"])
 @pytest.mark.parametrize(
     ("strategy", "index"),
-    [
-        (replace(LOSSLESS, draft_ahead=6), 1),
-        *(pytest.param(replace(LOSSLESS, k=k), 4, marks=pytest.mark.slow) for k in (1, 4, None)),
-    ],
+    [(replace(LOSSLESS, draft_ahead=6), 1), *((replace(LOSSLESS, k=k), 4) for k in (1, 4, None))],
 )
 def test_lossless_equals_the_cloud_and_the_edge_drafts_shared_ids_alone(
     wide_pipelines: dict[str, Pipeline], wide: str, strategy: Strategy, index: int
