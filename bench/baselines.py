@@ -33,6 +33,7 @@ from bench.tables import grid
 from edgecloud_sd.config import Settings
 from edgecloud_sd.decoder import Runtime, decode
 from edgecloud_sd.events import Prompt, Trace
+from edgecloud_sd.gate import ALWAYS
 from edgecloud_sd.grid import has_speculative, strategies
 from edgecloud_sd.measure import intervals, metrics
 from edgecloud_sd.measure.intervals import Interval
@@ -116,15 +117,14 @@ def baseline_cases(settings: Settings) -> list[BaselineCase]:
 
     The baselines need speculative cells, the real clock, and the cloud in this process.
 
-    The draft length is that of the run's first lossless cell of constant k. The language is the run's first.
+    The draft length is that of the run's first lossless cell of constant k whose drafts have k tokens. The language is
+    the run's first.
     """
     if not has_speculative(settings) or settings.clock == "virtual" or settings.cloud_url:
         return []
     language = settings.language[0]
-    k = next(
-        (s.k for s in strategies(settings) if s.is_speculative and s.is_lossless and s.k and not s.draft_stop),
-        BASELINE_K,
-    )
+    lossless = (s for s in strategies(settings) if s.is_speculative and s.is_lossless and s.gate == ALWAYS)
+    k = next((strategy.k for strategy in lossless if strategy.k and not strategy.draft_stop), BASELINE_K)
     parts = ["baselines", *model_parts(settings), f"k{k}", *data_parts(settings, language)]
     return [BaselineCase("-".join(parts), k, language)]
 

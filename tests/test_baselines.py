@@ -134,7 +134,7 @@ def test_the_recorded_passes_are_those_of_a_speculative_caption(prepared: list[P
     for step in cloud:  # committed tokens, and then the draft
         assert list(step.ids[:-4]) == committed[step.cached : step.cached + len(step.ids) - 4]
     assert max(len(step.ids) for step in cloud) >= 5
-    assert max(len(step.ids) for step in edge) <= 2
+    assert max(len(step.ids) for step in edge) <= 4  # a correction, and the rest of the draft before it
     assert len(edge) > 2 * len(cloud)
 
 

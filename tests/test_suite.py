@@ -105,9 +105,7 @@ def check_saved_rows(saved: list[dict[str, Any]], folder: Path) -> None:
     assert bleu["stats"]["mean"] == bleu["stats"]["ops"] == documents[LOSSLESS]["metrics"]["figures"]["bleu4"]
     assert rows[f"test_captioning[{LOSSLESS}]:ttft"]["stats"]["rounds"] == 2
     assert f"test_captioning[{LOSSLESS}]:gpu_percent" not in rows
-    thresholds = {
-        case: document["experiment_config"]["strategy"]["entropy_threshold"] for case, document in documents.items()
-    }
+    thresholds = {case: document["experiment_config"]["strategy"]["threshold"] for case, document in documents.items()}
     assert thresholds["speculative-pocket-never-k4-greedy-manifest_chinese-zh"] is None
     assert thresholds["speculative-pocket-H1.5-k4-greedy-manifest_chinese-zh"] == 1.5
     assert documents[LOSSLESS]["metrics"]["figures"]["cloud_call_rate"] == 1.0
@@ -132,8 +130,9 @@ def test_each_side_is_loaded_once_for_all_benchmarks(
 
     monkeypatch.setattr(load, "load_model", record_checkpoint)
     result = run(pytester, "--max-samples", "1", "--max-new-tokens", "4", "--k", "1,2", "--extra", "load,baselines")
-    # edge, cloud, two k of two strategies; three loads, whose server loads its own model; one run of the baselines
-    result.assert_outcomes(passed=2 + 4 + 3 + 1)
+    # edge, cloud, two k of two strategies, two modes that revise; one run of the baselines; three loads, whose server
+    # loads its own model
+    result.assert_outcomes(passed=2 + 4 + 2 + 3 + 1)
     assert sorted(checkpoints) == sorted([pipeline.pair.edge, pipeline.pair.cloud])
 
 
@@ -601,7 +600,7 @@ def test_profiles_need_one_more_call_which_is_no_caption(pipeline: Pipeline, pyt
     ]
     assert len(whole) == 5
     assert len(whole[1]["extra_info"]["results"]["detailed_results"]) == 1
-    assert {type(value) for row in saved for value in row["params"].values()} <= {str, int, float, type(None)}
+    assert {type(value) for row in saved for value in row["params"].values()} <= {str, int, float, bool, type(None)}
     assert len({frozenset(row["params"]) for row in saved}) == 1
     assert [row["params"]["threshold"] for row in whole] == [None, 1.5, None, None, None]
 
