@@ -78,7 +78,7 @@ def outcome(pipeline: Pipeline, request: Request, strategy: Strategy, new_tokens
 
 @pytest.mark.slow
 def test_cloud_and_lossless_mode_agree_on_what_fits(remote: Pipeline, short: Pipeline) -> None:
-    @settings(max_examples=60)
+    @settings(max_examples=30)
     @given(
         st.integers(2000, 17_000),
         st.integers(-12, 3),

@@ -134,9 +134,9 @@ def test_all_events_and_calls_are_those_of_plain_decoding(scene: Scene, strategy
 
 
 @pytest.mark.slow
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(scenes(), speculations(), conditions())
-def test_all_events_of_a_thousand_captions_are_those_of_plain_decoding(
+def test_all_events_of_many_captions_are_those_of_plain_decoding(
     scene: Scene, strategy: Strategy, given: Conditions
 ) -> None:
     check_against_plain_decoding(scene, strategy, given)
