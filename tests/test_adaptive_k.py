@@ -110,6 +110,7 @@ def test_drafts_grow_with_the_round_trip_and_shrink_with_a_slow_draft_model() ->
     assert slow.fastest() == 1
 
 
+@pytest.mark.slow
 def test_a_faster_link_in_mid_run_shortens_drafts() -> None:
     run = AdaptiveK()
     captions = wrong_positions(0.95)

@@ -73,6 +73,7 @@ def add_adapter(folder: Path) -> None:
     shutil.copy(folder / SINGLE, folder / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "changed"),
     [

@@ -162,6 +162,7 @@ def test_the_settings_of_a_folder_give_the_output_of_generate(folder: Path) -> N
     assert [token for event in events for token in getattr(event, "tokens", ())] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -83,6 +83,7 @@ def test_a_doubt_about_the_audio_is_shown_once(wav: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.count(f"warning: {wav}: has channels that cancel each other") == 1
 
 
+@pytest.mark.slow
 def test_the_example_in_the_readme_runs(
     wav: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +150,7 @@ def test_a_level_by_a_calibration_for_another_prompt_is_refused(
             main([*options, *more])
 
 
+@pytest.mark.slow
 def test_the_clips_command_prints_their_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pocket.main(["clips", "--folder", str(tmp_path / "set")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "set")

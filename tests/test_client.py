@@ -172,6 +172,7 @@ def test_a_synthetic_rule_is_refused_if_the_engine_has_none(narrow_url: str) -> 
         assert open_verification(connection, Rank(3)).verify(0, [3], []).accepted == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wants_rest", [True, False])
 @pytest.mark.parametrize("rule", [GREEDY, Rank(3), Synthetic((0.6,)), Synthetic((0.9, 0.5, 0.1))])
 def test_the_server_applies_the_rule_as_a_local_verifier_does(url: str, rule: Rule, wants_rest: bool) -> None:
@@ -195,6 +196,7 @@ def test_the_server_applies_the_rule_as_a_local_verifier_does(url: str, rule: Ru
 # Verdicts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [Fault.LOST, Fault.HTML, Fault.BYTES, Fault.LATE, Fault.DIGIT, Fault.STALE, Fault.SHORT, *ERRORS]
 )

@@ -77,6 +77,7 @@ def test_stamping_without_a_watch_counts_real_seconds_from_now() -> None:
     assert trace.spans == ()
 
 
+@pytest.mark.slow
 def test_a_frozen_garbage_collector_visits_new_objects_alone() -> None:
     gc.unfreeze()
     try:

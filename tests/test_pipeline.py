@@ -92,6 +92,7 @@ def test_lookup_learns_from_the_captions_of_its_own_strategy(pipeline: Pipeline,
     assert history.match([START]) is None
 
 
+@pytest.mark.slow
 def test_drafter_lookup_never_loads_the_edge(pipeline: Pipeline, request_: Request) -> None:
     bare = Pipeline(pipeline.pair, pipeline.cloud)
     bare.front_end = pipeline.edge  # reading it again would take a second
@@ -114,6 +115,7 @@ def test_adaptive_k_knows_its_strategy_and_stays_for_the_run(pipeline: Pipeline,
     assert learning.adaptive_k(ALWAYS, "chinese", profile=MACHINES) is None
 
 
+@pytest.mark.slow
 def test_a_replayed_trace_teaches_the_same_as_the_generation(pipeline: Pipeline, request_: Request) -> None:
     strategy = replace(ALWAYS, k=None)
     first, second = fresh(pipeline), fresh(pipeline)

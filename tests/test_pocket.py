@@ -53,6 +53,7 @@ def generated(pipeline: Pipeline, side: str, asked: Request) -> tuple[int, ...]:
     return tuple(output[0, len(prompt.ids) :].tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("index", "language"), SAMPLE[1:3])
 @pytest.mark.parametrize("side", ["edge", "cloud"])
 def test_a_side_alone_equals_transformers_generate(pipeline: Pipeline, side: str, index: int, language: str) -> None:

@@ -101,6 +101,7 @@ def test_english_is_split_into_lower_cased_words_and_punctuation() -> None:
     assert tokenize("She's HAPPY, très happy!", "english") == ["she", "'", "s", "happy", ",", "très", "happy", "!"]
 
 
+@pytest.mark.slow
 def test_the_scores_name_the_tokenizer_of_every_language() -> None:
     assert set(quality.TOKENIZERS) == set(quality.SCRIPTS) == set(meteor.METEOR_OPTIONS) == set(LANGUAGES)
     assert {language: score(["x"], [["x"]], language).tokenizer for language in LANGUAGES} == quality.TOKENIZERS
@@ -275,6 +276,7 @@ some_words = words.filter(bool)
 corpora = st.lists(st.tuples(words, st.lists(some_words, min_size=1, max_size=3)), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(corpora)
 def test_bleu_equals_the_score_of_sacrebleu(pairs: list[tuple[str, list[str]]]) -> None:
@@ -508,6 +510,7 @@ def test_a_java_that_cannot_start_is_a_reason(tmp_path: Path, monkeypatch: pytes
         Meteor("chinese").score(["a"], [["a"]])
 
 
+@pytest.mark.slow
 @needs_java
 def test_java_restarts_after_it_was_killed_and_ends_on_close() -> None:
     def children() -> list[psutil.Process]:

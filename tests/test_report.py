@@ -279,6 +279,7 @@ def test_pictures_have_a_description_and_all_ids_are_unique(small_report: tuple[
     assert set(re.findall(r'href="#([^"]+)', small_report[0])) <= set(parsed.ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("highs", "ticks"), [([1.5, 2.0], None), ([1.1, 80.0], ["0.1", "1", "10"])])
 def test_a_very_wide_interval_leaves_the_others_readable(highs: list[float], ticks: list[str] | None) -> None:
     rows = [(f"cell {high}", {"over edge": Interval(1.0, 0.5 if high < 3 else 0.04, high)}) for high in highs]

@@ -675,6 +675,7 @@ def test_out_of_memory_is_charged_to_the_client_with_the_most_tokens_and_the_ask
     run_scene(scene())
 
 
+@pytest.mark.slow
 def test_a_call_that_never_fits_closes_few_sessions() -> None:
     async def scene() -> None:
         engine = SpyEngine()

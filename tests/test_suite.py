@@ -136,6 +136,7 @@ def test_each_side_is_loaded_once_for_all_benchmarks(
     assert sorted(checkpoints) == sorted([pipeline.pair.edge, pipeline.pair.cloud])
 
 
+@pytest.mark.slow
 def test_a_bad_clip_fails_the_case_and_writes_nothing(pytester: pytest.Pytester, manifest: Path) -> None:
     options = ("--mode", "edge", "--dataset-path", str(manifest))
     result = run(pytester, *options)
