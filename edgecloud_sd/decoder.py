@@ -39,6 +39,7 @@ from edgecloud_sd.verifier import CloudFault, Verification, Verifier
 from edgecloud_sd.wire import MAX_DRAFT
 
 _T = TypeVar("_T")
+DraftOn = Callable[[Callable[[], bool]], tuple[tuple[int, ...], int]]  # `Drafter.draft_ahead` until a call is true
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ def _speculate(
                 tokens = ()
             scores = state.scores if looks_back else drafted.draft.scores
             draft = Draft((*state.context[state.final :], *tokens), scores, drafted.draft.doubted)
-            drafts_on = partial(drafter.draft_ahead, len(drafted.draft.tokens), limit)
-            verdict = yield from _escalate(verification, draft, state, drafts_on, runtime)
+            draft_on = partial(drafter.draft_ahead, len(drafted.draft.tokens), limit)
+            verdict = yield from _escalate(verification, draft, state, draft_on, runtime)
             if verdict:
                 yield from _apply(verdict, draft, state, stopping)
             else:  # the edge finishes alone
@@ -185,7 +186,7 @@ def _escalate(
     verification: Verification,
     draft: Draft,
     state: _State,
-    drafts_on: Callable[[Callable[[], bool]], tuple[tuple[int, ...], int]],
+    draft_on: DraftOn,
     runtime: Runtime,
 ) -> Generator[Event, None, Verdict | None]:
     """Send the draft with the context tokens that the cloud lacks. Return its verdict, or None if the cloud failed."""
@@ -196,7 +197,7 @@ def _escalate(
             verification.wait()
             yield Opened("cloud")
         verify = partial(verification.verify, state.at_cloud, sent, draft.tokens)
-        verdict = (yield from _draft_ahead(verify, runtime.background, drafts_on)) if runtime.background else verify()
+        verdict = (yield from _draft_ahead(verify, runtime.background, draft_on)) if runtime.background else verify()
     except CloudFault as fault:
         if not runtime.finish_alone:
             raise
@@ -209,12 +210,12 @@ def _escalate(
 def _draft_ahead(
     verify: Callable[[], Verdict],
     background: Background[Verdict],
-    drafts_on: Callable[[Callable[[], bool]], tuple[tuple[int, ...], int]],
+    draft_on: DraftOn,
 ) -> Generator[Event, None, Verdict]:
     """Verify in the background. Until the verdict comes, draft on after the draft."""
     pending = background(verify)
     try:
-        yield Ahead(*drafts_on(pending.done))
+        yield Ahead(*draft_on(pending.done))
     except BaseException:
         with suppress(Exception):
             pending.result()  # without the wait the call would still run during the next generation

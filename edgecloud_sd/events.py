@@ -91,7 +91,8 @@ class Drafted:
 class Escalated:
     """The gate asks the cloud about `draft`, with `sent` committed tokens that the cloud does not have yet.
 
-    With look-back, the draft begins with the tokens that are not final. Under gate token it has no others.
+    With look-back, the draft begins with the tokens that are not final. Under gate token it has no others, and
+    keeps the scores that the gate has read.
     """
 
     draft: Draft

@@ -23,7 +23,6 @@ from edgecloud_sd.events import Committed, Degraded, Finished, Output, Prompt, T
 from edgecloud_sd.measure import metrics
 from edgecloud_sd.measure.breakdown import latency_breakdown
 from edgecloud_sd.pipeline import generation_events
-from edgecloud_sd.revise import REVISE_NAMES
 from edgecloud_sd.stopping import Stopping
 from edgecloud_sd.strategy import Strategy
 from edgecloud_sd.timing.clock import stamp
@@ -32,7 +31,18 @@ from edgecloud_sd.verifier import CloudFault, LocalVerifier, Verification, Verif
 from tests.support.fakes import FakeCloud
 from tests.support.proxy import SLOW, STREAMED, Fault, Proxy
 from tests.support.serving import ToyEngine, served
-from tests.support.strategies import VOCABULARY, Scene, final_tokens, gates, ks, prefills, ranks, scenes, synthetics
+from tests.support.strategies import (
+    VOCABULARY,
+    Scene,
+    final_tokens,
+    gates,
+    ks,
+    prefills,
+    ranks,
+    revisions,
+    scenes,
+    synthetics,
+)
 from tests.support.toy import ToyModel, random_table
 
 pytestmark = pytest.mark.slow
@@ -83,8 +93,6 @@ class Plan:
 
 
 LOSSLESS_GATES = st.sampled_from([gate.ALWAYS, gate.risk_gate(), gate.risk_gate(0.9)])
-LOSSY_GATES = gates | st.sampled_from([gate.parse_gate("token", 0.7), gate.risk_gate(0.9, 0.3)])
-revisions = st.sampled_from(REVISE_NAMES)
 
 
 @st.composite
@@ -94,7 +102,7 @@ def plans(draw: st.DrawFn) -> Plan:
     strategy = Strategy("cloud")
     if kind != "cloud":
         is_lossy = kind == "lossy"
-        chosen, rule = (draw(LOSSY_GATES), draw(ranks | synthetics)) if is_lossy else (draw(LOSSLESS_GATES), GREEDY)
+        chosen, rule = (draw(gates), draw(ranks | synthetics)) if is_lossy else (draw(LOSSLESS_GATES), GREEDY)
         strategy = Strategy("speculative", chosen, rule, draw(ks), draft_ahead=draw(st.sampled_from([0, 6])))
         strategy = replace(strategy, prefill=draw(prefills), revise=draw(revisions), look_back=draw(st.booleans()))
     kinds = [*STREAMED, *UNSTREAMED] if kind == "cloud" else UNSTREAMED
